@@ -1,0 +1,185 @@
+"""Rows to roles: which shape the data has, which column plays which role, and a row as fields or as turns."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sft.errors import Problem, Refusal, refuse
+from sft.settings import DatasetSettings, Shape
+
+# Names that columns of a role have in the wild, for the likeliest match.
+SYNONYMS = {
+    "instruction": ["question", "query", "prompt", "input", "user", "ask", "problem", "问题", "指令"],
+    "output": ["answer", "response", "completion", "reply", "assistant", "target", "chosen", "回答", "答案", "输出"],
+    "prompt": ["instruction", "question", "query", "input", "问题"],
+    "completion": ["output", "answer", "response", "reply", "回答"],
+    "conversations": ["conversation", "messages", "dialog", "dialogue", "chat"],
+    "messages": ["message", "conversations", "conversation", "chat", "dialog"],
+    "text": ["content", "document", "body", "文本"],
+}
+# Speakers of ShareGPT and its relatives, in the names that chat templates know.
+SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+@dataclass
+class Turn:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+def find_shape(rows: Sequence[dict], data: DatasetSettings) -> Shape:
+    """The shape that `dataset.shape` names, or the one that the columns of the first rows speak for."""
+    if data.shape != Shape.auto:
+        return data.shape
+    names, columns = _names(rows), data.columns
+    if columns.messages in names:
+        return Shape.messages
+    if columns.conversations in names:
+        return Shape.conversations
+    if columns.output in names and ({columns.instruction, columns.input} & names):
+        return Shape.instruction
+    if columns.prompt in names and columns.completion in names:
+        return Shape.prompt_completion
+    if columns.text in names:
+        return Shape.text
+    if columns.output in names or columns.instruction in names:
+        return Shape.instruction  # check_columns says what is missing
+    fix = _guess_columns(names)
+    why = f"The columns {', '.join(sorted(names))} fit no known shape."
+    raise refuse("dataset.shape=auto", why, fix or "dataset.shape=text dataset.columns.text=<column>")
+
+
+def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, source: str) -> None:
+    """Refuse, all at once, roles whose column is not in the data, with the likeliest match."""
+    names, columns = _names(rows), data.columns
+    needed = {
+        Shape.instruction: ["instruction" if columns.instruction else "input", "output"],
+        Shape.prompt_completion: ["prompt", "completion"],
+        Shape.conversations: ["conversations"],
+        Shape.messages: ["messages"],
+        Shape.text: ["text"],
+    }[shape]
+    problems = []
+    for role in needed:
+        column = getattr(columns, role)
+        if column is None:
+            problems.append(Problem(f"dataset.columns.{role}=null", f"The {shape.value} shape needs a column for {role}."))
+        elif column not in names:
+            match = likeliest(role, column, names)
+            why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
+            fix = f"dataset.columns.{role}={match}" if match else f"dataset.columns.{role}=<column>   or another dataset.shape"
+            problems.append(Problem(f"dataset.columns.{role}={column}", why, fix))
+    for column in [*data.keep, *data.drop]:
+        if column not in names:
+            match = likeliest(column, column, names)
+            group = "keep" if column in data.keep else "drop"
+            fix = f"dataset.{group}.{match}=..." if match else ""
+            why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
+            problems.append(Problem(f"dataset.{group}.{column}", why, fix))
+    if problems:
+        raise Refusal(problems)
+
+
+def likeliest(role: str, column: str, names: set[str]) -> str | None:
+    """The column of `names` that was probably meant: by spelling first, then by what such columns are usually called."""
+    lower = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(column.lower(), lower, 1, 0.75)
+    close += [word for word in SYNONYMS.get(role, []) if word in lower]
+    return lower[close[0]] if close else None
+
+
+def row_to_fields(row: dict, data: DatasetSettings, shape: Shape) -> dict[str, str]:
+    """Values for a template text, by role; columns without a role are reached by their own name."""
+    if shape in (Shape.messages, Shape.conversations):
+        return _turns_to_fields(row_to_turns(row, data, shape))
+    values = {name: as_text(value) for name, value in row.items()}
+    for role in ("instruction", "input", "output", "prompt", "completion", "system"):
+        column = getattr(data.columns, role)
+        values[role] = as_text(row.get(column)) if column else ""
+    values["system"] = values["system"] or data.system_prompt or ""
+    if shape == Shape.prompt_completion:
+        values["instruction"] = values["instruction"] or values["prompt"]
+        values["output"] = values["output"] or values["completion"]
+    elif shape == Shape.instruction:
+        values["completion"] = values["output"]
+        values["prompt"] = values["prompt"] or "\n\n".join(v for v in (values["instruction"], values["input"]) if v)
+    return values
+
+
+def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
+    """A row as turns for a chat template."""
+    columns = data.columns
+    if shape == Shape.messages:
+        turns = _read_turns(row.get(columns.messages), columns.messages)
+    elif shape == Shape.conversations:
+        turns = _read_turns(row.get(columns.conversations), columns.conversations)
+    elif shape == Shape.prompt_completion and isinstance(row.get(columns.prompt), list):
+        turns = _read_turns(row[columns.prompt], "prompt") + _read_turns(row.get(columns.completion), "completion")
+    else:
+        values = row_to_fields(row, data, shape)
+        asked = values["prompt"] if shape == Shape.prompt_completion else ""
+        asked = asked or "\n\n".join(v for v in (values["instruction"], values["input"]) if v)
+        answer = values["completion"] if shape == Shape.prompt_completion else values["output"]
+        turns = [Turn("user", asked), Turn("assistant", answer)]
+    system = as_text(row.get(columns.system)) if columns.system and isinstance(row.get(columns.system), str) else ""
+    system = system or data.system_prompt or ""
+    if system and (not turns or turns[0].role != "system"):
+        turns.insert(0, Turn("system", system))
+    return turns
+
+
+def _read_turns(value: Any, column: str) -> list[Turn]:
+    if isinstance(value, str):  # CSV files carry turns as JSON text
+        value = json.loads(value)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"column {column!r} has to hold a list of turns")
+    turns = []
+    for turn in value:
+        speaker = str(turn.get("role") or turn.get("from") or "").lower()
+        role = SPEAKERS.get(speaker, speaker)
+        if role not in ROLES:
+            raise ValueError(f"unknown speaker {speaker!r} in column {column!r}; known are {', '.join([*ROLES, *SPEAKERS])}")
+        content = turn.get("content") if "content" in turn else turn.get("value")
+        turns.append(Turn(role, as_text(content)))
+    return turns
+
+
+def _turns_to_fields(turns: list[Turn]) -> dict[str, str]:
+    spoken = [turn for turn in turns if turn.role != "system"]
+    if [turn.role for turn in spoken] != ["user", "assistant"]:
+        roles = ", ".join(turn.role for turn in spoken)
+        raise ValueError(
+            f"a template text takes one question and one answer, and this row has {roles}; set dataset.template=chat"
+        )
+    asked, answer = spoken[0].content, spoken[1].content
+    system = next((turn.content for turn in turns if turn.role == "system"), "")
+    return {"instruction": asked, "prompt": asked, "input": "", "output": answer, "completion": answer, "system": system}
+
+
+def as_text(value: Any) -> str:
+    """A cell as text: null is blank, a list or object is JSON."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _names(rows: Sequence[dict]) -> set[str]:
+    if hasattr(rows, "column_names"):
+        return set(rows.column_names)
+    names: set[str] = set()
+    for row in rows[:1000]:
+        names |= row.keys()
+    return names
+
+
+def _guess_columns(names: set[str]) -> str:
+    asked, answer = likeliest("instruction", "instruction", names), likeliest("output", "output", names)
+    if asked and answer and asked != answer:
+        return f"dataset.columns.instruction={asked} dataset.columns.output={answer}"
+    text = likeliest("text", "text", names)
+    return f"dataset.columns.text={text}" if text else ""

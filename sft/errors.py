@@ -1,0 +1,53 @@
+"""The one exception tree of the project, and the form in which a refusal is shown to the user."""
+
+from dataclasses import dataclass
+
+
+class SftError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing the user has to change before a run can start."""
+
+    what: str
+    """What was set or found, as the user wrote it: `lora.rr=8`, `data.csv, line 7`."""
+    why: str
+    """Why it cannot work, in a sentence."""
+    fix: str = ""
+    """The override or command that mends it."""
+
+
+class Refusal(SftError):
+    """The run is refused before training: every problem found, in one message. Exit code 2."""
+
+    def __init__(self, problems: list[Problem]):
+        self.problems = list(problems)
+        super().__init__(format_problems(self.problems))
+
+
+def format_problems(problems: list[Problem]) -> str:
+    """Lay problems out one under the other: what was set, why it cannot work, and a `hint:` line with the fix."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [f"Refused: {count}; nothing was trained."]
+    for number, problem in enumerate(problems, 1):
+        lines += ["", f"  {number}. {problem.what}", *(f"     {line}" for line in problem.why.splitlines())]
+        if problem.fix:
+            lines += [f"     hint: {line}" for line in problem.fix.splitlines()]
+    return "\n".join(lines)
+
+
+def refuse(what: str, why: str, fix: str = "") -> Refusal:
+    """A refusal with a single problem, for `raise refuse(...)`."""
+    return Refusal([Problem(what, why, fix)])
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1][:300]

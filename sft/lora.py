@@ -1,0 +1,73 @@
+"""Put the adapter on the model, under PEFT's names."""
+
+from typing import Any
+
+from sft.errors import refuse
+from sft.models import uses_checkpointing
+from sft.settings import Settings
+
+
+def attach(model: Any, settings: Settings, backend: str) -> Any:
+    """The model with a LoRA adapter; the model itself with every weight trainable if `lora.enabled` is false.
+
+    The adapter starts from `seed` in both backends, so they start from the same weights.
+    Raises Refusal if `lora.target_modules` names a layer that the model does not have.
+    """
+    lora = settings.lora
+    if not lora.enabled:
+        model.requires_grad_(True)
+        return model
+    targets: str | list[str] = "all-linear" if lora.target_modules == ["all-linear"] else list(lora.target_modules)
+    if isinstance(targets, list):
+        _check_targets(model, targets)
+    options = {
+        "r": lora.r,
+        "lora_alpha": int(lora.lora_alpha) if float(lora.lora_alpha).is_integer() else lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": targets,
+        "bias": lora.bias.value,
+        "use_rslora": lora.use_rslora,
+        "modules_to_save": list(lora.modules_to_save) or None,
+    }
+    if backend == "unsloth":
+        from unsloth import FastLanguageModel
+
+        checkpointing = "unsloth" if uses_checkpointing(settings) else False
+        return FastLanguageModel.get_peft_model(
+            model,
+            use_gradient_checkpointing=checkpointing,
+            random_state=settings.seed,
+            max_seq_length=settings.model.max_seq_length,
+            **options,
+        )
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import set_seed
+
+    if settings.model.load_in_4bit or settings.model.load_in_8bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=uses_checkpointing(settings))
+    set_seed(settings.seed)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", use_dora=lora.use_dora, **options))
+
+
+def _check_targets(model: Any, targets: list[str]) -> None:
+    import torch
+
+    linear = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name, _ in model.named_modules())]
+    if missing:
+        raise refuse(
+            f"lora.target_modules=[{','.join(targets)}]",
+            f"The model has no layer named {', '.join(missing)}. Its linear layers are: {', '.join(sorted(linear))}.",
+            "lora.target_modules=[all-linear]",
+        )
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """(all parameters, trained parameters); a 4-bit weight counts as the values it packs."""
+    total = trained = 0
+    for parameter in model.parameters():
+        packed = type(parameter).__name__ == "Params4bit"
+        count = parameter.numel() * (2 * parameter.element_size() if packed else 1)
+        total += count
+        trained += parameter.numel() if parameter.requires_grad else 0
+    return total, trained

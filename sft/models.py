@@ -1,0 +1,196 @@
+"""The tokenizer, the model and its backend: found, checked and loaded."""
+
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from sft import embedded
+from sft.errors import refuse
+from sft.rows import hub_unreachable
+from sft.settings import Attention, Dtype, ModelSettings, Settings
+from sft.validate import resolve_backend
+
+log = logging.getLogger(__name__)
+
+# ChatML with every turn closed by <|im_end|>; for base models that bring no chat template.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Tokens that model makers reserve and never train; the first one present becomes the padding of a tokenizer without any.
+UNUSED_TOKENS = ["<|finetune_right_pad_id|>", "<|reserved_special_token_250|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>"]
+
+
+def import_backend(settings: Settings) -> str:
+    """Import the backend before anything else touches transformers or TRL (Unsloth patches both), and name it."""
+    backend = resolve_backend(settings)
+    if backend == "unsloth":
+        import unsloth  # noqa: F401
+    return backend
+
+
+def locate(model: ModelSettings, weights: bool = True) -> tuple[str, str]:
+    """Where to load from, as (folder or hub id, source for the record).
+
+    In this order: a local folder; the hub, if it can be reached or already has the model in its cache; the copy that
+    comes with the project. `weights=False` is enough for the tokenizer.
+    """
+    folder = Path(model.name).expanduser()
+    if folder.is_dir():
+        return str(folder), f"local folder {folder.resolve()}"
+    if model.name != embedded.TINY_RANDOM and (_in_hub_cache(model) or hub_reachable()):
+        return model.name, f"hub {model.name}" + (f" at {model.revision}" if model.revision else "")
+    local = embedded.local_model(model.name, weights)
+    if local is None:
+        return model.name, f"hub {model.name}"  # loading it raises, with the reason
+    return str(local), f"embedded {local.name}"
+
+
+def load_tokenizer(model: ModelSettings) -> tuple[Any, set[int]]:
+    """The tokenizer with a padding token that is not its EOS, and the ids that end an answer.
+
+    Raises Refusal if it cannot be reached, has no EOS, or gives no character offsets.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    where, _ = locate(model, weights=False)
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    except OSError as error:
+        raise _load_failed(model, error) from error
+    if not tokenizer.is_fast:
+        raise refuse(f"model.name={model.name}", "Its tokenizer is a slow one, which cannot say which token stands where.")
+    if model.chat_template:
+        tokenizer.chat_template = _read_chat_template(model.chat_template)
+    if tokenizer.eos_token_id is None:
+        raise refuse(f"model.name={model.name}", "Its tokenizer has no end-of-text token, so the model could never stop.")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        known = tokenizer.get_vocab()
+        tokenizer.pad_token = next((t for t in UNUSED_TOKENS if t in known and t != tokenizer.eos_token), tokenizer.eos_token)
+    tokenizer.padding_side = "right"
+    stop_ids = {tokenizer.eos_token_id}
+    try:
+        eos = GenerationConfig.from_pretrained(where, revision=model.revision).eos_token_id
+        stop_ids |= set(eos if isinstance(eos, list) else [eos]) - {None}
+    except OSError:
+        pass  # a model without generation settings stops at its tokenizer's EOS
+    return tokenizer, stop_ids
+
+
+def load_model(settings: Settings, backend: str) -> tuple[Any, str]:
+    """The model in memory, on the GPU where there is one, and the source of its weights for the record."""
+    model = settings.model
+    where, source = locate(model)
+    try:
+        loaded = _load_unsloth(settings, where) if backend == "unsloth" else _load_transformers(settings, where)
+    except OSError as error:
+        raise _load_failed(model, error) from error
+    commit = getattr(loaded.config, "_commit_hash", None)
+    return loaded, f"{source} at {commit}" if commit and source.startswith("hub") else source
+
+
+def uses_checkpointing(settings: Settings) -> bool:
+    """Whether activations are recomputed: as set, or only where a GPU's memory is the limit."""
+    import torch
+
+    wanted = settings.trainer.gradient_checkpointing
+    return torch.cuda.is_available() if wanted is None else wanted
+
+
+def torch_dtype(model: ModelSettings) -> Any:
+    """The torch type that `model.dtype` comes to on this machine."""
+    import torch
+
+    if model.dtype != Dtype.auto:
+        return getattr(torch, model.dtype.value)
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _load_unsloth(settings: Settings, where: str) -> Any:
+    from unsloth import FastLanguageModel
+
+    model = settings.model
+    attention = {} if model.attn_implementation == Attention.auto else {"attn_implementation": model.attn_implementation.value}
+    loaded, _ = FastLanguageModel.from_pretrained(
+        model_name=where,
+        revision=model.revision,
+        max_seq_length=model.max_seq_length,
+        dtype=torch_dtype(model),
+        load_in_4bit=model.load_in_4bit,
+        load_in_8bit=model.load_in_8bit,
+        full_finetuning=not settings.lora.enabled,
+        trust_remote_code=model.trust_remote_code,
+        use_gradient_checkpointing="unsloth" if uses_checkpointing(settings) else False,
+        **attention,
+    )
+    return loaded
+
+
+def _load_transformers(settings: Settings, where: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    model = settings.model
+    options: dict[str, Any] = {"dtype": torch_dtype(model), "revision": model.revision}
+    if model.attn_implementation != Attention.auto:
+        options["attn_implementation"] = model.attn_implementation.value
+    if model.load_in_4bit and "bnb-4bit" not in where:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch_dtype(model),
+        )
+    if model.load_in_8bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if torch.cuda.is_available():
+        options["device_map"] = {"": 0}
+    return AutoModelForCausalLM.from_pretrained(where, trust_remote_code=model.trust_remote_code, **options)
+
+
+def _read_chat_template(value: str) -> str:
+    if value == "chatml":
+        return CHATML
+    if "{" in value:
+        return value
+    path = Path(value).expanduser()
+    if not path.is_file():
+        raise refuse(
+            f"model.chat_template={value}", "Neither chatml, nor Jinja text, nor a file.", "model.chat_template=chatml"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _load_failed(model: ModelSettings, error: OSError):
+    text = str(error)
+    what = f"model.name={model.name}"
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        fix = f"accept its licence at https://huggingface.co/{model.name}, then: hf auth login   or set HF_TOKEN"
+        return refuse(what, "The model is gated or private, and this machine has no access to it.", fix)
+    if hub_reachable() and ("not a valid model" in text or "404" in text or "Repository Not Found" in text):
+        return refuse(what, "The hub has no such model.", "check the owner and the name at https://huggingface.co/models")
+    return hub_unreachable(what, error, "model.name=/path/to/the/model")
+
+
+def _in_hub_cache(model: ModelSettings) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model.name, "config.json", revision=model.revision or "main"), str)
+
+
+def hub_reachable(timeout: float = 3.0) -> bool:
+    """Whether the hub (or the mirror in HF_ENDPOINT) accepts a connection within `timeout` seconds."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return False
+    url = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        with socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,274 @@
+"""A run from its settings to its report, in the order it happens."""
+
+import logging
+import math
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from sft import data, lora, models, runtime, samples
+from sft import trainer as training
+from sft.command_line import to_settings
+from sft.errors import Problem, Refusal
+from sft.preflight import write_preflight
+from sft.report import write_report
+from sft.settings import Settings
+from sft.tracking import Tracking
+from sft.validate import check_settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunResult:
+    """How a run ended."""
+
+    status: str
+    """`finished`, `stopped` (on request, state saved), `failed` or `refused`."""
+    exit_code: int
+    """0 finished, 1 failed, 2 refused before training, 130 interrupted."""
+    folder: Path
+    eval_loss: float | None = None
+    """Held-out loss of the weights that were kept."""
+
+
+@dataclass
+class Context:
+    """What the command line adds to the settings, for the record."""
+
+    name: str = "run"
+    command: str = ""
+    overrides: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+
+
+def run_job(config: DictConfig) -> RunResult:
+    """Run one Hydra job and turn every ending into a result.
+
+    Nothing is raised: in a sweep Hydra would keep the exception, and with it the model, until the last job is done.
+    """
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    sweeping = hydra.mode == RunMode.MULTIRUN
+    overrides = tuple(hydra.overrides.task)
+    choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra") and v not in (None, "none")}
+    context = Context(_run_name(choices, overrides), _command(), overrides, tuple(choices.values()))
+    try:
+        settings = to_settings(config)
+        problems = check_settings(settings)
+        if problems:
+            raise Refusal(problems)
+        return run(settings, folder, context)
+    except Refusal as refusal:
+        print(refusal, file=sys.stderr, flush=True)
+        if sweeping:
+            runtime.RunRecord(folder, name=context.name, overrides=list(overrides)).close("failed", _reason(refusal))
+        else:
+            _remove_unused(folder)
+        return RunResult("refused", 2, folder)
+    except KeyboardInterrupt:
+        if sweeping:
+            raise
+        return RunResult("stopped", 130, folder)
+    finally:
+        runtime.release_memory()
+
+
+def run(settings: Settings, folder: Path, context: Context | None = None) -> RunResult:
+    """Train `settings` into `folder`. Raises Refusal before training; every later failure is recorded and returned."""
+    context = context or Context()
+    runtime.prepare_environment()
+    stop = runtime.StopRequest()
+    with stop.listening():
+        log.info("Run    %s", os.path.relpath(folder))
+        backend = models.import_backend(settings)
+        runtime.quiet_libraries()
+        runtime.seed_everything(settings.seed)
+        tokenizer, stop_ids = models.load_tokenizer(settings.model)
+        prepared = data.prepare(settings, tokenizer, stop_ids)
+        preflight = write_preflight(folder, prepared.facts, settings)
+        record = _start_record(settings, folder, context, preflight)
+        tracking = Tracking()
+        recorder = training.Recorder(folder, tracking)
+        try:
+            status, reason = _train(settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop)
+        except Refusal:
+            tracking.finish("failed", {})
+            record.path.unlink()
+            raise
+        except KeyboardInterrupt as interrupt:
+            status, reason = "stopped", f"{interrupt or 'interrupted'}, before the first checkpoint could be saved"
+        except Exception as error:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
+            status, reason = "failed", _reason(error)
+            record.facts["error"] = {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+            log.error("Failed: %s", reason)
+            logging.getLogger("sft.traceback").debug(traceback.format_exc())
+            (folder / "train.log").open("a", encoding="utf-8").write(traceback.format_exc())
+        metrics = recorder.final
+        tracking.finish(status, metrics)
+        record.update(metrics=metrics, tracking=tracking.facts)
+        return _finish(settings, folder, record, status, reason, metrics, stop)
+
+
+def _start_record(settings: Settings, folder: Path, context: Context, preflight: dict) -> runtime.RunRecord:
+    rows = preflight["rows"]
+    return runtime.RunRecord(
+        folder,
+        name=context.name,
+        command=context.command,
+        overrides=list(context.overrides),
+        config_hash=runtime.config_hash(settings),
+        seed=settings.seed,
+        settings=runtime.jsonable(settings),
+        differs_from_defaults=runtime.differs_from(settings, Settings()),
+        data={
+            "source": preflight["source"],
+            "hash": preflight["data_hash"],
+            "train_rows": rows["train"],
+            "eval_rows": rows.get("eval", 0),
+            "train_tokens": preflight["train_tokens"],
+            "eval_tokens": preflight.get("eval_tokens", 0),
+        },
+        **runtime.environment(),
+    )
+
+
+def _train(settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop) -> tuple[str, str | None]:
+    """Load, attach, sample, train, sample, save: (status, reason)."""
+    tracking = recorder.tracking
+    with record.timed("load"):
+        model, source = models.load_model(settings, backend)
+        model = lora.attach(model, settings, backend)
+    total, trained = lora.count_parameters(model)
+    facts = {
+        "name": settings.model.name,
+        "source": source,
+        "backend": backend,
+        "dtype": str(models.torch_dtype(settings.model)),
+    }
+    record.update(model={**facts, "parameters": total, "trainable_parameters": trained})
+    log.info("Model  %s through %s: %s of %s parameters trained", source, backend, f"{trained:,}", f"{total:,}")
+    tracking.start(settings, folder, context.name, [*context.tags, backend])
+    record.update(tracking=tracking.facts)
+
+    prompts = samples.choose_prompts(prepared, settings, tokenizer)
+
+    def take_samples(step: int) -> None:
+        if not prompts:
+            return
+        lines = samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend)
+        for line in lines:
+            runtime.append_jsonl(folder / "samples.jsonl", line)
+        share = samples.eos_share(lines)
+        recorder.final.setdefault("eos_share_start", share)
+        recorder.final["eos_share"] = share
+        recorder.add({"step": step, "eos_share": share})
+        tracking.samples(lines)
+
+    trainer = training.build_trainer(model, tokenizer, prepared, settings, folder, recorder, take_samples, stop)
+    take_samples(0)
+    stop.training = True
+    with record.timed("train"):
+        trainer.train()
+    stop.training = False
+    _keep_best(trainer, recorder)
+    if not stop.signal:
+        take_samples(trainer.state.global_step)
+    name = save_weights(model, tokenizer, settings, folder)
+    record.update(artifacts={name: name})
+    if stop.signal:
+        return "stopped", f"{stop.signal} at step {trainer.state.global_step}"
+    if trainer.state.global_step < trainer.state.max_steps:
+        return "finished", f"stopped early at step {trainer.state.global_step}: the held-out loss no longer fell"
+    return "finished", None
+
+
+def _keep_best(trainer, recorder) -> None:
+    """Note which weights are kept: the best evaluation's where they were loaded back, else the last."""
+    state, final = trainer.state, recorder.final
+    if state.best_metric is not None:
+        final["best_eval_loss"], final["best_step"] = state.best_metric, state.best_global_step
+        if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+            final["eval_loss"] = state.best_metric
+            final["kept_step"] = state.best_global_step
+            return
+    final["kept_step"] = state.global_step
+
+
+def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path) -> str:
+    """Save the adapter to adapter/ (the whole model to model/ without one), complete or not at all; returns the name."""
+    name = "adapter" if settings.lora.enabled else "model"
+    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
+    try:
+        embeds = {"embed_tokens", "lm_head"} & {*settings.lora.modules_to_save, *settings.lora.target_modules}
+        options = {"save_embedding_layers": bool(embeds)} if settings.lora.enabled else {}
+        model.save_pretrained(str(work), **options)
+        tokenizer.save_pretrained(work)
+        work.chmod(0o755)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        work.rename(folder / name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return name
+
+
+def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResult:
+    """Write the report, then the final status, last of all; say how it went."""
+    code = {"finished": 0, "failed": 1, "stopped": 130 if stop.signal else 0}[status]
+    record.facts["status"], record.facts["reason"] = status, reason
+    artifacts = {**record.facts.get("artifacts", {}), "report": "report.html"}
+    try:
+        runtime.write_json(record.path, {**record.facts, "artifacts": artifacts, "ended_at": runtime.now()})
+        write_report(folder)
+    except Exception as error:  # a report that cannot be drawn must not turn a good run into a failed one
+        log.warning("The report could not be written: %s", error)
+        artifacts.pop("report", None)
+    record.close(status, reason, artifacts=artifacts)
+    eval_loss = metrics.get("eval_loss")
+    start = metrics.get("eval_loss_start")
+    if eval_loss is not None and start is not None:
+        log.info("Done   %s: held-out loss %.4f -> %.4f", status, start, eval_loss)
+    else:
+        log.info("Done   %s%s", status, f": {reason}" if reason else "")
+    for name, place in artifacts.items():
+        log.info("       %-8s %s", name, os.path.relpath(folder / place))
+    good = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
+    return RunResult(status, code, folder, good)
+
+
+def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:
+    words = [choices.get("model", ""), choices.get("dataset", "")]
+    words += [o.split(".", 1)[1] for o in overrides if o.startswith(("lora.", "trainer.")) and "=" in o]
+    return "_".join(w for w in words if w)[:100]
+
+
+def _command() -> str:
+    import shlex
+
+    return "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, Refusal):
+        return "; ".join(f"{p.what}: {p.why}" for p in error.problems)
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove a run folder in which nothing happened: only Hydra's copy of the config, the log and the data's facts."""
+    ours = {".hydra", "train.log", "preflight.json"}
+    if folder.is_dir() and {p.name for p in folder.iterdir()} <= ours:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+__all__ = ["Context", "Problem", "RunResult", "run", "run_job", "save_weights"]

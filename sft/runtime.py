@@ -1,0 +1,267 @@
+"""Around a run: quiet environment, seeds, the record in run.json, interruption, memory and where it ran."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sft.embedded import cache_dir
+from sft.settings import Settings
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "unsloth", "unsloth_zoo",
+            "bitsandbytes", "hydra-core", "omegaconf", "wandb", "huggingface_hub")  # fmt: skip
+
+
+class ConsoleHandler(logging.StreamHandler):
+    """Writes to stderr through tqdm, so that a line does not tear the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        with contextlib.suppress(ValueError, OSError):  # a closed terminal must not end a run
+            tqdm.write(mark + self.format(record), file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------ before the imports
+
+
+def prepare_environment() -> None:
+    """Set what the libraries read when they are imported: no telemetry, no caches in the working folder.
+
+    A value that the user has set stays.
+    """
+    cache = cache_dir()
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "WANDB_ERROR_REPORTING": "false",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "UNSLOTH_COMPILE_LOCATION": str(cache / "unsloth_compiled"),
+        "TOKENIZERS_PARALLELISM": "false",  # tokenising happens before anything forks
+        "TRANSFORMERS_VERBOSITY": "error",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and info lines out of the run's output. Call after importing the backend."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("datasets", "trl", "peft", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+# ------------------------------------------------------------------------------------------------- the record
+
+
+class RunRecord:
+    """The facts of a run, rewritten atomically to run.json at each `update`."""
+
+    def __init__(self, folder: Path, **facts: Any):
+        self.path = folder / "run.json"
+        self.facts: dict[str, Any] = {"status": "running", "reason": None, **facts}
+        self._started = time.monotonic()
+        self.update(started_at=now(), ended_at=None)
+
+    def update(self, **facts: Any) -> None:
+        """Add or replace facts and write the file."""
+        self.facts |= facts
+        write_json(self.path, self.facts)
+
+    def close(self, status: str, reason: str | None = None, **facts: Any) -> None:
+        """Write the final status, last of all that the run writes."""
+        seconds = {**self.facts.get("seconds", {}), "total": round(time.monotonic() - self._started, 2)}
+        self.update(**facts, seconds=seconds, ended_at=now(), reason=reason, status=status)
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Record how many seconds a part of the run took."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.facts.setdefault("seconds", {})[part] = round(time.monotonic() - start, 2)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file is the old one or the whole new one, also after a power cut."""
+    text = json.dumps(jsonable(content), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def append_jsonl(path: Path, entry: dict[str, Any]) -> None:
+    """Add one line to a JSON-lines file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(jsonable(entry), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON values: enums by their value, paths as text, numbers that JSON lacks as null."""
+    if is_dataclass(value):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+def now() -> str:
+    """The time now, UTC, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def config_hash(settings: Settings) -> str:
+    """Hash of the resolved settings that shape the result: all but where it is tracked."""
+    shaping = {k: v for k, v in jsonable(settings).items() if k != "tracking"}
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differs_from(settings: Any, defaults: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Settings whose value is not the default: {"lora.r": {"default": 16, "value": 8}}."""
+    found = {}
+    for field in fields(settings):
+        value, default = getattr(settings, field.name), getattr(defaults, field.name)
+        if is_dataclass(value):
+            found |= differs_from(value, default, f"{prefix}{field.name}.")
+        elif value != default:
+            found[prefix + field.name] = {"default": jsonable(default), "value": jsonable(value)}
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and commit of this machine, for the record. Call after torch is imported."""
+    import psutil
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    hardware = {
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu_memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+        if torch.cuda.is_available()
+        else None,
+        "platform": platform.platform(),
+    }
+    return {"versions": versions, "hardware": hardware, "git_commit": _git_commit()}
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout this code runs from, with `+` where it was changed since; None outside a checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") if commit.returncode == 0 else None
+
+
+# --------------------------------------------------------------------------------------- seeds, memory, signals
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def peak_memory_gib() -> float:
+    """Most memory the run has held so far in GiB: of the GPU as torch reserved it, else of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_reserved() / 2**30, 3)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2**30 if sys.platform == "darwin" else peak / 2**20, 3)
+
+
+def release_memory() -> None:
+    """Give back what a finished job no longer needs, so that the next one in this process has it."""
+    import gc
+
+    gc.collect()
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM: while training, the first one asks for a clean stop after the step; else they interrupt."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self.training = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Handle both signals inside the block and restore what handled them before."""
+        before = {}
+        with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us handles signals
+            before = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        first = self.signal is None
+        self.signal = signal.Signals(number).name
+        if not (first and self.training):
+            raise KeyboardInterrupt(self.signal)
+        log.warning("%s: stopping after this step and saving; once more stops at once.", self.signal)

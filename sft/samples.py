@@ -1,0 +1,103 @@
+"""Answers to fixed prompts, generated greedily, so that what the model learns can be read and not only plotted."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sft.data import Prepared
+from sft.render import prompt_ids
+from sft.settings import Settings, Shape
+
+
+@dataclass
+class Prompt:
+    """One fixed prompt."""
+
+    index: int
+    source: str
+    """`held_out`, `train` (where nothing is held out) or `config`."""
+    input_ids: list[int]
+    question: str
+    reference: str | None
+
+
+def choose_prompts(data: Prepared, settings: Settings, tokenizer) -> list[Prompt]:
+    """The first held-out rows up to their last answer, then the questions of `samples.prompts`."""
+    prompts = []
+    rows, source = (data.eval, "held_out") if data.eval is not None else (data.train, "train")
+    for row in rows.select(range(min(settings.samples.num_held_out, len(rows)))):
+        # A text without a question is continued from its first half.
+        length = row["prompt_length"] if row["question"] else max(1, len(row["input_ids"]) // 2)
+        prompts.append(Prompt(len(prompts), source, row["input_ids"][:length], row["question"], row["reference"]))
+    for question in settings.samples.prompts:
+        ids = prompt_ids(question, settings, Shape(data.facts["shape"]), tokenizer)
+        prompts.append(Prompt(len(prompts), "config", ids, question, None))
+    return prompts
+
+
+def generate(
+    model, tokenizer, prompts: list[Prompt], settings: Settings, stop_ids: set[int], step: int, backend: str
+) -> list[dict]:
+    """One greedy answer a prompt, as the lines of samples.jsonl. Leaves weights, mode and random state as they were.
+
+    Prompts go one by one: padding would change the numbers, and an export is compared with these answers.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=settings.samples.max_new_tokens,
+        eos_token_id=sorted(stop_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        use_cache=True,
+    )
+    lines = []
+    with _answering(model, settings, backend):
+        for prompt in prompts:
+            ids = torch.tensor([prompt.input_ids], device=model.device)
+            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            answer = output[0, ids.shape[1] :].tolist()
+            lines.append(
+                {
+                    "step": step,
+                    "index": prompt.index,
+                    "source": prompt.source,
+                    "prompt": tokenizer.decode(prompt.input_ids),
+                    "question": prompt.question,
+                    "reference": prompt.reference,
+                    "completion": tokenizer.decode(answer),
+                    "finish": "eos" if answer and answer[-1] in stop_ids else "length",
+                }
+            )
+    return lines
+
+
+def eos_share(lines: list[dict]) -> float | None:
+    """Share of the answers that ended with an end mark and not at `samples.max_new_tokens`."""
+    return round(sum(line["finish"] == "eos" for line in lines) / len(lines), 4) if lines else None
+
+
+@contextlib.contextmanager
+def _answering(model: Any, settings: Settings, backend: str) -> Iterator[None]:
+    """Inference mode inside the block; afterwards the mode and the random state are what they were before."""
+    import torch
+
+    from sft.models import uses_checkpointing
+
+    was_training = model.training
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        if backend == "unsloth":
+            from unsloth import FastLanguageModel
+
+            FastLanguageModel.for_inference(model)
+        model.eval()
+        try:
+            yield
+        finally:
+            if backend == "unsloth":
+                FastLanguageModel.for_training(model, use_gradient_checkpointing=uses_checkpointing(settings))
+            model.train(was_training)

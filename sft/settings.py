@@ -1,0 +1,351 @@
+"""Every setting of a run: its name, type, default and meaning. Imports nothing heavy.
+
+The docstring under a field is its only documentation: `docs/settings.md` is generated from here by
+`python scripts/settings_table.py`. Names are upstream's own (PEFT, TRL, transformers) wherever upstream has one.
+"""
+
+import ast
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+
+class Backend(Enum):
+    """Which library loads and patches the model."""
+
+    auto = "auto"
+    unsloth = "unsloth"
+    transformers = "transformers"
+
+
+class Dtype(Enum):
+    """Number format of the weights that are not quantised."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Attention(Enum):
+    """Attention kernel, under transformers' names."""
+
+    auto = "auto"
+    eager = "eager"
+    sdpa = "sdpa"
+    flash_attention_2 = "flash_attention_2"
+
+
+class Shape(Enum):
+    """How a row of the data is laid out."""
+
+    auto = "auto"
+    instruction = "instruction"
+    prompt_completion = "prompt_completion"
+    conversations = "conversations"
+    messages = "messages"
+    text = "text"
+
+
+class LossOn(Enum):
+    """Which tokens are trained on."""
+
+    answer = "answer"
+    all = "all"
+
+
+class Overlong(Enum):
+    """What happens to a row that is longer than `model.max_seq_length`."""
+
+    error = "error"
+    drop = "drop"
+    truncate = "truncate"
+
+
+class Bias(Enum):
+    """Which bias terms LoRA trains, under PEFT's names."""
+
+    none = "none"
+    all = "all"
+    lora_only = "lora_only"
+
+
+class Tracker(Enum):
+    """Where curves and samples go besides the run folder."""
+
+    wandb = "wandb"
+    none = "none"
+
+
+class TrackingMode(Enum):
+    """How W&B is reached."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+
+
+@dataclass
+class ModelSettings:
+    """The model that is fine-tuned, and how it is loaded."""
+
+    name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Hub id or local folder of the model."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; null takes the newest and records its commit in `run.json`."""
+    backend: Backend = Backend.auto
+    """`unsloth`, `transformers`, or `auto`: Unsloth where a GPU and the package are there."""
+    max_seq_length: int = 2048
+    """Longest row in tokens. Longer ones follow `dataset.overlong`; nothing is cut in silence."""
+    dtype: Dtype = Dtype.auto
+    """Weights' number format. `auto`: bfloat16 on a GPU that has it, else float16; float32 on the CPU."""
+    load_in_4bit: bool = False
+    """Load the frozen weights as 4-bit nf4 (QLoRA): a quarter of the memory, slower. Needs a GPU."""
+    load_in_8bit: bool = False
+    """Load the frozen weights as 8-bit integers. Needs a GPU."""
+    chat_template: str | None = None
+    """Replaces the tokenizer's chat template: `chatml`, a file with Jinja text, or the Jinja text itself."""
+    attn_implementation: Attention = Attention.auto
+    """Attention kernel; `auto` leaves the choice to the backend."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for repositories you have read."""
+
+
+@dataclass
+class ColumnSettings:
+    """Which column of the data plays which role. null leaves the role blank."""
+
+    instruction: str | None = "instruction"
+    """The task or question."""
+    input: str | None = "input"
+    """Further context for the instruction; may be missing from the data."""
+    output: str | None = "output"
+    """The answer to learn, for the instruction shape."""
+    prompt: str | None = "prompt"
+    """The prompt, for the prompt/completion shape."""
+    completion: str | None = "completion"
+    """The answer to learn, for the prompt/completion shape."""
+    conversations: str | None = "conversations"
+    """ShareGPT turns: a list of `from` and `value`."""
+    messages: str | None = "messages"
+    """OpenAI turns: a list of `role` and `content`."""
+    text: str | None = "text"
+    """A whole text, trained on as it stands."""
+    system: str | None = "system"
+    """A system prompt of the row's own; may be missing from the data."""
+
+
+@dataclass
+class DatasetSettings:
+    """The data, how a row becomes text, and which tokens are trained on."""
+
+    name: str | None = "twists"
+    """Hub id of the data set, or `twists`, the set that ships with the project."""
+    config_name: str | None = None
+    """Configuration (subset) of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; pin one to make a run repeatable."""
+    split: str = "train"
+    """Split of a hub data set to train on."""
+    path: str | None = None
+    """A local json, jsonl, csv or parquet file, used in place of `dataset.name`."""
+    shape: Shape = Shape.auto
+    """How a row is laid out; `auto` goes by the columns and says what it found."""
+    columns: ColumnSettings = field(default_factory=ColumnSettings)
+    """Which column plays which role."""
+    template: str = "auto"
+    """`chat` (the tokenizer's chat template), `alpaca`, `plain`, or a text with `{instruction}`, `{input}`,
+    `{output}` and other columns in braces. `auto`: the chat template where the tokenizer has one, else `alpaca`."""
+    system_prompt: str | None = None
+    """System prompt for rows that bring none."""
+    loss_on: LossOn = LossOn.answer
+    """Train on the `answer` (every assistant turn and its end mark) or on `all` of the text."""
+    keep: dict[str, str] = field(default_factory=dict)
+    """Keep only rows whose column matches the regular expression: `dataset.keep={output: ".{20,}"}`."""
+    drop: dict[str, str] = field(default_factory=dict)
+    """Drop rows whose column matches the regular expression: `dataset.drop={output: "(?i)as an ai"}`."""
+    shuffle: bool = True
+    """Shuffle the rows (by `seed`) before `max_rows` and the held-out rows are taken."""
+    max_rows: int | None = None
+    """Use at most this many rows, held-out rows included."""
+    eval_fraction: float = 0.1
+    """Share of the rows held out for the evaluation loss; 0 holds none out."""
+    eval_split: str | None = None
+    """Split of a hub data set to evaluate on, in place of `eval_fraction`."""
+    max_eval_rows: int | None = 200
+    """Evaluate on at most this many held-out rows. Under `eval_fraction` the rest of them are trained on."""
+    overlong: Overlong = Overlong.error
+    """Rows over `model.max_seq_length`: `error` refuses and counts them, `drop` leaves them out, `truncate` cuts
+    their end, which loses the answer's end mark."""
+
+
+@dataclass
+class LoraSettings:
+    """The adapter, under PEFT's names."""
+
+    enabled: bool = True
+    """false trains every weight of the model (full fine-tuning)."""
+    r: int = 16
+    """Rank of the adapter's matrices."""
+    lora_alpha: float = 16
+    """Scale: the update is multiplied by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapter, 0 to 1. Unsloth is faster at 0."""
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Names of the linear layers that get an adapter; `[all-linear]` for every one of them."""
+    bias: Bias = Bias.none
+    """Which bias terms are trained."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)."""
+    use_dora: bool = False
+    """Train the weights' magnitude apart from their direction (DoRA): slower, sometimes better at low rank."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules trained in full beside the adapter, such as `[embed_tokens, lm_head]`."""
+
+
+@dataclass
+class TrainerSettings:
+    """How the model is trained, under TRL's and transformers' names."""
+
+    num_train_epochs: float = 1.0
+    """Passes over the training rows."""
+    max_steps: int = -1
+    """Stop after this many optimiser steps; above 0 it replaces `num_train_epochs`."""
+    per_device_train_batch_size: int = 2
+    """Rows in one forward pass."""
+    gradient_accumulation_steps: int = 4
+    """Forward passes in one optimiser step."""
+    per_device_eval_batch_size: int = 4
+    """Rows in one forward pass of the evaluation."""
+    learning_rate: float = 2e-4
+    """Peak learning rate. LoRA usually wants 1e-4 to 1e-3; 3e-3 mostly diverges."""
+    lr_scheduler_type: str = "linear"
+    """Schedule after the warm-up: linear, cosine, constant_with_warmup ..."""
+    warmup_steps: float = 5
+    """Steps of rising learning rate; below 1 a share of all steps."""
+    optim: str = "adamw_torch"
+    """Optimiser. adamw_8bit saves memory and needs a GPU."""
+    weight_decay: float = 0.01
+    """Decay of the trained weights a step."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations to save memory, at about a third more time. null: on with a GPU, off on the CPU."""
+    logging_steps: int = 1
+    """Write a line of metrics every so many steps."""
+    eval_steps: float = 0.25
+    """Evaluate every so many steps; below 1 a share of all steps. Always before the first and after the last step."""
+    save_steps: float = 0.25
+    """Save a checkpoint every so many steps; below 1 a share of all steps."""
+    save_total_limit: int = 2
+    """Keep at most this many checkpoints, the best one among them."""
+    load_best_model_at_end: bool = True
+    """Keep the weights with the lowest evaluation loss, not the last ones. Has no effect without held-out rows."""
+    early_stopping_patience: int | None = None
+    """Stop when the evaluation loss did not fall in this many evaluations; null never stops early."""
+    early_stopping_threshold: float = 0.0
+    """A fall smaller than this does not count as one."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Anything else TRL's SFTConfig takes: `trainer.extra.neftune_noise_alpha=5`. Names are checked before the start."""
+
+
+@dataclass
+class SamplesSettings:
+    """Answers generated greedily from fixed prompts while the model learns."""
+
+    num_held_out: int = 4
+    """How many prompts to take from the held-out rows (from the training rows where none are held out)."""
+    prompts: list[str] = field(default_factory=list)
+    """Questions of your own, put through the data's template."""
+    every_steps: float = 0.5
+    """Generate every so many steps; below 1 a share of all steps. Always before the first and after the last step."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens."""
+
+
+@dataclass
+class ExportSettings:
+    """What is made of the adapter after training. Nothing to set yet: the adapter itself is always saved."""
+
+
+@dataclass
+class TrackingSettings:
+    """Where the run is tracked besides its own folder."""
+
+    tracker: Tracker = Tracker.wandb
+    """`wandb`, or `none` for the run folder alone."""
+    mode: TrackingMode = TrackingMode.auto
+    """`auto`: online with an API key and a network, else offline with one line on how to sync."""
+    project: str = "sft"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; null is the account's default."""
+    name: str | None = None
+    """Name of the run; null makes one of the model, the data and what was overridden."""
+    tags: list[str] = field(default_factory=list)
+    """Tags beside the names of the chosen groups."""
+
+
+@dataclass
+class Settings:
+    """All settings of one run."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    dataset: DatasetSettings = field(default_factory=DatasetSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    samples: SamplesSettings = field(default_factory=SamplesSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    seed: int = 3407
+    """Seed of the shuffling, the adapter's start and dropout."""
+
+
+GROUPS = ("model", "dataset", "lora", "trainer", "export", "tracking", "experiment")
+
+
+def register() -> None:
+    """Store the schema for Hydra as `schema` and register the resolvers that the YAML files use. Safe to call twice."""
+    schema = OmegaConf.structured(Settings)
+    # Free-form mappings accept new keys without Hydra's `+`: `trainer.extra.neftune_noise_alpha=5`.
+    for node in (schema.trainer.extra, schema.dataset.keep, schema.dataset.drop):
+        OmegaConf.set_struct(node, False)
+    ConfigStore.instance().store("schema", schema)
+    OmegaConf.register_new_resolver("pick", _pick, replace=True)
+    OmegaConf.register_new_resolver("job_label", _job_label, replace=True)
+
+
+def _pick(condition: bool, if_true: Any, if_false: Any) -> Any:
+    """`${pick:${.load_in_4bit},a,b}`: a where the condition holds, else b."""
+    return if_true if condition else if_false
+
+
+def _job_label(overrides: list[str]) -> str:
+    """A few short `key=value` words for a sweep job's folder: no slashes or commas, at most 60 characters."""
+    words = []
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if "." in key or key == "seed":
+            words.append(f"{key.rsplit('.', 1)[-1]}={value}")
+    return re.sub(r"[^\w.=+-]+", "-", "_".join(words)).strip("-")[:60] or "job"
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a settings class, whitespace folded: {field name: text}."""
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+    docs, name = {}, None
+    for node in body:
+        if isinstance(node, ast.AnnAssign):
+            name = node.target.id
+        elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docs[name] = " ".join(str(node.value.value).split())
+            name = None
+    return docs

@@ -1,0 +1,237 @@
+"""TRL's SFTTrainer over our tokens, and the one callback that records, samples and stops."""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sft.data import Prepared
+from sft.models import torch_dtype, uses_checkpointing
+from sft.render import IGNORED
+from sft.runtime import StopRequest, append_jsonl, peak_memory_gib
+from sft.settings import Settings
+from sft.tracking import Tracking
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Keeps metrics.jsonl and the final numbers, and passes each line on to the tracker."""
+
+    def __init__(self, folder: Path, tracking: Tracking):
+        self.path, self.tracking = folder / "metrics.jsonl", tracking
+        self.final: dict[str, Any] = {}
+
+    def add(self, metrics: dict[str, Any]) -> None:
+        """Write one line of metrics."""
+        append_jsonl(self.path, metrics)
+        self.tracking.log(metrics)
+        self.final |= {k: v for k, v in metrics.items() if k in ("loss", "eval_loss", "tokens", "memory_gib")}
+        if "eval_loss" in metrics:
+            self.final.setdefault("eval_loss_start", metrics["eval_loss"])
+
+
+class Clock:
+    """Seconds spent in training steps, without evaluations, checkpoints and samples."""
+
+    def __init__(self) -> None:
+        self.seconds, self._since = 0.0, None
+
+    def start(self) -> None:
+        """Go on counting; nothing happens if it already counts."""
+        self._since = self._since or time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop counting until the next start. On a GPU it waits for the work that is still queued."""
+        if self._since is not None:
+            _wait_for_gpu()
+            self.seconds += time.perf_counter() - self._since
+            self._since = None
+
+
+def build_trainer(
+    model: Any,
+    tokenizer: Any,
+    data: Prepared,
+    settings: Settings,
+    folder: Path,
+    recorder: Recorder,
+    take_samples: Callable[[int], None],
+    stop: StopRequest,
+) -> Any:
+    """An SFTTrainer for `data`, which is already tokenised and masked.
+
+    `take_samples(step)` is called at the steps that `samples.every_steps` names, but not before the first and after the
+    last one: those belong to the caller, who knows which weights are kept.
+    """
+    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+    from trl import SFTTrainer
+
+    class Trainer(SFTTrainer):
+        """Counts the non-padding tokens it trains on; the count stays on the device until it is asked for."""
+
+        tokens_seen: Any = 0
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(settings, folder, has_eval=data.eval is not None),
+        train_dataset=_model_columns(data.train),
+        eval_dataset=_model_columns(data.eval) if data.eval is not None else None,
+        processing_class=tokenizer,
+        data_collator=Collator(tokenizer.pad_token_id),
+    )
+    for noisy in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(noisy)
+    trainer.add_callback(_run_callback(trainer, settings, recorder, take_samples, stop))
+    trainer.add_callback(_progress_bar())
+    patience = settings.trainer.early_stopping_patience
+    if patience:
+        trainer.add_callback(EarlyStoppingCallback(patience, settings.trainer.early_stopping_threshold))
+    return trainer
+
+
+def training_arguments(settings: Settings, folder: Path, has_eval: bool) -> Any:
+    """The SFTConfig of these settings; every value is plain, none is a config node."""
+    import torch
+    from trl import SFTConfig
+
+    t, gpu = settings.trainer, torch.cuda.is_available()
+    dtype = torch_dtype(settings.model)
+    keep_best = has_eval and (t.load_best_model_at_end or bool(t.early_stopping_patience))
+    return SFTConfig(
+        output_dir=str(folder / "checkpoints"),
+        seed=settings.seed,
+        num_train_epochs=t.num_train_epochs,
+        max_steps=t.max_steps,
+        per_device_train_batch_size=t.per_device_train_batch_size,
+        per_device_eval_batch_size=t.per_device_eval_batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        learning_rate=t.learning_rate,
+        lr_scheduler_type=t.lr_scheduler_type,
+        warmup_steps=t.warmup_steps,
+        optim=t.optim,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        logging_steps=t.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is not a number is shown, not smoothed away
+        eval_strategy="steps" if has_eval else "no",
+        eval_steps=t.eval_steps if has_eval else None,
+        eval_on_start=has_eval,
+        save_strategy="steps",
+        save_steps=t.save_steps,
+        save_total_limit=t.save_total_limit,
+        load_best_model_at_end=keep_best,
+        metric_for_best_model="eval_loss" if has_eval else None,
+        greater_is_better=False if has_eval else None,
+        gradient_checkpointing=uses_checkpointing(settings),
+        bf16=gpu and dtype == torch.bfloat16,
+        fp16=gpu and dtype == torch.float16,
+        use_cpu=not gpu,
+        dataloader_pin_memory=gpu,
+        max_length=settings.model.max_seq_length,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        report_to="none",
+        **t.extra,
+    )
+
+
+class Collator:
+    """Pads rows to the longest of the batch: ids with the padding token, labels with IGNORED, whatever the EOS is."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict]) -> dict[str, Any]:
+        """Rows of ids and labels as (rows, longest) tensors of int64."""
+        import torch
+
+        longest = max(len(row["input_ids"]) for row in rows)
+        batch = {"input_ids": [], "attention_mask": [], "labels": []}
+        for row in rows:
+            padding = longest - len(row["input_ids"])
+            batch["input_ids"].append([*row["input_ids"], *[self.pad_token_id] * padding])
+            batch["attention_mask"].append([1] * len(row["input_ids"]) + [0] * padding)
+            batch["labels"].append([*row["labels"], *[IGNORED] * padding])
+        return {key: torch.tensor(value) for key, value in batch.items()}
+
+
+def steps_between(every: float, total: int) -> int:
+    """A number of steps as transformers counts it: a share of all steps if below 1, rounded up."""
+    return math.ceil(total * every) if every < 1 else int(every)
+
+
+def _model_columns(dataset: Any) -> Any:
+    return dataset.select_columns(["input_ids", "labels"])
+
+
+def _run_callback(trainer, settings: Settings, recorder: Recorder, take_samples, stop: StopRequest) -> Any:
+    from transformers import TrainerCallback
+
+    clock = Clock()
+    last = {"tokens": 0, "seconds": 0.0}
+
+    class RunCallback(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            clock.start()
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            clock.stop()
+            line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+            line |= {k: logs[k] for k in ("loss", "eval_loss", "learning_rate", "grad_norm") if k in logs}
+            if "loss" in logs:
+                tokens, seconds = int(trainer.tokens_seen), clock.seconds
+                line["tokens"] = tokens
+                line["tokens_per_second"] = round((tokens - last["tokens"]) / max(seconds - last["seconds"], 1e-9), 1)
+                line["memory_gib"] = peak_memory_gib()
+                last.update(tokens=tokens, seconds=seconds)
+            if "eval_loss" in logs:
+                log.info("step %4d   held-out loss %.4f", state.global_step, logs["eval_loss"])
+            if "loss" in logs or "eval_loss" in logs:
+                recorder.add(line)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if stop.signal:
+                control.should_training_stop = control.should_save = True
+            if state.global_step >= state.max_steps and trainer.eval_dataset is not None:
+                control.should_evaluate = True
+            every = steps_between(settings.samples.every_steps, state.max_steps)
+            if state.global_step % every == 0 and state.global_step < state.max_steps and not stop.signal:
+                clock.stop()
+                take_samples(state.global_step)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            clock.stop()
+            recorder.final["steps"], recorder.final["epochs"] = state.global_step, round(state.epoch or 0.0, 4)
+            if clock.seconds:
+                recorder.final["tokens_per_second"] = round(int(trainer.tokens_seen) / clock.seconds, 1)
+
+    return RunCallback()
+
+
+def _progress_bar() -> Any:
+    from transformers import ProgressCallback
+
+    class ProgressBar(ProgressCallback):
+        """transformers' bar with the loss beside it, in place of a line of raw numbers a step."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if self.training_bar is not None and logs and "loss" in logs:
+                self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}")
+
+    return ProgressBar()
+
+
+def _wait_for_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()

@@ -1,0 +1,395 @@
+"""Rules between settings: everything that can be known to be wrong from the settings alone.
+
+Imports neither torch nor transformers nor Unsloth; names that upstream knows are read from upstream's source text.
+"""
+
+import ast
+import difflib
+import importlib.util
+import math
+import os
+import re
+import string
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from sft import settings as schema
+from sft.errors import Problem
+from sft.settings import Backend, Dtype, LoraSettings, Settings, TrackingMode
+
+TEXT_FORMATS = (".json", ".jsonl", ".csv", ".parquet")
+ANSWER_ROLES = ("output", "completion")
+
+# SFTConfig options that another setting of ours decides; two ways to set one thing would let one be ignored.
+DECIDED_ELSEWHERE = {
+    "output_dir": "hydra.run.dir",
+    "seed": "seed",
+    "data_seed": "seed",
+    "max_length": "model.max_seq_length",
+    "report_to": "tracking",
+    "run_name": "tracking.name",
+    "project": "tracking.project",
+    "assistant_only_loss": "dataset.loss_on",
+    "completion_only_loss": "dataset.loss_on",
+    "chat_template_path": "model.chat_template",
+    "dataset_text_field": "dataset.columns.text",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "trust_remote_code": "model.trust_remote_code",
+    "model_init_kwargs": "model",
+    "eval_on_start": "dataset.eval_fraction",
+    "do_eval": "dataset.eval_fraction",
+    "eval_strategy": "trainer.eval_steps",
+    "save_strategy": "trainer.save_steps",
+    "logging_strategy": "trainer.logging_steps",
+    "metric_for_best_model": "trainer.load_best_model_at_end",
+    "greater_is_better": "trainer.load_best_model_at_end",
+}
+# SFTConfig options that cannot act on rows which are tokenised and masked before TRL sees them.
+WITHOUT_EFFECT = {
+    "packing", "eval_packing", "packing_strategy", "padding_free", "dataset_kwargs", "dataset_num_proc", "truncation_mode",
+    "eos_token", "pad_token", "remove_unused_columns", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy",
+    "hub_private_repo", "hub_always_push", "hub_revision", "include_num_input_tokens_seen", "shuffle_dataset",
+}  # fmt: skip
+
+
+def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
+    """Every problem in the settings themselves; `hardware=False` leaves out what depends on this machine."""
+    problems = [
+        *_check_numbers(settings),
+        *_check_model(settings),
+        *_check_lora(settings),
+        *_check_dataset(settings),
+        *_check_trainer(settings),
+        *_check_extra(settings.trainer.extra),
+    ]
+    if hardware:
+        problems += _check_hardware(settings)
+    return problems
+
+
+def warnings_for(settings: Settings) -> list[str]:
+    """What works but is probably not meant: one sentence each, shown at the start and kept in preflight.json."""
+    found = []
+    trainer, dataset = settings.trainer, settings.dataset
+    if trainer.learning_rate >= 3e-3 and settings.lora.enabled:
+        found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high: LoRA runs at 3e-3 mostly diverge; try 2e-4.")
+    if not settings.lora.enabled and trainer.learning_rate > 5e-5:
+        found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high for full fine-tuning; try 2e-5.")
+    if trainer.max_steps > 0 and trainer.num_train_epochs != 1.0:
+        found.append("trainer.num_train_epochs is ignored: trainer.max_steps decides the length.")
+    if dataset.path and (dataset.revision or dataset.config_name):
+        found.append("dataset.revision and dataset.config_name are ignored: dataset.path is a local file.")
+    if not wants_evaluation(settings) and trainer.load_best_model_at_end:
+        found.append("Nothing is held out, so the last weights are kept, not the best (trainer.load_best_model_at_end).")
+    if Path(settings.model.name).expanduser().is_dir() and settings.model.revision:
+        found.append("model.revision is ignored: model.name is a local folder.")
+    return found
+
+
+def wants_evaluation(settings: Settings) -> bool:
+    """Whether rows are held out for the evaluation loss."""
+    return settings.dataset.eval_fraction > 0 or bool(settings.dataset.eval_split)
+
+
+def _check_numbers(settings: Settings) -> list[Problem]:
+    """Plain ranges: (key, holds, what is allowed)."""
+    m, d, lora, t, s = settings.model, settings.dataset, settings.lora, settings.trainer, settings.samples
+    rules = [
+        ("model.max_seq_length", m.max_seq_length >= 8, "at least 8 tokens"),
+        ("dataset.eval_fraction", 0 <= d.eval_fraction < 1, "at least 0 and below 1"),
+        ("dataset.max_rows", d.max_rows is None or d.max_rows >= 1, "at least 1, or null"),
+        ("dataset.max_eval_rows", d.max_eval_rows is None or d.max_eval_rows >= 1, "at least 1, or null"),
+        ("lora.r", lora.r >= 1 or not lora.enabled, "at least 1; lora=none trains without an adapter"),
+        ("lora.lora_alpha", lora.lora_alpha > 0, "above 0"),
+        ("lora.lora_dropout", 0 <= lora.lora_dropout < 1, "at least 0 and below 1"),
+        ("trainer.num_train_epochs", t.num_train_epochs > 0, "above 0"),
+        ("trainer.max_steps", t.max_steps >= 1 or t.max_steps == -1, "at least 1, or -1 for num_train_epochs to decide"),
+        ("trainer.per_device_train_batch_size", t.per_device_train_batch_size >= 1, "at least 1"),
+        ("trainer.per_device_eval_batch_size", t.per_device_eval_batch_size >= 1, "at least 1"),
+        ("trainer.gradient_accumulation_steps", t.gradient_accumulation_steps >= 1, "at least 1"),
+        ("trainer.learning_rate", t.learning_rate > 0 and math.isfinite(t.learning_rate), "above 0, such as 2e-4"),
+        ("trainer.warmup_steps", t.warmup_steps >= 0, "at least 0"),
+        ("trainer.weight_decay", t.weight_decay >= 0, "at least 0"),
+        ("trainer.max_grad_norm", t.max_grad_norm >= 0, "at least 0 (0 does not clip)"),
+        ("trainer.logging_steps", t.logging_steps >= 1, "at least 1"),
+        ("trainer.eval_steps", _is_step_count(t.eval_steps), "a whole number of steps, or a share between 0 and 1"),
+        ("trainer.save_steps", _is_step_count(t.save_steps), "a whole number of steps, or a share between 0 and 1"),
+        ("samples.every_steps", _is_step_count(s.every_steps), "a whole number of steps, or a share between 0 and 1"),
+        ("trainer.save_total_limit", t.save_total_limit >= 1, "at least 1"),
+        ("trainer.early_stopping_patience", t.early_stopping_patience is None or t.early_stopping_patience >= 1,
+         "at least 1, or null"),
+        ("samples.num_held_out", s.num_held_out >= 0, "at least 0"),
+        ("samples.max_new_tokens", s.max_new_tokens >= 1, "at least 1"),
+        ("seed", 0 <= settings.seed < 2**32, "between 0 and 4294967295"),
+    ]  # fmt: skip
+    return [Problem(f"{key}={_get(settings, key)}", f"It has to be {allowed}.") for key, holds, allowed in rules if not holds]
+
+
+def _is_step_count(value: float) -> bool:
+    return 0 < value < 1 or (value >= 1 and float(value).is_integer())
+
+
+def _check_model(settings: Settings) -> list[Problem]:
+    model, problems = settings.model, []
+    if model.load_in_4bit and model.load_in_8bit:
+        fix = "model.load_in_8bit=false   or   model.load_in_4bit=false"
+        problems.append(Problem("model.load_in_4bit=true model.load_in_8bit=true", "Weights are loaded one way only.", fix))
+    folder = Path(model.name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            inside = [p.name for p in sorted(folder.iterdir()) if (p / "config.json").is_file()]
+            why = "The folder holds no config.json, so it is not a saved model."
+            problems.append(Problem(f"model.name={model.name}", why, f"model.name={folder / inside[0]}" if inside else ""))
+    elif model.name != "tiny_random" and not re.fullmatch(r"[\w.-]+/[\w.-]+", model.name):
+        parent = folder.parent if folder.parent.is_dir() else Path(".")
+        close = difflib.get_close_matches(folder.name, [p.name for p in parent.iterdir() if p.is_dir()], 1)
+        why = "There is no such folder, and a hub id has the form owner/name."
+        problems.append(Problem(f"model.name={model.name}", why, f"model.name={parent / close[0]}" if close else ""))
+    return problems
+
+
+def _check_lora(settings: Settings) -> list[Problem]:
+    lora, problems = settings.lora, []
+    if lora.enabled:
+        if not lora.target_modules:
+            why = "An adapter needs at least one layer to sit on."
+            problems.append(Problem("lora.target_modules=[]", why, "lora.target_modules=[all-linear]"))
+        return problems
+    for name in [f.name for f in fields(LoraSettings) if f.name != "enabled"]:
+        if getattr(lora, name) != getattr(LoraSettings(), name):
+            value = _shown(getattr(lora, name))
+            problems.append(Problem(f"lora=none lora.{name}={value}", "Full fine-tuning has no adapter.", "lora=default"))
+    if settings.model.load_in_4bit or settings.model.load_in_8bit:
+        bits = "4bit" if settings.model.load_in_4bit else "8bit"
+        why = "Quantised weights cannot be trained themselves; they need an adapter."
+        fix = f"lora=default   or   model.load_in_{bits}=false"
+        problems.append(Problem(f"lora=none model.load_in_{bits}=true", why, fix))
+    return problems
+
+
+def _check_dataset(settings: Settings) -> list[Problem]:
+    data, problems = settings.dataset, []
+    if data.path:
+        problems += _check_path(data.path)
+        if data.eval_split:
+            fix = "dataset.eval_split=null dataset.eval_fraction=0.1"
+            problems.append(Problem(f"dataset.eval_split={data.eval_split}", "A local file has no splits.", fix))
+    elif not data.name:
+        why = "Neither a local file nor a hub data set is named."
+        problems.append(Problem("dataset.path=null dataset.name=null", why, "dataset.path=my_data.jsonl"))
+    if data.eval_split and data.eval_fraction > 0:
+        why = "The held-out rows come from one place only."
+        fix = "dataset.eval_fraction=0   or   dataset.eval_split=null"
+        problems.append(Problem(f"dataset.eval_split={data.eval_split} dataset.eval_fraction={data.eval_fraction}", why, fix))
+    problems += _check_template(data)
+    for group in ("keep", "drop"):
+        for column, pattern in getattr(data, group).items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problems.append(Problem(f"dataset.{group}.{column}={pattern}", f"Not a regular expression: {error}."))
+    return problems
+
+
+def _check_path(path_text: str) -> list[Problem]:
+    path = Path(path_text).expanduser()
+    if not path.exists():
+        folder = path.parent if path.parent.is_dir() else Path(".")
+        names = [p.name for p in folder.iterdir() if p.suffix.lower() in TEXT_FORMATS]
+        close = difflib.get_close_matches(path.name, names, 1)
+        fix = f"dataset.path={folder / close[0]}" if close else f"looked in {folder.resolve()}"
+        return [Problem(f"dataset.path={path_text}", "There is no such file.", fix)]
+    if path.is_dir():
+        return [Problem(f"dataset.path={path_text}", "This is a folder; a single file is read.")]
+    if path.suffix.lower() not in TEXT_FORMATS:
+        return [Problem(f"dataset.path={path_text}", f"The file's name has to end in {', '.join(TEXT_FORMATS)}.")]
+    if path.stat().st_size == 0:
+        return [Problem(f"dataset.path={path_text}", "The file is empty.")]
+    if not os.access(path, os.R_OK):
+        return [Problem(f"dataset.path={path_text}", "The file cannot be read by this user.")]
+    return []
+
+
+def _check_template(data) -> list[Problem]:
+    template = data.template
+    shown = template if len(template) < 60 else template[:57] + "..."
+    if template in ("auto", "chat", "alpaca", "plain"):
+        if template in ("alpaca", "plain") and data.system_prompt:
+            why = "The template has no place for a system prompt, so it would be ignored."
+            fix = "dataset.template=chat   or a template text with {system}"
+            return [Problem(f"dataset.template={template} dataset.system_prompt=...", why, fix)]
+        return []
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        return [Problem(f"dataset.template={shown}", f"The braces do not match: {error}.", "write a literal brace as {{ or }}")]
+    if not names:
+        close = difflib.get_close_matches(template, ["auto", "chat", "alpaca", "plain"], 1)
+        why = "Neither a known template (auto, chat, alpaca, plain) nor a text with {instruction} and {output} in it."
+        return [Problem(f"dataset.template={shown}", why, f"dataset.template={close[0]}" if close else "")]
+    problems = []
+    answers = [name for name in names if name in ANSWER_ROLES]
+    if len(answers) != 1:
+        why = f"The answer has to stand in it once, as {{output}} or {{completion}}; found {len(answers)} times."
+        problems.append(Problem(f"dataset.template={shown}", why))
+    if data.system_prompt and "system" not in names:
+        why = "The template has no {system}, so the system prompt would be ignored."
+        problems.append(Problem(f"dataset.template={shown} dataset.system_prompt=...", why))
+    return problems
+
+
+def _check_trainer(settings: Settings) -> list[Problem]:
+    trainer, problems = settings.trainer, []
+    if trainer.early_stopping_patience and not wants_evaluation(settings):
+        why = "Early stopping watches the evaluation loss, and no rows are held out."
+        fix = "dataset.eval_fraction=0.1   or   trainer.early_stopping_patience=null"
+        problems.append(Problem(f"trainer.early_stopping_patience={trainer.early_stopping_patience}", why, fix))
+    if trainer.early_stopping_threshold and not trainer.early_stopping_patience:
+        why = "Without a patience nothing stops early, so the threshold would be ignored."
+        problems.append(
+            Problem(
+                f"trainer.early_stopping_threshold={trainer.early_stopping_threshold}", why, "trainer.early_stopping_patience=3"
+            )
+        )
+    if trainer.load_best_model_at_end and wants_evaluation(settings):
+        every_eval, every_save = trainer.eval_steps, trainer.save_steps
+        same_kind = (every_eval < 1) == (every_save < 1)
+        ratio = every_save / every_eval
+        if not same_kind or abs(ratio - round(ratio)) > 1e-6 or ratio < 1 - 1e-6:
+            why = "To keep the best weights, every checkpoint has to fall on an evaluation."
+            fix = f"trainer.save_steps={_shown(every_eval)}   or   trainer.load_best_model_at_end=false"
+            problems.append(
+                Problem(f"trainer.eval_steps={_shown(every_eval)} trainer.save_steps={_shown(every_save)}", why, fix)
+            )
+    for key, enum, file in (
+        ("optim", "OptimizerNames", "training_args.py"),
+        ("lr_scheduler_type", "SchedulerType", "trainer_utils.py"),
+    ):
+        value = getattr(trainer, key)
+        known = _enum_values(file, enum)
+        if known and value not in known:
+            close = [k for k in known if k.startswith(value)] + difflib.get_close_matches(value, known, 1, 0.5)
+            fix = f"trainer.{key}={close[0]}" if close else ""
+            problems.append(Problem(f"trainer.{key}={value}", f"transformers knows: {', '.join(known)}.", fix))
+    return problems
+
+
+def _check_extra(extra: dict[str, Any]) -> list[Problem]:
+    problems = []
+    if not extra:
+        return problems
+    known = _sft_config_options()
+    ours = {f.name for f in fields(schema.TrainerSettings)}
+    for name, value in extra.items():
+        what = f"trainer.extra.{name}={value}"
+        if name in ours:
+            problems.append(Problem(what, "It has a setting of its own.", f"trainer.{name}={value}"))
+        elif name in DECIDED_ELSEWHERE:
+            problems.append(Problem(what, "Another setting decides this.", f"set {DECIDED_ELSEWHERE[name]} instead"))
+        elif name in WITHOUT_EFFECT:
+            problems.append(
+                Problem(what, "It would have no effect: rows are rendered, tokenised and masked before TRL sees them.")
+            )
+        elif known and name not in known:
+            close = difflib.get_close_matches(name, sorted(known), 1, 0.6)
+            why = "TRL's SFTConfig has no such option." + (f" Did you mean {close[0]}?" if close else "")
+            problems.append(Problem(what, why, f"trainer.extra.{close[0]}={value}" if close else ""))
+    return problems
+
+
+def _check_hardware(settings: Settings) -> list[Problem]:
+    model, problems = settings.model, []
+    gpu = gpu_present()
+    for bits in ("4bit", "8bit"):
+        if getattr(model, f"load_in_{bits}") and not gpu:
+            why = f"{bits[0]}-bit weights need an NVIDIA GPU, and none is found here."
+            problems.append(Problem(f"model.load_in_{bits}=true", why, f"model.load_in_{bits}=false"))
+    if not gpu and re.search(r"8bit|4bit|paged|bnb", settings.trainer.optim):
+        why = "This optimiser needs an NVIDIA GPU, and none is found here."
+        problems.append(Problem(f"trainer.optim={settings.trainer.optim}", why, "trainer.optim=adamw_torch"))
+    if not gpu and model.dtype == Dtype.float16:
+        why = "Training in float16 needs a GPU, and none is found here."
+        problems.append(Problem("model.dtype=float16", why, "model.dtype=auto"))
+    if model.attn_implementation.value == "flash_attention_2" and not (gpu and importlib.util.find_spec("flash_attn")):
+        why = "It needs a GPU and the package flash-attn." if not gpu else "The package flash-attn is not installed."
+        problems.append(Problem("model.attn_implementation=flash_attention_2", why, "model.attn_implementation=sdpa"))
+    if model.backend == Backend.unsloth and not importlib.util.find_spec("unsloth"):
+        why = "Unsloth is not installed."
+        problems.append(Problem("model.backend=unsloth", why, 'pip install -e ".[unsloth]"   or   model.backend=transformers'))
+    if settings.lora.use_dora and resolve_backend(settings) == "unsloth":
+        why = "Unsloth's adapters have no DoRA."
+        problems.append(Problem("lora.use_dora=true model.backend=unsloth", why, "model.backend=transformers"))
+    if settings.tracking.tracker == schema.Tracker.wandb and settings.tracking.mode == TrackingMode.online:
+        from sft.tracking import has_api_key
+
+        if not has_api_key():
+            fix = "wandb login   or   tracking.mode=offline"
+            problems.append(Problem("tracking.mode=online", "There is no W&B API key on this machine.", fix))
+    return problems
+
+
+def resolve_backend(settings: Settings) -> str:
+    """`unsloth` or `transformers`: what `model.backend` comes to on this machine."""
+    if settings.model.backend != Backend.auto:
+        return settings.model.backend.value
+    usable = gpu_present() and importlib.util.find_spec("unsloth") is not None and not settings.lora.use_dora
+    return "unsloth" if usable else "transformers"
+
+
+def gpu_present() -> bool:
+    """Whether an NVIDIA GPU can be used, asked of the driver without importing torch or starting CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return False
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        pynvml.nvmlShutdown()
+        return count > 0
+    except Exception:  # no driver, no library, or no right to ask: every one of them means no usable GPU
+        return False
+
+
+def _enum_values(file: str, enum: str) -> list[str]:
+    """Values of an enum in transformers, read from its source so that nothing heavy is imported."""
+    found = importlib.util.find_spec("transformers")
+    source = Path(found.submodule_search_locations[0], file) if found else None
+    if not source or not source.is_file():
+        return []
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    body = next((n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == enum), [])
+    return [n.value.value for n in body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)]
+
+
+def _sft_config_options() -> set[str]:
+    """Names of all fields of TRL's SFTConfig and transformers' TrainingArguments, read from their sources."""
+    names = set()
+    for package, file in (
+        ("trl", "trainer/sft_config.py"),
+        ("trl", "trainer/base_config.py"),
+        ("transformers", "training_args.py"),
+    ):
+        found = importlib.util.find_spec(package)
+        source = Path(found.submodule_search_locations[0], file) if found else None
+        if source and source.is_file():
+            for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef) and node.name in ("SFTConfig", "_BaseConfig", "TrainingArguments"):
+                    names |= {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+    return names
+
+
+def _get(settings: Settings, key: str) -> Any:
+    value: Any = settings
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else getattr(value, "value", value)

@@ -1,0 +1,33 @@
+"""Train one run, or sweep over many: python train.py --help
+
+Nothing heavy is imported until the settings are known to be good.
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from sft.command_line import stop_on_refusal
+from sft.settings import register
+
+CONFIG_DIR = Path(__file__).parent / "conf"
+exit_codes = []
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def train(config: DictConfig) -> float | None:
+    """One job: run it, keep its exit code, and give a sweeper the held-out loss."""
+    from sft.run import run_job
+
+    outcome = run_job(config)
+    exit_codes.append(outcome.exit_code)
+    return outcome.eval_loss
+
+
+if __name__ == "__main__":
+    register()
+    stop_on_refusal(CONFIG_DIR)
+    train()
+    sys.exit(max(exit_codes, default=0))
