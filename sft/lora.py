@@ -3,7 +3,7 @@
 from typing import Any
 
 from sft.errors import refuse
-from sft.models import uses_checkpointing
+from sft.models import unsloth_checkpointing, uses_checkpointing
 from sft.settings import Settings
 
 
@@ -32,10 +32,9 @@ def attach(model: Any, settings: Settings, backend: str) -> Any:
     if backend == "unsloth":
         from unsloth import FastLanguageModel
 
-        checkpointing = "unsloth" if uses_checkpointing(settings) else False
         return FastLanguageModel.get_peft_model(
             model,
-            use_gradient_checkpointing=checkpointing,
+            use_gradient_checkpointing=unsloth_checkpointing(settings),
             random_state=settings.seed,
             max_seq_length=settings.model.max_seq_length,
             **options,

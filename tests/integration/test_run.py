@@ -1,0 +1,202 @@
+"""Whole runs on a tiny model: what they leave behind, and that equal runs are equal."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sft.run import Context, run
+from sft.runtime import StopRequest
+
+QUICK = ("trainer.max_steps=4", "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2",
+         "trainer.eval_steps=2", "trainer.save_steps=2", "samples.every_steps=2")  # fmt: skip
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def learning(folder: Path) -> list[dict]:
+    """metrics.jsonl without what the clock and the memory say."""
+    unstable = ("tokens_per_second", "memory_gib", "eos_share")
+    lines = [{k: v for k, v in line.items() if k not in unstable} for line in read_lines(folder / "metrics.jsonl")]
+    return [line for line in lines if "loss" in line or "eval_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run, shared by the tests that only look at it."""
+    from tests.conftest import SMALL, make_settings
+
+    folder = tmp_path_factory.mktemp("finished")
+    result = run(make_settings(*SMALL, *QUICK), folder, Context("name", "python train.py", ("a=b",), ("tag",)))
+    return folder, result
+
+
+def test_run_folder_keeps_the_contract(finished):
+    folder, result = finished
+    assert (result.status, result.exit_code) == ("finished", 0)
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "finished" and record["reason"] is None and record["ended_at"] >= record["started_at"]
+    for key in ("config_hash", "seed", "git_commit", "versions", "hardware", "settings", "data", "model", "metrics", "artifacts"):
+        assert key in record
+    assert record["data"]["train_rows"] == 22 and record["data"]["eval_rows"] == 2 and record["data"]["hash"]
+    assert record["model"]["trainable_parameters"] < record["model"]["parameters"]
+    for name in ("metrics.jsonl", "samples.jsonl", "preflight.json", "report.html", "adapter/adapter_model.safetensors"):
+        assert (folder / name).is_file(), name
+    assert (folder / "adapter" / "tokenizer.json").is_file()
+    assert not [p.name for p in folder.iterdir() if p.name.startswith(".") and p.name != ".hydra"]
+
+
+def test_metrics_have_every_step_and_the_agreed_keys(finished):
+    lines = read_lines(finished[0] / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    keys = {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_gib"}
+    assert all(set(line) == keys for line in steps)
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4]
+
+
+def test_tokens_are_the_non_padding_tokens_of_the_rows_trained_on(finished, small):
+    """The count of one whole epoch is the count of the data."""
+    lines = [line for line in read_lines(finished[0] / "metrics.jsonl") if "loss" in line]
+    assert all(a["tokens"] < b["tokens"] for a, b in zip(lines, lines[1:], strict=False))
+
+
+def test_one_epoch_counts_all_tokens(small, tmp_path):
+    settings = small("trainer.num_train_epochs=1", "trainer.per_device_train_batch_size=4", "samples.num_held_out=0")
+    run(settings, tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert record["metrics"]["tokens"] == record["data"]["train_tokens"]
+
+
+def test_samples_before_during_and_after(finished):
+    lines = read_lines(finished[0] / "samples.jsonl")
+    assert [(line["step"], line["index"]) for line in lines] == [(s, i) for s in (0, 2, 4) for i in (0, 1)]
+    for line in lines:
+        assert line["finish"] in ("eos", "length") and line["source"] == "held_out" and line["reference"]
+        assert line["prompt"].endswith("<|im_start|>assistant\n") and line["question"] in line["prompt"]
+    assert all(line["prompt"] == lines[line["index"]]["prompt"] for line in lines)
+
+
+def test_best_weights_are_kept_and_are_those_on_disk(finished):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, result = finished
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    losses = {line["step"]: line["eval_loss"] for line in read_lines(folder / "metrics.jsonl") if "eval_loss" in line}
+    later = {step: loss for step, loss in losses.items() if step}
+    assert record["metrics"]["best_eval_loss"] == min(later.values()) == result.eval_loss
+    assert record["metrics"]["kept_step"] == min(later, key=later.get)
+    checkpoint = folder / "checkpoints" / f"checkpoint-{record['metrics']['kept_step']}"
+    from safetensors.torch import load_file
+
+    kept, best = load_file(folder / "adapter/adapter_model.safetensors"), load_file(checkpoint / "adapter_model.safetensors")
+    assert kept.keys() == best.keys() and all(torch.equal(kept[k], best[k]) for k in kept)
+    base = json.loads((folder / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "adapter")
+
+
+def test_the_same_run_twice_gives_the_same_numbers(finished, small, tmp_path):
+    run(small(*QUICK), tmp_path)
+    assert learning(tmp_path) == learning(finished[0])
+    assert read_lines(tmp_path / "samples.jsonl") == read_lines(finished[0] / "samples.jsonl")
+
+
+def test_another_seed_gives_other_numbers(finished, small, tmp_path):
+    run(small(*QUICK, "seed=1"), tmp_path)
+    assert learning(tmp_path) != learning(finished[0])
+
+
+def test_samples_do_not_change_the_training(small, tmp_path):
+    """With dropout, so that a random number drawn by sampling would show."""
+    dropout = (*QUICK, "lora.lora_dropout=0.3")
+    run(small(*dropout), tmp_path / "with")
+    run(small(*dropout, "samples.num_held_out=0"), tmp_path / "without")
+    assert learning(tmp_path / "with") == learning(tmp_path / "without")
+    assert not (tmp_path / "without" / "samples.jsonl").exists()
+
+
+def test_training_lowers_the_loss(small, tmp_path):
+    run(small("trainer.max_steps=30", "trainer.learning_rate=3e-2", "lora.r=32", "trainer.eval_steps=30",
+              "trainer.save_steps=30"), tmp_path)  # fmt: skip
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert record["metrics"]["eval_loss"] < record["metrics"]["eval_loss_start"] - 0.3
+
+
+def test_prompts_of_ones_own_go_through_the_template(small, tmp_path):
+    run(small("trainer=debug", "samples.num_held_out=0", "samples.prompts=[Why is the sky blue?, 你好吗]"), tmp_path)
+    lines = read_lines(tmp_path / "samples.jsonl")
+    assert {line["question"] for line in lines} == {"Why is the sky blue?", "你好吗"} and lines[0]["source"] == "config"
+    assert lines[0]["prompt"].endswith("<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_early_stopping_ends_the_run_and_says_so(small, tmp_path):
+    """A learning rate of nearly nothing cannot lower the loss by the threshold."""
+    settings = small("trainer.max_steps=20", "trainer.learning_rate=1e-9", "trainer.eval_steps=2", "trainer.save_steps=2",
+                     "trainer.early_stopping_patience=2", "trainer.early_stopping_threshold=0.01")  # fmt: skip
+    result = run(settings, tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert result.exit_code == 0 and record["status"] == "finished" and "stopped early" in record["reason"]
+    assert record["metrics"]["steps"] < 20
+
+
+def test_checkpoints_stay_within_the_limit(small, tmp_path):
+    run(small("trainer.max_steps=6", "trainer.eval_steps=1", "trainer.save_steps=1", "trainer.save_total_limit=2"), tmp_path)
+    assert len(list((tmp_path / "checkpoints").glob("checkpoint-*"))) <= 2
+
+
+def test_a_failure_is_recorded_with_its_reason(small, tmp_path, monkeypatch):
+    import sft.run
+
+    def break_down(*args, **kwargs):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(sft.run.training, "build_trainer", break_down)
+    result = run(small(*QUICK), tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert (result.status, result.exit_code) == ("failed", 1)
+    assert record["status"] == "failed" and record["reason"] == "RuntimeError: out of luck"
+    assert "break_down" in record["error"]["traceback"] and (tmp_path / "report.html").is_file()
+
+
+def test_a_stop_request_saves_the_adapter(small, tmp_path, monkeypatch):
+    """As Ctrl-C does: the signal arrives while a step runs."""
+    seen = []
+    original = StopRequest.listening
+
+    def listening(self):
+        seen.append(self)
+        return original(self)
+
+    monkeypatch.setattr(StopRequest, "listening", listening)
+    from sft import trainer as training
+
+    add = training.Recorder.add
+
+    def stop_at_two(self, metrics):
+        add(self, metrics)
+        if metrics["step"] == 2 and "loss" in metrics:
+            seen[0].signal = "SIGINT"
+
+    monkeypatch.setattr(training.Recorder, "add", stop_at_two)
+    result = run(small(*QUICK, "trainer.max_steps=50", "trainer.eval_steps=50", "trainer.save_steps=50"), tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert (result.status, result.exit_code) == ("stopped", 130)
+    assert record["reason"] == "SIGINT at step 3" and record["metrics"]["kept_step"] == 3
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir()
+
+
+def test_full_fine_tuning_saves_a_whole_model(small, tmp_path):
+    run(small("lora=none", "trainer=debug"), tmp_path)
+    assert (tmp_path / "model" / "model.safetensors").is_file() and not (tmp_path / "adapter").exists()
+
+
+def test_extra_reaches_the_trainer(small, tmp_path, monkeypatch):
+    from sft.trainer import training_arguments
+
+    arguments = training_arguments(small("trainer.extra.adam_beta2=0.95", "trainer.extra.group_by_length=true"), tmp_path, True)
+    assert arguments.adam_beta2 == 0.95
