@@ -12,12 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
-from hydra import compose, initialize_config_dir  # noqa: E402
-
-from sft.command_line import stop_on_refusal, to_settings  # noqa: E402
+from sft.command_line import read_settings  # noqa: E402
 from sft.errors import Refusal  # noqa: E402
 from sft.runtime import prepare_environment, quiet_libraries  # noqa: E402
-from sft.settings import Settings, register  # noqa: E402
+from sft.settings import Settings  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -25,12 +23,8 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    register()
-    stop_on_refusal(ROOT / "conf", argv, hardware=False)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        settings = to_settings(compose("config", overrides=argv))
     try:
-        show(settings)
+        show(read_settings(ROOT / "conf", argv, hardware=False))
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ SYNONYMS = {
 # Speakers of ShareGPT and its relatives, in the names that chat templates know.
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 ROLES = ("system", "user", "assistant", "tool", "developer")
+# What a template text can always name in braces, whatever the columns are called.
+FIELDS = ("instruction", "input", "output", "prompt", "completion", "system")
 
 
 @dataclass
@@ -49,7 +52,7 @@ def find_shape(rows: Sequence[dict], data: DatasetSettings) -> Shape:
         return Shape.text
     if columns.output in names or columns.instruction in names:
         return Shape.instruction  # check_columns says what is missing
-    fix = _guess_columns(names)
+    fix = _guess_columns(names, data)
     why = f"The columns {', '.join(sorted(names))} fit no known shape."
     raise refuse("dataset.shape=auto", why, fix or "dataset.shape=text dataset.columns.text=<column>")
 
@@ -68,19 +71,27 @@ def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, sou
     for role in needed:
         column = getattr(columns, role)
         if column is None:
-            problems.append(Problem(f"dataset.columns.{role}=null", f"The {shape.value} shape needs a column for {role}."))
+            why = f"The {shape.value} shape needs a column for {role}. There are: {', '.join(sorted(names))}."
+            problems.append(Problem(f"dataset.columns.{role}=null", why, f"dataset.columns.{role}=<column>"))
         elif column not in names:
             match = likeliest(role, column, names)
             why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
-            fix = f"dataset.columns.{role}={match}" if match else f"dataset.columns.{role}=<column>   or another dataset.shape"
+            fix = _mapping(role, match, data) if match else f"dataset.columns.{role}=<column>   or another dataset.shape"
             problems.append(Problem(f"dataset.columns.{role}={column}", why, fix))
     for column in [*data.keep, *data.drop]:
         if column not in names:
             match = likeliest(column, column, names)
             group = "keep" if column in data.keep else "drop"
-            fix = f"dataset.{group}.{match}=..." if match else ""
+            fix = f"dataset.{group}.{match}=..." if match else f"dataset.{group}={{}}   to filter nothing"
             why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
             problems.append(Problem(f"dataset.{group}.{column}", why, fix))
+    allowed = {*FIELDS} if shape in (Shape.messages, Shape.conversations) else {*FIELDS, *names}
+    for name in dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(data.template) if name):
+        if name not in allowed:  # it would be filled with nothing
+            match = likeliest(name, name, allowed)
+            fix = f"write {{{match}}}" if match else ""
+            why = f"The template can name {', '.join(sorted(allowed))}."
+            problems.append(Problem(f"dataset.template=...{{{name}}}...", why, fix))
     if problems:
         raise Refusal(problems)
 
@@ -95,10 +106,10 @@ def likeliest(role: str, column: str, names: set[str]) -> str | None:
 
 def row_to_fields(row: dict, data: DatasetSettings, shape: Shape) -> dict[str, str]:
     """Values for a template text, by role; columns without a role are reached by their own name."""
-    if shape in (Shape.messages, Shape.conversations):
+    if shape in (Shape.messages, Shape.conversations) or _prompt_is_turns(row, data, shape):
         return _turns_to_fields(row_to_turns(row, data, shape))
     values = {name: as_text(value) for name, value in row.items()}
-    for role in ("instruction", "input", "output", "prompt", "completion", "system"):
+    for role in FIELDS:
         column = getattr(data.columns, role)
         values[role] = as_text(row.get(column)) if column else ""
     values["system"] = values["system"] or data.system_prompt or ""
@@ -118,8 +129,10 @@ def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
         turns = _read_turns(row.get(columns.messages), columns.messages)
     elif shape == Shape.conversations:
         turns = _read_turns(row.get(columns.conversations), columns.conversations)
-    elif shape == Shape.prompt_completion and isinstance(row.get(columns.prompt), list):
-        turns = _read_turns(row[columns.prompt], "prompt") + _read_turns(row.get(columns.completion), "completion")
+    elif _prompt_is_turns(row, data, shape):
+        turns = _read_turns(row[columns.prompt], columns.prompt)
+        answer = row.get(columns.completion)
+        turns += _read_turns(answer, columns.completion) if isinstance(answer, list) else [Turn("assistant", as_text(answer))]
     else:
         values = row_to_fields(row, data, shape)
         asked = values["prompt"] if shape == Shape.prompt_completion else ""
@@ -133,20 +146,43 @@ def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
     return turns
 
 
+def _prompt_is_turns(row: dict, data: DatasetSettings, shape: Shape) -> bool:
+    """Whether a prompt/completion row has turns for a prompt, as TRL's conversational form has."""
+    return shape == Shape.prompt_completion and isinstance(row.get(data.columns.prompt), list)
+
+
 def _read_turns(value: Any, column: str) -> list[Turn]:
+    """Turns of a cell. Raises ValueError where something in it could not be learnt from as it stands."""
     if isinstance(value, str):  # CSV files carry turns as JSON text
-        value = json.loads(value)
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"column {column!r} has to hold a list of turns; as JSON it has the fault: {error.msg}") from None
     if not isinstance(value, list) or not value:
-        raise ValueError(f"column {column!r} has to hold a list of turns")
+        raise ValueError(f"column {column!r} has to hold a list of turns; this is {str(value)[:40]!r}")
     turns = []
-    for turn in value:
+    for number, turn in enumerate(value, 1):
+        if not isinstance(turn, dict):
+            raise ValueError(f"turn {number} in column {column!r} is {str(turn)[:40]!r}, not an object with role and content")
         speaker = str(turn.get("role") or turn.get("from") or "").lower()
         role = SPEAKERS.get(speaker, speaker)
         if role not in ROLES:
             raise ValueError(f"unknown speaker {speaker!r} in column {column!r}; known are {', '.join([*ROLES, *SPEAKERS])}")
+        if turn.get("tool_calls") or turn.get("function_call"):  # left out they would teach an empty answer
+            raise ValueError(f"turn {number} in column {column!r} calls a tool, which is not supported; write the call as text")
         content = turn.get("content") if "content" in turn else turn.get("value")
-        turns.append(Turn(role, as_text(content)))
+        turns.append(Turn(role, _join_parts(content, number, column)))
     return turns
+
+
+def _join_parts(content: Any, number: int, column: str) -> str:
+    """A turn's content as text, also where it is a list of parts such as `{"type": "text", "text": "..."}`."""
+    if not (isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content)):
+        return as_text(content)
+    other = next((part["type"] for part in content if part["type"] != "text"), None)
+    if other:
+        raise ValueError(f"turn {number} in column {column!r} holds a part of type {other!r}; only text can be learnt")
+    return "".join(as_text(part.get("text")) for part in content)
 
 
 def _turns_to_fields(turns: list[Turn]) -> dict[str, str]:
@@ -165,21 +201,28 @@ def as_text(value: Any) -> str:
     """A cell as text: null is blank, a list or object is JSON."""
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    # Parquet columns can hold dates and bytes, which JSON does not know.
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _names(rows: Sequence[dict]) -> set[str]:
     if hasattr(rows, "column_names"):
         return set(rows.column_names)
     names: set[str] = set()
-    for row in rows[:1000]:
+    for row in rows:
         names |= row.keys()
     return names
 
 
-def _guess_columns(names: set[str]) -> str:
+def _mapping(role: str, column: str, data: DatasetSettings) -> str:
+    """The override that maps a role, and the one that keeps a question in the input column from being asked twice."""
+    freed = " dataset.columns.input=null" if role == "instruction" and column == data.columns.input else ""
+    return f"dataset.columns.{role}={column}{freed}"
+
+
+def _guess_columns(names: set[str], data: DatasetSettings) -> str:
     asked, answer = likeliest("instruction", "instruction", names), likeliest("output", "output", names)
     if asked and answer and asked != answer:
-        return f"dataset.columns.instruction={asked} dataset.columns.output={answer}"
+        return f"{_mapping('instruction', asked, data)} dataset.columns.output={answer}"
     text = likeliest("text", "text", names)
     return f"dataset.columns.text={text}" if text else ""

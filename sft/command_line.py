@@ -5,12 +5,15 @@ schema. Here each override is checked against the schema first, then each job is
 """
 
 import difflib
+import functools
 import re
+import shlex
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -26,7 +29,10 @@ from sft.settings import Settings
 from sft.validate import check_settings
 
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
-SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9-]{16,}|wandb_v1_\w{16,}|[0-9a-f]{40})\b")
+# Options whose names only look like a secret's.
+NOT_SECRET = ("trainer.extra.eos_token", "trainer.extra.pad_token", "dataset.keep.", "dataset.drop.")
+# W&B's old keys are 40 hexadecimal digits; inside a path these are a commit of the hub's cache.
+SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9-]{16,}|wandb_v1_\w{16,})\b|^['\"]?[0-9a-f]{40}['\"]?$")
 
 # What people type for upstream's names.
 COMMON_NAMES = {
@@ -61,30 +67,34 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
     `hardware=False` leaves out what depends on this machine (a GPU, installed backends), for commands that only look.
     Flags that ask Hydra for information are left to Hydra. Takes about 0.3 s; multirun checks each value once.
     """
-    args = get_args_parser().parse_args(argv)
+    args = _parse_flags(argv)
     if args.help or args.hydra_help or args.info or args.shell_completion:
         return
-    extra_dir = getattr(args, "config_dir", None)
-    if extra_dir and not Path(extra_dir).is_dir():
-        raise Refusal([Problem(f"--config-dir {extra_dir}", "There is no such folder.")])
     schema.register()
     problems: list[Problem] = []
+    config_name = args.config_name or "config"
     with initialize_config_dir(str(config_dir.resolve()), job_name="train", version_base="1.3"):
-        search_path = [f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]"] if extra_dir else []
-        compose(args.config_name or "config", overrides=search_path)  # a broken YAML file shows itself here
+        search_path, options = _search_path(args), _group_options(config_dir, args)
         overrides = _parse_overrides(args.overrides, problems)
-        good = [o for o in overrides if _check_override(o, problems)]
-        if not args.multirun and any(o.is_sweep_override() for o in good):
-            swept = next(o for o in good if o.is_sweep_override())
-            line = _one_line(swept)
-            why = "Several values need a sweep (-m)." if "," in line else "A range or choice needs a sweep (-m)."
-            fix = f"python train.py -m {line}   for a sweep\n{swept.key_or_group}=[...]   for one list"
-            problems.append(Problem(line, why, fix))
-            good = [o for o in good if not o.is_sweep_override()]
+        if not args.multirun:
+            swept = [o for o in overrides if o.is_sweep_override() and _is_known(o.key_or_group)]
+            problems += [_needs_sweep(o) for o in swept]
+            overrides = [o for o in overrides if o not in swept]
+        good = [o for o in overrides if _check_override(o, options, problems)]
         for job in _jobs_to_check(good):
-            problems += _check_job(args.config_name or "config", search_path + job, hardware and not args.cfg)
+            problems += _check_job(config_name, search_path + job, hardware and not args.cfg)
     if problems:
         raise Refusal(list(dict.fromkeys(problems)))
+
+
+def read_settings(config_dir: Path, argv: list[str], hardware: bool = True) -> Settings:
+    """The settings of the one job that `argv` describes, for commands other than train.py. Raises Refusal."""
+    check_command_line(config_dir, argv, hardware)
+    args = _parse_flags(argv)
+    if args.multirun:
+        raise Refusal([Problem("-m", "A sweep has many jobs, and this command looks at one.", "leave -m out")])
+    with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
+        return to_settings(compose(args.config_name or "config", overrides=_search_path(args) + args.overrides))
 
 
 def to_settings(config: DictConfig) -> Settings:
@@ -102,73 +112,222 @@ def to_settings(config: DictConfig) -> Settings:
         raise Refusal([Problem(str(error.full_key or "settings"), first_line(error))]) from error
 
 
+def _parse_flags(argv: list[str]) -> Any:
+    """Hydra's own reading of the command line. Raises Refusal for what it would answer with its usage text."""
+    args, unknown = get_args_parser().parse_known_args(argv)
+    problems = []
+    for text in unknown:
+        bare = text.lstrip("-")
+        if _looks_secret(bare):
+            problems.append(_secret(text))
+        elif text != bare:
+            fix = bare if "=" in bare else f"{bare}=<value>"
+            problems.append(Problem(text, "There is no such flag; settings are written without dashes.", fix))
+        else:
+            why = "Overrides on both sides of a flag are not read."
+            problems.append(Problem(text, why, "put the flags first: python train.py -m key=value key=value"))
+    if args.config_path:
+        why = "It would take the place of the project's own settings."
+        problems.append(Problem(f"--config-path {args.config_path}", why, f"--config-dir {args.config_path}   adds to them"))
+    if args.config_dir and not Path(args.config_dir).is_dir():
+        fix = f"looked for {Path(args.config_dir).resolve()}"
+        problems.append(Problem(f"--config-dir {args.config_dir}", "There is no such folder.", fix))
+    if problems:
+        raise Refusal(problems)
+    return args
+
+
+def _search_path(args: Any) -> list[str]:
+    return [f'hydra.searchpath=["file://{Path(args.config_dir).resolve()}"]'] if args.config_dir else []
+
+
+def _check_yaml(config_name: str, search_path: list[str]) -> list[Problem]:
+    """A broken or missing YAML file, found without any override."""
+    try:
+        compose(config_name, overrides=search_path)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        fix = "mend the file, or take it back from git"
+        if config_name != "config":
+            fix = "--config-name is rarely needed: presets are chosen with experiment=..."
+        return [Problem(f"conf/{config_name}.yaml", f"It cannot be composed. {_reason(error)}", fix)]
+    return []
+
+
+def _group_options(config_dir: Path, args: Any) -> dict[str, list[str]]:
+    """The options of each group: those of conf/ and those that --config-dir adds."""
+    folders = [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]
+    return {g: sorted({file.stem for folder in folders for file in (folder / g).glob("*.yaml")}) for g in schema.GROUPS}
+
+
 def _parse_overrides(texts: list[str], problems: list[Problem]) -> list[Override]:
+    parser = OverridesParser.create()
     parsed = []
     for text in texts:
         if _looks_secret(text):
-            key = text.partition("=")[0].lstrip("+~")
-            problems.append(
-                Problem(
-                    f"{key}=...",
-                    "A secret on the command line would be written to the run folder and to the shell's history.",
-                    "set HF_TOKEN or WANDB_API_KEY in the environment, or log in once: hf auth login, wandb login",
-                )
-            )
+            problems.append(_secret(text))
             continue
         try:
-            parsed.append(OverridesParser.create().parse_override(text))
+            parsed.append(parser.parse_override(text))
+            parsed[-1].config_loader = GlobalHydra.instance().config_loader()  # for glob(*)
         except HydraException as error:
-            hint = "quote the whole override: 'dataset.template=\"Q: {instruction} A: {output}\"'"
-            if "=" not in text:
-                hint = f"write it as key=value: {text.lstrip('-')}=..."
-            problems.append(Problem(text, f"This is not an override. {first_line(error)}", hint))
+            problems.append(_not_an_override(text, error))
     return parsed
 
 
-def _looks_secret(text: str) -> bool:
+def _not_an_override(text: str, error: HydraException) -> Problem:
+    """The problem of a text that Hydra cannot read; mostly quotes that the shell took away."""
+    key, equals, _ = text.partition("=")
+    shown = text.replace("\n", "\\n")
+    if not equals:
+        return Problem(shown, "A setting needs a value.", f"{key.lstrip('-')}=<value>")
+    if key[:1] in "'\"":
+        return Problem(shown, "The quotes are part of the name here.", shown.strip("'\""))
+    cls, name = _find_field(key.lstrip("+"))
+    if cls is not None and _takes_text(cls, name):
+        why = "A text with spaces, braces, quotes or other than ASCII letters needs quotes of its own inside the shell's."
+        return Problem(shown, why, _quoted(text))
+    hint = "write a text inside brackets or braces in double quotes, and the whole in single quotes:\n"
+    return Problem(shown, f"This cannot be read: {first_line(error)}.", hint + f'\'{key}=["a text", "another"]\'')
+
+
+def _quoted(text: str) -> str:
+    """`key=value` as it has to be typed in a shell for the value to arrive as one text."""
     key, _, value = text.partition("=")
-    words = set(re.split(r"[._\-]+", key.lstrip("+~").lower()))
-    return bool(words & SECRET_WORDS) or ("revision" not in key and bool(SECRET_VALUE.search(value)))
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    value = value.replace("\n", "\\n").replace('"', '\\"')
+    return shlex.quote(f'{key}="{value}"')
 
 
-def _check_override(override: Override, problems: list[Problem]) -> bool:
+def _needs_sweep(override: Override) -> Problem:
+    """The problem of several values without -m: a sweep, a list or a text was meant."""
+    line, key = _one_line(override), override.key_or_group
+    cls, name = _find_field(key)
+    if cls is not None and str(_plain_type(cls, name)).startswith("list"):
+        return Problem(line, "Several values need brackets.", f"'{key}=[{line.partition('=')[2]}]'")
+    fix = f"python train.py -m {shlex.quote(line)}   for a sweep"
+    if cls is not None and _takes_text(cls, name):
+        fix = f"{_quoted(line)}   for one text\n{fix}"
+    why = "Several values need a sweep (-m)." if "," in line else "A range or choice needs a sweep (-m)."
+    return Problem(line, why, fix)
+
+
+def _is_known(key: str) -> bool:
+    return key in schema.GROUPS or key.startswith("hydra") or _find_field(key)[0] is not None
+
+
+def _takes_text(cls: type, name: str) -> bool:
+    return str(_plain_type(cls, name)) in ("<class 'str'>", "str | None", "dict[str, str]")
+
+
+def _secret(text: str) -> Problem:
+    """The problem of a secret, which is not shown."""
+    key = text.partition("=")[0].lstrip("+~")
+    return Problem(
+        "a word of the command line" if SECRET_VALUE.search(key) else f"{key}=...",
+        "A secret on the command line would be written to the run folder and to the shell's history.",
+        "set HF_TOKEN or WANDB_API_KEY in the environment, or log in once: hf auth login, wandb login",
+    )
+
+
+def _looks_secret(text: str) -> bool:
+    key, equals, value = text.partition("=")
+    key, value = key.lstrip("+~"), value if equals else key
+    words = set(re.split(r"[._\-]+", key.lower()))
+    named = bool(words & SECRET_WORDS) and not key.startswith(NOT_SECRET)
+    return named or bool("revision" not in key and SECRET_VALUE.search(value))
+
+
+def _check_override(override: Override, options: dict[str, list[str]], problems: list[Problem]) -> bool:
     """Whether Hydra can compose with this override; if not, the reason goes to `problems`."""
     key = override.key_or_group
     line = _one_line(override)
+    if key == "hydra.run.dir":
+        return _check_run_dir(override, problems)
     if key.startswith("hydra.") or key.startswith("hydra/"):
         return True
     if override.is_delete():
-        problems.append(Problem(line, "Settings cannot be removed, only set.", f"{key}=<value>"))
+        fix = f"{key}=none" if "none" in options.get(key, ()) else f"{key}=<value>"
+        problems.append(Problem(line, "Settings cannot be removed, only set.", fix))
         return False
     if key in schema.GROUPS:
-        return _check_option(override, problems)
+        return _check_option(override, options[key], problems)
     cls, name = _find_field(key)
     if cls is None:
         problems.append(_unknown_key(key, override.input_line.partition("=")[2]))
         return False
     if is_dataclass(_plain_type(cls, name)):
         if isinstance(override._value, dict):
-            return True  # checked key by key after composing
+            return _check_mapping(override, cls, name, problems)
         fix = f"{key}.<setting>=..., or one of the options {key}=..."
         problems.append(Problem(line, f"{key} is a group of settings, not a single one.", fix))
         return False
-    values = override.sweep_string_iterator() if override.is_sweep_override() else [None]
-    for value in values:
-        text = f"{key}={value}" if override.is_sweep_override() else line.lstrip("+")
+    if override.is_add() and not str(_plain_type(cls, _find_field(key)[1])).startswith("dict"):
+        problems.append(Problem(line, "This setting exists already, so it is set without +.", line.lstrip("+")))
+        return False
+    values = _values(override, problems)
+    for value in values or []:
+        text = f"{key}={value}" if override.is_sweep_override() else override.input_line.lstrip("+")
         error = _type_error(text)
         if error:
-            problems.append(Problem(text, error, _example(cls, name, key)))
+            shown = text.replace("\n", "\\n")
+            problems.append(Problem(shown, error, _example(cls, name, key)))
             return False
-    return True
+    return values is not None
 
 
-def _check_option(override: Override, problems: list[Problem]) -> bool:
-    group = override.key_or_group
-    known = GlobalHydra.instance().config_loader().get_group_options(group)
-    values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override._value]
+def _values(override: Override, problems: list[Problem]) -> list[Any] | None:
+    """Every value of a sweep, or the one value; None, with the problem noted, where they cannot be listed."""
+    if not override.is_sweep_override():
+        return [override.value()]
+    try:
+        return list(override.sweep_string_iterator())
+    except HydraException as error:
+        why = f"Its values cannot be listed: {first_line(error)}."
+        problems.append(Problem(_one_line(override), why, f"{override.key_or_group}=a,b,c   or range(1,4) or choice(a,b)"))
+        return None
+
+
+def _check_run_dir(override: Override, problems: list[Problem]) -> bool:
+    """Hydra writes its config into the run folder first of all, over that of a run which is there already."""
+    folder = override.value()
+    if not isinstance(folder, str) or "${" in folder or not (Path(folder).expanduser() / "run.json").is_file():
+        return True
+    why = f"The folder {folder} holds a run already, and its settings would be overwritten."
+    fix = f"hydra.run.dir={folder.rstrip('/')}_2\nleave hydra.run.dir out   for a new folder under outputs/"
+    problems.append(Problem(_one_line(override), why, fix))
+    return False
+
+
+def _check_mapping(override: Override, cls: type, name: str, problems: list[Problem]) -> bool:
+    """The keys of `samples={num_held_out: 2}`, one by one."""
+    known = {f.name for f in fields(_plain_type(cls, name))}
+    stray = [str(key) for key in override._value if str(key) not in known]
+    problems += [_unknown_key(f"{override.key_or_group}.{key}") for key in stray]
+    return not stray
+
+
+def _check_option(override: Override, known: list[str], problems: list[Problem]) -> bool:
+    """Whether each chosen option of a group exists."""
+    group, line = override.key_or_group, _one_line(override)
+    if isinstance(override._value, dict):
+        fix = " ".join(f"{group}.{key}={value}" for key, value in override.value().items())
+        problems.append(Problem(line, f"{group}= chooses an option; settings are set one by one.", fix))
+        return False
+    if isinstance(override._value, list):
+        fix = f"python train.py -m {group}={','.join(str(value) for value in override.value())}   for a sweep"
+        problems.append(Problem(line, f"A run has one {group}.", fix))
+        return False
+    if override.is_add():
+        problems.append(Problem(line, f"{group} has an option already, so it is set without +.", line.lstrip("+")))
+        return False
+    values = _values(override, problems)
+    if values is None:
+        return False
     for value in values:
         if str(value) == "None":
-            problems.append(Problem(f"{group}=null", f"{group} has to be one of {', '.join(known)}."))
+            fix = f"{group}={'none' if 'none' in known else known[0]}"
+            problems.append(Problem(f"{group}=null", f"{group} has to be one of {', '.join(known)}.", fix))
             return False
         if str(value) not in known:
             close = difflib.get_close_matches(str(value), known, 1, 0.4)
@@ -177,6 +336,7 @@ def _check_option(override: Override, problems: list[Problem]) -> bool:
                 fix += f"{chr(10) if fix else ''}model.name={value}   for a hub id or a local folder"
             if group == "dataset":
                 fix += f"{chr(10) if fix else ''}dataset=local dataset.path={value}   for a file of your own"
+            fix = fix or f"{group}={known[0]}"
             why = f"There is no such option. {group} can be: {', '.join(known)}."
             problems.append(Problem(f"{group}={value}", why, fix))
             return False
@@ -201,9 +361,21 @@ def _check_job(config_name: str, overrides: list[str], hardware: bool) -> list[P
         return check_settings(to_settings(config), hardware)
     except Refusal as refusal:
         return refusal.problems
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ or error
-        return [Problem(" ".join(overrides) or "conf/", f"{first_line(error)} {first_line(cause)}".strip())]
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        broken = _check_yaml(config_name, [o for o in overrides if o.startswith("hydra.searchpath=")])
+        if broken:
+            return broken  # whatever the overrides are
+        message = _reason(error)
+        named = [o for o in overrides if o.partition("=")[0].lstrip("+~") in message or o.partition("=")[2] in message]
+        what = " ".join(named or overrides) or "conf/"
+        return [Problem(what, message, "python train.py --cfg job   shows the settings without these overrides")]
+
+
+def _reason(error: Exception) -> str:
+    """An error's first line, the next one where it only announces that, and its cause's where it adds something."""
+    lines = str(error).strip().splitlines()[: 2 if first_line(error).endswith(":") else 1]
+    lines += [first_line(error.__cause__)] if error.__cause__ else []
+    return " ".join(dict.fromkeys(lines))
 
 
 def _find_field(path: str) -> tuple[type | None, str]:
@@ -249,10 +421,13 @@ def _unknown_key(path: str, value: str = "...") -> Problem:
     group, _, last = path.rpartition(".")
     keys = _leaf_keys()
     siblings = [k for k in keys if k.rpartition(".")[0] == group]
-    close = [f"{group}.{COMMON_NAMES[last]}"] if f"{group}.{COMMON_NAMES.get(last)}" in keys else []
-    close += difflib.get_close_matches(path, siblings, 2, 0.7)
-    close += [k for k in keys if k.rsplit(".", 1)[-1] == last]
-    close += difflib.get_close_matches(path, keys, 2, 0.7)
+    close = [k for k in keys if k.rpartition(".")[2] == COMMON_NAMES.get(last) and k.startswith(group)]
+    close += [k for k in keys if k.rpartition(".")[2] == last]
+    names = {k.rpartition(".")[2]: k for k in siblings}
+    names |= {common: names[name] for common, name in COMMON_NAMES.items() if name in names}
+    names |= {} if group else {name: name for name in schema.GROUPS}
+    close += [names[name] for name in difflib.get_close_matches(last, names, 2, 0.6)]
+    close += difflib.get_close_matches(path, keys, 2, 0.8)
     close = list(dict.fromkeys(close))[:2]
     why = f"There is no setting {path}."
     if close:
@@ -261,17 +436,18 @@ def _unknown_key(path: str, value: str = "...") -> Problem:
     elif group == "trainer":
         fix = f"trainer.extra.{last}={value}   if it is an option of TRL's SFTConfig"
     else:
-        fix = "python train.py --help   lists all settings"
-        if siblings:
+        fix = "docs/settings.md lists all settings"
+        if not group:
+            why += f" The groups are {', '.join(schema.GROUPS)}."
+        elif siblings:
             why += f" {group} has: {', '.join(k.rsplit('.', 1)[-1] for k in siblings)}."
+    value = value.replace("\n", "\\n")
     return Problem(f"{path}={value}", why, fix)
 
 
 def _type_error(line: str) -> str:
     """Why `key=value` does not fit the schema, or an empty string."""
-    config = OmegaConf.create({"root": OmegaConf.structured(Settings)}).root
-    for node in (config.trainer.extra, config.dataset.keep, config.dataset.drop):
-        OmegaConf.set_struct(node, False)
+    config = _scratch()
     override = OverridesParser.create().parse_override(line)
     value = override.value()
     if isinstance(value, str) and "${" in value:
@@ -285,6 +461,15 @@ def _type_error(line: str) -> str:
     return ""
 
 
+@functools.cache
+def _scratch() -> DictConfig:
+    """The schema, to try values on. Making it takes longer than everything else about an override."""
+    config = OmegaConf.create({"root": OmegaConf.structured(Settings)}).root
+    for node in (config.trainer.extra, config.dataset.keep, config.dataset.drop):
+        OmegaConf.set_struct(node, False)
+    return config
+
+
 def _example(cls: type, name: str, key: str) -> str:
     kind = _plain_type(cls, name)
     values = getattr(kind, "__members__", None)
@@ -292,10 +477,16 @@ def _example(cls: type, name: str, key: str) -> str:
 
 
 def _type_name(kind: Any) -> str:
-    text = getattr(kind, "__name__", str(kind)) if not hasattr(kind, "__args__") else str(kind)
+    text = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-    return names.get(text, text.replace(" | None", " or null"))
+    names |= {
+        "list[str]": "a list: [a,b]",
+        "dict[str, str]": 'pairs: {column: "text"}',
+        "dict[str, Any]": "pairs: {name: value}",
+    }
+    plain = text.removesuffix(" | None")
+    return names.get(plain, plain) + (" or null" if plain != text else "")
 
 
 def _one_line(override: Override) -> str:
-    return override.input_line or override.key_or_group
+    return (override.input_line or override.key_or_group).replace("\n", "\\n")

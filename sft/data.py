@@ -17,10 +17,10 @@ from typing import Any
 
 from sft import embedded
 from sft.columns import check_columns, find_shape
-from sft.errors import first_line, refuse
+from sft.errors import Problem, Refusal, first_line, refuse
 from sft.render import ALPACA, IGNORED, choose_template, encode, render_row
 from sft.rows import choose_indices, read_rows, select
-from sft.settings import DatasetSettings, LossOn, Overlong, Settings
+from sft.settings import LossOn, Overlong, Settings, Shape
 
 BATCH = 1000
 """Rows tokenised at a time."""
@@ -46,13 +46,14 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
     """
     data = settings.dataset
     rows, source = read_rows(data, data.split)
-    eval_rows = read_rows(data, data.eval_split)[0] if data.eval_split else None
-    recipe = _recipe(settings, tokenizer, stop_ids, source)
-    folder = embedded.cache_dir() / "tokens" / recipe
-    if not (folder / "facts.json").is_file():
-        prepared = _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source)
-        _write_cache(folder, prepared)
-    return _read_cache(folder)
+    eval_rows, eval_source = read_rows(data, data.eval_split) if data.eval_split else (None, None)
+    folder = embedded.cache_dir() / "tokens" / _recipe(settings, tokenizer, stop_ids, [source, eval_source])
+    prepared = _read_cache(folder)
+    if prepared is None:
+        _write_cache(folder, _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source))
+        prepared = _read_cache(folder)
+    prepared.facts["source"] = source["name"]  # a file of the same contents may have been called otherwise
+    return prepared
 
 
 def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source) -> Prepared:
@@ -67,22 +68,26 @@ def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source) -> Pre
     else:
         eval_index = choose_indices(eval_rows, data, settings.seed)[: data.max_eval_rows]
         counts["read_eval"] = len(eval_rows)
+        check_columns(eval_rows, data, shape, f"{data.name} ({data.eval_split})")
 
     facts: dict[str, Any] = {"source": source["name"], "data_hash": source["hash"], "shape": shape.value}
-    facts["template"] = {ALPACA: "alpaca", "chat": "chat"}.get(template, "plain" if data.template == "plain" else data.template)
+    facts["template"] = "alpaca" if template == ALPACA else template if data.template == "auto" else data.template
     render = functools.partial(render_row, data=data, shape=shape, template=template, tokenizer=tokenizer)
-    splits, problems, lengths = {}, [], {}
+    splits, lengths, longer, blank = {}, {}, [], 0
     for name, table, index in (("train", rows, train_index), ("eval", eval_rows, eval_index)):
         if not index and name == "eval":
             continue
         entries = list(_tokenise(table, index, render, tokenizer, stop_ids))
         lengths[name] = _quantiles([len(e["input_ids"]) for e in entries])
-        splits[name] = _fit_length(entries, settings, name, counts, problems)
+        too_long = sum(len(e["input_ids"]) > settings.model.max_seq_length for e in entries)
+        longer += [f"{too_long} of {len(entries)} {name} rows"] if too_long else []
+        splits[name] = _fit_length(entries, settings, counts)
         counts[name] = len(splits[name])
-    if problems:
-        raise refuse(*problems[0])
-    _refuse_nothing_to_learn(splits["train"], counts, data)
-    facts |= {"rows": counts, "lengths": lengths, "warnings": _data_warnings(counts, settings)}
+        blank += sum(not e["question"].strip() for e in splits[name]) if shape != Shape.text else 0
+    if longer and data.overlong == Overlong.error:
+        raise _too_long(longer, max(q["max"] for q in lengths.values()), settings)
+    _refuse_nothing_to_learn(splits, counts, shape, settings)
+    facts |= {"rows": counts, "lengths": lengths, "warnings": _data_warnings(counts, blank, settings)}
     facts |= {f"{name}_tokens": sum(len(e["input_ids"]) for e in entries) for name, entries in splits.items()}
     facts["trained_tokens"] = sum(_count_learnt(e["labels"]) for e in splits["train"])
     for key in ("truncated_rows", "dropped_rows", "rows_without_labels", "rows_without_eos", "rows_with_boundary_merge"):
@@ -98,47 +103,47 @@ def _tokenise(rows, index: list[int], render, tokenizer, stop_ids: set[int]) -> 
         rendered = []
         for i in index[at : at + BATCH]:
             try:
-                rendered.append((i, render(rows[i])))
-            except (ValueError, TypeError, AttributeError, KeyError) as error:  # the template's or the row's own fault
-                raise refuse(f"row {i + 1} of the data", f"It cannot be rendered: {first_line(error)}") from error
-            except Exception as error:
-                if type(error).__module__.startswith("jinja2"):
-                    raise refuse(f"row {i + 1} of the data", f"The chat template refuses it: {first_line(error)}") from error
-                raise
-        yield from encode([r for _, r in rendered], tokenizer, stop_ids)
+                rendered.append(render(rows[i]))
+                rendered[-1].text.encode()  # half an emoji, as cut texts have it, cannot be tokenised
+            except Refusal as refusal:
+                raise Refusal([Problem(f"row {i + 1} of the data: {p.what}", p.why, p.fix) for p in refusal.problems]) from None
+            except UnicodeEncodeError as error:
+                why = f"It holds half of a character ({error.object[error.start]!r}), as texts have it that were cut."
+                raise refuse(f"row {i + 1} of the data", why, "mend or remove the row") from error
+            except (ValueError, TypeError, AttributeError, KeyError) as error:  # the row's own fault
+                why = f"It cannot be rendered: {first_line(error)}."
+                raise refuse(f"row {i + 1} of the data", why, "mend or remove the row, or set dataset.shape") from error
+        yield from encode(rendered, tokenizer, stop_ids)
 
 
 # ------------------------------------------------------------------------------------- lengths and the mask
 
 
-def _fit_length(entries: list[dict], settings: Settings, split: str, counts: dict, problems: list) -> list[dict]:
+def _too_long(longer: list[str], longest: int, settings: Settings) -> Refusal:
+    why = f"{' and '.join(longer)} are longer (the longest has {longest} tokens)."
+    fix = f"model.max_seq_length={-(-longest // 64) * 64}\ndataset.overlong=drop   leaves them out\n"
+    fix += "dataset.overlong=truncate   cuts their end: they no longer teach the model to stop"
+    return refuse(f"model.max_seq_length={settings.model.max_seq_length}", why, fix)
+
+
+def _fit_length(entries: list[dict], settings: Settings, counts: dict) -> list[dict]:
     """Apply `dataset.overlong` and `dataset.loss_on`; rows with nothing to learn are left out and counted."""
     limit, policy = settings.model.max_seq_length, settings.dataset.overlong
-    too_long = sum(len(e["input_ids"]) > limit for e in entries)
-    if too_long and policy == Overlong.error:
-        longest = max(len(e["input_ids"]) for e in entries)
-        problems.append(
-            (
-                f"model.max_seq_length={limit}",
-                f"{too_long} of {len(entries)} {split} rows are longer (the longest has {longest} tokens).",
-                f"model.max_seq_length={-(-longest // 64) * 64}\ndataset.overlong=drop   leaves them out\n"
-                "dataset.overlong=truncate   cuts their end: they no longer teach the model to stop",
-            )
-        )
-        return []
     kept = []
     for entry in entries:
-        if len(entry["input_ids"]) > limit:
-            if policy == Overlong.drop:
-                counts["dropped_rows"] = counts.get("dropped_rows", 0) + 1
-                continue
-            counts["truncated_rows"] = counts.get("truncated_rows", 0) + 1
-            counts["rows_without_eos"] = counts.get("rows_without_eos", 0) + 1
+        cut = len(entry["input_ids"]) > limit
+        if cut and policy == Overlong.drop:
+            counts["dropped_rows"] = counts.get("dropped_rows", 0) + 1
+            continue
+        if cut:
             entry["input_ids"], entry["labels"] = entry["input_ids"][:limit], entry["labels"][:limit]
             entry["prompt_length"] = min(entry["prompt_length"], limit)
         if not _count_learnt(entry["labels"]):
             counts["rows_without_labels"] = counts.get("rows_without_labels", 0) + 1
             continue
+        if cut:
+            counts["truncated_rows"] = counts.get("truncated_rows", 0) + 1
+            counts["rows_without_eos"] = counts.get("rows_without_eos", 0) + 1
         if settings.dataset.loss_on == LossOn.all:
             entry["labels"] = list(entry["input_ids"])
         merged = entry.pop("boundary_merge")
@@ -151,31 +156,41 @@ def _count_learnt(labels: list[int]) -> int:
     return sum(label != IGNORED for label in labels)
 
 
-def _refuse_nothing_to_learn(entries: list[dict], counts: dict, data: DatasetSettings) -> None:
-    if entries:
-        return
-    if counts.get("dropped_rows"):
-        why = f"All {counts['dropped_rows']} rows are longer than model.max_seq_length, so none is left."
-        raise refuse("dataset.overlong=drop", why, "raise model.max_seq_length")
-    empty = counts.get("rows_without_labels", 0)
-    column = data.columns.output if data.columns.output else "output"
-    why = f"The answer is empty in all {empty} rows, so there is nothing to learn."
-    raise refuse(f"dataset.columns.output={column}", why, "dataset.columns.output=<the column with the answers>")
+def _refuse_nothing_to_learn(splits: dict[str, list], counts: dict, shape: Shape, settings: Settings) -> None:
+    """Refuse a split in which no row is left, with the reason that most of its rows went for."""
+    for name, entries in splits.items():
+        if entries:
+            continue
+        rows = "None of the rows to train on" if name == "train" else "None of the held-out rows"
+        limit = f"model.max_seq_length={settings.model.max_seq_length}"
+        if counts.get("dropped_rows"):
+            what, why, fix = f"dataset.overlong=drop {limit}", "is short enough", "raise model.max_seq_length"
+        elif settings.dataset.overlong == Overlong.truncate and counts.get("rows_without_labels"):
+            what, why, fix = f"dataset.overlong=truncate {limit}", "has an answer left to learn", "raise model.max_seq_length"
+        else:
+            role = {Shape.instruction: "output", Shape.prompt_completion: "completion"}.get(shape, shape.value)
+            what = f"dataset.columns.{role}={getattr(settings.dataset.columns, role)}"
+            why, fix = "has an answer to learn; all are empty", f"dataset.columns.{role}=<the column with the answers>"
+        if name == "eval" and not settings.dataset.eval_split:
+            fix += "\ndataset.eval_fraction=0   holds none out\nseed=...   holds others out"
+        raise refuse(what, f"{rows} {why}.", fix)
 
 
-def _data_warnings(counts: dict, settings: Settings) -> list[str]:
+def _data_warnings(counts: dict, blank: int, settings: Settings) -> list[str]:
     found = []
+    limit = settings.model.max_seq_length
     if counts.get("truncated_rows"):
-        found.append(
-            f"{counts['truncated_rows']} rows were cut at {settings.model.max_seq_length} tokens and lost their end mark."
-        )
+        found.append(f"{counts['truncated_rows']} rows were cut at {limit} tokens and lost their end mark.")
     if counts.get("dropped_rows"):
-        found.append(f"{counts['dropped_rows']} rows over {settings.model.max_seq_length} tokens were left out.")
+        found.append(f"{counts['dropped_rows']} rows over {limit} tokens were left out.")
     if counts.get("rows_without_labels"):
-        found.append(f"{counts['rows_without_labels']} rows have an empty answer and were left out.")
+        reason = "an empty answer" if settings.dataset.overlong != Overlong.truncate else "an empty or cut-off answer"
+        found.append(f"{counts['rows_without_labels']} rows have {reason} and were left out.")
+    if blank:
+        found.append(f"{blank} rows have an answer but no question.")
     if counts.get("rows_with_boundary_merge"):
         n = counts["rows_with_boundary_merge"]
-        found.append(f"In {n} rows a token joins the prompt to the answer; end the template with a line break or a space.")
+        found.append(f"In {n} rows a token joins the prompt to the answer; put a line break before the answer, not a space.")
     return found
 
 
@@ -209,13 +224,13 @@ def readable(ids: list[int], tokenizer) -> list[str]:
 # ----------------------------------------------------------------------------------------------- the cache
 
 
-def _recipe(settings: Settings, tokenizer, stop_ids: set[int], source: dict) -> str:
+def _recipe(settings: Settings, tokenizer, stop_ids: set[int], sources: list[dict | None]) -> str:
     """Hash of everything that shapes the tokens: rows, settings, tokenizer and this code."""
     code = [
         (Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("data.py", "render.py", "rows.py", "columns.py")
     ]
     parts = [
-        source["hash"],
+        [source and source["hash"] for source in sources],
         {k: str(v) for k, v in asdict(settings.dataset).items() if k not in ("path", "name")},
         settings.model.max_seq_length,
         settings.seed,
@@ -229,7 +244,7 @@ def _recipe(settings: Settings, tokenizer, stop_ids: set[int], source: dict) -> 
 
 
 def _write_cache(folder: Path, prepared: Prepared) -> None:
-    """Write beside the place and rename: the folder is complete or absent."""
+    """Write beside the place and rename: the folder is complete or absent, whoever else writes the same tokens."""
     from datasets import Dataset, Features, Value
     from datasets import List as ListOf
 
@@ -245,25 +260,34 @@ def _write_cache(folder: Path, prepared: Prepared) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".tokens-", dir=folder.parent))
     try:
+        made, torn = work / "made", work / "torn"
+        made.mkdir()
         for name, entries in (("train", prepared.train), ("eval", prepared.eval)):
             if entries:
-                Dataset.from_list(entries, features=features).to_parquet(work / f"{name}.parquet")
-        (work / "facts.json").write_text(json.dumps(prepared.facts, ensure_ascii=False), encoding="utf-8")
+                Dataset.from_list(entries, features=features).to_parquet(made / f"{name}.parquet")
+        (made / "facts.json").write_text(json.dumps(prepared.facts, ensure_ascii=False), encoding="utf-8")
         try:
-            work.rename(folder)
-        except OSError:  # another run wrote the same tokens first
-            if not (folder / "facts.json").is_file():
-                raise
+            made.rename(folder)
+        except OSError:  # another run was faster, or a clean-up of the cache left a part of the folder
+            if _read_cache(folder) is None:
+                folder.rename(torn)
+                made.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _read_cache(folder: Path) -> Prepared:
+def _read_cache(folder: Path) -> Prepared | None:
+    """What `_write_cache` wrote; None where a part of it is missing or damaged."""
     from datasets import Dataset
 
-    splits = {}
-    for name in ("train", "eval"):
-        file = folder / f"{name}.parquet"
-        splits[name] = Dataset.from_parquet(str(file), cache_dir=str(folder / "arrow")) if file.is_file() else None
-    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    return Prepared(splits["train"], splits["eval"], facts)
+    try:
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        splits = {}
+        for name in ("train", "eval"):
+            if facts["rows"].get(name):
+                splits[name] = Dataset.from_parquet(str(folder / f"{name}.parquet"), cache_dir=str(folder / "arrow"))
+                if len(splits[name]) != facts["rows"][name]:
+                    return None
+    except Exception:  # datasets raises many kinds for a damaged file; each means that the tokens are made again
+        return None
+    return Prepared(splits["train"], splits.get("eval"), facts)

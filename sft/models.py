@@ -41,7 +41,7 @@ def locate(model: ModelSettings, weights: bool = True) -> tuple[str, str]:
     folder = Path(model.name).expanduser()
     if folder.is_dir():
         return str(folder), f"local folder {folder.resolve()}"
-    if model.name != embedded.TINY_RANDOM and (_in_hub_cache(model) or hub_reachable()):
+    if model.name != embedded.TINY_RANDOM and _hub_has(model):
         return model.name, f"hub {model.name}" + (f" at {model.revision}" if model.revision else "")
     local = embedded.local_model(model.name, weights)
     if local is None:
@@ -183,10 +183,22 @@ def _load_failed(model: ModelSettings, error: OSError):
     return hub_unreachable(what, error, "model.name=/path/to/the/model")
 
 
-def _in_hub_cache(model: ModelSettings) -> bool:
-    from huggingface_hub import try_to_load_from_cache
+def _hub_has(model: ModelSettings) -> bool:
+    """Whether the hub's copy can be had: it is in the cache, or its config arrives (a connection alone may be a proxy's)."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(model.name, "config.json", revision=model.revision or "main"), str)
+    if isinstance(try_to_load_from_cache(model.name, "config.json", revision=model.revision or "main"), str):
+        return True
+    if not hub_reachable():
+        return False
+    if model.name != embedded.SMOLLM2:
+        return True  # there is no other copy; loading says what is wrong
+    try:
+        hf_hub_download(model.name, "config.json", revision=model.revision)
+    except Exception as error:  # whatever keeps the hub's copy away, the packaged one is here
+        log.warning("The hub's copy of %s cannot be had (%s); taking the packaged one.", model.name, type(error).__name__)
+        return False
+    return True
 
 
 def hub_reachable(timeout: float = 3.0) -> bool:

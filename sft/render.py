@@ -6,8 +6,8 @@ import string
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sft.columns import Turn, row_to_fields, row_to_turns
-from sft.errors import refuse
+from sft.columns import Turn, as_text, row_to_fields, row_to_turns
+from sft.errors import first_line, refuse
 from sft.settings import DatasetSettings, Settings, Shape
 
 IGNORED = -100
@@ -41,7 +41,11 @@ class Rendered:
 
 
 def choose_template(data: DatasetSettings, shape: Shape, tokenizer) -> str:
-    """`chat`, `plain`, or a template text: what `dataset.template` comes to for this data and tokenizer."""
+    """`chat`, `plain`, or a template text: what `dataset.template` comes to for this data and tokenizer.
+
+    A `\\n` typed on the command line, which shells and Hydra leave as two characters, is a line break in a template text.
+    Raises Refusal if the template does not go with the rows or the tokenizer.
+    """
     has_chat = bool(tokenizer.chat_template)
     multi_turn = shape in (Shape.messages, Shape.conversations)
     template = data.template
@@ -65,14 +69,14 @@ def choose_template(data: DatasetSettings, shape: Shape, tokenizer) -> str:
         return "{prompt}{completion}" if shape == Shape.prompt_completion else "{instruction}\n\n{input}\n\n{output}"
     if template == "alpaca":
         return ALPACA
-    return template
+    return template.replace("\\n", "\n")
 
 
 def render_row(row: dict, data: DatasetSettings, shape: Shape, template: str, tokenizer) -> Rendered:
     """One row as the text the model sees, without BOS or EOS where the tokenizer adds them itself."""
     if template == "plain":
-        text = str(row.get(data.columns.text) or "")
-        return Rendered(text, [(0, len(text))], "", text)
+        text = as_text(row.get(data.columns.text))
+        return Rendered(text, [(0, len(text))] if text.strip() else [], "", text)
     if template == "chat":
         return render_chat(row_to_turns(row, data, shape), tokenizer)
     return render_text(template, row_to_fields(row, data, shape))
@@ -87,7 +91,8 @@ def render_text(template: str, values: dict[str, str]) -> Rendered:
             start, reference = length + len(literal), value
         parts += [literal, value]
         length += len(literal) + len(value)
-    question = "\n".join(v for k, v in values.items() if k in ("instruction", "input", "prompt") and v)
+    asked = [values.get("instruction"), values.get("input")]
+    question = values.get("prompt") or "\n\n".join(v for v in asked if v)
     text = "".join(parts)
     spans = [(start, length)] if reference.strip() else []
     return Rendered(text, spans, question, reference)
@@ -99,33 +104,76 @@ def render_chat(turns: list[Turn], tokenizer) -> Rendered:
     The template is rendered once with the real contents and once with a marker in place of each, so that an answer is
     found where it stands even if its words occur elsewhere. A span starts where generation would start (after the
     generation prompt), so that whatever the template puts before an answer, such as an empty think block, is learnt too.
+    Raises Refusal if the template refuses the turns, or leaves out or changes what one of them says.
     """
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    # Reasoning models' templates look for a think block in an answer and may leave it out: it stays beside the marker.
+    heads = [_think_block(turn) for turn in turns]
     marks = [f"\ue000{i}\ue001" for i in range(len(turns))]
-    marked = tokenizer.apply_chat_template(
-        [m | {"content": mark} for m, mark in zip(messages, marks, strict=True)], tokenize=False
+    text = _apply_template(turns, tokenizer)
+    marked = _apply_template(
+        [Turn(turn.role, head + mark) for turn, head, mark in zip(turns, heads, marks, strict=True)], tokenizer
     )
-    ends = _end_marks(tokenizer)
-    opening = _generation_prompt(tokenizer)
+    opening = _generation_prompt(tokenizer, tokenizer.chat_template)
+    ends = _end_marks(tokenizer, opening)
     pieces = re.split("\ue000\\d+\ue001", marked)
-    if [int(m) for m in re.findall("\ue000(\\d+)\ue001", marked)] != list(range(len(turns))):
-        raise _unfit_template(turns)
-    spans, rebuilt = [], pieces[0]
-    for turn, before, after in zip(turns, pieces, pieces[1:], strict=False):
-        content = turn.content if text.startswith(rebuilt + turn.content, 0) else turn.content.strip()
-        start = len(rebuilt)
-        rebuilt += content
-        if turn.role == "assistant" and content:
+    order = [int(m) for m in re.findall("\ue000(\\d+)\ue001", marked)]  # some templates move the system prompt
+    if sorted(order) != list(range(len(turns))):
+        raise _unfit_template(turns, [turn for i, turn in enumerate(turns) if order.count(i) != 1])
+    spans, at, answered = [], len(pieces[0]), 0
+    for i, before, after in zip(order, pieces, pieces[1:], strict=False):
+        turn, head = turns[i], heads[i]
+        content = next((c for c in _trimmed(turn.content[len(head) :]) if text.startswith(c + after, at)), None)
+        if content is None:
+            raise _unfit_template(turns, [turn])
+        start, at = at, at + len(content)
+        if turn.role == "assistant" and turn.content.strip():
+            if head and before.endswith(head):
+                start, before = start - len(head), before.removesuffix(head)
             if opening and opening in before:
                 start -= len(before) - before.rindex(opening) - len(opening)
-            spans.append((start, len(rebuilt) + _end_of_turn(after, ends)))
-        rebuilt += after
-    if rebuilt != text:
-        raise _unfit_template(turns)
-    question = next((t.content for t in reversed(turns) if t.role == "user"), "")
-    reference = next((t.content for t in reversed(turns) if t.role == "assistant"), "")
-    return Rendered(text, spans, question, reference)
+            spans.append((start, at + _end_of_turn(after, ends)))
+            answered = i
+        at += len(after)
+    if at != len(text) or not text.startswith(pieces[0]):
+        raise _unfit_template(turns, turns)
+    question = next((t.content for t in reversed(turns[:answered]) if t.role == "user"), "")
+    return Rendered(text, spans, question, turns[answered].content if spans else "")
+
+
+def _apply_template(turns: list[Turn], tokenizer) -> str:
+    """The chat template's text for these turns; what the template itself raises becomes a Refusal."""
+    from jinja2 import TemplateError
+
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        if turns[0].role == "system" and "system" in str(error).lower():
+            raise _no_system_role(tokenizer, f"it says: {first_line(error)}") from error
+        roles = ", ".join(turn.role for turn in turns)
+        why = f"The chat template of {_model_of(tokenizer)} refuses them: {first_line(error)}"
+        raise refuse(f"a row with the turns {roles}", why, "model.chat_template=chatml") from error
+
+
+def _no_system_role(tokenizer, reason: str):
+    why = f"The chat template of {_model_of(tokenizer)} has no place for a system prompt; {reason}"
+    fix = "dataset.system_prompt=null   if it is set\ndataset.columns.system=null   if it comes from the data's own column\n"
+    return refuse("a row with a system prompt", why, fix + "model.chat_template=chatml   takes one")
+
+
+def _model_of(tokenizer) -> str:
+    return tokenizer.name_or_path or "this model"
+
+
+def _think_block(turn: Turn) -> str:
+    """The `<think>...</think>` that opens an answer, with the line breaks after it; blank where there is none."""
+    found = re.match(r"\s*<think>.*?</think>\n*", turn.content, re.S) if turn.role == "assistant" else None
+    return found[0] if found else ""
+
+
+def _trimmed(content: str) -> list[str]:
+    """A content as templates write it: as it is, or without the white space around it."""
+    return [content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"), content.lstrip("\n")]
 
 
 def _end_of_turn(after: str, ends: list[str]) -> int:
@@ -138,12 +186,16 @@ def _end_of_turn(after: str, ends: list[str]) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _end_marks(tokenizer) -> list[str]:
-    return sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+def _end_marks(tokenizer, opening: str) -> list[str]:
+    """Special tokens that can close a turn: not the BOS, nor what opens the assistant's turn."""
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content not in opening}
+    if tokenizer.bos_token != tokenizer.eos_token:
+        special.discard(tokenizer.bos_token)
+    return sorted(special, key=len, reverse=True)
 
 
 @functools.lru_cache(maxsize=4)
-def _generation_prompt(tokenizer) -> str:
+def _generation_prompt(tokenizer, chat_template: str) -> str:
     """What the chat template adds where the model is to speak, such as `<|im_start|>assistant\\n`."""
     question = [{"role": "user", "content": "?"}]
     without = tokenizer.apply_chat_template(question, tokenize=False)
@@ -151,13 +203,14 @@ def _generation_prompt(tokenizer) -> str:
     return with_it[len(without) :] if with_it.startswith(without) else ""
 
 
-def _unfit_template(turns: list[Turn]):
+def _unfit_template(turns: list[Turn], changed: list[Turn]):
     roles = ", ".join(turn.role for turn in turns)
-    return refuse(
-        f"a row with the turns {roles}",
-        "The chat template changes or leaves out a turn's content, so what is learnt could not be marked for certain.",
-        "model.chat_template=chatml   or drop such rows: dataset.drop={messages: ...}",
-    )
+    which = ", ".join(dict.fromkeys(turn.role for turn in changed))
+    why = "The chat template changes or leaves out what a turn says, so what is learnt could not be marked for certain."
+    fix = "model.chat_template=chatml   writes every turn as it stands"
+    if which == "system":
+        fix = f"dataset.system_prompt=null   or   {fix}"
+    return refuse(f"a row with the turns {roles}; changed: {which}", why, fix)
 
 
 def encode(rendered: list[Rendered], tokenizer, stop_ids: set[int]) -> Iterable[dict]:
@@ -166,31 +219,28 @@ def encode(rendered: list[Rendered], tokenizer, stop_ids: set[int]) -> Iterable[
     Yields dicts with `input_ids`, `labels` (IGNORED outside the answers), `prompt_length` (tokens before the last
     answer), `question`, `reference`, and `boundary_merge` (a token joins the prompt's end to the answer's start).
     """
-    bos = starts_with_bos(tokenizer)
-    texts = [r.text.removeprefix(tokenizer.bos_token) if bos else r.text for r in rendered]
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    for row, text, ids, offsets in zip(rendered, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        shift = len(row.text) - len(text)
+    bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
+    encoded = tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True)
+    for row, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        ids = list(ids)
         labels = [IGNORED] * len(ids)
         merged, prompt_length = False, len(ids) if not row.spans else 0
         for begin, end in row.spans:
-            begin, end = begin - shift, end - shift
             inside = [k for k, (a, b) in enumerate(offsets) if a < end and b > begin]
             for k in inside:
                 labels[k] = ids[k]
             if inside:
                 merged |= offsets[inside[0]][0] < begin
                 prompt_length = inside[0]
-        ids = list(ids)
-        # The answer ends where generation stops. A template without an end mark of its own gets the tokenizer's EOS.
-        tail = [k for k in range(len(ids)) if labels[k] != IGNORED]
-        if tail and ids[tail[-1]] not in stop_ids:
-            if tail[-1] + 1 < len(ids):  # only white space can follow; it would keep the model from stopping
-                del ids[tail[-1] + 1 :], labels[tail[-1] + 1 :]
-            ids.append(tokenizer.eos_token_id)
-            labels.append(tokenizer.eos_token_id)
-        if bos:
-            ids, labels, prompt_length = [tokenizer.bos_token_id, *ids], [IGNORED, *labels], prompt_length + 1
+        tail = max((k for k in range(len(ids)) if labels[k] != IGNORED), default=None)
+        if tail is not None:
+            # Nothing after the last answer can be learnt: a template's closing line break, a question without an answer.
+            del ids[tail + 1 :], labels[tail + 1 :]
+            if ids[-1] not in stop_ids:  # the answer ends where generation stops
+                ids.append(tokenizer.eos_token_id)
+                labels.append(tokenizer.eos_token_id)
+        if bos is not None and ids[:1] != [bos]:  # a template may have written it already
+            ids, labels, prompt_length = [bos, *ids], [IGNORED, *labels], prompt_length + 1
         yield {
             "input_ids": ids, "labels": labels, "prompt_length": prompt_length,
             "question": row.question, "reference": row.reference, "boundary_merge": merged,
@@ -203,18 +253,19 @@ def starts_with_bos(tokenizer) -> bool:
 
 
 def prompt_ids(question: str, settings: Settings, shape: Shape, tokenizer) -> list[int]:
-    """Token ids of a question of the user's own, put through the data's template up to where the answer starts."""
-    data = settings.dataset
+    """Token ids of a question of the user's own: those that a row with this question has before its answer."""
+    data, columns = settings.dataset, settings.dataset.columns
     template = choose_template(data, shape, tokenizer)
-    if template == "chat":
-        turns = [Turn("system", data.system_prompt)] if data.system_prompt else []
-        rendered = render_chat([*turns, Turn("user", question), Turn("assistant", "x")], tokenizer)
-    elif template == "plain":
-        rendered = Rendered(question, [], question, "")
+    if template == "plain":
+        rendered = Rendered(question, [], question, "")  # a text is continued
     else:
-        role = "prompt" if "{prompt}" in template else "input" if data.columns.instruction is None else "instruction"
-        rendered = render_text(template, {role: question, "output": "x", "completion": "x", "system": data.system_prompt or ""})
-    text = rendered.text[: rendered.spans[0][0]] if rendered.spans else rendered.text
-    bos = starts_with_bos(tokenizer)
-    ids = tokenizer(text.removeprefix(tokenizer.bos_token) if bos else text, add_special_tokens=False)["input_ids"]
-    return [tokenizer.bos_token_id, *ids] if bos else ids
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "x"}]
+        row = {
+            Shape.messages: {columns.messages: turns},
+            Shape.conversations: {columns.conversations: turns},
+            Shape.prompt_completion: {columns.prompt: question, columns.completion: "x"},
+            Shape.instruction: {columns.instruction or columns.input: question, columns.output: "x"},
+        }[shape]
+        rendered = render_row(row, data, shape, template, tokenizer)
+    entry = next(iter(encode([rendered], tokenizer, {tokenizer.eos_token_id})))
+    return entry["input_ids"][: entry["prompt_length"]]

@@ -31,8 +31,8 @@ CHARTS = [
     ("eval_loss", "Held-out loss", ".4~f", [("eval_loss", "Held-out loss", "held")]),
     ("eos_share", "Answers ended by EOS", ".0%", [("eos_share", "EOS share", "held")]),
     ("learning_rate", "Learning rate", ".3~g", [("learning_rate", "Learning rate", "main")]),
-    ("grad_norm", "Gradient norm", ".3~g", [("grad_norm", "Gradient norm", "main")]),
-    ("tokens_per_second", "Tokens per second", ".3~s", [("tokens_per_second", "Tokens/s", "main")]),
+    ("grad_norm", "Gradient norm", ".3~g", [("grad_norm", "Gradient norm", "thin")]),
+    ("tokens_per_second", "Tokens per second", ".3~s", [("tokens_per_second", "Tokens/s", "thin")]),
     ("memory_gib", "Memory (GiB)", ".4~g", [("memory_gib", "Memory (GiB)", "main")]),
 ]
 SPECIAL = re.compile(  # special tokens as the common chat templates write them
@@ -242,7 +242,7 @@ def draw(points: list[dict], pattern: str, lines: list[tuple[str, str, str]]) ->
         "type": "quantitative",
         "title": None,
         "scale": {"zero": False, "nice": False},
-        "axis": {"format": "~s", "tickMinStep": 1},
+        "axis": {"format": ",d", "tickMinStep": 1},
     }
     y = {"type": "quantitative", "title": None, "scale": {"zero": False}, "axis": {"format": pattern}}
     return {"data": {"values": points}, "width": "container", "layer": layers, "encoding": {"x": x, "y": y}}

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 import random
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sft import embedded
+from sft.columns import as_text
 from sft.errors import first_line, last_line, refuse
 from sft.settings import DatasetSettings
 
@@ -30,6 +32,8 @@ def read_rows(data: DatasetSettings, split: str) -> tuple[Sequence[dict], dict[s
 
 def _read_json(path: Path) -> list[dict]:
     text = _read_text(path)
+    if not text.strip():
+        return []
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
@@ -42,6 +46,8 @@ def _read_json(path: Path) -> list[dict]:
                 str(path), "The file has to hold a list of rows; it holds one object.", "start it with [ and end it with ]"
             )
         rows = rows[lists[0]]
+    if not isinstance(rows, list):
+        raise refuse(str(path), f"The file has to hold a list of rows; it holds {text.strip()[:60]!r}.")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise refuse(f"{path}, row {number}", f"A row has to be an object in braces; this is {str(row)[:60]!r}.")
@@ -66,18 +72,36 @@ def _read_jsonl(path: Path) -> list[dict]:
 
 def _read_csv(path: Path) -> list[dict]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(_read_text(path).splitlines(keepends=True), strict=True)
-    rows = []
+    # newline="" leaves line breaks inside quotes alone; only \n and \r end a line, not every break that Unicode knows.
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    header, rows, line = None, [], 1
     try:
-        for row in reader:
-            if None in row or None in row.values():
-                found = len(reader.fieldnames) + len(row.get(None) or []) - list(row.values()).count(None)
-                why = f"{len(reader.fieldnames)} columns are expected ({', '.join(reader.fieldnames)}); found {found}."
-                raise refuse(f"{path}, line {reader.line_num}", why, 'put quotes around a value with a comma in it: "a, b"')
-            rows.append(row)
+        for cells in reader:
+            if not cells:  # a blank line
+                pass
+            elif header is None:
+                header = _check_header([cell.strip() for cell in cells], f"{path}, line {line}")
+            elif len(cells) != len(header):
+                why = f"{len(header)} columns are expected ({', '.join(header)}); found {len(cells)}."
+                raise refuse(f"{path}, line {line}", why, 'put quotes around a value with a comma in it: "a, b"')
+            else:
+                rows.append(dict(zip(header, cells, strict=True)))
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise refuse(f"{path}, line {reader.line_num}", f"Not valid CSV: {error}.") from error
+        fix = 'a quote inside a quoted value is written twice: "she said ""yes"""'
+        raise refuse(f"{path}, line {line}", f"The row that starts here is not valid CSV: {error}.", fix) from error
     return rows
+
+
+def _check_header(names: list[str], where: str) -> list[str]:
+    """The column names of a CSV file, as they are; refused where a column could not be told from another."""
+    if len(names) == 1 and (found := re.search(r"[;\t|]", names[0])):
+        why = f"The columns are separated by {found[0]!r} ({names[0]!r}); they have to be separated by commas."
+        raise refuse(where, why, "save it with commas, or as jsonl")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise refuse(where, f"The column {twice[0]!r} stands there twice.", "rename one of the two")
+    return names
 
 
 def _read_parquet(path: Path) -> Sequence[dict]:
@@ -99,6 +123,8 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         fix = f"iconv -f GB18030 -t UTF-8 {path} > utf8{path.suffix}   if it was written on a Chinese Windows"
+        if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            fix = f"iconv -f UTF-16 -t UTF-8 {path} > utf8{path.suffix}"
         raise refuse(f"{path}, line {line}", "The file is not UTF-8 text.", fix) from error
 
 
@@ -132,7 +158,8 @@ def select(rows: Sequence[dict], data: DatasetSettings, seed: int, counts: dict)
     index = choose_indices(rows, data, seed)
     counts["filtered"] = len(rows) - len(index)
     if not index:
-        raise refuse("dataset.keep / dataset.drop", f"None of the {len(rows)} rows passes the filters.")
+        fix = "dataset.keep={} dataset.drop={}   to filter nothing"
+        raise refuse("dataset.keep / dataset.drop", f"None of the {len(rows)} rows passes the filters.", fix)
     index = index[: data.max_rows]
     held_out = 0
     if data.eval_fraction > 0:
@@ -147,11 +174,12 @@ def select(rows: Sequence[dict], data: DatasetSettings, seed: int, counts: dict)
 
 
 def choose_indices(rows: Sequence[dict], data: DatasetSettings, seed: int) -> list[int]:
+    """Indices of the rows that pass the filters, shuffled by `seed` where `dataset.shuffle` says so."""
     index = list(range(len(rows)))
     rules = [(c, re.compile(p, re.S), True) for c, p in data.keep.items()]
     rules += [(c, re.compile(p, re.S), False) for c, p in data.drop.items()]
     if rules:
-        index = [i for i in index if all(bool(p.search(str(rows[i].get(c) or ""))) == wanted for c, p, wanted in rules)]
+        index = [i for i in index if all(bool(p.search(as_text(rows[i].get(c)))) == wanted for c, p, wanted in rules)]
     if data.shuffle:
         random.Random(seed).shuffle(index)
     return index

@@ -160,13 +160,14 @@ class DatasetSettings:
     """Which column plays which role."""
     template: str = "auto"
     """`chat` (the tokenizer's chat template), `alpaca`, `plain`, or a text with `{instruction}`, `{input}`,
-    `{output}` and other columns in braces. `auto`: the chat template where the tokenizer has one, else `alpaca`."""
+    `{output}` and other columns in braces, where a typed `\\n` is a line break. `auto`: the chat template where the
+    tokenizer has one, else `alpaca`."""
     system_prompt: str | None = None
     """System prompt for rows that bring none."""
     loss_on: LossOn = LossOn.answer
     """Train on the `answer` (every assistant turn and its end mark) or on `all` of the text."""
     keep: dict[str, str] = field(default_factory=dict)
-    """Keep only rows whose column matches the regular expression: `dataset.keep={output: ".{20,}"}`."""
+    """Keep only rows whose column, as JSON text if it is not a text, matches: `dataset.keep={output: ".{20,}"}`."""
     drop: dict[str, str] = field(default_factory=dict)
     """Drop rows whose column matches the regular expression: `dataset.drop={output: "(?i)as an ai"}`."""
     shuffle: bool = True

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from sft import embedded
 from sft import settings as schema
 from sft.errors import Problem
 from sft.settings import Backend, Dtype, LoraSettings, Settings, TrackingMode
@@ -57,6 +58,7 @@ WITHOUT_EFFECT = {
 def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
     """Every problem in the settings themselves; `hardware=False` leaves out what depends on this machine."""
     problems = [
+        *_check_blank(settings),
         *_check_numbers(settings),
         *_check_model(settings),
         *_check_lora(settings),
@@ -124,7 +126,29 @@ def _check_numbers(settings: Settings) -> list[Problem]:
         ("samples.max_new_tokens", s.max_new_tokens >= 1, "at least 1"),
         ("seed", 0 <= settings.seed < 2**32, "between 0 and 4294967295"),
     ]  # fmt: skip
-    return [Problem(f"{key}={_get(settings, key)}", f"It has to be {allowed}.") for key, holds, allowed in rules if not holds]
+    return [
+        Problem(f"{key}={_shown(_get(settings, key))}", f"It has to be {allowed}.", _default(key))
+        for key, holds, allowed in rules
+        if not holds
+    ]
+
+
+def _check_blank(settings: Settings) -> list[Problem]:
+    """Texts that are empty, as an unset shell variable leaves them: they would be taken for null in silence."""
+    problems = []
+    for group in (f.name for f in fields(Settings) if f.name != "seed"):
+        for f in fields(getattr(settings, group)):
+            if getattr(getattr(settings, group), f.name) == "":
+                key = f"{group}.{f.name}"
+                fix = f"{key}=null   for none" if "None" in str(f.type) else _default(key)
+                problems.append(Problem(f"{key}=", "The value is empty.", fix))
+    return problems
+
+
+def _default(key: str) -> str:
+    """The hint that names a setting's default."""
+    value = _shown(_get(Settings(), key))
+    return f"{key}={'null' if value is None else value}   is the default"
 
 
 def _is_step_count(value: float) -> bool:
@@ -137,16 +161,20 @@ def _check_model(settings: Settings) -> list[Problem]:
         fix = "model.load_in_8bit=false   or   model.load_in_4bit=false"
         problems.append(Problem("model.load_in_4bit=true model.load_in_8bit=true", "Weights are loaded one way only.", fix))
     folder = Path(model.name).expanduser()
-    if folder.is_dir():
+    if not model.name:
+        pass  # refused as blank
+    elif folder.is_dir():
         if not (folder / "config.json").is_file():
             inside = [p.name for p in sorted(folder.iterdir()) if (p / "config.json").is_file()]
             why = "The folder holds no config.json, so it is not a saved model."
-            problems.append(Problem(f"model.name={model.name}", why, f"model.name={folder / inside[0]}" if inside else ""))
+            fix = f"model.name={folder / inside[0]}" if inside else "name the folder with config.json and the weights in it"
+            problems.append(Problem(f"model.name={model.name}", why, fix))
     elif model.name != "tiny_random" and not re.fullmatch(r"[\w.-]+/[\w.-]+", model.name):
         parent = folder.parent if folder.parent.is_dir() else Path(".")
         close = difflib.get_close_matches(folder.name, [p.name for p in parent.iterdir() if p.is_dir()], 1)
         why = "There is no such folder, and a hub id has the form owner/name."
-        problems.append(Problem(f"model.name={model.name}", why, f"model.name={parent / close[0]}" if close else ""))
+        fix = f"model.name={parent / close[0]}" if close else "model.name=Qwen/Qwen3-4B-Base   for example"
+        problems.append(Problem(f"model.name={model.name}", why, fix))
     return problems
 
 
@@ -173,23 +201,43 @@ def _check_dataset(settings: Settings) -> list[Problem]:
     data, problems = settings.dataset, []
     if data.path:
         problems += _check_path(data.path)
-        if data.eval_split:
-            fix = "dataset.eval_split=null dataset.eval_fraction=0.1"
-            problems.append(Problem(f"dataset.eval_split={data.eval_split}", "A local file has no splits.", fix))
-    elif not data.name:
+    elif data.path is None and not data.name:
         why = "Neither a local file nor a hub data set is named."
         problems.append(Problem("dataset.path=null dataset.name=null", why, "dataset.path=my_data.jsonl"))
+    if data.eval_split and (data.path or data.name in embedded.DATASETS):
+        fix = "dataset.eval_split=null dataset.eval_fraction=0.1"
+        problems.append(Problem(f"dataset.eval_split={data.eval_split}", "A local file has no splits.", fix))
     if data.eval_split and data.eval_fraction > 0:
         why = "The held-out rows come from one place only."
         fix = "dataset.eval_fraction=0   or   dataset.eval_split=null"
         problems.append(Problem(f"dataset.eval_split={data.eval_split} dataset.eval_fraction={data.eval_fraction}", why, fix))
+    problems += _check_columns(data)
     problems += _check_template(data)
     for group in ("keep", "drop"):
         for column, pattern in getattr(data, group).items():
             try:
                 re.compile(pattern)
             except re.error as error:
-                problems.append(Problem(f"dataset.{group}.{column}={pattern}", f"Not a regular expression: {error}."))
+                fix = f"dataset.{group}.{column}={re.escape(pattern)}   for these very characters"
+                problems.append(Problem(f"dataset.{group}.{column}={pattern}", f"Not a regular expression: {error}.", fix))
+    return problems
+
+
+def _check_columns(data) -> list[Problem]:
+    """Two roles of one shape on one column: an answer that stands in its own question, or a question asked twice."""
+    problems = []
+    for one, other in (("instruction", "input"), ("instruction", "output"), ("input", "output"), ("prompt", "completion")):
+        column = getattr(data.columns, one)
+        if column and column == getattr(data.columns, other):
+            what = f"dataset.columns.{one}={column} dataset.columns.{other}={column}"
+            if other == "input":
+                why, fix = "The question would be asked twice.", "dataset.columns.input=null"
+            else:
+                why, fix = (
+                    "The answer would stand in its own question.",
+                    f"dataset.columns.{one}=<the column with the questions>",
+                )
+            problems.append(Problem(what, why, fix))
     return problems
 
 
@@ -202,19 +250,24 @@ def _check_path(path_text: str) -> list[Problem]:
         fix = f"dataset.path={folder / close[0]}" if close else f"looked in {folder.resolve()}"
         return [Problem(f"dataset.path={path_text}", "There is no such file.", fix)]
     if path.is_dir():
-        return [Problem(f"dataset.path={path_text}", "This is a folder; a single file is read.")]
+        inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in TEXT_FORMATS)
+        fix = f"dataset.path={path / inside[0]}" if inside else f"it holds no {', '.join(TEXT_FORMATS)} file"
+        return [Problem(f"dataset.path={path_text}", "This is a folder; a single file is read.", fix)]
     if path.suffix.lower() not in TEXT_FORMATS:
-        return [Problem(f"dataset.path={path_text}", f"The file's name has to end in {', '.join(TEXT_FORMATS)}.")]
+        why = f"The file's name has to end in {', '.join(TEXT_FORMATS)}."
+        return [Problem(f"dataset.path={path_text}", why, "save it in one of these formats; jsonl is the safest")]
     if path.stat().st_size == 0:
-        return [Problem(f"dataset.path={path_text}", "The file is empty.")]
+        return [Problem(f"dataset.path={path_text}", "The file is empty.", "write the rows first, or name another file")]
     if not os.access(path, os.R_OK):
-        return [Problem(f"dataset.path={path_text}", "The file cannot be read by this user.")]
+        return [Problem(f"dataset.path={path_text}", "The file cannot be read by this user.", f"chmod u+r {path}")]
     return []
 
 
 def _check_template(data) -> list[Problem]:
     template = data.template
-    shown = template if len(template) < 60 else template[:57] + "..."
+    shown = (template if len(template) < 60 else template[:57] + "...").replace("\n", "\\n")
+    if not template:
+        return []  # refused as blank
     if template in ("auto", "chat", "alpaca", "plain"):
         if template in ("alpaca", "plain") and data.system_prompt:
             why = "The template has no place for a system prompt, so it would be ignored."
@@ -222,21 +275,37 @@ def _check_template(data) -> list[Problem]:
             return [Problem(f"dataset.template={template} dataset.system_prompt=...", why, fix)]
         return []
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         return [Problem(f"dataset.template={shown}", f"The braces do not match: {error}.", "write a literal brace as {{ or }}")]
+    names = [name for _, name, _, _ in parts]
     if not names:
         close = difflib.get_close_matches(template, ["auto", "chat", "alpaca", "plain"], 1)
         why = "Neither a known template (auto, chat, alpaca, plain) nor a text with {instruction} and {output} in it."
-        return [Problem(f"dataset.template={shown}", why, f"dataset.template={close[0]}" if close else "")]
+        fix = f"dataset.template={close[0] if close else 'auto'}"
+        return [Problem(f"dataset.template={shown}", why, fix)]
     problems = []
+    example = """'dataset.template="Q: {instruction}\\nA: {output}"'"""
     answers = [name for name in names if name in ANSWER_ROLES]
-    if len(answers) != 1:
+    if "" in names:
+        why = "Braces need a name between them, so that it is known which column stands where."
+        problems.append(
+            Problem(f"dataset.template={shown}", why, f"write {{instruction}}, {{input}} and {{output}}: {example}")
+        )
+    elif len(answers) != 1:
         why = f"The answer has to stand in it once, as {{output}} or {{completion}}; found {len(answers)} times."
-        problems.append(Problem(f"dataset.template={shown}", why))
+        problems.append(Problem(f"dataset.template={shown}", why, example))
+    elif parts[0][:2] == ("", answers[0]):
+        why = "Nothing stands before the answer, so there would be nothing to ask."
+        fix = f"{example}\ndataset.shape=text dataset.columns.text=...   trains on a text as it stands"
+        problems.append(Problem(f"dataset.template={shown}", why, fix))
+    if any(spec or conversion for _, _, spec, conversion in parts):
+        why = "Only names can stand in braces; a format or a conversion after the name would be ignored."
+        problems.append(Problem(f"dataset.template={shown}", why, "write a literal brace as {{ or }}"))
     if data.system_prompt and "system" not in names:
         why = "The template has no {system}, so the system prompt would be ignored."
-        problems.append(Problem(f"dataset.template={shown} dataset.system_prompt=...", why))
+        fix = "put {system} into the template   or   dataset.system_prompt=null"
+        problems.append(Problem(f"dataset.template={shown} dataset.system_prompt=...", why, fix))
     return problems
 
 
@@ -270,8 +339,8 @@ def _check_trainer(settings: Settings) -> list[Problem]:
         value = getattr(trainer, key)
         known = _enum_values(file, enum)
         if known and value not in known:
-            close = [k for k in known if k.startswith(value)] + difflib.get_close_matches(value, known, 1, 0.5)
-            fix = f"trainer.{key}={close[0]}" if close else ""
+            close = [k for k in known if value and k.startswith(value)] + difflib.get_close_matches(value, known, 1, 0.5)
+            fix = f"trainer.{key}={close[0]}" if close else _default(f"trainer.{key}")
             problems.append(Problem(f"trainer.{key}={value}", f"transformers knows: {', '.join(known)}.", fix))
     return problems
 
@@ -290,12 +359,17 @@ def _check_extra(extra: dict[str, Any]) -> list[Problem]:
             problems.append(Problem(what, "Another setting decides this.", f"set {DECIDED_ELSEWHERE[name]} instead"))
         elif name in WITHOUT_EFFECT:
             problems.append(
-                Problem(what, "It would have no effect: rows are rendered, tokenised and masked before TRL sees them.")
+                Problem(
+                    what,
+                    "It would have no effect: rows are rendered, tokenised and masked before TRL sees them.",
+                    f"leave trainer.extra.{name} out",
+                )
             )
         elif known and name not in known:
             close = difflib.get_close_matches(name, sorted(known), 1, 0.6)
             why = "TRL's SFTConfig has no such option." + (f" Did you mean {close[0]}?" if close else "")
-            problems.append(Problem(what, why, f"trainer.extra.{close[0]}={value}" if close else ""))
+            fix = f"trainer.extra.{close[0]}={value}" if close else "its options: https://huggingface.co/docs/trl/sft_trainer"
+            problems.append(Problem(what, why, fix))
     return problems
 
 

@@ -39,7 +39,18 @@ def test_run_folder_keeps_the_contract(finished):
     assert (result.status, result.exit_code) == ("finished", 0)
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert record["status"] == "finished" and record["reason"] is None and record["ended_at"] >= record["started_at"]
-    for key in ("config_hash", "seed", "git_commit", "versions", "hardware", "settings", "data", "model", "metrics", "artifacts"):
+    for key in (
+        "config_hash",
+        "seed",
+        "git_commit",
+        "versions",
+        "hardware",
+        "settings",
+        "data",
+        "model",
+        "metrics",
+        "artifacts",
+    ):
         assert key in record
     assert record["data"]["train_rows"] == 22 and record["data"]["eval_rows"] == 2 and record["data"]["hash"]
     assert record["model"]["trainable_parameters"] < record["model"]["parameters"]
@@ -120,14 +131,14 @@ def test_samples_do_not_change_the_training(small, tmp_path):
 
 
 def test_training_lowers_the_loss(small, tmp_path):
-    run(small("trainer.max_steps=30", "trainer.learning_rate=3e-2", "lora.r=32", "trainer.eval_steps=30",
+    run(small("lora=none", "trainer.max_steps=30", "trainer.learning_rate=1e-2", "trainer.eval_steps=30",
               "trainer.save_steps=30"), tmp_path)  # fmt: skip
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert record["metrics"]["eval_loss"] < record["metrics"]["eval_loss_start"] - 0.3
 
 
 def test_prompts_of_ones_own_go_through_the_template(small, tmp_path):
-    run(small("trainer=debug", "samples.num_held_out=0", "samples.prompts=[Why is the sky blue?, 你好吗]"), tmp_path)
+    run(small("trainer=debug", "samples.num_held_out=0", "samples.prompts=['Why is the sky blue?', 你好吗]"), tmp_path)
     lines = read_lines(tmp_path / "samples.jsonl")
     assert {line["question"] for line in lines} == {"Why is the sky blue?", "你好吗"} and lines[0]["source"] == "config"
     assert lines[0]["prompt"].endswith("<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n")
@@ -198,5 +209,5 @@ def test_full_fine_tuning_saves_a_whole_model(small, tmp_path):
 def test_extra_reaches_the_trainer(small, tmp_path, monkeypatch):
     from sft.trainer import training_arguments
 
-    arguments = training_arguments(small("trainer.extra.adam_beta2=0.95", "trainer.extra.group_by_length=true"), tmp_path, True)
+    arguments = training_arguments(small("trainer.extra.adam_beta2=0.95"), tmp_path, True)
     assert arguments.adam_beta2 == 0.95

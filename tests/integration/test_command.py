@@ -1,0 +1,112 @@
+"""train.py as people run it: exit codes, what is printed, Ctrl-C, sweeps, and what W&B can read afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.conftest import ROOT, SMALL
+
+QUICK = ("trainer=debug", *SMALL)
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *overrides]
+
+
+def train(cwd: Path, *overrides: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*overrides), capture_output=True, text=True, cwd=cwd, timeout=280)
+
+
+def test_a_run_with_wandb_can_be_read_back_offline(tmp_path):
+    """No key, no network: offline by itself, one line on how to sync, curves and sample table in the W&B file."""
+    done = train(tmp_path, *QUICK, "tracking=wandb", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "wandb sync" in done.stderr and "wandb leet" in done.stderr and "Traceback" not in done.stderr
+    record = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "finished" and record["tracking"]["mode"] == "offline"
+    (binary,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    wandb = Path(sys.executable).with_name("wandb")
+    shown = subprocess.run([wandb, "leet", "inspect", "--json", str(binary)], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    for key in ("eval_loss", "learning_rate", "tokens_per_second", "eos_share", "samples"):
+        assert f'"{key}"' in shown.stdout or f'[\\"{key}\\"]' in shown.stdout or key in shown.stdout, key
+    tables = list((tmp_path / "run").glob("wandb/offline-run-*/files/media/table/*.json"))
+    rows = [row for table in tables for row in json.loads(table.read_text(encoding="utf-8"))["data"]]
+    steps = sorted({row[0] for row in rows})
+    assert steps[0] == 0 and len(steps) >= 2
+    base = {row[1]: row[3] for row in rows if row[0] == 0}
+    assert all(row[2] == base[row[1]] for row in rows)
+
+
+def test_the_log_of_a_run_stands_in_its_folder(tmp_path):
+    done = train(tmp_path, *QUICK)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert folder.name.endswith("_tiny_random_twists")
+    log = (folder / "train.log").read_text(encoding="utf-8")
+    assert "held-out loss" in log and "rows to train on" in log
+    assert {".hydra", "run.json", "metrics.jsonl", "adapter"} <= {p.name for p in folder.iterdir()}
+    assert not (tmp_path / "unsloth_compiled_cache").exists() and not (tmp_path / "wandb").exists()
+
+
+def test_ctrl_c_saves_and_marks_the_run_as_stopped(tmp_path):
+    overrides = (
+        *SMALL,
+        "trainer.max_steps=100000",
+        "trainer.eval_steps=50000",
+        "trainer.save_steps=50000",
+        "hydra.run.dir=run",
+    )
+    process = subprocess.Popen(command(*overrides), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        metrics, limit = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+        while time.monotonic() < limit and not (metrics.is_file() and metrics.read_text().count('"loss"') > 3):
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors[-3000:]
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "stopped" and record["reason"].startswith("SIGINT at step")
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "report.html").is_file() and "Traceback" not in errors
+
+
+def test_a_data_error_leaves_no_folder_behind(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"question": "a?", "answer": "b"}\n{"question": "c?"\n', encoding="utf-8")
+    done = train(tmp_path, *QUICK, "dataset.path=data.jsonl")
+    assert done.returncode == 2 and "data.jsonl, line 2" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("outputs/*"))
+    (tmp_path / "data.jsonl").write_text('{"question": "a?", "answer": "b"}\n', encoding="utf-8")
+    done = train(tmp_path, *QUICK, "dataset.path=data.jsonl")
+    assert done.returncode == 2 and "dataset.columns.output=answer" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("outputs/*"))
+
+
+def test_a_failing_job_does_not_end_a_sweep_and_shows_in_the_exit_code(tmp_path):
+    """lora.target_modules of the second job names a layer that is not there; the third job still runs."""
+    done = train(tmp_path, "-m", *QUICK, "lora.target_modules=[q_proj],[nothing_proj],[v_proj]", "hydra.sweep.dir=sweep")
+    assert done.returncode == 2 and "nothing_proj" in done.stderr, done.stderr[-3000:]
+    records = [json.loads(p.read_text(encoding="utf-8")) for p in sorted((tmp_path / "sweep").glob("*/run.json"))]
+    assert [r["status"] for r in records] == ["finished", "failed", "finished"]
+    assert "nothing_proj" in records[1]["reason"]
+
+
+def test_no_secret_reaches_a_file(tmp_path):
+    environment = {
+        **os.environ,
+        "HF_TOKEN": "hf_THISISASECRETTOKEN12345",
+        "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    }
+    done = subprocess.run(command(*QUICK, "tracking=wandb", "hydra.run.dir=run"), capture_output=True, text=True, cwd=tmp_path,
+                          env=environment, timeout=280)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for file in (tmp_path / "run").rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert b"THISISASECRETTOKEN" not in content and b"0123456789abcdef0123456789abcdef" not in content, file

@@ -1,0 +1,515 @@
+"""What is refused before anything heavy is imported: every mistake in one message, with a sentence and a way out."""
+
+import os
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sft import validate
+from sft.command_line import check_command_line, read_settings
+from sft.errors import Problem, Refusal
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+
+
+def refusal_of(*argv: str, hardware: bool = True) -> Refusal:
+    with pytest.raises(Refusal) as caught:
+        check_command_line(CONF, list(argv), hardware)
+    for problem in caught.value.problems:
+        assert problem.what and "\n" not in problem.what
+        assert len(problem.why.split()) > 2
+        assert problem.fix, f"no hint: {problem}"
+    return caught.value
+
+
+def problem_of(*argv: str, hardware: bool = True) -> Problem:
+    """The one problem of this command line."""
+    (problem,) = refusal_of(*argv, hardware=hardware).problems
+    return problem
+
+
+def accepted(*argv: str) -> None:
+    check_command_line(CONF, list(argv), hardware=False)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- the whole way
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["lora.rr=8"], "Did you mean lora.r?"),
+        (["trainer.learning_rate=fast", "model=llama9", "+lora.q=1"], "Refused: 3 problems"),
+        (["-m", "lora.r=8,x"], "lora.r=x"),
+        (["--lora.r=8"], "hint: lora.r=8"),
+        (["dataset.template=Q: {instruction} A: {output}"], """hint: 'dataset.template="Q: {instruction} A: {output}"'"""),
+    ],
+)
+def test_train_py_refuses_at_once_and_leaves_nothing_behind(tmp_path, argv, words):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *argv],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert done.returncode == 2 and done.stdout == "" and words in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == [], "no outputs/ folder"
+    assert seconds < 1.5, "of processor time, so that a busy machine does not matter; 0.4 s is usual"
+
+
+def test_settings_are_checked_without_torch():
+    code = "import sys; from sft.command_line import check_command_line as c; from pathlib import Path; "
+    code += (
+        f"c(Path({str(CONF)!r}), ['tracking=none']); print({{'torch', 'transformers', 'datasets', 'wandb'}} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------- keys
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("lora.rr=8", "lora.r=8"),
+        ("+lora.rnak=8", "lora.r=8"),
+        ("++trainer.learning_rat=1e-4", "trainer.learning_rate=1e-4"),
+        ("dataset.columns.instructions=q", "dataset.columns.instruction=q"),
+        ("dataset.colums.output=x", "dataset.columns.output=x"),
+        ("lr=1e-4", "trainer.learning_rate=1e-4"),
+        ("trainer.lr=1e-4", "trainer.learning_rate=1e-4"),
+        ("epochs=3", "trainer.num_train_epochs=3"),
+        ("max_steps=60", "trainer.max_steps=60"),
+        ("trainer.max_seq_length=512", "model.max_seq_length=512"),
+        ("lora.alpha=16", "lora.lora_alpha=16"),
+        ("models=llama3_8b", "model=llama3_8b"),
+        ("lora.r.x=1", "lora.r=1"),
+        ("sed=1", "seed=1"),
+    ],
+)
+def test_unknown_keys_come_with_the_one_that_was_meant(override, meant):
+    problem = problem_of(override)
+    assert problem.what == override.lstrip("+") and "There is no setting" in problem.why and "Did you mean" in problem.why
+    assert problem.fix == meant
+
+
+def test_keys_like_no_other_list_what_there_is():
+    assert "The groups are model, dataset, lora" in problem_of("banana=1").why
+    assert "lora has: enabled, r, lora_alpha" in problem_of("lora.banana=1").why
+    assert problem_of("trainer.banana=1").fix.startswith("trainer.extra.banana=1")
+
+
+def test_a_group_is_no_single_setting():
+    assert "is a group of settings" in problem_of("dataset.columns=instruction").why
+    assert "samples.prompt" in problem_of("samples={prompt: [a]}").why
+    accepted("samples={num_held_out: 2}", "dataset.columns={instruction: q}")
+
+
+@pytest.mark.parametrize("text", ["lora", "lora.r", "resume"])
+def test_a_word_without_a_value(text):
+    assert problem_of(text).fix == f"{text}=<value>"
+
+
+def test_the_plus_sign_is_not_needed():
+    assert problem_of("+lora.r=8").fix == "lora.r=8"
+    assert problem_of("+experiment=chat").fix == "experiment=chat"
+    accepted("++lora.r=8", "+trainer.extra.neftune_noise_alpha=5")
+
+
+@pytest.mark.parametrize(("text", "fix"), [("~lora", "lora=none"), ("~lora.r", "lora.r=<value>"), ("~model", "model=<value>")])
+def test_settings_cannot_be_removed(text, fix):
+    assert problem_of(text).fix == fix
+
+
+# ------------------------------------------------------------------------------------------------------ options
+
+
+@pytest.mark.parametrize("group", ["model", "dataset", "lora", "trainer", "export", "tracking", "experiment"])
+def test_unknown_options_list_the_known_ones(group):
+    problem = problem_of(f"{group}=banana")
+    options = [file.stem for file in (CONF / group).glob("*.yaml")]
+    assert problem.what == f"{group}=banana" and all(option in problem.why for option in options)
+
+
+def test_the_closest_option_is_offered_and_the_other_ways():
+    assert problem_of("dataset=ruozhibar").fix.splitlines()[0] == "dataset=ruozhiba"
+    assert "model.name=Qwen/Qwen3-4B" in problem_of("model=Qwen/Qwen3-4B").fix
+    assert "dataset=local dataset.path=my.jsonl" in problem_of("dataset=my.jsonl").fix
+    assert problem_of("lora=null").fix == "lora=none"
+    assert problem_of("model=null").fix.startswith("model=")
+
+
+def test_one_option_and_not_a_mapping_or_a_list():
+    assert problem_of("lora={r: 8, lora_alpha: 2}").fix == "lora.r=8 lora.lora_alpha=2"
+    assert "-m model=a,b" in problem_of("model=[a,b]").fix
+
+
+def test_a_folder_of_ones_own_adds_options(tmp_path):
+    (tmp_path / "my conf" / "lora").mkdir(parents=True)
+    (tmp_path / "my conf" / "lora" / "mine.yaml").write_text("r: 4\n")
+    accepted("--config-dir", "my conf", "lora=mine", "lora.lora_alpha=8")
+    assert read_settings(CONF, ["--config-dir", "my conf", "lora=mine"], hardware=False).lora.r == 4
+    assert "mine" in problem_of("--config-dir", "my conf", "lora=other").why
+    (tmp_path / "my conf" / "lora" / "wrong.yaml").write_text("rank: 4\n")
+    assert "rank" in str(refusal_of("--config-dir", "my conf", "lora=wrong"))
+    assert "no such folder" in problem_of("--config-dir", "elsewhere").why
+
+
+def test_flags_that_do_not_fit():
+    assert problem_of("--model=llama3_8b").fix == "model=llama3_8b"
+    assert problem_of("--verbose").fix == "verbose=<value>"
+    assert "put the flags first" in problem_of("lora.r=8", "-m", "seed=1,2").fix
+    assert "--config-dir /tmp" in problem_of("--config-path", "/tmp").fix
+    assert "Cannot find primary config 'foo'" in problem_of("--config-name", "foo").why
+
+
+# ------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    ("override", "kind"),
+    [
+        ("lora.r=abc", "a whole number"),
+        ("lora.r=1.5", "a whole number"),
+        ("lora.r=", "a whole number"),
+        ("lora.r=null", "a whole number"),
+        ("trainer.learning_rate=2e-4x", "a number"),
+        ("dataset.shuffle=maybe", "true or false"),
+        ("dataset.max_rows=ten", "a whole number or null"),
+        ("dataset.shape=table", "auto | instruction | prompt_completion"),
+        ("tracking.mode=ofline", "auto | online | offline"),
+        ("lora.target_modules=q_proj", "a list: [a,b]"),
+        ("dataset.keep=abc", 'pairs: {column: "text"}'),
+        ("seed=[1]", "a whole number"),
+    ],
+)
+def test_wrong_types_name_the_right_one(override, kind):
+    problem = problem_of(override)
+    assert problem.what == override and kind in problem.fix
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "lora.r=0", "lora.lora_dropout=1", "dataset.eval_fraction=1", "dataset.max_rows=0", "trainer.max_steps=0", "seed=-1",
+        "trainer.learning_rate=0", "trainer.eval_steps=1.5", "trainer.save_steps=0", "samples.max_new_tokens=0",
+        "trainer.num_train_epochs=-1", "model.max_seq_length=4", "trainer.early_stopping_patience=0",
+        "trainer.learning_rate=nan",
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_name_the_range_and_the_default(override):
+    problems = refusal_of(override).problems
+    assert problems[0].what == override and problems[0].why.startswith("It has to be") and "is the default" in problems[0].fix
+
+
+@pytest.mark.parametrize("key", ["dataset.path", "model.name", "dataset.template", "dataset.system_prompt", "dataset.split"])
+def test_empty_values_are_not_taken_for_null(key):
+    """As in `dataset.path=$FILE` with FILE unset, which would train on the default data."""
+    problem = problem_of(f"{key}=")
+    assert problem.what == f"{key}=" and problem.why == "The value is empty."
+
+
+def test_many_problems_come_in_one_message():
+    refusal = refusal_of(
+        "lora.rr=8", "model=banana", "trainer.learning_rate=x", "dataset.template={output", "dataset.max_rows=0"
+    )
+    text = str(refusal)
+    assert len(refusal.problems) == 5 and text.startswith("Refused: 5 problems; nothing was trained.")
+    for number, what in enumerate(("lora.rr=8", "model=banana", "trainer.learning_rate=x", "dataset.max_rows=0"), 1):
+        assert what in text and f"  {number}. " in text
+
+
+def test_interpolations_are_judged_by_what_they_come_to():
+    accepted("lora.lora_alpha=${lora.r}")
+    assert "lora.q" in problem_of("lora.lora_alpha=${lora.q}").why
+    assert problem_of("lora.lora_alpha=${lora.q}").what == "lora.lora_alpha=${lora.q}"
+    problem = problem_of("lora.r=${model.name}")
+    assert "Integer" in problem.why and "lora.r" in problem.what
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "dataset.template=Q: {instruction}\nA: {output}", "dataset.system_prompt=你是助手", "dataset.path=数据.jsonl",
+        'dataset.system_prompt=Say "hi"', "dataset.system_prompt=It's (a) {b}", "dataset.keep.output=(",
+        "dataset.system_prompt='open",
+        "dataset.system_prompt=Be kind, be brief",
+    ],
+)  # fmt: skip
+def test_a_text_that_lost_its_quotes_is_shown_with_them(override):
+    """The hint, typed into a shell, has to give the text that was meant."""
+    problem = problem_of(override)
+    (typed,) = shlex.split(problem.fix.splitlines()[0].removesuffix("   for one text"))
+    key, _, text = override.partition("=")
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_override(typed)
+    assert parsed.key_or_group == key and parsed.value() == text.replace("\n", "\\n")
+
+
+def test_other_quoting_mistakes():
+    assert problem_of("'lora.r=8'").fix == "lora.r=8"
+    assert "double quotes" in problem_of("lora.target_modules=[q_proj").fix
+    assert "double quotes" in problem_of("samples.prompts=[你好]").fix
+    accepted('samples.prompts=["你好"]', 'dataset.system_prompt="你是助手，{x}"', 'dataset.keep={output: ".{20,}"}')
+
+
+# ------------------------------------------------------------------------------------------------------- sweeps
+
+
+def test_several_values_need_a_sweep_brackets_or_quotes():
+    assert problem_of("lora.r=8,16").fix == "python train.py -m lora.r=8,16   for a sweep"
+    assert problem_of("lora.target_modules=q_proj,v_proj").fix == "'lora.target_modules=[q_proj,v_proj]'"
+    assert problem_of("lora.r=range(1,4,2)").fix == "python train.py -m 'lora.r=range(1,4,2)'   for a sweep"
+    assert "-m" in problem_of("model=tiny_random,smollm2_135m").fix
+    assert "-m" in problem_of("hydra.run.dir=a,b").fix
+
+
+def test_every_value_of_a_sweep_is_checked():
+    accepted("-m", "lora.r=range(1,4)", "trainer.learning_rate=1e-4,2e-4", "model=tiny_random,smollm2_135m", "seed=choice(1,2)")
+    assert problem_of("-m", "lora.r=8,x").what == "lora.r=x"
+    assert problem_of("-m", "model=tiny_random,banana").what == "model=banana"
+    assert problem_of("-m", "lora.r=range(0,3)").what == "lora.r=0"
+    assert problem_of("-m", "trainer.optim=adamw_torch,adam_banana").what == "trainer.optim=adam_banana"
+    assert "cannot be listed" in problem_of("-m", "lora.r=interval(1,3)").why
+    accepted("-m", "model=glob(tiny*)")
+
+
+# ---------------------------------------------------------------------------------------- rules between settings
+
+
+@pytest.mark.parametrize(
+    ("argv", "what", "fix"),
+    [
+        (["model.load_in_4bit=true"], "model.load_in_4bit=true", "model.load_in_4bit=false"),
+        (["trainer.optim=adamw_8bit"], "trainer.optim=adamw_8bit", "trainer.optim=adamw_torch"),
+        (["model.dtype=float16"], "model.dtype=float16", "model.dtype=auto"),
+        (["model.attn_implementation=flash_attention_2"], "flash_attention_2", "model.attn_implementation=sdpa"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_without_one(argv, what, fix):
+    problem = problem_of(*argv)
+    assert what in problem.what and "GPU" in problem.why and problem.fix == fix
+    accepted(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "what", "fix"),
+    [
+        (["model.load_in_4bit=true", "model.load_in_8bit=true"], "model.load_in_8bit=true", "model.load_in_8bit=false"),
+        (["lora=none", "lora.r=8"], "lora=none lora.r=8", "lora=default"),
+        (["lora=none", "model.load_in_4bit=true"], "lora=none model.load_in_4bit=true", "lora=default"),
+        (["lora.target_modules=[]"], "lora.target_modules=[]", "[all-linear]"),
+        (["trainer.early_stopping_patience=2", "dataset.eval_fraction=0"], "stopping_patience=2", "dataset.eval_fraction=0.1"),
+        (["trainer.early_stopping_threshold=0.1"], "early_stopping_threshold=0.1", "trainer.early_stopping_patience=3"),
+        (["trainer.eval_steps=10", "trainer.save_steps=15"], "trainer.eval_steps=10", "trainer.save_steps=10"),
+        (["trainer.eval_steps=10", "trainer.save_steps=5"], "trainer.save_steps=5", "trainer.save_steps=10"),
+        (["trainer.save_steps=10"], "trainer.save_steps=10", "trainer.save_steps=0.25"),
+        (["dataset.eval_split=test", "dataset.eval_fraction=0"], "dataset.eval_split=test", "dataset.eval_split=null"),
+        (["dataset.name=a/b", "dataset.eval_split=test"], "dataset.eval_split=test", "dataset.eval_fraction=0"),
+        (["dataset=local"], "dataset.path=null", "dataset.path=my_data.jsonl"),
+        (["dataset.keep={output: \"(\"}"], "dataset.keep.output=(", r"dataset.keep.output=\("),
+        (["model.name=banana"], "model.name=banana", "model.name="),
+        (["trainer.optim=adam"], "trainer.optim=adam", "trainer.optim=adam"),
+        (["trainer.optim=zzz"], "trainer.optim=zzz", "trainer.optim=adamw_torch"),
+        (["trainer.lr_scheduler_type=cos"], "trainer.lr_scheduler_type=cos", "trainer.lr_scheduler_type=cosine"),
+        (["dataset.columns.input=instruction"], "dataset.columns.input=instruction", "dataset.columns.input=null"),
+        (["dataset.columns.output=instruction"], "dataset.columns.output=instruction", "dataset.columns.instruction="),
+        (["dataset.columns.completion=prompt"], "dataset.columns.completion=prompt", "dataset.columns.prompt="),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_go_together(argv, what, fix):
+    problem = problem_of(*argv, hardware=False)
+    assert what in problem.what and fix in problem.fix
+
+
+def test_columns_may_be_shared_by_roles_of_different_shapes():
+    accepted("dataset.columns.prompt=instruction", "dataset.columns.completion=output", "dataset.columns.text=output")
+    accepted("dataset=ruozhiba")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("learning_rate", "a setting of its own"),
+        ("output_dir", "Another setting decides"),
+        ("max_length", "Another setting decides"),
+        ("packing", "no effect"),
+        ("eos_token", "no effect"),
+        ("neftune_noise_alfa", "Did you mean neftune_noise_alpha?"),
+        ("banana", "no such option"),
+    ],
+)
+def test_extra_options_are_checked_by_name(name, words):
+    assert words in problem_of(f"trainer.extra.{name}=5").why
+    accepted("trainer.extra.neftune_noise_alpha=5", "trainer.extra={adam_beta2: 0.95}")
+
+
+def test_upstreams_names_are_found_in_the_installed_versions():
+    assert "adamw_torch" in validate._enum_values("training_args.py", "OptimizerNames")
+    assert "cosine" in validate._enum_values("trainer_utils.py", "SchedulerType")
+    known = validate._sft_config_options()
+    assert {"neftune_noise_alpha", "max_length", "learning_rate"} <= known
+    # A setting that upstream renames would be checked against nothing.
+    assert set(validate.DECIDED_ELSEWHERE) | validate.WITHOUT_EFFECT <= known | {"include_num_input_tokens_seen"}
+
+
+# -------------------------------------------------------------------------------------------------------- files
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "my_data.jsonl").write_text('{"a": 1}')
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "folder").mkdir()
+    problem = problem_of("dataset.path=my_dota.jsonl")
+    assert problem.why == "There is no such file." and problem.fix == "dataset.path=my_data.jsonl"
+    assert f"looked in {tmp_path}" in problem_of("dataset.path=zzz.csv").fix
+    assert "is a folder" in problem_of("dataset.path=folder").why
+    assert problem_of("dataset.path=.").fix == "dataset.path=empty.csv"
+    assert ".json, .jsonl, .csv, .parquet" in problem_of("dataset.path=notes.txt").why
+    assert problem_of("dataset.path=empty.csv").why == "The file is empty."
+    accepted("dataset.path=my_data.jsonl")
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    assert "no config.json" in problem_of("model.name=./run").why
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    assert problem_of("model.name=./run").fix == "model.name=run/model"
+    accepted("model.name=run/model")
+
+
+# ---------------------------------------------------------------------------------------------------- templates
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{instruction}", "found 0 times"),
+        ("{output} {instruction} {output}", "found 2 times"),
+        ("{instruction} {output} {completion}", "found 2 times"),
+        ("Q: {instruction A: {output}", "The braces do not match"),
+        ("Q: {instruction}} A: {output}", "The braces do not match"),
+        ("### {}\n{}\n{}", "need a name"),
+        ("{instruction!r} {output}", "would be ignored"),
+        ("{instruction:>10} {output}", "would be ignored"),
+        ("{output}", "Nothing stands before the answer"),
+        ("alpacca", "Neither a known template"),
+        ("no braces at all", "Neither a known template"),
+    ],
+)
+def test_templates_are_checked(template, words):
+    assert words in problem_of(f'dataset.template="{template}"').why
+
+
+def test_good_templates_are_taken():
+    for template in (
+        "Write a poem: {output}",
+        "{question}: {output}",
+        "Q: {instruction}\\nA: {completion}",
+        "{{}} {input} {output}",
+    ):
+        accepted(f'dataset.template="{template}"')
+    assert problem_of("dataset.template=alpacca").fix == "dataset.template=alpaca"
+
+
+def test_a_system_prompt_that_no_template_would_show():
+    assert "{system}" in problem_of("dataset.template=alpaca", "dataset.system_prompt=Brief").fix
+    problem = problem_of('dataset.template="{instruction} {output}"', "dataset.system_prompt=Brief")
+    assert "would be ignored" in problem.why and "dataset.system_prompt=null" in problem.fix
+    accepted('dataset.template="{system} {instruction} {output}"', "dataset.system_prompt=Brief")
+
+
+# ------------------------------------------------------------------------------------------------------ secrets
+
+SECRET = "hf_" + "aB3" * 10
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"model.token={SECRET}", f"tracking.project={SECRET}", f"+hub.password={SECRET}", f"trainer.extra.hub_token={SECRET}",
+        f"--token={SECRET}", f"tracking.api_key={'0123456789' * 4}", f"tracking.name={'0123456789' * 4}", f"wandb-key={SECRET}",
+        f'tracking.name="{SECRET}"', f"+env=[{SECRET}]",
+    ],
+)  # fmt: skip
+def test_secrets_are_refused_and_never_shown(override):
+    refusal = refusal_of(override)
+    assert "HF_TOKEN or WANDB_API_KEY" in str(refusal)
+    assert SECRET not in str(refusal) and "0123456789" not in str(refusal)
+
+
+def test_secrets_as_words_of_their_own_are_not_shown_either():
+    for argv in (["--token", SECRET], [SECRET], ["-m", "lora.r=8", "--auth", SECRET], ["lora.r=8", "-m", SECRET]):
+        assert SECRET not in str(refusal_of(*argv))
+
+
+def test_a_broken_file_is_named_and_not_the_overrides(tmp_path):
+    (tmp_path / "config.yaml").write_text("defaults: [\n")
+    with pytest.raises(Refusal) as refusal:
+        check_command_line(tmp_path, ["lora.r=8"])
+    assert refusal.value.problems[0].what == "conf/config.yaml" and "git" in refusal.value.problems[0].fix
+
+
+def test_what_only_looks_like_a_secret_is_let_through():
+    commit = "0123456789" * 4
+    accepted(f"model.revision={commit}", f"dataset.revision={commit}", "samples.max_new_tokens=5")
+    accepted('dataset.keep={key: "x"}', "dataset.keep.token=x")
+    assert "no such folder" in problem_of(f"model.name=/cache/snapshots/{commit}").why
+
+
+# --------------------------------------------------------------------------------------------------- run folders
+
+
+def test_a_run_folder_that_holds_a_run_is_refused(tmp_path):
+    (tmp_path / "outputs" / "mine").mkdir(parents=True)
+    accepted("hydra.run.dir=outputs/mine")
+    (tmp_path / "outputs" / "mine" / "run.json").write_text("{}")
+    problem = problem_of("hydra.run.dir=outputs/mine/")
+    assert "outputs/mine" in problem.why and "holds a run already" in problem.why
+    assert "hydra.run.dir=outputs/mine_2" in problem.fix
+    accepted("hydra.run.dir=outputs/${seed}", "hydra.run.dir=outputs/other")
+
+
+def test_hydras_own_settings():
+    assert "dirr" in problem_of("hydra.run.dirr=x").why
+    assert "foo" in problem_of("hydra/launcher=foo").why
+    accepted("hydra.sweep.dir=x", "hydra.job.name=y")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--hydra-help", "-h"])
+def test_questions_to_hydra_are_not_checked(flag):
+    check_command_line(CONF, [flag, "lora.rr=8"])
+
+
+def test_looking_at_the_config_needs_no_gpu():
+    check_command_line(CONF, ["--cfg", "job", "experiment=colab_notebook"])
+    assert len(refusal_of("experiment=colab_notebook").problems) == 2
+
+
+@pytest.mark.parametrize("group", ["model", "dataset", "lora", "trainer", "tracking", "experiment"])
+def test_every_option_of_every_group_is_accepted(group):
+    for file in sorted((CONF / group).glob("*.yaml")):
+        extra = ["dataset.path=rows.jsonl"] if file.stem == "local" else []
+        if extra:
+            Path("rows.jsonl").write_text('{"a": 1}')
+        accepted(f"{group}={file.stem}", *extra)
