@@ -33,6 +33,7 @@ test: $(VENV)/.testing
 lint: $(VENV)/.testing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python scripts/settings_table.py --check
 
 docs: $(VENV)/.testing
 	$(VENV)/bin/python scripts/settings_table.py

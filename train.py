@@ -23,11 +23,16 @@ def train(config: DictConfig) -> float | None:
 
     outcome = run_job(config)
     exit_codes.append(outcome.exit_code)
+    if outcome.exit_code == 130:
+        raise KeyboardInterrupt  # ends a sweep too
     return outcome.eval_loss
 
 
 if __name__ == "__main__":
     register()
     stop_on_refusal(CONFIG_DIR)
-    train()
+    try:
+        train()
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(max(exit_codes, default=0))

@@ -70,6 +70,8 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
     args = _parse_flags(argv)
     if args.help or args.hydra_help or args.info or args.shell_completion:
         return
+    if args.multirun and args.cfg:
+        raise Refusal([Problem(f"-m --cfg {args.cfg}", "--cfg shows one job, and -m asks for many.", "leave one of them out")])
     schema.register()
     problems: list[Problem] = []
     config_name = args.config_name or "config"
@@ -358,7 +360,7 @@ def _jobs_to_check(overrides: list[Override]) -> list[list[str]]:
 def _check_job(config_name: str, overrides: list[str], hardware: bool) -> list[Problem]:
     try:
         config = compose(config_name, overrides=overrides)
-        return check_settings(to_settings(config), hardware)
+        return _check_overruled(config, config_name, overrides) + check_settings(to_settings(config), hardware)
     except Refusal as refusal:
         return refusal.problems
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -369,6 +371,28 @@ def _check_job(config_name: str, overrides: list[str], hardware: bool) -> list[P
         named = [o for o in overrides if o.partition("=")[0].lstrip("+~") in message or o.partition("=")[2] in message]
         what = " ".join(named or overrides) or "conf/"
         return [Problem(what, message, "python train.py --cfg job   shows the settings without these overrides")]
+
+
+def _check_overruled(config: DictConfig, config_name: str, overrides: list[str]) -> list[Problem]:
+    """Options chosen on the command line whose values an experiment, which comes last, sets otherwise."""
+    pairs = [o.partition("=")[::2] for o in overrides]
+    chosen = {key: value for key, value in pairs if key in schema.GROUPS and key != "experiment"}
+    experiment = dict(pairs).get("experiment", "none")
+    if experiment == "none" or not chosen:
+        return []
+    plain = compose(config_name, overrides=[o for o in overrides if not o.startswith("experiment=")])
+    problems = []
+    for group, option in chosen.items():
+        got, meant = (OmegaConf.to_container(c[group], resolve=True, enum_to_str=True) for c in (config, plain))
+        wrong = [key for key in meant if got[key] != meant[key]]
+        if wrong:
+            sets = ", ".join(f"{group}.{key}={got[key]}" for key in wrong)
+            fix = " ".join(
+                f"{group}.{key}={str(meant[key]).lower() if meant[key] in (True, False, None) else meant[key]}" for key in wrong
+            )
+            why = f"The experiment sets {sets}, over what {group}={option} brings."
+            problems.append(Problem(f"experiment={experiment} {group}={option}", why, f"{fix}   to have the option's values"))
+    return problems
 
 
 def _reason(error: Exception) -> str:
@@ -422,13 +446,14 @@ def _unknown_key(path: str, value: str = "...") -> Problem:
     keys = _leaf_keys()
     siblings = [k for k in keys if k.rpartition(".")[0] == group]
     close = [k for k in keys if k.rpartition(".")[2] == COMMON_NAMES.get(last) and k.startswith(group)]
+    known_by_name = bool(close)
     close += [k for k in keys if k.rpartition(".")[2] == last]
     names = {k.rpartition(".")[2]: k for k in siblings}
     names |= {common: names[name] for common, name in COMMON_NAMES.items() if name in names}
     names |= {} if group else {name: name for name in schema.GROUPS}
     close += [names[name] for name in difflib.get_close_matches(last, names, 2, 0.6)]
     close += difflib.get_close_matches(path, keys, 2, 0.8)
-    close = list(dict.fromkeys(close))[:2]
+    close = list(dict.fromkeys(close))[: 1 if known_by_name else 2]
     why = f"There is no setting {path}."
     if close:
         fix = f"{close[0]}={value}"

@@ -1,15 +1,13 @@
 """The tokenizer, the model and its backend: found, checked and loaded."""
 
 import logging
-import os
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from sft import embedded
 from sft.errors import refuse
 from sft.rows import hub_unreachable
+from sft.runtime import hub_reachable
 from sft.settings import Attention, Dtype, ModelSettings, Settings
 from sft.validate import resolve_backend
 
@@ -199,15 +197,3 @@ def _hub_has(model: ModelSettings) -> bool:
         log.warning("The hub's copy of %s cannot be had (%s); taking the packaged one.", model.name, type(error).__name__)
         return False
     return True
-
-
-def hub_reachable(timeout: float = 3.0) -> bool:
-    """Whether the hub (or the mirror in HF_ENDPOINT) accepts a connection within `timeout` seconds."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        return False
-    url = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    try:
-        with socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout):
-            return True
-    except OSError:
-        return False

@@ -75,8 +75,8 @@ def run_job(config: DictConfig) -> RunResult:
             _remove_unused(folder)
         return RunResult("refused", 2, folder)
     except KeyboardInterrupt:
-        if sweeping:
-            raise
+        print("Interrupted before training; there was nothing to save.", file=sys.stderr)
+        _remove_unused(folder)
         return RunResult("stopped", 130, folder)
     finally:
         runtime.release_memory()
@@ -106,13 +106,22 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
             record.path.unlink()
             raise
         except KeyboardInterrupt as interrupt:
-            status, reason = "stopped", f"{interrupt or 'interrupted'}, before the first checkpoint could be saved"
+            saved = any((folder / "checkpoints").glob("checkpoint-*"))
+            reason = f"{interrupt or 'interrupted'}, at once; " + (
+                "checkpoints/ has the last state" if saved else "nothing was saved yet"
+            )
+            status = "stopped"
         except Exception as error:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
             status, reason = "failed", _reason(error)
             record.facts["error"] = {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
             log.error("Failed: %s", reason)
-            logging.getLogger("sft.traceback").debug(traceback.format_exc())
-            (folder / "train.log").open("a", encoding="utf-8").write(traceback.format_exc())
+            if type(error).__name__ == "OutOfMemoryError":
+                log.error(
+                    "hint: fewer rows at a time: trainer.per_device_train_batch_size=1 trainer.gradient_accumulation_steps=8"
+                )
+                log.error("hint: more ways in docs/troubleshooting.md")
+            with open(folder / "train.log", "a", encoding="utf-8") as file:
+                file.write(traceback.format_exc())
         metrics = recorder.final
         tracking.finish(status, metrics)
         record.update(metrics=metrics, tracking=tracking.facts)
@@ -202,6 +211,8 @@ def _keep_best(trainer, recorder) -> None:
             final["kept_step"] = state.best_global_step
             return
     final["kept_step"] = state.global_step
+    if recorder.eval_step != state.global_step:  # stopped between evaluations: the last one was of other weights
+        final.pop("eval_loss", None)
 
 
 def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path) -> str:
@@ -213,7 +224,10 @@ def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path) -
         options = {"save_embedding_layers": bool(embeds)} if settings.lora.enabled else {}
         model.save_pretrained(str(work), **options)
         tokenizer.save_pretrained(work)
+        (work / "README.md").unlink(missing_ok=True)  # PEFT's model card, with nothing of this run in it
         work.chmod(0o755)
+        for file in work.iterdir():
+            file.chmod(0o644)
         shutil.rmtree(folder / name, ignore_errors=True)
         work.rename(folder / name)
     finally:

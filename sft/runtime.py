@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sft.embedded import cache_dir
 from sft.settings import Settings
@@ -56,8 +58,25 @@ def prepare_environment() -> None:
         "UNSLOTH_COMPILE_LOCATION": str(cache / "unsloth_compiled"),
         "TOKENIZERS_PARALLELISM": "false",  # tokenising happens before anything forks
         "TRANSFORMERS_VERBOSITY": "error",
+        "WANDB_SILENT": "true",
     }.items():
         os.environ.setdefault(name, value)
+    if not hub_reachable():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else every look-up is tried again and again, for half a minute
+    for name in ("datasets", "trl", "peft", "accelerate", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def hub_reachable(timeout: float = 3.0) -> bool:
+    """Whether the hub (or the mirror in HF_ENDPOINT) accepts a connection within `timeout` seconds."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return False
+    url = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        with socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout):
+            return True
+    except OSError:
+        return False
 
 
 def quiet_libraries() -> None:
@@ -67,8 +86,6 @@ def quiet_libraries() -> None:
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("datasets", "trl", "peft", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 # ------------------------------------------------------------------------------------------------- the record

@@ -6,6 +6,7 @@ The docstring under a field is its only documentation: `docs/settings.md` is gen
 
 import ast
 import re
+import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -329,11 +330,12 @@ def _pick(condition: bool, if_true: Any, if_false: Any) -> Any:
 
 
 def _job_label(overrides: list[str]) -> str:
-    """A few short `key=value` words for a sweep job's folder: no slashes or commas, at most 60 characters."""
+    """What varies in a sweep job, as short `key=value` words for its folder: no slashes or commas, at most 60 characters."""
+    swept = {a.partition("=")[0].lstrip("+") for a in sys.argv if re.search(r"=.*[,(]", a)}
     words = []
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if "." in key or key == "seed":
+        if key in swept or not swept:
             words.append(f"{key.rsplit('.', 1)[-1]}={value}")
     return re.sub(r"[^\w.=+-]+", "-", "_".join(words)).strip("-")[:60] or "job"
 

@@ -24,6 +24,7 @@ class Recorder:
     def __init__(self, folder: Path, tracking: Tracking):
         self.path, self.tracking = folder / "metrics.jsonl", tracking
         self.final: dict[str, Any] = {}
+        self.eval_step: int | None = None
 
     def add(self, metrics: dict[str, Any]) -> None:
         """Write one line of metrics."""
@@ -31,6 +32,7 @@ class Recorder:
         self.tracking.log(metrics)
         self.final |= {k: v for k, v in metrics.items() if k in ("loss", "eval_loss", "tokens", "memory_gib")}
         if "eval_loss" in metrics:
+            self.eval_step = metrics["step"]
             self.final.setdefault("eval_loss_start", metrics["eval_loss"])
 
 

@@ -49,7 +49,8 @@ DECIDED_ELSEWHERE = {
 }
 # SFTConfig options that cannot act on rows which are tokenised and masked before TRL sees them.
 WITHOUT_EFFECT = {
-    "packing", "eval_packing", "packing_strategy", "padding_free", "dataset_kwargs", "dataset_num_proc", "truncation_mode",
+    "resume_from_checkpoint", "packing", "eval_packing", "packing_strategy", "padding_free", "dataset_kwargs",
+    "dataset_num_proc", "truncation_mode",
     "eos_token", "pad_token", "remove_unused_columns", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy",
     "hub_private_repo", "hub_always_push", "hub_revision", "include_num_input_tokens_seen", "shuffle_dataset",
 }  # fmt: skip
@@ -366,7 +367,7 @@ def _check_extra(extra: dict[str, Any]) -> list[Problem]:
                 )
             )
         elif known and name not in known:
-            close = difflib.get_close_matches(name, sorted(known), 1, 0.6)
+            close = [k for k in sorted(known) if k.startswith(name)] + difflib.get_close_matches(name, sorted(known), 1, 0.6)
             why = "TRL's SFTConfig has no such option." + (f" Did you mean {close[0]}?" if close else "")
             fix = f"trainer.extra.{close[0]}={value}" if close else "its options: https://huggingface.co/docs/trl/sft_trainer"
             problems.append(Problem(what, why, fix))

@@ -1,5 +1,6 @@
 """Whole runs on a tiny model: what they leave behind, and that equal runs are equal."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -69,10 +70,9 @@ def test_metrics_have_every_step_and_the_agreed_keys(finished):
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4]
 
 
-def test_tokens_are_the_non_padding_tokens_of_the_rows_trained_on(finished, small):
-    """The count of one whole epoch is the count of the data."""
+def test_tokens_only_grow(finished):
     lines = [line for line in read_lines(finished[0] / "metrics.jsonl") if "loss" in line]
-    assert all(a["tokens"] < b["tokens"] for a, b in zip(lines, lines[1:], strict=False))
+    assert all(a["tokens"] < b["tokens"] for a, b in itertools.pairwise(lines))
 
 
 def test_one_epoch_counts_all_tokens(small, tmp_path):
@@ -138,7 +138,7 @@ def test_training_lowers_the_loss(small, tmp_path):
 
 
 def test_prompts_of_ones_own_go_through_the_template(small, tmp_path):
-    run(small("trainer=debug", "samples.num_held_out=0", "samples.prompts=['Why is the sky blue?', 你好吗]"), tmp_path)
+    run(small("trainer=debug", "samples.num_held_out=0", "samples.prompts=['Why is the sky blue?', '你好吗']"), tmp_path)
     lines = read_lines(tmp_path / "samples.jsonl")
     assert {line["question"] for line in lines} == {"Why is the sky blue?", "你好吗"} and lines[0]["source"] == "config"
     assert lines[0]["prompt"].endswith("<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n")
@@ -197,6 +197,7 @@ def test_a_stop_request_saves_the_adapter(small, tmp_path, monkeypatch):
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert (result.status, result.exit_code) == ("stopped", 130)
     assert record["reason"] == "SIGINT at step 3" and record["metrics"]["kept_step"] == 3
+    assert "eval_loss" not in record["metrics"]  # measured at step 0 only, of other weights
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir()
 

@@ -513,3 +513,18 @@ def test_every_option_of_every_group_is_accepted(group):
         if extra:
             Path("rows.jsonl").write_text('{"a": 1}')
         accepted(f"{group}={file.stem}", *extra)
+
+
+def test_an_experiment_that_overrules_a_chosen_option_is_refused():
+    problem = problem_of("experiment=colab_notebook", "lora=r64", hardware=False)
+    assert "lora.r=16" in problem.why and "lora.r=64 lora.lora_alpha=64" in problem.fix
+    accepted("experiment=colab_notebook", "model=llama3_1_8b")
+    accepted("experiment=colab_notebook", "lora=r64", "lora.r=64", "lora.lora_alpha=64")
+
+
+def test_resume_from_checkpoint_is_refused_as_without_effect():
+    assert "no effect" in problem_of("trainer.extra.resume_from_checkpoint=x").why
+
+
+def test_cfg_of_a_sweep_is_refused():
+    assert "--cfg" in problem_of("-m", "--cfg", "job", "lora.r=8,16").what
