@@ -1,0 +1,46 @@
+"""On a GPU: both backends, in 4-bit and in bf16, run to their end and agree. SFT_TEST_GPU=1 python -m pytest tests/gpu"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory):
+    """Four random layers, wide enough for Unsloth's kernels, with the tokenizer of the tiny model."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from sft.embedded import TINY_RANDOM, local_model
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(local_model(TINY_RANDOM))
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                         bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("load_in_4bit", ["true", "false"])
+def test_backends_agree_on_a_gpu(small_llama, tmp_path, load_in_4bit):
+    losses = {}
+    for backend in ("unsloth", "transformers"):
+        command = [sys.executable, str(ROOT / "train.py"), f"model.name={small_llama}", f"model.backend={backend}",
+                   f"model.load_in_4bit={load_in_4bit}", "trainer.max_steps=6", "dataset.max_rows=64", "tracking=none",
+                   "samples.num_held_out=1", "samples.max_new_tokens=8", f"hydra.run.dir={tmp_path / backend}"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = (tmp_path / backend / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses[backend] = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    assert len(losses["unsloth"]) == 6
+    # bf16 kernels of two kinds: 2e-3 was seen on an H200 (2026-11-24), on another small model.
+    assert all(abs(a - b) < 2e-2 for a, b in zip(losses["unsloth"], losses["transformers"], strict=True))
