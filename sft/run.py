@@ -1,5 +1,6 @@
 """A run from its settings to its report, in the order it happens."""
 
+import contextlib
 import logging
 import math
 import os
@@ -78,6 +79,12 @@ def run_job(config: DictConfig) -> RunResult:
         print("Interrupted before training; there was nothing to save.", file=sys.stderr)
         _remove_unused(folder)
         return RunResult("stopped", 130, folder)
+    except Exception as error:  # a full disk or a bug outside of training; run() records those inside
+        log.error("Failed: %s", _reason(error))
+        with contextlib.suppress(OSError):
+            _keep_traceback(folder)
+            runtime.RunRecord(folder, name=context.name, overrides=list(overrides)).close("failed", _reason(error))
+        return RunResult("failed", 1, folder)
     finally:
         runtime.release_memory()
 
@@ -107,10 +114,8 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
             raise
         except KeyboardInterrupt as interrupt:
             saved = any((folder / "checkpoints").glob("checkpoint-*"))
-            reason = f"{interrupt or 'interrupted'}, at once; " + (
-                "checkpoints/ has the last state" if saved else "nothing was saved yet"
-            )
-            status = "stopped"
+            kept = "checkpoints/ has the last state" if saved else "nothing was saved yet"
+            status, reason = "stopped", f"{interrupt or 'interrupted'}, at once; {kept}"
         except Exception as error:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
             status, reason = "failed", _reason(error)
             record.facts["error"] = {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
@@ -120,8 +125,7 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
                     "hint: fewer rows at a time: trainer.per_device_train_batch_size=1 trainer.gradient_accumulation_steps=8"
                 )
                 log.error("hint: more ways in docs/troubleshooting.md")
-            with open(folder / "train.log", "a", encoding="utf-8") as file:
-                file.write(traceback.format_exc())
+            _keep_traceback(folder)
         metrics = recorder.final
         tracking.finish(status, metrics)
         record.update(metrics=metrics, tracking=tracking.facts)
@@ -278,6 +282,12 @@ def _reason(error: BaseException) -> str:
         return "; ".join(f"{p.what}: {p.why}" for p in error.problems)
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+
+
+def _keep_traceback(folder: Path) -> None:
+    """Add the traceback of the exception being handled to train.log; the terminal gets one line."""
+    with open(folder / "train.log", "a", encoding="utf-8") as file:
+        file.write(traceback.format_exc())
 
 
 def _remove_unused(folder: Path) -> None:
