@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from sft import data, lora, models, runtime, samples
 from sft import trainer as training
 from sft.command_line import to_settings
-from sft.errors import Problem, Refusal
+from sft.errors import Problem, Refusal, first_line
 from sft.preflight import write_preflight
 from sft.settings import Settings
 from sft.tracking import Tracking
@@ -281,7 +281,12 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, Refusal):
         return "; ".join(f"{p.what}: {p.why}" for p in error.problems)
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    told = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    # transformers wraps what goes wrong at an import several times; only the innermost error says what it was.
+    root = error
+    while root.__cause__:
+        root = root.__cause__
+    return told if root is error else f"{told} (because of {type(root).__name__}: {first_line(root)})"
 
 
 def _keep_traceback(folder: Path) -> None:

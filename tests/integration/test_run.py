@@ -163,13 +163,13 @@ def test_a_failure_is_recorded_with_its_reason(small, tmp_path, monkeypatch):
     import sft.run
 
     def break_down(*args, **kwargs):
-        raise RuntimeError("out of luck")
+        raise RuntimeError("out of luck") from KeyError("the cause")
 
     monkeypatch.setattr(sft.run.training, "build_trainer", break_down)
     result = run(small(*QUICK), tmp_path)
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert (result.status, result.exit_code) == ("failed", 1)
-    assert record["status"] == "failed" and record["reason"] == "RuntimeError: out of luck"
+    assert record["status"] == "failed" and record["reason"] == "RuntimeError: out of luck (because of KeyError: 'the cause')"
     assert "break_down" in record["error"]["traceback"] and (tmp_path / "report.html").is_file()
 
 
