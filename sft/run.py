@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from sft import data, lora, models, runtime, samples
 from sft import trainer as training
 from sft.command_line import to_settings
-from sft.errors import Problem, Refusal, first_line
+from sft.errors import Refusal, first_line
 from sft.preflight import write_preflight
 from sft.settings import Settings
 from sft.tracking import Tracking
@@ -300,6 +300,3 @@ def _remove_unused(folder: Path) -> None:
     ours = {".hydra", "train.log", "preflight.json"}
     if folder.is_dir() and {p.name for p in folder.iterdir()} <= ours:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-__all__ = ["Context", "Problem", "RunResult", "run", "run_job", "save_weights"]
