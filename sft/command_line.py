@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sft import settings as schema
 from sft.errors import Problem, Refusal, first_line
+from sft.keys import find_field, plain_type, stray_keys, unknown_key
 from sft.settings import Settings
 from sft.validate import check_settings
 
@@ -33,23 +34,6 @@ SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
 NOT_SECRET = ("trainer.extra.eos_token", "trainer.extra.pad_token", "dataset.keep.", "dataset.drop.")
 # W&B's old keys are 40 hexadecimal digits; inside a path these are a commit of the hub's cache.
 SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9-]{16,}|wandb_v1_\w{16,})\b|^['\"]?[0-9a-f]{40}['\"]?$")
-
-# What people type for upstream's names.
-COMMON_NAMES = {
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "steps": "max_steps",
-    "batch_size": "per_device_train_batch_size",
-    "grad_accum": "gradient_accumulation_steps",
-    "scheduler": "lr_scheduler_type",
-    "optimizer": "optim",
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "max_length": "max_seq_length",
-    "file": "path",
-    "format": "shape",
-}
 
 
 def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: bool = True) -> None:
@@ -105,7 +89,7 @@ def to_settings(config: DictConfig) -> Settings:
     Merges the plain values into the schema once more, because Hydra's `+key=value` walks past it. Raises Refusal.
     """
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    problems = [_unknown_key(path, value) for path, value in _stray_keys(plain, Settings)]
+    problems = [unknown_key(path, value) for path, value in stray_keys(plain, Settings)]
     if problems:
         raise Refusal(problems)
     try:
@@ -184,7 +168,7 @@ def _not_an_override(text: str, error: HydraException) -> Problem:
         return Problem(shown, "A setting needs a value.", f"{key.lstrip('-')}=<value>")
     if key[:1] in "'\"":
         return Problem(shown, "The quotes are part of the name here.", shown.strip("'\""))
-    cls, name = _find_field(key.lstrip("+"))
+    cls, name = find_field(key.lstrip("+"))
     if cls is not None and _takes_text(cls, name):
         why = "A text with spaces, braces, quotes or other than ASCII letters needs quotes of its own inside the shell's."
         return Problem(shown, why, _quoted(text))
@@ -204,8 +188,8 @@ def _quoted(text: str) -> str:
 def _needs_sweep(override: Override) -> Problem:
     """The problem of several values without -m: a sweep, a list or a text was meant."""
     line, key = _one_line(override), override.key_or_group
-    cls, name = _find_field(key)
-    if cls is not None and str(_plain_type(cls, name)).startswith("list"):
+    cls, name = find_field(key)
+    if cls is not None and str(plain_type(cls, name)).startswith("list"):
         return Problem(line, "Several values need brackets.", f"'{key}=[{line.partition('=')[2]}]'")
     fix = f"python train.py -m {shlex.quote(line)}   for a sweep"
     if cls is not None and _takes_text(cls, name):
@@ -215,11 +199,11 @@ def _needs_sweep(override: Override) -> Problem:
 
 
 def _is_known(key: str) -> bool:
-    return key in schema.GROUPS or key.startswith("hydra") or _find_field(key)[0] is not None
+    return key in schema.GROUPS or key.startswith("hydra") or find_field(key)[0] is not None
 
 
 def _takes_text(cls: type, name: str) -> bool:
-    return str(_plain_type(cls, name)) in ("<class 'str'>", "str | None", "dict[str, str]")
+    return str(plain_type(cls, name)) in ("<class 'str'>", "str | None", "dict[str, str]")
 
 
 def _secret(text: str) -> Problem:
@@ -254,17 +238,17 @@ def _check_override(override: Override, options: dict[str, list[str]], problems:
         return False
     if key in schema.GROUPS:
         return _check_option(override, options[key], problems)
-    cls, name = _find_field(key)
+    cls, name = find_field(key)
     if cls is None:
-        problems.append(_unknown_key(key, override.input_line.partition("=")[2]))
+        problems.append(unknown_key(key, override.input_line.partition("=")[2]))
         return False
-    if is_dataclass(_plain_type(cls, name)):
+    if is_dataclass(plain_type(cls, name)):
         if isinstance(override._value, dict):
             return _check_mapping(override, cls, name, problems)
         fix = f"{key}.<setting>=..., or one of the options {key}=..."
         problems.append(Problem(line, f"{key} is a group of settings, not a single one.", fix))
         return False
-    if override.is_add() and not str(_plain_type(cls, _find_field(key)[1])).startswith("dict"):
+    if override.is_add() and not str(plain_type(cls, find_field(key)[1])).startswith("dict"):
         problems.append(Problem(line, "This setting exists already, so it is set without +.", line.lstrip("+")))
         return False
     values = _values(override, problems)
@@ -303,9 +287,9 @@ def _check_run_dir(override: Override, problems: list[Problem]) -> bool:
 
 def _check_mapping(override: Override, cls: type, name: str, problems: list[Problem]) -> bool:
     """The keys of `samples={num_held_out: 2}`, one by one."""
-    known = {f.name for f in fields(_plain_type(cls, name))}
+    known = {f.name for f in fields(plain_type(cls, name))}
     stray = [str(key) for key in override._value if str(key) not in known]
-    problems += [_unknown_key(f"{override.key_or_group}.{key}") for key in stray]
+    problems += [unknown_key(f"{override.key_or_group}.{key}") for key in stray]
     return not stray
 
 
@@ -402,74 +386,6 @@ def _reason(error: Exception) -> str:
     return " ".join(dict.fromkeys(lines))
 
 
-def _find_field(path: str) -> tuple[type | None, str]:
-    """The settings class that holds `path` and the field's name; (None, "") where there is no such setting."""
-    cls: Any = Settings
-    parts = path.split(".")
-    for i, part in enumerate(parts):
-        names = {f.name for f in fields(cls)}
-        if part not in names:
-            return None, ""
-        kind = _plain_type(cls, part)
-        if i == len(parts) - 1 or not is_dataclass(kind):
-            free_form = str(kind).startswith("dict")
-            return (cls, part) if i == len(parts) - 1 or free_form else (None, "")
-        cls = kind
-    return None, ""
-
-
-def _plain_type(cls: type, name: str) -> Any:
-    return next(f.type for f in fields(cls) if f.name == name)
-
-
-def _leaf_keys(cls: type = Settings, prefix: str = "") -> list[str]:
-    keys = []
-    for f in fields(cls):
-        keys += _leaf_keys(f.type, f"{prefix}{f.name}.") if is_dataclass(f.type) else [prefix + f.name]
-    return keys
-
-
-def _stray_keys(plain: dict, cls: type, prefix: str = "") -> list[tuple[str, str]]:
-    known = {f.name: f.type for f in fields(cls)}
-    stray = []
-    for key, value in plain.items():
-        if key not in known:
-            stray.append((f"{prefix}{key}", str(value)))
-        elif is_dataclass(known[key]) and isinstance(value, dict):
-            stray += _stray_keys(value, known[key], f"{prefix}{key}.")
-    return stray
-
-
-def _unknown_key(path: str, value: str = "...") -> Problem:
-    """The problem of a key that the schema does not have, with the keys it may have been meant to be."""
-    group, _, last = path.rpartition(".")
-    keys = _leaf_keys()
-    siblings = [k for k in keys if k.rpartition(".")[0] == group]
-    close = [k for k in keys if k.rpartition(".")[2] == COMMON_NAMES.get(last) and k.startswith(group)]
-    known_by_name = bool(close)
-    close += [k for k in keys if k.rpartition(".")[2] == last]
-    names = {k.rpartition(".")[2]: k for k in siblings}
-    names |= {common: names[name] for common, name in COMMON_NAMES.items() if name in names}
-    names |= {} if group else {name: name for name in schema.GROUPS}
-    close += [names[name] for name in difflib.get_close_matches(last, names, 2, 0.6)]
-    close += difflib.get_close_matches(path, keys, 2, 0.8)
-    close = list(dict.fromkeys(close))[: 1 if known_by_name else 2]
-    why = f"There is no setting {path}."
-    if close:
-        fix = f"{close[0]}={value}"
-        why += f" Did you mean {' or '.join(close)}?"
-    elif group == "trainer":
-        fix = f"trainer.extra.{last}={value}   if it is an option of TRL's SFTConfig"
-    else:
-        fix = "docs/settings.md lists all settings"
-        if not group:
-            why += f" The groups are {', '.join(schema.GROUPS)}."
-        elif siblings:
-            why += f" {group} has: {', '.join(k.rsplit('.', 1)[-1] for k in siblings)}."
-    value = value.replace("\n", "\\n")
-    return Problem(f"{path}={value}", why, fix)
-
-
 def _type_error(line: str) -> str:
     """Why `key=value` does not fit the schema, or an empty string."""
     config = _scratch()
@@ -496,7 +412,7 @@ def _scratch() -> DictConfig:
 
 
 def _example(cls: type, name: str, key: str) -> str:
-    kind = _plain_type(cls, name)
+    kind = plain_type(cls, name)
     values = getattr(kind, "__members__", None)
     return f"{key} takes {' | '.join(values)}" if values else f"{key} takes {_type_name(kind)}"
 
