@@ -14,6 +14,7 @@ from sft.render import IGNORED
 from sft.runtime import StopRequest, append_jsonl, peak_allocated_gib, peak_memory_gib
 from sft.settings import Settings
 from sft.tracking import Tracking
+from sft.validate import resolve_backend
 
 log = logging.getLogger(__name__)
 
@@ -73,21 +74,37 @@ def build_trainer(
     from trl import SFTTrainer
 
     class Trainer(SFTTrainer):
-        """Counts the non-padding tokens it trains on; the count stays on the device until it is asked for."""
+        """Counts the non-padding tokens it trains on, and evaluates to the mean over tokens.
+
+        Counts and sums stay on the device until they are asked for. transformers' own evaluation loss is a mean over
+        batches, which changes with the size of a batch: two runs could not be ranked by it.
+        """
 
         tokens_seen: Any = 0
 
         def training_step(self, model, inputs, *args, **kwargs):
-            self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
+            mask = inputs.get("attention_mask")  # rows laid end to end have none, and no padding either
+            self.tokens_seen = self.tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
             return super().training_step(model, inputs, *args, **kwargs)
+
+        def prediction_step(self, model, inputs, *args, **kwargs):
+            learnt = (inputs["labels"][:, 1:] != IGNORED).sum()  # the first token of a row is predicted by nothing
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+            self.eval_sum, self.eval_tokens = self.eval_sum + result[0].double() * learnt, self.eval_tokens + learnt
+            return result
+
+        def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+            self.eval_sum, self.eval_tokens = 0.0, 0
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output.metrics[f"{metric_key_prefix}_loss"] = float(self.eval_sum / self.eval_tokens)
+            return output
 
     trainer = Trainer(
         model=model,
         args=training_arguments(settings, folder, has_eval=data.eval is not None),
-        train_dataset=_model_columns(data.train),
-        eval_dataset=_model_columns(data.eval) if data.eval is not None else None,
+        train_dataset=_model_columns(data.train, settings),
+        eval_dataset=_model_columns(data.eval, settings) if data.eval is not None else None,
         processing_class=tokenizer,
-        data_collator=Collator(tokenizer.pad_token_id),
     )
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
@@ -139,30 +156,12 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool) -> Any:
         dataloader_pin_memory=gpu,
         max_length=settings.model.max_seq_length,
         dataset_kwargs={"skip_prepare_dataset": True},
+        # None lets Unsloth lay rows end to end, which its GPU kernels keep apart; everything else pads them.
+        padding_free=None if gpu and resolve_backend(settings) == "unsloth" else False,
         remove_unused_columns=False,
         report_to="none",
         **t.extra,
     )
-
-
-class Collator:
-    """Pads rows to the longest of the batch: ids with the padding token, labels with IGNORED, whatever the EOS is."""
-
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        """Rows of ids and labels as (rows, longest) tensors of int64."""
-        import torch
-
-        longest = max(len(row["input_ids"]) for row in rows)
-        batch = {"input_ids": [], "attention_mask": [], "labels": []}
-        for row in rows:
-            padding = longest - len(row["input_ids"])
-            batch["input_ids"].append([*row["input_ids"], *[self.pad_token_id] * padding])
-            batch["attention_mask"].append([1] * len(row["input_ids"]) + [0] * padding)
-            batch["labels"].append([*row["labels"], *[IGNORED] * padding])
-        return {key: torch.tensor(value) for key, value in batch.items()}
 
 
 def steps_between(every: float, total: int) -> int:
@@ -170,8 +169,11 @@ def steps_between(every: float, total: int) -> int:
     return math.ceil(total * every) if every < 1 else int(every)
 
 
-def _model_columns(dataset: Any) -> Any:
-    return dataset.select_columns(["input_ids", "labels"])
+def _model_columns(dataset: Any, settings: Settings) -> Any:
+    columns = dataset.select_columns(["input_ids", "labels"])
+    # No row is longer: sft.data saw to it. Unsloth asks for this word before it lays rows end to end without padding.
+    columns._unsloth_truncated_to = settings.model.max_seq_length
+    return columns
 
 
 def _run_callback(trainer, settings: Settings, recorder: Recorder, take_samples, stop: StopRequest) -> Any:
