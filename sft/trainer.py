@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.data import Prepared
+from sft.loop import Loop, resumable
 from sft.models import torch_dtype, uses_checkpointing
 from sft.render import IGNORED
 from sft.runtime import StopRequest, append_jsonl, peak_allocated_gib, peak_memory_gib
@@ -26,6 +27,14 @@ class Recorder:
         self.final: dict[str, Any] = {}
         self.eval_step: int | None = None
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, for `restore`."""
+        return {"final": self.final, "eval_step": self.eval_step, "lines": self.tracking.lines}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self.final, self.eval_step, self.tracking.lines = kept["final"], kept["eval_step"], kept["lines"]
+
     def add(self, metrics: dict[str, Any]) -> None:
         """Write one line of metrics."""
         append_jsonl(self.path, metrics)
@@ -41,6 +50,8 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds, self._since = 0.0, None
+        self.logged = {"tokens": 0, "seconds": 0.0}
+        """Both as they were at the last log line."""
 
     def start(self) -> None:
         """Go on counting; nothing happens if it already counts."""
@@ -63,8 +74,9 @@ def build_trainer(
     recorder: Recorder,
     take_samples: Callable[[int], None],
     stop: StopRequest,
+    checkpoint: Path | None = None,
 ) -> Any:
-    """An SFTTrainer for `data`, which is already tokenised and masked.
+    """An SFTTrainer for `data`, which is already tokenised and masked; it goes on from `checkpoint` if there is one.
 
     `take_samples(step)` is called at the steps that `samples.every_steps` names, but not before the first and after the
     last one: those belong to the caller, who knows which weights are kept.
@@ -72,10 +84,8 @@ def build_trainer(
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
     from trl import SFTTrainer
 
-    class Trainer(SFTTrainer):
+    class Trainer(resumable(SFTTrainer)):
         """Counts the non-padding tokens it trains on; the count stays on the device until it is asked for."""
-
-        tokens_seen: Any = 0
 
         def training_step(self, model, inputs, *args, **kwargs):
             self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
@@ -89,9 +99,10 @@ def build_trainer(
         processing_class=tokenizer,
         data_collator=Collator(tokenizer.pad_token_id),
     )
+    trainer.loop = Loop(folder, stop, recorder, Clock(), take_samples, checkpoint)
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
-    trainer.add_callback(_run_callback(trainer, settings, recorder, take_samples, stop))
+    trainer.add_callback(_run_callback(trainer, settings, recorder))
     trainer.add_callback(_progress_bar())
     patience = settings.trainer.early_stopping_patience
     if patience:
@@ -174,13 +185,18 @@ def _model_columns(dataset: Any) -> Any:
     return dataset.select_columns(["input_ids", "labels"])
 
 
-def _run_callback(trainer, settings: Settings, recorder: Recorder, take_samples, stop: StopRequest) -> Any:
+def _run_callback(trainer, settings: Settings, recorder: Recorder) -> Any:
     from transformers import TrainerCallback
 
-    clock = Clock()
-    last = {"tokens": 0, "seconds": 0.0}
+    loop, clock = trainer.loop, trainer.loop.clock
 
     class RunCallback(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            trainer.restore()
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            loop.stop.check()
+
         def on_step_begin(self, args, state, control, **kwargs):
             clock.start()
 
@@ -191,23 +207,21 @@ def _run_callback(trainer, settings: Settings, recorder: Recorder, take_samples,
             if "loss" in logs:
                 tokens, seconds = int(trainer.tokens_seen), clock.seconds
                 line["tokens"] = tokens
-                line["tokens_per_second"] = round((tokens - last["tokens"]) / max(seconds - last["seconds"], 1e-9), 1)
+                since = max(seconds - clock.logged["seconds"], 1e-9)
+                line["tokens_per_second"] = round((tokens - clock.logged["tokens"]) / since, 1)
                 line["memory_gib"] = peak_memory_gib()
-                last.update(tokens=tokens, seconds=seconds)
+                clock.logged = {"tokens": tokens, "seconds": seconds}
             if "eval_loss" in logs:
                 log.info("step %4d   held-out loss %.4f", state.global_step, logs["eval_loss"])
             if "loss" in logs or "eval_loss" in logs:
                 recorder.add(line)
 
         def on_step_end(self, args, state, control, **kwargs):
-            if stop.signal:
-                control.should_training_stop = control.should_save = True
             if state.global_step >= state.max_steps and trainer.eval_dataset is not None:
                 control.should_evaluate = True
             every = steps_between(settings.samples.every_steps, state.max_steps)
-            if state.global_step % every == 0 and state.global_step < state.max_steps and not stop.signal:
-                clock.stop()
-                take_samples(state.global_step)
+            if state.global_step % every == 0 and state.global_step < state.max_steps:
+                loop.due.append("samples")
 
         def on_train_end(self, args, state, control, **kwargs):
             clock.stop()

@@ -121,6 +121,8 @@ def _check_numbers(settings: Settings) -> list[Problem]:
         ("trainer.save_steps", _is_step_count(t.save_steps), "a whole number of steps, or a share between 0 and 1"),
         ("samples.every_steps", _is_step_count(s.every_steps), "a whole number of steps, or a share between 0 and 1"),
         ("trainer.save_total_limit", t.save_total_limit >= 1, "at least 1"),
+        ("trainer.max_hours", t.max_hours is None or t.max_hours > 0, "above 0, or null"),
+        ("trainer.max_bad_steps", t.max_bad_steps >= 0, "at least 0"),
         ("trainer.early_stopping_patience", t.early_stopping_patience is None or t.early_stopping_patience >= 1,
          "at least 1, or null"),
         ("samples.num_held_out", s.num_held_out >= 0, "at least 0"),
@@ -137,7 +139,7 @@ def _check_numbers(settings: Settings) -> list[Problem]:
 def _check_blank(settings: Settings) -> list[Problem]:
     """Texts that are empty, as an unset shell variable leaves them: they would be taken for null in silence."""
     problems = []
-    for group in (f.name for f in fields(Settings) if f.name != "seed"):
+    for group in (f.name for f in fields(Settings) if f.name not in ("seed", "resume")):
         for f in fields(getattr(settings, group)):
             if getattr(getattr(settings, group), f.name) == "":
                 key = f"{group}.{f.name}"
