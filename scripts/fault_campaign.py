@@ -82,7 +82,7 @@ def prepare(work: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401
 
     import sft.report
-    import sft.run  # noqa: F401
+    import sft.run
 
     sft.report.vl_convert.javascript_bundle = lambda *args: ""  # two of a run's seven seconds, and the same each time
 

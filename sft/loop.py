@@ -6,13 +6,36 @@ was never cut.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sft import checkpoints, durable
+from sft.bad_steps import BadSteps
+from sft.budget import TimeBudget
 from sft.runtime import Interrupted, StopRequest
+
+
+class Clock:
+    """Seconds spent in training steps, without evaluations, checkpoints and samples."""
+
+    def __init__(self) -> None:
+        self.seconds, self._since = 0.0, None
+        self.logged = {"tokens": 0, "seconds": 0.0}
+        """Both as they were at the last log line."""
+
+    def start(self) -> None:
+        """Go on counting; nothing happens if it already counts."""
+        self._since = self._since or time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop counting until the next start. On a GPU it waits for the work that is still queued."""
+        if self._since is not None:
+            _wait_for_gpu()
+            self.seconds += time.perf_counter() - self._since
+            self._since = None
 
 
 @dataclass
@@ -22,10 +45,13 @@ class Loop:
     folder: Path
     stop: StopRequest
     recorder: Any
-    clock: Any
+    budget: TimeBudget
     take_samples: Callable[[int], None]
     checkpoint: Path | None = None
     """The checkpoint to go on from."""
+    clock: Clock = field(default_factory=Clock)
+    ended: bool = False
+    """Whether a stop has been answered: nothing more is logged or saved."""
     due: list[str] = field(default_factory=list)
     """What is still to do at the step that has ended: `evaluate`, `samples`."""
     save_due: bool = False
@@ -37,6 +63,7 @@ def resumable(base: type) -> type:
 
     class ResumableTrainer(base):
         loop: Loop
+        bad_steps: BadSteps
         tokens_seen: Any = 0
 
         def train(self, **kwargs):
@@ -56,6 +83,7 @@ def resumable(base: type) -> type:
             self._globalstep_last_logged = kept["last_log"]
             for callback in _early_stopping(self):
                 callback.early_stopping_patience_counter = kept["patience_counter"]
+            self.bad_steps.count = kept["bad_steps"]
             self.state.best_model_checkpoint = self._best_checkpoint()
             self.loop.due, self.loop.save_due = kept["due"], kept["save_due"]
             if self.loop.due:
@@ -64,17 +92,32 @@ def resumable(base: type) -> type:
             if self.state.global_step >= self.state.max_steps or any(map(_out_of_patience, _early_stopping(self))):
                 self.control.should_training_stop = True
 
+        def training_step(self, model, inputs, *args, **kwargs):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            self.bad_steps.add(loss, inputs)
+            return loss
+
+        def _get_grad_norm(self, *args, **kwargs):
+            grad_norm = super()._get_grad_norm(*args, **kwargs)
+            self.bad_steps.guard(grad_norm)
+            return grad_norm
+
         def _run_epoch(self, *args, **kwargs):
             if not self.control.should_training_stop:  # a run that had ended, but for its last lines
                 super()._run_epoch(*args, **kwargs)
 
         def _maybe_log_save_evaluate(self, *args, **kwargs):
             loop, control = self.loop, self.control
+            if loop.ended:
+                return  # transformers asks once more after the last step of an epoch
             if control.should_evaluate and "evaluate" not in loop.due:
                 loop.due.insert(0, "evaluate")
             loop.save_due |= control.should_save
             control.should_evaluate = control.should_save = False
             super()._maybe_log_save_evaluate(*args, **kwargs)  # the log line alone
+            if not control.should_training_stop:
+                loop.stop.out_of_time |= loop.budget.used_up()
+                loop.save_due |= loop.budget.wants_measuring
             if loop.due or loop.save_due or loop.stop.wanted:
                 self.end_step()
 
@@ -82,22 +125,35 @@ def resumable(base: type) -> type:
             """Do what is due at this step, save if that is due, and end the training if a stop was asked for."""
             loop, step = self.loop, self.state.global_step
             loop.clock.stop()
-            with contextlib.suppress(Interrupted):
-                for part in list(loop.due):
+            loop.stop.failure = loop.stop.failure or self.bad_steps.settle()
+            for part in list(loop.due):
+                if part == "samples" and loop.stop.out_of_time:
+                    continue  # the last answers follow, of the weights that are kept
+                try:
                     loop.stop.check()
-                    if part == "evaluate":
-                        metrics = self._evaluate(None, None)
+                    with loop.budget.measured(part):
                         # A new best is saved at once: a later checkpoint would hold other weights.
-                        loop.save_due |= self._determine_best_metric(metrics, None) and self.args.load_best_model_at_end
-                    else:
-                        loop.take_samples(step)
-                    loop.due.remove(part)
+                        loop.save_due |= self._is_new_best() if part == "evaluate" else bool(loop.take_samples(step))
+                except Interrupted:
+                    break
+                loop.due.remove(part)
             if loop.save_due or loop.stop.wanted:
-                self._save_checkpoint(self.model, None)
+                with loop.budget.measured("save"):
+                    self._save_checkpoint(self.model, None)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             if loop.stop.wanted:
-                self.control.should_training_stop = True
+                self.control.should_training_stop = loop.ended = True
+            if loop.stop.out_of_time and loop.recorder.eval_step != step and self.eval_dataset is not None:
+                # For this session's weights alone: the checkpoint, and with it the resumed run, knows nothing of it.
+                with contextlib.suppress(Interrupted):
+                    self._is_new_best()
+                    self.state.best_model_checkpoint = self._best_checkpoint()
             loop.due, loop.save_due = [], False
+
+        def _is_new_best(self) -> bool:
+            """Evaluate; whether these weights are the best so far and are to be kept."""
+            metrics = self._evaluate(None, None)
+            return self._determine_best_metric(metrics, None) and self.args.load_best_model_at_end
 
         def _evaluate(self, *args, **kwargs):
             with _same_random_state():
@@ -114,6 +170,7 @@ def resumable(base: type) -> type:
                 "loss_since_log": self._tr_loss.item(),
                 "last_log": self._globalstep_last_logged,
                 "patience_counter": max((c.early_stopping_patience_counter for c in _early_stopping(self)), default=0),
+                "bad_steps": self.bad_steps.count,
                 "due": self.loop.due,
                 "save_due": self.loop.save_due,
                 **self.loop.recorder.state(),
@@ -155,3 +212,11 @@ def _same_random_state() -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+def _wait_for_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()

@@ -17,8 +17,10 @@ from omegaconf import DictConfig
 
 from sft import data, durable, lora, models, resume, runtime, samples
 from sft import trainer as training
+from sft.budget import TimeBudget
 from sft.command_line import to_settings
 from sft.errors import Refusal, first_line
+from sft.loop import Loop
 from sft.preflight import write_preflight
 from sft.settings import Settings
 from sft.tracking import Tracking
@@ -122,6 +124,7 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
 
 
 def _run(settings: Settings, folder: Path, context: Context, record: runtime.RunRecord, before: dict | None) -> RunResult:
+    budget = TimeBudget(settings.trainer)
     runtime.prepare_environment()
     stop = runtime.StopRequest()
     with stop.listening():
@@ -138,7 +141,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
         recorder = training.Recorder(folder, tracking)
         try:
             status, reason = _train(
-                settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop, checkpoint
+                settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop, budget, checkpoint
             )
         except Refusal:
             tracking.finish("failed", {})
@@ -208,7 +211,7 @@ def _recorded(folder: Path) -> tuple[Settings, Context]:
 
 
 def _train(
-    settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop, checkpoint
+    settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop, budget, checkpoint
 ) -> tuple[str, str | None]:
     """Load, attach, sample, train, sample, save: (status, reason)."""
     tracking = recorder.tracking
@@ -241,21 +244,26 @@ def _train(
         recorder.add({"step": step, "eos_share": share})
         tracking.samples(lines)
 
-    trainer = training.build_trainer(model, tokenizer, prepared, settings, folder, recorder, take_samples, stop, checkpoint)
+    loop = Loop(folder, stop, recorder, budget, take_samples, checkpoint)
+    trainer = training.build_trainer(model, tokenizer, prepared, settings, loop)
     resume.take_up(folder, checkpoint, recorder)
     if checkpoint is None:
-        take_samples(0)
+        with budget.measured("samples"):
+            take_samples(0)
     stop.training = True
     with record.timed("train"):
         trainer.train()
     _keep_best(trainer, recorder)
     with contextlib.suppress(runtime.Interrupted):
-        stop.check()
-        take_samples(trainer.state.global_step)
+        if not stop.failure:
+            stop.check()
+            take_samples(trainer.state.global_step)
     name = save_weights(model, tokenizer, settings, folder)
     record.update(artifacts={name: name})
-    if stop.signal:
-        return "stopped", f"{stop.signal} at step {trainer.state.global_step}"
+    if stop.failure:
+        return "failed", stop.failure
+    if stop.wanted:
+        return "stopped", f"{stop.signal or 'time limit'} at step {trainer.state.global_step}"
     if trainer.state.global_step < trainer.state.max_steps:
         return "finished", f"stopped early at step {trainer.state.global_step}: the held-out loss no longer fell"
     return "finished", None
@@ -306,6 +314,8 @@ def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResul
         log.info("Done   %s: held-out loss %.4f -> %.4f", status, start, eval_loss)
     else:
         log.info("Done   %s%s", status, f": {reason}" if reason else "")
+    if status == "stopped":
+        log.info("       go on with: python train.py resume=%s", os.path.relpath(folder))
     for name, place in artifacts.items():
         log.info("       %-8s %s", name, os.path.relpath(folder / place))
     good = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None

@@ -169,9 +169,9 @@ def now() -> str:
 
 
 def config_hash(settings: Settings) -> str:
-    """Hash of the resolved settings that shape the result: all but where it is tracked and when it has to pause."""
+    """Hash of the resolved settings that shape the result: all but where it is tracked and when it has to end."""
     shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "resume")}
-    shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in ("max_hours", "stop_at")}
+    shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in ("max_hours", "stop_at", "max_bad_steps")}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -281,11 +281,14 @@ class StopRequest:
         self.signal: str | None = None
         self.training = False
         """Whether a stop can be a clean one: from the first step until the run is recorded."""
+        self.out_of_time = False
+        self.failure: str | None = None
+        """Why training cannot go on, where it ends by itself."""
 
     @property
     def wanted(self) -> bool:
-        """Whether training has to end at the next good moment."""
-        return self.signal is not None
+        """Whether training has to end after this step."""
+        return bool(self.signal or self.out_of_time or self.failure)
 
     def check(self) -> None:
         """Raise Interrupted if a signal came: for the middle of what can be done again later."""

@@ -1,18 +1,17 @@
 """TRL's SFTTrainer over our tokens, and the one callback that records, samples and stops."""
 
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sft.bad_steps import BadSteps
 from sft.data import Prepared
 from sft.loop import Loop, resumable
 from sft.models import torch_dtype, uses_checkpointing
 from sft.render import IGNORED
-from sft.runtime import StopRequest, append_jsonl, peak_allocated_gib, peak_memory_gib
+from sft.runtime import append_jsonl, peak_allocated_gib, peak_memory_gib
 from sft.settings import Settings
 from sft.tracking import Tracking
 
@@ -45,40 +44,16 @@ class Recorder:
             self.final.setdefault("eval_loss_start", metrics["eval_loss"])
 
 
-class Clock:
-    """Seconds spent in training steps, without evaluations, checkpoints and samples."""
-
-    def __init__(self) -> None:
-        self.seconds, self._since = 0.0, None
-        self.logged = {"tokens": 0, "seconds": 0.0}
-        """Both as they were at the last log line."""
-
-    def start(self) -> None:
-        """Go on counting; nothing happens if it already counts."""
-        self._since = self._since or time.perf_counter()
-
-    def stop(self) -> None:
-        """Stop counting until the next start. On a GPU it waits for the work that is still queued."""
-        if self._since is not None:
-            _wait_for_gpu()
-            self.seconds += time.perf_counter() - self._since
-            self._since = None
-
-
 def build_trainer(
     model: Any,
     tokenizer: Any,
     data: Prepared,
     settings: Settings,
-    folder: Path,
-    recorder: Recorder,
-    take_samples: Callable[[int], None],
-    stop: StopRequest,
-    checkpoint: Path | None = None,
+    loop: Loop,
 ) -> Any:
-    """An SFTTrainer for `data`, which is already tokenised and masked; it goes on from `checkpoint` if there is one.
+    """An SFTTrainer for `data`, which is already tokenised and masked; it goes on from `loop.checkpoint` if there is one.
 
-    `take_samples(step)` is called at the steps that `samples.every_steps` names, but not before the first and after the
+    `loop.take_samples(step)` is called at the steps that `samples.every_steps` names, but not before the first and after the
     last one: those belong to the caller, who knows which weights are kept.
     """
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
@@ -93,16 +68,17 @@ def build_trainer(
 
     trainer = Trainer(
         model=model,
-        args=training_arguments(settings, folder, has_eval=data.eval is not None),
+        args=training_arguments(settings, loop.folder, has_eval=data.eval is not None),
         train_dataset=_model_columns(data.train),
         eval_dataset=_model_columns(data.eval) if data.eval is not None else None,
         processing_class=tokenizer,
         data_collator=Collator(tokenizer.pad_token_id),
     )
-    trainer.loop = Loop(folder, stop, recorder, Clock(), take_samples, checkpoint)
+    trainer.loop = loop
+    trainer.bad_steps = BadSteps(trainer, data.train, settings.trainer.max_bad_steps)
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
-    trainer.add_callback(_run_callback(trainer, settings, recorder))
+    trainer.add_callback(_run_callback(trainer, settings))
     trainer.add_callback(_progress_bar())
     patience = settings.trainer.early_stopping_patience
     if patience:
@@ -185,10 +161,10 @@ def _model_columns(dataset: Any) -> Any:
     return dataset.select_columns(["input_ids", "labels"])
 
 
-def _run_callback(trainer, settings: Settings, recorder: Recorder) -> Any:
+def _run_callback(trainer, settings: Settings) -> Any:
     from transformers import TrainerCallback
 
-    loop, clock = trainer.loop, trainer.loop.clock
+    loop, clock, recorder = trainer.loop, trainer.loop.clock, trainer.loop.recorder
 
     class RunCallback(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -198,6 +174,7 @@ def _run_callback(trainer, settings: Settings, recorder: Recorder) -> Any:
             loop.stop.check()
 
         def on_step_begin(self, args, state, control, **kwargs):
+            self.step_began = time.perf_counter()
             clock.start()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -205,6 +182,10 @@ def _run_callback(trainer, settings: Settings, recorder: Recorder) -> Any:
             line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
             line |= {k: logs[k] for k in ("loss", "eval_loss", "learning_rate", "grad_norm") if k in logs}
             if "loss" in logs:
+                trainer._tr_loss.zero_()  # transformers takes it from itself, and what is no number stays none
+                loop.stop.failure = loop.stop.failure or trainer.bad_steps.settle()
+                if trainer.bad_steps.count:
+                    line["bad_steps"] = trainer.bad_steps.count
                 tokens, seconds = int(trainer.tokens_seen), clock.seconds
                 line["tokens"] = tokens
                 since = max(seconds - clock.logged["seconds"], 1e-9)
@@ -217,6 +198,7 @@ def _run_callback(trainer, settings: Settings, recorder: Recorder) -> Any:
                 recorder.add(line)
 
         def on_step_end(self, args, state, control, **kwargs):
+            loop.budget.note("step", time.perf_counter() - self.step_began)
             if state.global_step >= state.max_steps and trainer.eval_dataset is not None:
                 control.should_evaluate = True
             every = steps_between(settings.samples.every_steps, state.max_steps)
@@ -225,6 +207,7 @@ def _run_callback(trainer, settings: Settings, recorder: Recorder) -> Any:
 
         def on_train_end(self, args, state, control, **kwargs):
             clock.stop()
+            recorder.final["bad_steps"] = trainer.bad_steps.count
             recorder.final["steps"], recorder.final["epochs"] = state.global_step, round(state.epoch or 0.0, 4)
             allocated = peak_allocated_gib()
             if allocated:
@@ -246,11 +229,3 @@ def _progress_bar() -> Any:
                 self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}")
 
     return ProgressBar()
-
-
-def _wait_for_gpu() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.synchronize()

@@ -11,11 +11,13 @@ import os
 import re
 import string
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sft import embedded
 from sft import settings as schema
+from sft.budget import moment_of
 from sft.errors import Problem
 from sft.settings import Backend, Dtype, LoraSettings, Settings, TrackingMode
 
@@ -314,6 +316,12 @@ def _check_template(data) -> list[Problem]:
 
 def _check_trainer(settings: Settings) -> list[Problem]:
     trainer, problems = settings.trainer, []
+    if trainer.stop_at:
+        try:
+            moment_of(trainer.stop_at, datetime.now().astimezone())
+        except ValueError as error:
+            fix = "trainer.stop_at=17:30   or   'trainer.stop_at=\"2026-12-31 17:30\"'"
+            problems.append(Problem(f"trainer.stop_at={trainer.stop_at}", f"It is no moment: {error}.", fix))
     if trainer.early_stopping_patience and not wants_evaluation(settings):
         why = "Early stopping watches the evaluation loss, and no rows are held out."
         fix = "dataset.eval_fraction=0.1   or   trainer.early_stopping_patience=null"
