@@ -1,17 +1,17 @@
 """TRL's SFTTrainer over our tokens, and the one callback that records, samples and stops."""
 
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sft.bad_steps import BadSteps
 from sft.data import Prepared
+from sft.loop import Loop, resumable
 from sft.models import torch_dtype, uses_checkpointing
 from sft.render import IGNORED
-from sft.runtime import StopRequest, append_jsonl, peak_allocated_gib, peak_memory_gib
+from sft.runtime import append_jsonl, peak_allocated_gib, peak_memory_gib
 from sft.settings import Settings
 from sft.tracking import Tracking
 from sft.validate import resolve_backend
@@ -27,6 +27,14 @@ class Recorder:
         self.final: dict[str, Any] = {}
         self.eval_step: int | None = None
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, for `restore`."""
+        return {"final": self.final, "eval_step": self.eval_step, "lines": self.tracking.lines}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self.final, self.eval_step, self.tracking.lines = kept["final"], kept["eval_step"], kept["lines"]
+
     def add(self, metrics: dict[str, Any]) -> None:
         """Write one line of metrics."""
         append_jsonl(self.path, metrics)
@@ -37,50 +45,27 @@ class Recorder:
             self.final.setdefault("eval_loss_start", metrics["eval_loss"])
 
 
-class Clock:
-    """Seconds spent in training steps, without evaluations, checkpoints and samples."""
-
-    def __init__(self) -> None:
-        self.seconds, self._since = 0.0, None
-
-    def start(self) -> None:
-        """Go on counting; nothing happens if it already counts."""
-        self._since = self._since or time.perf_counter()
-
-    def stop(self) -> None:
-        """Stop counting until the next start. On a GPU it waits for the work that is still queued."""
-        if self._since is not None:
-            _wait_for_gpu()
-            self.seconds += time.perf_counter() - self._since
-            self._since = None
-
-
 def build_trainer(
     model: Any,
     tokenizer: Any,
     data: Prepared,
     settings: Settings,
-    folder: Path,
-    recorder: Recorder,
-    take_samples: Callable[[int], None],
-    stop: StopRequest,
+    loop: Loop,
 ) -> Any:
-    """An SFTTrainer for `data`, which is already tokenised and masked.
+    """An SFTTrainer for `data`, which is already tokenised and masked; it goes on from `loop.checkpoint` if there is one.
 
-    `take_samples(step)` is called at the steps that `samples.every_steps` names, but not before the first and after the
+    `loop.take_samples(step)` is called at the steps that `samples.every_steps` names, but not before the first and after the
     last one: those belong to the caller, who knows which weights are kept.
     """
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
     from trl import SFTTrainer
 
-    class Trainer(SFTTrainer):
+    class Trainer(resumable(SFTTrainer)):
         """Counts the non-padding tokens it trains on, and evaluates to the mean over tokens.
 
         Counts and sums stay on the device until they are asked for. transformers' own evaluation loss is a mean over
         batches, which changes with the size of a batch: two runs could not be ranked by it.
         """
-
-        tokens_seen: Any = 0
 
         def training_step(self, model, inputs, *args, **kwargs):
             mask = inputs.get("attention_mask")  # rows laid end to end have none, and no padding either
@@ -101,14 +86,16 @@ def build_trainer(
 
     trainer = Trainer(
         model=model,
-        args=training_arguments(settings, folder, has_eval=data.eval is not None),
+        args=training_arguments(settings, loop.folder, has_eval=data.eval is not None),
         train_dataset=_model_columns(data.train, settings),
         eval_dataset=_model_columns(data.eval, settings) if data.eval is not None else None,
         processing_class=tokenizer,
     )
+    trainer.loop = loop
+    trainer.bad_steps = BadSteps(trainer, data.train, settings.trainer.max_bad_steps)
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
-    trainer.add_callback(_run_callback(trainer, settings, recorder, take_samples, stop))
+    trainer.add_callback(_run_callback(trainer, settings))
     trainer.add_callback(_progress_bar())
     patience = settings.trainer.early_stopping_patience
     if patience:
@@ -176,14 +163,20 @@ def _model_columns(dataset: Any, settings: Settings) -> Any:
     return columns
 
 
-def _run_callback(trainer, settings: Settings, recorder: Recorder, take_samples, stop: StopRequest) -> Any:
+def _run_callback(trainer, settings: Settings) -> Any:
     from transformers import TrainerCallback
 
-    clock = Clock()
-    last = {"tokens": 0, "seconds": 0.0}
+    loop, clock, recorder = trainer.loop, trainer.loop.clock, trainer.loop.recorder
 
     class RunCallback(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            trainer.restore()
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            loop.stop.check()
+
         def on_step_begin(self, args, state, control, **kwargs):
+            self.step_began = time.perf_counter()
             clock.start()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -191,28 +184,32 @@ def _run_callback(trainer, settings: Settings, recorder: Recorder, take_samples,
             line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
             line |= {k: logs[k] for k in ("loss", "eval_loss", "learning_rate", "grad_norm") if k in logs}
             if "loss" in logs:
+                trainer._tr_loss.zero_()  # transformers takes it from itself, and what is no number stays none
+                loop.stop.failure = loop.stop.failure or trainer.bad_steps.settle()
+                if trainer.bad_steps.count:
+                    line["bad_steps"] = trainer.bad_steps.count
                 tokens, seconds = int(trainer.tokens_seen), clock.seconds
                 line["tokens"] = tokens
-                line["tokens_per_second"] = round((tokens - last["tokens"]) / max(seconds - last["seconds"], 1e-9), 1)
+                since = max(seconds - clock.logged["seconds"], 1e-9)
+                line["tokens_per_second"] = round((tokens - clock.logged["tokens"]) / since, 1)
                 line["memory_gib"] = peak_memory_gib()
-                last.update(tokens=tokens, seconds=seconds)
+                clock.logged = {"tokens": tokens, "seconds": seconds}
             if "eval_loss" in logs:
                 log.info("step %4d   held-out loss %.4f", state.global_step, logs["eval_loss"])
             if "loss" in logs or "eval_loss" in logs:
                 recorder.add(line)
 
         def on_step_end(self, args, state, control, **kwargs):
-            if stop.signal:
-                control.should_training_stop = control.should_save = True
+            loop.budget.note("step", time.perf_counter() - self.step_began)
             if state.global_step >= state.max_steps and trainer.eval_dataset is not None:
                 control.should_evaluate = True
             every = steps_between(settings.samples.every_steps, state.max_steps)
-            if state.global_step % every == 0 and state.global_step < state.max_steps and not stop.signal:
-                clock.stop()
-                take_samples(state.global_step)
+            if state.global_step % every == 0 and state.global_step < state.max_steps:
+                loop.due.append("samples")
 
         def on_train_end(self, args, state, control, **kwargs):
             clock.stop()
+            recorder.final["bad_steps"] = trainer.bad_steps.count
             recorder.final["steps"], recorder.final["epochs"] = state.global_step, round(state.epoch or 0.0, 4)
             allocated = peak_allocated_gib()
             if allocated:
@@ -234,11 +231,3 @@ def _progress_bar() -> Any:
                 self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}")
 
     return ProgressBar()
-
-
-def _wait_for_gpu() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.synchronize()

@@ -11,11 +11,13 @@ import os
 import re
 import string
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sft import embedded
 from sft import settings as schema
+from sft.budget import moment_of
 from sft.errors import Problem
 from sft.settings import Backend, Dtype, LoraSettings, Settings, TrackingMode
 
@@ -121,6 +123,8 @@ def _check_numbers(settings: Settings) -> list[Problem]:
         ("trainer.save_steps", _is_step_count(t.save_steps), "a whole number of steps, or a share between 0 and 1"),
         ("samples.every_steps", _is_step_count(s.every_steps), "a whole number of steps, or a share between 0 and 1"),
         ("trainer.save_total_limit", t.save_total_limit >= 1, "at least 1"),
+        ("trainer.max_hours", t.max_hours is None or t.max_hours > 0, "above 0, or null"),
+        ("trainer.max_bad_steps", t.max_bad_steps >= 0, "at least 0"),
         ("trainer.early_stopping_patience", t.early_stopping_patience is None or t.early_stopping_patience >= 1,
          "at least 1, or null"),
         ("samples.num_held_out", s.num_held_out >= 0, "at least 0"),
@@ -137,7 +141,7 @@ def _check_numbers(settings: Settings) -> list[Problem]:
 def _check_blank(settings: Settings) -> list[Problem]:
     """Texts that are empty, as an unset shell variable leaves them: they would be taken for null in silence."""
     problems = []
-    for group in (f.name for f in fields(Settings) if f.name != "seed"):
+    for group in (f.name for f in fields(Settings) if f.name not in ("seed", "resume")):
         for f in fields(getattr(settings, group)):
             if getattr(getattr(settings, group), f.name) == "":
                 key = f"{group}.{f.name}"
@@ -312,6 +316,12 @@ def _check_template(data) -> list[Problem]:
 
 def _check_trainer(settings: Settings) -> list[Problem]:
     trainer, problems = settings.trainer, []
+    if trainer.stop_at:
+        try:
+            moment_of(trainer.stop_at, datetime.now().astimezone())
+        except ValueError as error:
+            fix = "trainer.stop_at=17:30   or   'trainer.stop_at=\"2026-12-31 17:30\"'"
+            problems.append(Problem(f"trainer.stop_at={trainer.stop_at}", f"It is no moment: {error}.", fix))
     if trainer.early_stopping_patience and not wants_evaluation(settings):
         why = "Early stopping watches the evaluation loss, and no rows are held out."
         fix = "dataset.eval_fraction=0.1   or   trainer.early_stopping_patience=null"

@@ -206,10 +206,10 @@ def test_a_stop_request_saves_the_adapter(small, tmp_path, monkeypatch):
     result = run(small(*QUICK, "trainer.max_steps=50", "trainer.eval_steps=50", "trainer.save_steps=50"), tmp_path)
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert (result.status, result.exit_code) == ("stopped", 130)
-    assert record["reason"] == "SIGINT at step 3" and record["metrics"]["kept_step"] == 3
+    assert record["reason"] == "SIGINT at step 2" and record["metrics"]["kept_step"] == 2
     assert "eval_loss" not in record["metrics"]  # measured at step 0 only, of other weights
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir()
+    assert (tmp_path / "checkpoints" / "checkpoint-2").is_dir()
 
 
 def test_full_fine_tuning_saves_a_whole_model(small, tmp_path):
