@@ -51,6 +51,8 @@ class HubServer:
         self.forbidden: set[str] = set()
         """Repositories that may be read but not written."""
         self.forbid_create = False
+        self.busy = 0
+        """Answer the next so many requests for a new repository with "another operation is in progress"."""
         self.fail_blob: int | None = None
         """Answer 500 to the blob with this number, counted from 1."""
         self.fail_for_good = False
@@ -152,6 +154,9 @@ class _Handler(BaseHTTPRequestHandler):
         repo = f"{owner}/{asked['name']}"
         if self.user is None:
             return self._error(401, "Invalid username or password.")
+        if hub.busy:
+            hub.busy -= 1
+            return self._error(409, "Cannot create repo: another conflicting operation is in progress")
         if repo in hub.repos:
             return self._json({"error": "You already created this model repo", "url": f"{hub.url}/{repo}"}, 409)
         if hub.forbid_create or owner not in {self.user["name"], *(o["name"] for o in self.user["orgs"])}:

@@ -1,7 +1,7 @@
 """The Hugging Face hub, or the server in HF_ENDPOINT: may we write there, and send one artifact folder.
 
-Everything goes through the `huggingface_hub` client. Its own limits are mended here: it waits for a silent server without
-end, reads HF_ENDPOINT once at its import, and its messages may repeat what a server says about the token.
+Everything goes through the `huggingface_hub` client. Its own limits are mended here: it waits for a silent or busy server
+without end, reads HF_ENDPOINT once at its import, and its messages may repeat what a server says about the token.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import difflib
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ ANSWER_SECONDS = 15.0
 """Longest wait for the answer to a question; a server that is silent for longer is taken for dead."""
 TRANSFER_SECONDS = 120.0
 """Longest silence within an upload; the server may have to put the parts of a large file together."""
+CONFLICTS = 12
+"""How often a server may say that it is busy with another operation."""
 
 
 def repo_for(repo: str, format: str) -> str:
@@ -171,8 +174,6 @@ def push(folder: Path, repo: str, format: str, private: bool) -> str:
             _find_or_create(_api(token), target, private)
         with _client(TRANSFER_SECONDS):
             _commit(_api(token), target, files, format)
-    except HubError as error:
-        raise HubError(f"{target}: {error}") from None
     except Exception as error:  # the client raises its own, httpx's and Python's errors; `from None`: they may quote a token
         raise HubError(f"{target}: {_reason(error, token)}") from None
     return f"{_shown_endpoint()}/{target}"
@@ -231,16 +232,26 @@ def _api(token: str) -> Any:
 
 @contextlib.contextmanager
 def _client(silence: float) -> Iterator[None]:
-    """Let the client give up on a server that says nothing for `silence` seconds; its own default is to wait for ever."""
+    """Let the client give up on a server that says nothing for `silence` seconds, or nothing but that it is busy."""
     import httpx
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
 
     before = _http._GLOBAL_CLIENT_FACTORY  # there is no public way to ask; one that somebody else has set is kept
+    conflicts = 0
+
+    def end_conflicts(response: Any) -> None:
+        nonlocal conflicts
+        if response.status_code == 409:  # create_repo repeats a 409 without a pause and without end
+            conflicts += 1
+            if conflicts > CONFLICTS:
+                raise HubError("the server goes on answering 409 (another operation is in progress)")
+            time.sleep(0.1 * (conflicts - 1))
 
     def make_client() -> Any:
         client = before()
         client.timeout = httpx.Timeout(silence, connect=CONNECT_SECONDS)
+        client.event_hooks["response"].append(end_conflicts)
         return client
 
     set_client_factory(make_client)
@@ -275,7 +286,9 @@ def _reason(error: BaseException, token: str | None = None) -> str:
     chain = _chain(error)
     answer = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
     network = next((e for e in chain if isinstance(e, httpx.TransportError)), None)
-    if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+    if isinstance(error, HubError):
+        text = str(error)
+    elif any(isinstance(e, OfflineModeIsEnabled) for e in chain):
         text = "the hub is switched off: HF_HUB_OFFLINE is set, or it could not be reached when this program started"
     elif answer is not None:
         said = (answer.server_message or answer.response.reason_phrase or "").strip()
@@ -289,6 +302,8 @@ def _reason(error: BaseException, token: str | None = None) -> str:
         root = chain[-1]
         text = f"{type(error).__name__}: {first_line(error)}"
         text += f" (because of {type(root).__name__}: {first_line(root)})" if root is not error else ""
+        if "xet-write-token" in text:
+            text = f"{_shown_endpoint()} does not speak the Xet protocol: set HF_HUB_DISABLE_XET=1 and push again"
     return _without_secrets(text, token)
 
 

@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 from tests.hub_server import TOKEN, HubServer, Repo
 
 FORMATS = ["merged_16bit", "adapter", "merged_4bit", "gguf"]
+OTHER = "eyJ.AnOrganisationsOwnToken-0123"
 CARD = "---\nlicense: apache-2.0\ntags:\n- lora\n---\n# A model\n"
 
 
@@ -152,6 +153,15 @@ def test_no_right_to_create(hub):
     assert "cannot be created" in found.why and "rights" in found.why
 
 
+def test_a_busy_server_is_asked_again_but_not_for_ever(hub, monkeypatch):
+    hub.busy = 3
+    assert check_access("me/model", ["gguf"], True) == [] and len(hub.asked("repos/create")) == 4
+    monkeypatch.setattr(ours, "CONFLICTS", 4)
+    hub.busy = 1000
+    found = problem(check_access("me/other", ["gguf"], True))
+    assert "409" in found.why and len(hub.asked("repos/create")) == 4 + 5
+
+
 @pytest.mark.parametrize("ending", ["refused", "silent"])
 def test_a_dead_server_is_told_within_seconds(hub, monkeypatch, merged, ending):
     monkeypatch.setattr(ours, "ANSWER_SECONDS", 0.5)
@@ -193,7 +203,8 @@ def test_a_push_puts_every_file_there_and_no_hidden_one(hub, merged):
 def test_large_files_go_in_parts_where_the_server_asks_for_it(hub, tmp_path):
     hub.part_size = 1000
     content = os.urandom(4321)
-    push(make_folder(tmp_path / "gguf", f16__gguf=content, Modelfile="FROM f16.gguf"), "me/model", "gguf", True)
+    folder = make_folder(tmp_path / "gguf", f16__gguf=content, Modelfile="FROM f16.gguf")
+    assert push(folder, "me/model", "gguf", True) == f"{hub.url}/me/model-GGUF"
     assert hub.repos["me/model-GGUF"].files["f16.gguf"] == content and len(hub.asked("/part/")) == 5
 
 
@@ -282,6 +293,13 @@ def test_files_that_the_repository_ignores_are_named(hub, merged):
         push(merged, "me/model", "merged_16bit", True)
 
 
+def test_a_server_without_xet_says_what_to_set(hub, merged, monkeypatch):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(HubError, match="HF_HUB_DISABLE_XET=1"):
+        push(merged, "me/model", "merged_16bit", True)
+
+
 def test_a_push_without_permission_token_or_files(hub, merged, tmp_path, monkeypatch):
     hub.repos["me/model"] = Repo(private=True)
     hub.forbidden = {"me/model"}
@@ -304,6 +322,7 @@ def test_the_token_is_nowhere(hub, merged, tmp_path, caplog, capfd, monkeypatch)
     for name in ("huggingface_hub", "httpx"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)
         caplog.set_level(logging.DEBUG, logger=name)
+    others = [("adapter", f"{TOKEN} x\ty"), ("adapter", OTHER)]  # one that is no header's value, one of another form
     texts = []
     hub.echo_token = True
     hub.repos["me/model-LoRA"] = Repo(private=True)
@@ -311,7 +330,7 @@ def test_the_token_is_nowhere(hub, merged, tmp_path, caplog, capfd, monkeypatch)
     hub.forbid_create = True
     texts += [str(p) for p in check_access("me/model", ["adapter"], True) + check_access("me/model", ["gguf"], True)]
     hub.forbid_create, hub.fail_blob, hub.fail_for_good = False, 1, True
-    for format, token in (("merged_16bit", TOKEN), ("adapter", TOKEN), ("adapter", TOKEN[:-1]), ("adapter", f"{TOKEN} x\ty")):
+    for format, token in (("merged_16bit", TOKEN), ("adapter", TOKEN), ("adapter", TOKEN[:-1]), *others):
         monkeypatch.setenv("HF_TOKEN", token)
         texts += [str(p) for p in check_access("me/model", [format], True)]
         try:
@@ -323,7 +342,7 @@ def test_the_token_is_nowhere(hub, merged, tmp_path, caplog, capfd, monkeypatch)
     texts += [out, err, *(record.getMessage() for record in caplog.records)]
     texts += [p.read_bytes().decode(errors="replace") for p in tmp_path.rglob("*") if p.is_file()]
     assert any("whoami-v2" in text for text in texts), "the logs were on"
-    assert [text for text in texts if TOKEN[:-1] in text] == []
+    assert [text for text in texts if TOKEN[:-1] in text or OTHER in text] == []
     assert [text for text in texts if "X-Amz-Signature" in text and "HubError" in text] == []
 
 
