@@ -1,7 +1,9 @@
 """Pushes to a loopback hub through the real huggingface_hub client: permissions, failures, and what lies there after."""
 
+import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -359,30 +361,54 @@ def test_a_password_in_the_address_is_not_shown(hub, monkeypatch):
     assert "geheim" not in str(check_access("me/model", ["adapter"], True))
 
 
-LOAD = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-local = AutoModelForCausalLM.from_pretrained(sys.argv[2])
-state, other = model.state_dict(), local.state_dict()
-assert state.keys() == other.keys() and all(torch.equal(state[k], other[k]) for k in state)
-print(len(state), tokenizer.chat_template is not None)
+SHAPES = {"A": (4, 64), "B": (64, 4)}  # of an adapter of rank 4 on the tiny model
+USE_CARDS = """
+import json, re, sys, torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+for repo, folder, file in (("me/tiny", sys.argv[1], "model"), ("me/tiny-LoRA", sys.argv[2], "adapter_model")):
+    card = open(hf_hub_download(repo, "README.md"), encoding="utf-8").read()
+    lines = re.search("```python\\n(.*?)```", card, re.DOTALL)[1].replace("max_new_tokens=256", "max_new_tokens=4")
+    names = {}
+    exec(lines, names)
+    kept = load_file(f"{folder}/{file}.safetensors")
+    state = {key.replace(".default", ""): value for key, value in names["model"].state_dict().items()}
+    assert kept and all(torch.equal(state[key], kept[key].to(state[key].dtype)) for key in kept)
+    print(repo, len(kept), names["model"].__class__.__name__)
 """
 
 
-def test_what_was_pushed_loads_back_with_equal_weights(hub, tmp_path):
-    from sft import embedded
+def test_the_cards_own_lines_load_what_was_pushed_with_equal_weights(hub, tmp_path):
+    """A merged model and an adapter on it, each through the lines of Python that its card tells people to use."""
+    import numpy as np
+    from safetensors.numpy import save_file
 
-    folder = embedded.local_model(embedded.TINY_RANDOM)
-    push(folder, "me/tiny", "merged_16bit", True)
+    from sft import embedded
+    from sft.export.card import write_card
+
+    base, run = embedded.local_model(embedded.TINY_RANDOM), tmp_path / "run"
+    merged, adapter = run / "export" / "merged_16bit", run / "export" / "adapter"
+    shutil.copytree(base, merged)
+    shutil.copytree(base, adapter, ignore=shutil.ignore_patterns("model*", "*config.json"))
+    shutil.copy(base / "tokenizer_config.json", adapter)
+    layers = [f"base_model.model.model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
+    weights = {f"{name}.lora_{part}.weight": np.random.rand(*shape) for name in layers for part, shape in SHAPES.items()}
+    save_file({name: array.astype("float32") for name, array in weights.items()}, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "me/tiny"}))
+    (run / "preflight.json").write_text('{"template": "chat"}')
+    for folder in (merged, adapter):
+        write_card(folder, run, folder.name, "me/tiny")
+        push(folder, "me/tiny", folder.name, True)
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
     environment.pop("HF_HUB_OFFLINE")
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, "me/tiny", str(folder)], env=environment, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", USE_CARDS, str(merged), str(adapter)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    count, has_template = done.stdout.split()
-    assert int(count) > 10 and has_template == "True"
-    assert hub.asked("GET /me/tiny/resolve/") and TOKEN not in done.stdout + done.stderr
+    found = [line.split() for line in done.stdout.splitlines() if line.startswith("me/tiny")]
+    assert [(repo, kind) for repo, _, kind in found] == [
+        ("me/tiny", "LlamaForCausalLM"),
+        ("me/tiny-LoRA", "PeftModelForCausalLM"),
+    ]
+    assert hub.asked("GET /me/tiny-LoRA/resolve/") and TOKEN not in done.stdout + done.stderr
