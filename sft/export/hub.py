@@ -6,6 +6,7 @@ without end, reads HF_ENDPOINT once at its import, and its messages may repeat w
 
 import contextlib
 import difflib
+import json
 import logging
 import os
 import re
@@ -170,6 +171,7 @@ def push(folder: Path, repo: str, format: str, private: bool) -> str:
         files = _files_of(folder)
         if not files:
             raise HubError(f"the folder {folder.name} holds no files")
+        _refuse_local_base(folder / "adapter_config.json")
         with _client(ANSWER_SECONDS):
             _find_or_create(_api(token), target, private)
         with _client(TRANSFER_SECONDS):
@@ -177,6 +179,17 @@ def push(folder: Path, repo: str, format: str, private: bool) -> str:
     except Exception as error:  # the client raises its own, httpx's and Python's errors; `from None`: they may quote a token
         raise HubError(f"{target}: {_reason(error, token)}") from None
     return f"{_shown_endpoint()}/{target}"
+
+
+def _refuse_local_base(config: Path) -> None:
+    """PEFT notes where the base was loaded from; a folder of this machine would be published and load nowhere else."""
+    if config.is_file():
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if isinstance(base, str) and (Path(base).is_absolute() or base.startswith("~")):
+            raise HubError(
+                "adapter_config.json names a folder of this machine as its base model; write the base's hub id there as "
+                f"base_model_name_or_path (it is the folder {Path(base).name} now); nothing was sent"
+            )
 
 
 def _find_or_create(api: Any, target: str, private: bool) -> None:

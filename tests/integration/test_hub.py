@@ -295,6 +295,14 @@ def test_files_that_the_repository_ignores_are_named(hub, merged):
         push(merged, "me/model", "merged_16bit", True)
 
 
+def test_an_adapter_that_names_a_folder_of_this_machine_is_not_sent(hub, tmp_path):
+    config = json.dumps({"base_model_name_or_path": "/home/somebody/models/base"})
+    folder = make_folder(tmp_path / "adapter", adapter_config__json=config, adapter_model__safetensors="x")
+    with pytest.raises(HubError, match="hub id") as error:
+        push(folder, "me/model", "adapter", True)
+    assert "somebody" not in str(error.value) and hub.requests == []
+
+
 def test_a_server_without_xet_says_what_to_set(hub, merged, monkeypatch):
     pytest.importorskip("hf_xet")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
