@@ -379,9 +379,11 @@ def _check_extra(extra: dict[str, Any]) -> list[Problem]:
 
 def _check_hub_repo(repo: str | None) -> list[Problem]:
     """The form of `user/name`, by the hub's rules (huggingface_hub/utils/_validators.py), with room for a format's suffix."""
-    if not repo:
-        return []  # nothing is pushed; an empty text is refused as blank
-    what, fix = f"export.hub.repo={repo}", None
+    if repo is None:
+        return []
+    if not repo.strip():
+        return [Problem("export.hub.repo=", "The value is empty.", "export.hub.repo=null   for none")]
+    what = f"export.hub.repo={repo}"
     parts = re.sub(r"^(https?://[^/]+/|hf://)?(models/)?", "", repo.strip()).strip("/").split("/")
     name = re.sub(r"-{2,}", "-", re.sub(r"\.{2,}", ".", re.sub(r"[^A-Za-z0-9_.-]+", "-", parts[-1]))).removesuffix(".git")
     name = name.strip("-.")[:HUB_NAME_LENGTH].strip("-.") or "my-model"
