@@ -281,8 +281,22 @@ class SamplesSettings:
 
 
 @dataclass
+class HubSettings:
+    """Where the exports are pushed to."""
+
+    repo: str | None = None
+    """Repository on the hub, `user/name`, for the merged model; the adapter goes to `user/name-LoRA`, the 4-bit model to
+    `user/name-bnb-4bit` and GGUF files to `user/name-GGUF`. null pushes nothing."""
+    private: bool = True
+    """Whether repositories are made private. One that is public already is refused while this is true."""
+
+
+@dataclass
 class ExportSettings:
     """What is made of the adapter after training. Nothing to set yet: the adapter itself is always saved."""
+
+    hub: HubSettings = field(default_factory=HubSettings)
+    """Where the exports are pushed to."""
 
 
 @dataclass

@@ -57,6 +57,8 @@ WITHOUT_EFFECT = {
     "hub_private_repo", "hub_always_push", "hub_revision", "include_num_input_tokens_seen", "shuffle_dataset",
 }  # fmt: skip
 
+HUB_NAME_LENGTH = 96 - len("-bnb-4bit")  # of a repository, before the longest suffix of sft/export/hub.py
+
 
 def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
     """Every problem in the settings themselves; `hardware=False` leaves out what depends on this machine."""
@@ -68,6 +70,7 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_dataset(settings),
         *_check_trainer(settings),
         *_check_extra(settings.trainer.extra),
+        *_check_hub_repo(settings.export.hub.repo),
     ]
     if hardware:
         problems += _check_hardware(settings)
@@ -382,6 +385,35 @@ def _check_extra(extra: dict[str, Any]) -> list[Problem]:
             fix = f"trainer.extra.{close[0]}={value}" if close else "its options: https://huggingface.co/docs/trl/sft_trainer"
             problems.append(Problem(what, why, fix))
     return problems
+
+
+def _check_hub_repo(repo: str | None) -> list[Problem]:
+    """The form of `user/name`, by the hub's rules (huggingface_hub/utils/_validators.py), with room for a format's suffix."""
+    if repo is None:
+        return []
+    if not repo.strip():
+        return [Problem("export.hub.repo=", "The value is empty.", "export.hub.repo=null   for none")]
+    what = f"export.hub.repo={repo}"
+    parts = re.sub(r"^(https?://[^/]+/|hf://)?(models/)?", "", repo.strip()).strip("/").split("/")
+    name = re.sub(r"-{2,}", "-", re.sub(r"\.{2,}", ".", re.sub(r"[^A-Za-z0-9_.-]+", "-", parts[-1]))).removesuffix(".git")
+    name = name.strip("-.")[:HUB_NAME_LENGTH].strip("-.") or "my-model"
+    if len(parts) == 1:
+        why = "It names no owner. Did you mean a repository under your user name, or that of an organisation?"
+        return [Problem(what, why, f"export.hub.repo=<user>/{name}   (hf auth whoami shows your user name)")]
+    fix = f"export.hub.repo={re.sub(r'[^A-Za-z0-9_.-]+', '-', parts[0]).strip('-.') or '<user>'}/{name}"
+    if repo != "/".join(parts) or len(parts) > 2:
+        return [Problem(what, "It has to be the owner and the name with one slash between them.", fix)]
+    if not all(re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?", part) for part in parts):
+        why = "The hub allows letters, digits, - _ and . in a name, and neither - nor . at its ends."
+    elif "--" in repo or ".." in repo:
+        why = "The hub allows neither -- nor .. in a name."
+    elif repo.endswith(".git"):
+        why = "A name on the hub cannot end in .git."
+    elif len(parts[1]) > HUB_NAME_LENGTH or len(parts[0]) > 96:
+        why = f"The name is too long: the hub takes 96 characters, and a format may add 9, which leaves {HUB_NAME_LENGTH}."
+    else:
+        return []
+    return [Problem(what, why, fix)]
 
 
 def _check_hardware(settings: Settings) -> list[Problem]:
