@@ -31,6 +31,10 @@ class HubError(SftError):
     """A push to the hub failed; everything made is still on disk. The message is one line and never holds a token."""
 
 
+class ExportError(SftError):
+    """An export could not be made or measured; the trained weights are untouched. The message is one line."""
+
+
 def format_problems(problems: list[Problem]) -> str:
     """Lay problems out one under the other: what was set, why it cannot work, and a `hint:` line with the fix."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

@@ -126,7 +126,11 @@ class RunRecord:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is the old one or the whole new one, also after a power cut."""
-    text = json.dumps(jsonable(content), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    write_text(path, json.dumps(jsonable(content), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is the old one or the whole new one, also after a power cut."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -169,8 +173,8 @@ def now() -> str:
 
 
 def config_hash(settings: Settings) -> str:
-    """Hash of the resolved settings that shape the result: all but where it is tracked and when it has to end."""
-    shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "resume")}
+    """Hash of the resolved settings that shape the result: not where it is tracked, when it ends, what is exported."""
+    shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "resume", "export")}
     shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in ("max_hours", "stop_at", "max_bad_steps")}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
