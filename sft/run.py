@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import shutil
+import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from sft import trainer as training
 from sft.budget import TimeBudget
 from sft.command_line import to_settings
 from sft.errors import Refusal, first_line
+from sft.export import exporter, proof
 from sft.loop import Loop
 from sft.preflight import write_preflight
+from sft.records import read_json
 from sft.settings import Settings
 from sft.tracking import Tracking
 from sft.validate import check_settings
@@ -135,6 +138,11 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
         tokenizer, stop_ids = models.load_tokenizer(settings.model)
         prepared = data.prepare(settings, tokenizer, stop_ids)
         preflight = write_preflight(folder, prepared.facts, settings)
+        if settings.export.formats:
+            problems = exporter.check_export(folder, settings)
+            if problems:
+                raise Refusal(problems)
+        proof.write_rows(folder, prepared)
         checkpoint = resume.find_checkpoint(folder, before, preflight["data_hash"])
         _record_data(record, preflight, checkpoint)
         tracking = Tracking()
@@ -254,6 +262,8 @@ def _train(
     with record.timed("train"):
         trainer.train()
     _keep_best(trainer, recorder)
+    with trainer.compute_loss_context_manager():  # what an export of these weights is held against
+        recorder.final["proof_loss"] = round(proof.row_losses(model, proof.read_rows(folder))[0], 6)
     with contextlib.suppress(runtime.Interrupted):
         if not stop.failure:
             stop.check()
@@ -297,7 +307,10 @@ def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path) -
 
 def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResult:
     """Write the report, then the final status, last of all; say how it went."""
-    code = {"finished": 0, "failed": 1, "stopped": 130 if stop.signal else 0}[status]
+    failures = _export(folder, record, stop) if status == "finished" and settings.export.formats else []
+    if failures:
+        reason = "; ".join([*([reason] if reason else []), "trained, but not every export holds: " + " | ".join(failures)])
+    code = 1 if failures else {"finished": 0, "failed": 1, "stopped": 130 if stop.signal else 0}[status]
     artifacts = {**record.facts.get("artifacts", {}), "report": "report.html"}
     ending = {"status": status, "reason": reason, "artifacts": artifacts, "ended_at": runtime.now()}
     try:
@@ -320,6 +333,34 @@ def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResul
         log.info("       %-8s %s", name, os.path.relpath(folder / place))
     good = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
     return RunResult(status, code, folder, good)
+
+
+def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) -> list[str]:
+    """Export in a process of its own, which measures what was saved and not what is still in memory; what failed of it.
+
+    The weights are safe by now, so a failure is told and does not undo the run.
+    """
+    runtime.release_memory()
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with record.timed("export"):
+        child = subprocess.Popen([sys.executable, "-m", "sft.export", str(folder)], env={**os.environ, "PYTHONPATH": path})
+        while child.poll() is None:
+            if stop.signal:
+                child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=0.5)
+    report = read_json(folder / "export" / "verify.json")
+    artifacts = {f"export/{n}": f["path"] for n, f in report.get("artifacts", {}).items() if f.get("path") and n != "adapter"}
+    record.update(artifacts={**record.facts.get("artifacts", {}), **artifacts})
+    failures = exporter.failures(report) if report else []
+    if child.returncode and not failures:
+        failures = [f"the export ended early, with {stop.signal or f'exit code {child.returncode}'}"]
+    for line in failures:
+        log.error("export: %s", line)
+    if failures:
+        log.error("hint: python scripts/export.py run=%s export.formats=[...]   exports again", os.path.relpath(folder))
+    return failures
 
 
 def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:

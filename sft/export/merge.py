@@ -1,6 +1,8 @@
 """Fold the adapter into the weights it was trained on, and save them in 16 or 4 bits."""
 
+import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,9 @@ def merge(model: Any) -> Any:
             weight.data = weight.data.float()
             layer.merge(safe_merge=True)  # raises if the sum holds a value that is not a number
             weight.data = weight.data.to(dtype)
-        model = model.merge_and_unload(progressbar=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+            model = model.merge_and_unload(progressbar=False)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if model.config.tie_word_embeddings and head is not None and head.weight is not embedding.weight:
         model.config.tie_word_embeddings = False  # both were trained, each by itself
@@ -52,8 +56,6 @@ def merge(model: Any) -> Any:
 
 def _stored_dtype(model: Any) -> str | None:
     """The type that the base's files are in, which may be narrower than the type they were loaded as."""
-    import json
-
     config = Path(str(getattr(model.config, "_name_or_path", ""))) / "config.json"
     if not config.is_file():
         return None
@@ -84,14 +86,15 @@ def set_stop_tokens(model: Any, tokenizer: Any, stop_ids: list[int]) -> None:
         config.bos_token_id = tokenizer.bos_token_id
 
 
-def save_4bit(merged: Path, place: Path, compute_dtype: Any) -> None:
-    """Quantise a merged 16-bit folder to nf4, as it was loaded for training, and save it, complete or not at all.
+def save_4bit(merged: Path, place: Path) -> None:
+    """Quantise a merged 16-bit folder to nf4 and save it, complete or not at all; what is not quantised stays in 16 bits.
 
-    Works on a GPU and, through bitsandbytes' CPU kernels, without one.
+    The settings are QLoRA's (arXiv 2305.14314): nf4 with double quantisation. Works on a GPU and, through bitsandbytes' CPU
+    kernels, without one.
     """
     from transformers import AutoTokenizer
 
-    model = _load_folder(merged, compute_dtype, quantise=True)
+    model = _load_folder(merged, "auto", quantise=True)
     with durable.new_folder(place, manifest=False) as work:
         model.save_pretrained(work, max_shard_size="5GB")
         AutoTokenizer.from_pretrained(merged).save_pretrained(work)
@@ -114,7 +117,7 @@ def _load_folder(folder: Path, dtype: Any, quantise: bool = False) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=torch.bfloat16,
         )
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 

@@ -4,7 +4,7 @@ A run keeps the rows in `held_out.jsonl`, so that it can be exported years later
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,11 @@ class Measurement:
 def write_rows(folder: Path, prepared: Prepared) -> None:
     """Keep the first ROWS held-out rows (training rows where nothing is held out) in held_out.jsonl."""
     rows, source = (prepared.eval, "held_out") if prepared.eval is not None else (prepared.train, "train")
-    lines = [json.dumps({"source": source, **row}, ensure_ascii=False) for row in rows.select(range(min(ROWS, len(rows))))]
+    names = [f.name for f in fields(Row) if f.name != "source"]
+    lines = [
+        json.dumps({"source": source, **{name: row[name] for name in names}}, ensure_ascii=False)
+        for row in rows.select(range(min(ROWS, len(rows))))
+    ]
     write_text(folder / "held_out.jsonl", "\n".join(lines) + "\n")
 
 
