@@ -60,6 +60,7 @@ def write_report(run_folder: Path, run: dict | None = None) -> Path:
             "broken": find_broken(rows),
             "samples": group_samples(read_lines(run_folder / "samples.jsonl")),
             "preflight": preflight,
+            "exports": read_json(run_folder / "export" / "verify.json"),
             "examples": [mark_tokens(example) for example in preflight.get("examples", [])],
             "settings": group_settings(run.get("settings", {})),
         }
