@@ -28,7 +28,7 @@ BASE = ("model=tiny_random", "tracking=none", "samples.max_new_tokens=4", "sampl
         "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=8",
         "trainer.eval_steps=2", "trainer.save_steps=2", "trainer.learning_rate=1e-2", "lora.lora_dropout=0.2")  # fmt: skip
 SHAPES = {
-    "plain": (),
+    "plain": ("trainer.save_total_limit=1",),  # so that a save also removes the checkpoint before
     "epochs": ("trainer.max_steps=-1", "trainer.num_train_epochs=3"),  # 10 rows, 5 steps an epoch, an uneven last one
     "sparse": ("trainer.logging_steps=3", "trainer.save_steps=4", "trainer.save_total_limit=1"),
     "early": ("trainer.early_stopping_patience=1", "trainer.learning_rate=1e-9", "trainer.early_stopping_threshold=0.01"),
