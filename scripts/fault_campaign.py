@@ -86,8 +86,14 @@ def prepare(work: Path) -> None:
 
     sft.report.vl_convert.javascript_bundle = lambda *args: ""  # two of a run's seven seconds, and the same each time
 
+    write_rows(work)
+
+
+def write_rows(work: Path) -> str:
+    """Write a few short rows into `work`; the override that names them."""
     rows = [{"instruction": f"Say {i}", "output": "one two three"[: 3 + i % 9]} for i in range(12)]
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return f"dataset.path={work / 'rows.jsonl'}"
 
 
 def settings_of(work: Path, shape: str):

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sft import settings as schema
 from sft.errors import Problem, Refusal, first_line
 from sft.keys import find_field, plain_type, stray_keys, unknown_key
-from sft.resume import check_folder, recorded_run
+from sft.resume import check_folder, recorded_run, working_folder
 from sft.settings import Settings
 from sft.validate import check_settings
 
@@ -315,8 +315,10 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
     folder = text.partition("=")[2]
     if folder in ("", "null"):
         raise Refusal([Problem(text, "It names no folder.", "resume=outputs/<run>")])
-    settings, _ = recorded_run(Path(folder).expanduser())
-    problems = check_settings(settings, hardware) + _check_writable(Path(folder).expanduser())
+    place = Path(folder).expanduser().resolve()
+    settings, record = recorded_run(place)
+    with working_folder(record):
+        problems = check_settings(settings, hardware) + _check_writable(place)
     if problems:
         raise Refusal(problems)
 

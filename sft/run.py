@@ -65,10 +65,11 @@ def run_job(config: DictConfig) -> RunResult:
     overrides = tuple(hydra.overrides.task)
     choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra") and v not in (None, "none")}
     context = Context(_run_name(choices, overrides), _command(), overrides, tuple(choices.values()))
+    stack = contextlib.ExitStack()
     try:
         settings = to_settings(config)
         if settings.resume:
-            settings, context = _recorded(folder)
+            settings, context = _recorded(folder, stack)
         problems = check_settings(settings)
         if problems:
             raise Refusal(problems)
@@ -91,6 +92,7 @@ def run_job(config: DictConfig) -> RunResult:
                 runtime.RunRecord(folder, name=context.name, overrides=list(overrides)).close("failed", _reason(error))
         return RunResult("failed", 1, folder)
     finally:
+        stack.close()
         runtime.release_memory()
 
 
@@ -200,11 +202,10 @@ def _record_data(record: runtime.RunRecord, preflight: dict, checkpoint: Path | 
     )
 
 
-def _recorded(folder: Path) -> tuple[Settings, Context]:
-    """Settings and context of the run in `folder`, for `resume=`; its relative paths are looked up where it was started."""
+def _recorded(folder: Path, stack: contextlib.ExitStack) -> tuple[Settings, Context]:
+    """Settings and context of the run in `folder`, for `resume=`; until `stack` closes, the run works where it began."""
     settings, record = resume.recorded_run(folder)
-    with contextlib.suppress(OSError, TypeError):
-        os.chdir(record.get("working_folder"))
+    stack.enter_context(resume.working_folder(record))
     named = (record.get("name", "run"), record.get("command", ""), record.get("overrides", ()), record.get("tags", ()))
     return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]))
 
