@@ -9,6 +9,7 @@ import functools
 import re
 import shlex
 import sys
+import tempfile
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sft import settings as schema
 from sft.errors import Problem, Refusal, first_line
 from sft.keys import find_field, plain_type, stray_keys, unknown_key
-from sft.resume import check_folder, recorded_run
+from sft.resume import check_folder, recorded_run, working_folder
 from sft.settings import Settings
 from sft.validate import check_settings
 
@@ -80,6 +81,8 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
         folder = None if args.multirun or args.cfg else _run_folder(good)
         for job in _jobs_to_check(good):
             problems += _check_job(config_name, search_path + job, hardware and not args.cfg, folder)
+        if hardware and not args.cfg and not args.multirun:
+            problems += _check_writable(folder or Path("outputs"))
     if problems:
         raise Refusal(list(dict.fromkeys(problems)))
 
@@ -291,6 +294,17 @@ def _run_folder(overrides: list[Override]) -> Path | None:
     return Path(named[-1]).expanduser() if named and isinstance(named[-1], str) and "${" not in named[-1] else None
 
 
+def _check_writable(folder: Path) -> list[Problem]:
+    """The problem of a run folder that cannot be written, asked of the nearest folder that is there. Leaves no trace."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return []
+    except OSError as error:
+        why = f"Nothing can be written to {place}: {error.strerror}."
+        return [Problem(f"hydra.run.dir={folder}", why, "hydra.run.dir=<a folder that can be written>")]
+
+
 def _check_resume(argv: list[str], hardware: bool) -> None:
     """Refuse `resume=<run folder>` that does not stand alone, or whose run cannot go on."""
     text = next(a for a in argv if a.startswith("resume="))
@@ -301,8 +315,10 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
     folder = text.partition("=")[2]
     if folder in ("", "null"):
         raise Refusal([Problem(text, "It names no folder.", "resume=outputs/<run>")])
-    settings, _ = recorded_run(Path(folder).expanduser())
-    problems = check_settings(settings, hardware)
+    place = Path(folder).expanduser().resolve()
+    settings, record = recorded_run(place)
+    with working_folder(record):
+        problems = check_settings(settings, hardware) + _check_writable(place)
     if problems:
         raise Refusal(problems)
 

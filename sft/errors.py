@@ -7,6 +7,10 @@ class SftError(Exception):
     """Base of every error this project raises on purpose."""
 
 
+class SaveFailed(SftError):
+    """A checkpoint or the weights could not be written; what was written before is whole."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing the user has to change before a run can start."""

@@ -1,6 +1,7 @@
 """A run from its settings to its report, in the order it happens."""
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from sft import data, durable, lora, models, resume, runtime, samples
 from sft import trainer as training
 from sft.budget import TimeBudget
 from sft.command_line import to_settings
-from sft.errors import Refusal, first_line
+from sft.errors import Refusal, SaveFailed, first_line
 from sft.export import exporter, proof
 from sft.loop import Loop
 from sft.preflight import write_preflight
@@ -66,10 +68,11 @@ def run_job(config: DictConfig) -> RunResult:
     overrides = tuple(hydra.overrides.task)
     choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra") and v not in (None, "none")}
     context = Context(_run_name(choices, overrides), _command(), overrides, tuple(choices.values()))
+    stack = contextlib.ExitStack()
     try:
         settings = to_settings(config)
         if settings.resume:
-            settings, context = _recorded(folder)
+            settings, context = _recorded(folder, stack)
         problems = check_settings(settings)
         if problems:
             raise Refusal(problems)
@@ -86,13 +89,13 @@ def run_job(config: DictConfig) -> RunResult:
         _remove_unused(folder)
         return RunResult("stopped", 130, folder)
     except Exception as error:  # a full disk or a bug outside of training; run() records those inside
-        log.error("Failed: %s", _reason(error))
+        _tell_failure(error, folder)
         with contextlib.suppress(OSError):
-            _keep_traceback(folder)
             if not (folder / "run.json").exists():
                 runtime.RunRecord(folder, name=context.name, overrides=list(overrides)).close("failed", _reason(error))
         return RunResult("failed", 1, folder)
     finally:
+        stack.close()
         runtime.release_memory()
 
 
@@ -114,16 +117,20 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
         record = _start_record(settings, folder, context, before)
         try:
             return _run(settings, folder, context, record, before)
-        except (Refusal, KeyboardInterrupt):  # nothing happened: leave the folder as it was found
-            if before:
+        except (Refusal, KeyboardInterrupt) as ending:
+            if isinstance(ending, KeyboardInterrupt) and record.facts.get("sessions") != (before or {}).get("sessions"):
+                record.close("stopped", "interrupted a second time, while its ending was written")
+                return RunResult("stopped", 130, folder)
+            if before:  # nothing happened: leave the folder as it was found
                 runtime.write_json(record.path, before)
             else:
                 record.path.unlink()
             raise
-        except Exception as error:
+        except Exception as error:  # before training, or run.json itself could not be written after it
+            _tell_failure(error, folder)
             with contextlib.suppress(OSError):
                 record.close("failed", _reason(error))
-            raise
+            return RunResult("failed", 1, folder)
 
 
 def _run(settings: Settings, folder: Path, context: Context, record: runtime.RunRecord, before: dict | None) -> RunResult:
@@ -161,16 +168,10 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
         except Exception as error:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
             status, reason = "failed", _reason(error)
             record.facts["error"] = {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
-            log.error("Failed: %s", reason)
-            if type(error).__name__ == "OutOfMemoryError":
-                log.error(
-                    "hint: fewer rows at a time: trainer.per_device_train_batch_size=1 trainer.gradient_accumulation_steps=8"
-                )
-                log.error("hint: more ways in docs/troubleshooting.md")
-            _keep_traceback(folder)
+            _tell_failure(error, folder)
         metrics = recorder.final
         tracking.finish(status, metrics)
-        record.update(metrics=metrics, tracking=tracking.facts)
+        record.facts |= {"metrics": metrics, "tracking": tracking.facts}
         return _finish(settings, folder, record, status, reason, metrics, stop)
 
 
@@ -209,11 +210,10 @@ def _record_data(record: runtime.RunRecord, preflight: dict, checkpoint: Path | 
     )
 
 
-def _recorded(folder: Path) -> tuple[Settings, Context]:
-    """Settings and context of the run in `folder`, for `resume=`; its relative paths are looked up where it was started."""
+def _recorded(folder: Path, stack: contextlib.ExitStack) -> tuple[Settings, Context]:
+    """Settings and context of the run in `folder`, for `resume=`; until `stack` closes, the run works where it began."""
     settings, record = resume.recorded_run(folder)
-    with contextlib.suppress(OSError, TypeError):
-        os.chdir(record.get("working_folder"))
+    stack.enter_context(resume.working_folder(record))
     named = (record.get("name", "run"), record.get("command", ""), record.get("overrides", ()), record.get("tags", ()))
     return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]))
 
@@ -296,13 +296,22 @@ def _keep_best(trainer, recorder) -> None:
 def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path) -> str:
     """Save the adapter to adapter/ (the whole model to model/ without one), complete or not at all; returns the name."""
     name = "adapter" if settings.lora.enabled else "model"
-    with durable.new_folder(folder / name, manifest=False) as work:
+    with _told(name), durable.new_folder(folder / name, manifest=False) as work:
         embeds = {"embed_tokens", "lm_head"} & {*settings.lora.modules_to_save, *settings.lora.target_modules}
         options = {"save_embedding_layers": bool(embeds)} if settings.lora.enabled else {}
         model.save_pretrained(str(work), **options)
         tokenizer.save_pretrained(work)
         (work / "README.md").unlink(missing_ok=True)  # PEFT's model card, with nothing of this run in it
     return name
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn whatever a library raises when it cannot write into one plain sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise SaveFailed(f"{what}/ could not be written: {first_line(error)}") from error
 
 
 def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResult:
@@ -387,10 +396,22 @@ def _reason(error: BaseException) -> str:
     return told if root is error else f"{told} (because of {type(root).__name__}: {first_line(root)})"
 
 
-def _keep_traceback(folder: Path) -> None:
-    """Add the traceback of the exception being handled to train.log; the terminal gets one line."""
-    with open(folder / "train.log", "a", encoding="utf-8") as file:
-        file.write(traceback.format_exc())
+def _tell_failure(error: BaseException, folder: Path) -> None:
+    """One line on the terminal, with what to do where that is known, and the traceback in train.log."""
+    log.error("Failed: %s", _reason(error))
+    for hint in _hints(error):
+        log.error("hint: %s", hint)
+    with contextlib.suppress(OSError), open(folder / "train.log", "a", encoding="utf-8") as file:
+        file.write("".join(traceback.format_exception(error)))
+
+
+def _hints(error: BaseException) -> list[str]:
+    if type(error).__name__ == "OutOfMemoryError":
+        fewer = "trainer.per_device_train_batch_size=1 trainer.gradient_accumulation_steps=8"
+        return [f"fewer rows at a time: {fewer}", "more ways in docs/troubleshooting.md"]
+    if isinstance(error, SaveFailed) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        return ["make room on the disk, or mend it; then the same command goes on from the last checkpoint"]
+    return []
 
 
 def _remove_unused(folder: Path) -> None:

@@ -42,6 +42,13 @@ class ConsoleHandler(logging.StreamHandler):
             tqdm.write(mark + self.format(record), file=sys.stderr)
 
 
+class LogFile(logging.FileHandler):
+    """train.log. A line that the disk does not take is lost in silence: the run says itself what is wrong with the disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Do nothing, in place of a traceback a line on the terminal."""
+
+
 # ------------------------------------------------------------------------------------------ before the imports
 
 

@@ -54,7 +54,7 @@ def export_run(folder: Path, settings: Settings, weights: Path | None = None) ->
     problems = check_export(folder, settings)
     if problems:
         raise Refusal(problems)
-    durable.remove_leftovers(folder / "export", *FORMATS, "verify.json")
+    _clear_leftovers(folder / "export")
     trained = read_trained(folder, settings, weights)
     with_merged = {"merged_16bit", "merged_4bit", "gguf"} & set(wanted.formats)
     report: dict[str, Any] = {"artifacts": {}, "made_at": runtime.now()}
@@ -91,6 +91,14 @@ def export_run(folder: Path, settings: Settings, weights: Path | None = None) ->
     _describe_and_push(folder, wanted, report)
     runtime.write_json(folder / "export" / "verify.json", _with_earlier(folder, report))
     return report
+
+
+def _clear_leftovers(place: Path) -> None:
+    """Remove what an export that was killed had in hand."""
+    durable.remove_leftovers(place, *FORMATS, "verify.json")
+    for left in (place / "gguf").glob(".model-*"):
+        left.unlink(missing_ok=True)
+    shutil.rmtree(place / ".merged_16bit", ignore_errors=True)
 
 
 def push_run(folder: Path, settings: Settings) -> dict[str, Any]:
