@@ -6,6 +6,7 @@ schema. Here each override is checked against the schema first, then each job is
 
 import difflib
 import functools
+import os
 import re
 import shlex
 import sys
@@ -20,6 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,6 +29,7 @@ from sft import settings as schema
 from sft.errors import Problem, Refusal, first_line
 from sft.keys import find_field, plain_type, stray_keys, unknown_key
 from sft.settings import Settings
+from sft.sweep.pairs import check_pairs
 from sft.validate import check_settings
 
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
@@ -62,13 +65,16 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
     with initialize_config_dir(str(config_dir.resolve()), job_name="train", version_base="1.3"):
         search_path, options = _search_path(args), _group_options(config_dir, args)
         overrides = _parse_overrides(args.overrides, problems)
-        if not args.multirun:
+        preset = _preset_sweep(config_name, search_path, overrides)
+        overrides = [o for o in _parse_overrides(preset, problems) if o.key_or_group not in _keys(overrides)] + overrides
+        if not (args.multirun or preset):
             swept = [o for o in overrides if o.is_sweep_override() and _is_known(o.key_or_group)]
             problems += [_needs_sweep(o) for o in swept]
             overrides = [o for o in overrides if o not in swept]
         good = [o for o in overrides if _check_override(o, options, problems)]
         for job in _jobs_to_check(good):
             problems += _check_job(config_name, search_path + job, hardware and not args.cfg)
+        problems += _check_pairs(config_name, search_path, good)
     if problems:
         raise Refusal(list(dict.fromkeys(problems)))
 
@@ -96,6 +102,11 @@ def to_settings(config: DictConfig) -> Settings:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), plain))
     except OmegaConfBaseException as error:
         raise Refusal([Problem(str(error.full_key or "settings"), first_line(error))]) from error
+
+
+def command_text() -> str:
+    """The command as it can be typed again."""
+    return "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
 def _parse_flags(argv: list[str]) -> Any:
@@ -143,6 +154,37 @@ def _group_options(config_dir: Path, args: Any) -> dict[str, list[str]]:
     """The options of each group: those of conf/ and those that --config-dir adds."""
     folders = [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]
     return {g: sorted({file.stem for folder in folders for file in (folder / g).glob("*.yaml")}) for g in schema.GROUPS}
+
+
+def _keys(overrides: list[Override]) -> set[str]:
+    return {o.key_or_group for o in overrides}
+
+
+def _preset_sweep(config_name: str, search_path: list[str], overrides: list[Override]) -> list[str]:
+    """What a `sweep=` or `experiment=` preset sweeps over by itself, as overrides; nothing where it runs one job."""
+    chosen = [o.input_line for o in overrides if o.key_or_group in ("sweep", "experiment") and not o.is_sweep_override()]
+    if not chosen:
+        return []
+    try:
+        config = compose(config_name, overrides=search_path + chosen, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError):
+        return []  # the checks below say what is wrong
+    if config.hydra.mode != RunMode.MULTIRUN:
+        return []
+    return [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+
+
+def _check_pairs(config_name: str, search_path: list[str], overrides: list[Override]) -> list[Problem]:
+    """Problems of `sweep.paired`, whether a preset or the command line sets it."""
+    chosen = [o.input_line for o in overrides if o.key_or_group.startswith("sweep") or o.key_or_group == "experiment"]
+    counts = {o.key_or_group: len(list(o.sweep_string_iterator())) for o in overrides if o.is_sweep_override()}
+    if not counts or not chosen:
+        return []
+    try:
+        config = compose(config_name, overrides=search_path + [line for line in chosen if "," not in line or "[" in line])
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError):
+        return []
+    return check_pairs(list(config.sweep.paired), counts) if config.sweep.paired else []
 
 
 def _parse_overrides(texts: list[str], problems: list[Problem]) -> list[Override]:

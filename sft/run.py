@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sft import data, lora, models, runtime, samples
+from sft import lora, models, runtime, samples, shared
 from sft import trainer as training
-from sft.command_line import to_settings
+from sft.command_line import command_text, to_settings
 from sft.errors import Refusal, first_line
 from sft.preflight import write_preflight
-from sft.settings import Settings
+from sft.settings import Isolation, Settings
 from sft.tracking import Tracking
 from sft.validate import check_settings
 
@@ -61,17 +62,32 @@ def run_job(config: DictConfig) -> RunResult:
     sweeping = hydra.mode == RunMode.MULTIRUN
     overrides = tuple(hydra.overrides.task)
     choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra") and v not in (None, "none")}
-    context = Context(_run_name(choices, overrides), _command(), overrides, tuple(choices.values()))
-    try:
+    name = _job_name(choices, folder) if sweeping else _run_name(choices, overrides)
+    context = Context(name, command_text(), overrides, tuple(choices.values()))
+
+    def start() -> RunResult:
         settings = to_settings(config)
         problems = check_settings(settings)
         if problems:
             raise Refusal(problems)
+        if sweeping and settings.sweep.isolation == Isolation.process:
+            from sft.sweep.isolate import run_apart
+
+            return run_apart(settings, folder, context, hydra.job_logging)
         return run(settings, folder, context)
+
+    return guarded(start, folder, context, sweeping)
+
+
+def guarded(start: Callable[[], RunResult], folder: Path, context: Context, sweeping: bool) -> RunResult:
+    """Run `start` and turn every ending into a result; a sweep keeps the folder of a job that was refused, as a row."""
+    overrides = list(context.overrides)
+    try:
+        return start()
     except Refusal as refusal:
         print(refusal, file=sys.stderr, flush=True)
         if sweeping:
-            runtime.RunRecord(folder, name=context.name, overrides=list(overrides)).close("failed", _reason(refusal))
+            runtime.RunRecord(folder, name=context.name, overrides=overrides).close("failed", _reason(refusal))
         else:
             _remove_unused(folder)
         return RunResult("refused", 2, folder)
@@ -83,9 +99,10 @@ def run_job(config: DictConfig) -> RunResult:
         log.error("Failed: %s", _reason(error))
         with contextlib.suppress(OSError):
             _keep_traceback(folder)
-            runtime.RunRecord(folder, name=context.name, overrides=list(overrides)).close("failed", _reason(error))
+            runtime.RunRecord(folder, name=context.name, overrides=overrides).close("failed", _reason(error))
         return RunResult("failed", 1, folder)
     finally:
+        shared.take_back()
         runtime.release_memory()
 
 
@@ -100,8 +117,8 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
         backend = models.import_backend(settings)
         runtime.quiet_libraries()
         runtime.seed_everything(settings.seed)
-        tokenizer, stop_ids = models.load_tokenizer(settings.model)
-        prepared = data.prepare(settings, tokenizer, stop_ids)
+        tokenizer, stop_ids = shared.load_tokenizer(settings)
+        prepared = shared.prepare_data(settings, tokenizer, stop_ids)
         preflight = write_preflight(folder, prepared.facts, settings)
         record = _start_record(settings, folder, context, preflight)
         tracking = Tracking()
@@ -146,6 +163,7 @@ def _start_record(settings: Settings, folder: Path, context: Context, preflight:
         data={
             "source": preflight["source"],
             "hash": preflight["data_hash"],
+            "held_out_hash": preflight.get("held_out_hash"),
             "train_rows": rows["train"],
             "eval_rows": rows.get("eval", 0),
             "train_tokens": preflight["train_tokens"],
@@ -159,7 +177,7 @@ def _train(settings, folder, context, backend, tokenizer, stop_ids, prepared, re
     """Load, attach, sample, train, sample, save: (status, reason)."""
     tracking = recorder.tracking
     with record.timed("load"):
-        model, source = models.load_model(settings, backend)
+        model, source = shared.load_model(settings, backend)
         model = lora.attach(model, settings, backend)
     total, trained = lora.count_parameters(model)
     facts = {
@@ -271,10 +289,9 @@ def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:
     return "_".join(w for w in words if w)[:100]
 
 
-def _command() -> str:
-    import shlex
-
-    return "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+def _job_name(choices: dict[str, str], folder: Path) -> str:
+    """A sweep's job is called by what varies, which its folder's name says."""
+    return "_".join([*(w for w in (choices.get("model"), choices.get("dataset")) if w), folder.name.partition("_")[2]])[:100]
 
 
 def _reason(error: BaseException) -> str:

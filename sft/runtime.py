@@ -163,9 +163,15 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def row_seed(settings: Settings) -> int:
+    """The seed that shuffles the rows and so decides which are held out."""
+    return settings.seed if settings.dataset.seed is None else settings.dataset.seed
+
+
 def config_hash(settings: Settings) -> str:
-    """Hash of the resolved settings that shape the result: all but where it is tracked."""
-    shaping = {k: v for k, v in jsonable(settings).items() if k != "tracking"}
+    """Hash of the resolved settings that shape the result: all but where it is tracked and how a sweep runs it."""
+    shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "sweep")}
+    shaping["dataset"]["seed"] = row_seed(settings)
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -125,6 +125,7 @@ def _check_numbers(settings: Settings) -> list[Problem]:
          "at least 1, or null"),
         ("samples.num_held_out", s.num_held_out >= 0, "at least 0"),
         ("samples.max_new_tokens", s.max_new_tokens >= 1, "at least 1"),
+        ("dataset.seed", d.seed is None or 0 <= d.seed < 2**32, "between 0 and 4294967295, or null"),
         ("seed", 0 <= settings.seed < 2**32, "between 0 and 4294967295"),
     ]  # fmt: skip
     return [
