@@ -1,11 +1,27 @@
-"""Where Hydra looks for launchers. What this one does is told in sft/sweep/launch.py."""
+"""Where Hydra looks for sweepers and launchers. What these do is told in sft/sweep/launch.py."""
 
 from collections.abc import Sequence
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+
+class SweepSweeper(BasicSweeper):
+    """Hydra's own grid, with settings that go together, and without composing every job once more than is needed."""
+
+    def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
+        """The batches of jobs: one of all, or several of at most `max_batch_size`."""
+        from sft.sweep.pairs import expand
+
+        jobs = expand(overrides, list(self.config.sweep.paired))
+        return list(self.split_overrides_to_chunks(jobs, max_batch_size))
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Left to the launcher, which composes all jobs before the first one runs."""
 
 
 class SweepLauncher(Launcher):

@@ -4,6 +4,7 @@ Hydra stops at the first mistake, exits with 1 and tells people to type `+` befo
 schema. Here each override is checked against the schema first, then each job is composed and its settings checked.
 """
 
+import copy
 import difflib
 import functools
 import os
@@ -72,8 +73,10 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
             problems += [_needs_sweep(o) for o in swept]
             overrides = [o for o in overrides if o not in swept]
         good = [o for o in overrides if _check_override(o, options, problems)]
+        hardware = hardware and not args.cfg
         for job in _jobs_to_check(good):
-            problems += _check_job(config_name, search_path + job, hardware and not args.cfg)
+            problems += _check_job(config_name, search_path + job, hardware)
+        problems += _check_swept_values(config_name, search_path, good, hardware)
         problems += _check_pairs(config_name, search_path, good)
     if problems:
         raise Refusal(list(dict.fromkeys(problems)))
@@ -372,15 +375,42 @@ def _check_option(override: Override, known: list[str], problems: list[Problem])
 
 
 def _jobs_to_check(overrides: list[Override]) -> list[list[str]]:
-    """One job with the first value of every sweep, and one more for each further value."""
+    """One job with the first value of every sweep, and one more for each further option of a group or added key."""
     swept = {i: list(o.sweep_string_iterator()) for i, o in enumerate(overrides) if o.is_sweep_override()}
-    first = {i: f"{overrides[i].input_line.partition('=')[0]}={values[0]}" for i, values in swept.items() if values}
-    base = [first.get(i, o.input_line) for i, o in enumerate(overrides)]
+    base = _first_job(overrides)
     jobs = [base]
     for i, values in swept.items():
-        for value in values[1:]:
+        for value in values[1:] if overrides[i].key_or_group in schema.GROUPS or overrides[i].is_add() else ():
             jobs.append([*base[:i], f"{overrides[i].input_line.partition('=')[0]}={value}", *base[i + 1 :]])
     return jobs
+
+
+def _first_job(overrides: list[Override]) -> list[str]:
+    swept = {i: list(o.sweep_string_iterator()) for i, o in enumerate(overrides) if o.is_sweep_override()}
+    first = {i: f"{overrides[i].input_line.partition('=')[0]}={values[0]}" for i, values in swept.items() if values}
+    return [first.get(i, o.input_line) for i, o in enumerate(overrides)]
+
+
+def _check_swept_values(config_name: str, search_path: list[str], overrides: list[Override], hardware: bool) -> list[Problem]:
+    """Problems of the further values of swept settings, set on the first job: composing one for each would take minutes."""
+    swept = [o for o in overrides if o.is_sweep_override() and o.key_or_group not in schema.GROUPS and not o.is_add()]
+    if not any(len(list(o.sweep_string_iterator())) > 1 for o in swept):
+        return []
+    try:
+        base = compose(config_name, overrides=search_path + _first_job(overrides))
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError):
+        return []  # _check_job says what is wrong
+    problems: list[Problem] = []
+    for override in swept:
+        for text in list(override.sweep_string_iterator())[1:]:
+            config = copy.deepcopy(base)
+            value = OverridesParser.create().parse_override(f"{override.key_or_group}={text}").value()
+            OmegaConf.update(config, override.key_or_group, value, merge=False)
+            try:
+                problems += check_settings(to_settings(config), hardware)
+            except Refusal as refusal:
+                problems += refusal.problems
+    return problems
 
 
 def _check_job(config_name: str, overrides: list[str], hardware: bool) -> list[Problem]:

@@ -350,8 +350,10 @@ def register() -> None:
     for node in (schema.trainer.extra, schema.dataset.keep, schema.dataset.drop):
         OmegaConf.set_struct(node, False)
     ConfigStore.instance().store("schema", schema)
-    launcher = {"_target_": "hydra_plugins.sft_sweep.SweepLauncher"}  # Hydra takes launchers from that package alone
-    ConfigStore.instance().store("sft", launcher, group="hydra/launcher")
+    # Hydra takes sweepers and launchers from the package hydra_plugins alone.
+    sweeper = {"_target_": "hydra_plugins.sft_sweep.SweepSweeper", "max_batch_size": None, "params": None}
+    ConfigStore.instance().store("sft", sweeper, group="hydra/sweeper")
+    ConfigStore.instance().store("sft", {"_target_": "hydra_plugins.sft_sweep.SweepLauncher"}, group="hydra/launcher")
     OmegaConf.register_new_resolver("pick", _pick, replace=True)
     OmegaConf.register_new_resolver("job_label", _job_label, replace=True)
 

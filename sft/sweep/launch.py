@@ -6,6 +6,7 @@ choose_folder -> plan -> run each job -> leaderboard after each -> summary
 import importlib.util
 import logging
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -38,7 +39,6 @@ from sft.sweep.index import (
     load_index,
     read_run,
 )
-from sft.sweep.pairs import pair_up
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class Sweep:
         self.folder = self.lock.folder
         config.hydra.sweep.dir = str(self.folder)
         self.index = load_index(self.folder) or SweepIndex(self.folder, identity, created_at=runtime.now())
+        self.composed: dict[int, bytes] = {}
         self.index.command = command_text()
         self.index.reconcile()
         os.environ.setdefault("WANDB_RUN_GROUP", self.folder.name)
@@ -62,7 +63,6 @@ class Sweep:
     def launch(self, batch: list[list[str]]) -> list[JobReturn]:
         """Run the jobs of `batch` that are not done; (overrides of each job) -> (result of each job)."""
         setup_globals()
-        batch = pair_up(batch, self.settings.sweep.paired)
         planned = self._plan(batch)
         jobs = _unique(planned)
         todo = [job for job in jobs if job.status not in DONE]
@@ -74,7 +74,7 @@ class Sweep:
                 _say(
                     f"Job    {position}/{len(todo)}  {job.folder}" + (f"  (attempt {job.attempts + 1})" if job.attempts else "")
                 )
-                self._run(job, batch[planned.index(job)])
+                self._run(job)
                 if job.status in (FAILED, DIVERGED) and self.settings.sweep.on_failure == OnFailure.stop:
                     _say(f"Sweep  stopped after {job.folder} (sweep.on_failure=stop); repeat the command to go on.")
                     break
@@ -86,17 +86,20 @@ class Sweep:
 
     def _plan(self, batch: list[list[str]]) -> list[Job]:
         """The index's job for each member of the batch; equal settings are one job."""
-        configs = [_overrides_by_key(overrides) for overrides in batch]
-        keys = dict.fromkeys(key for overrides in configs for key in overrides)
-        varying = [k for k in keys if k in self.swept or len({overrides.get(k) for overrides in configs}) > 1]
-        return [
-            self.index.add(_settings_of(self.loader.load_sweep_config(self.config, overrides)), by_key, varying)
-            for overrides, by_key in zip(batch, configs, strict=True)
-        ]
+        by_key = [_overrides_by_key(overrides) for overrides in batch]
+        keys = dict.fromkeys(key for overrides in by_key for key in overrides)
+        varying = [k for k in keys if k in self.swept or len({overrides.get(k) for overrides in by_key}) > 1]
+        planned = []
+        for overrides, shown in zip(batch, by_key, strict=True):
+            config = self.loader.load_sweep_config(self.config, overrides)
+            job = self.index.add(_settings_of(config), shown, varying)
+            planned.append(job)
+            self.composed.setdefault(job.number, pickle.dumps(config))  # a tenth of a config's size, and made in no time
+        return planned
 
-    def _run(self, job: Job, overrides: list[str]) -> None:
+    def _run(self, job: Job) -> None:
         """One job through Hydra's own run_job, which writes `.hydra`, sets up the log, and calls the task."""
-        config = self.loader.load_sweep_config(self.config, overrides)
+        config = pickle.loads(self.composed.pop(job.number))
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = job.number
             config.hydra.sweep.dir, config.hydra.sweep.subdir = str(self.folder), job.folder

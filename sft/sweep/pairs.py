@@ -1,20 +1,31 @@
-"""Swept values that go together instead of in every combination."""
+"""A grid of jobs from swept settings, some of which may go together instead of in every combination."""
+
+import itertools
+
+from hydra.core.override_parser.types import Override
 
 from sft.errors import Problem
 
 
-def pair_up(batch: list[list[str]], paired: list[str]) -> list[list[str]]:
-    """The jobs of a grid in which the `paired` keys stand at the same place of their lists: first with first."""
-    values: dict[str, list[str]] = {key: [] for key in paired}
-    for overrides in batch:
-        for key, value in (override.partition("=")[::2] for override in overrides):
-            if key in values and value not in values[key]:
-                values[key].append(value)
-    places = [
-        {values[key].index(value) for key, value in (o.partition("=")[::2] for o in overrides) if key in values}
-        for overrides in batch
-    ]
-    return [overrides for overrides, place in zip(batch, places, strict=True) if len(place) <= 1]
+def expand(overrides: list[Override], paired: list[str]) -> list[list[str]]:
+    """The jobs of a sweep as lists of overrides: every combination, with the `paired` keys first with first.
+
+    An override that stands twice counts as its last one, as in Hydra's own grid.
+    """
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        if override.is_sweep_override():
+            values[override.get_key_element()] = [f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()]
+        else:
+            text = f"{override.get_key_element()}={override.get_value_element_as_str()}"
+            values[override.get_key_element()] = [text]
+    together = [key for key in values if key in paired and len(values[key]) > 1]
+    axes: list[list[tuple[str, ...]]] = []
+    for key, choices in values.items():
+        if key in together[1:]:
+            continue
+        axes.append(list(zip(*(values[k] for k in together), strict=True)) if key in together else [(c,) for c in choices])
+    return [list(itertools.chain(*job)) for job in itertools.product(*axes)]
 
 
 def check_pairs(paired: list[str], counts: dict[str, int]) -> list[Problem]:
