@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sft import settings as schema
 from sft.errors import Problem, Refusal, first_line
 from sft.keys import find_field, plain_type, stray_keys, unknown_key
+from sft.resume import check_folder, recorded_run
 from sft.settings import Settings
 from sft.sweep.pairs import check_pairs
 from sft.validate import check_settings
@@ -41,9 +42,16 @@ SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9-]{16,}|wandb_v1
 
 
 def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: bool = True) -> None:
-    """Run `check_command_line`; on a refusal print it to stderr and exit with 2."""
+    """Run `check_command_line`; on a refusal print it to stderr and exit with 2.
+
+    `resume=<run folder>` in sys.argv becomes what Hydra needs to work in that folder.
+    """
     try:
         check_command_line(config_dir, sys.argv[1:] if argv is None else argv, hardware)
+        if argv is None and len(sys.argv) > 1 and sys.argv[1].startswith("resume="):
+            folder = Path(sys.argv[1].partition("=")[2]).expanduser().resolve()
+            place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+            sys.argv[1:] = [f"resume='{place}'", f"hydra.run.dir='{place}'", "hydra.output_subdir=null"]
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         raise SystemExit(2) from None
@@ -60,6 +68,8 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
         return
     if args.multirun and args.cfg:
         raise Refusal([Problem(f"-m --cfg {args.cfg}", "--cfg shows one job, and -m asks for many.", "leave one of them out")])
+    if any(text.startswith("resume=") for text in args.overrides):
+        return _check_resume(argv, hardware)
     schema.register()
     problems: list[Problem] = []
     config_name = args.config_name or "config"
@@ -74,8 +84,9 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
             overrides = [o for o in overrides if o not in swept]
         good = [o for o in overrides if _check_override(o, options, problems)]
         hardware = hardware and not args.cfg
+        folder = None if args.multirun or preset or args.cfg else _run_folder(good)
         for job in _jobs_to_check(good):
-            problems += _check_job(config_name, search_path + job, hardware)
+            problems += _check_job(config_name, search_path + job, hardware, folder)
         problems += _check_swept_values(config_name, search_path, good, hardware)
         problems += _check_pairs(config_name, search_path, good)
     if problems:
@@ -88,6 +99,8 @@ def read_settings(config_dir: Path, argv: list[str], hardware: bool = True) -> S
     args = _parse_flags(argv)
     if args.multirun:
         raise Refusal([Problem("-m", "A sweep has many jobs, and this command looks at one.", "leave -m out")])
+    if any(text.startswith("resume=") for text in args.overrides):
+        return recorded_run(Path(args.overrides[0].partition("=")[2]).expanduser())[0]
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
         return to_settings(compose(args.config_name or "config", overrides=_search_path(args) + args.overrides))
 
@@ -273,8 +286,6 @@ def _check_override(override: Override, options: dict[str, list[str]], problems:
     """Whether Hydra can compose with this override; if not, the reason goes to `problems`."""
     key = override.key_or_group
     line = _one_line(override)
-    if key == "hydra.run.dir":
-        return _check_run_dir(override, problems)
     if key.startswith("hydra.") or key.startswith("hydra/"):
         return True
     if override.is_delete():
@@ -319,15 +330,26 @@ def _values(override: Override, problems: list[Problem]) -> list[Any] | None:
         return None
 
 
-def _check_run_dir(override: Override, problems: list[Problem]) -> bool:
-    """Hydra writes its config into the run folder first of all, over that of a run which is there already."""
-    folder = override.value()
-    if not isinstance(folder, str) or "${" in folder or not (Path(folder).expanduser() / "run.json").is_file():
-        return True
-    why = f"The folder {folder} holds a run already, and its settings would be overwritten."
-    fix = f"hydra.run.dir={folder.rstrip('/')}_2\nleave hydra.run.dir out   for a new folder under outputs/"
-    problems.append(Problem(_one_line(override), why, fix))
-    return False
+def _run_folder(overrides: list[Override]) -> Path | None:
+    """The folder that `hydra.run.dir` names, where it is known before Hydra fills it in."""
+    named = [o.value() for o in overrides if o.key_or_group == "hydra.run.dir"]
+    return Path(named[-1]).expanduser() if named and isinstance(named[-1], str) and "${" not in named[-1] else None
+
+
+def _check_resume(argv: list[str], hardware: bool) -> None:
+    """Refuse `resume=<run folder>` that does not stand alone, or whose run cannot go on."""
+    text = next(a for a in argv if a.startswith("resume="))
+    others = [a for a in argv if a != text]
+    if others:
+        why = f"A run goes on with its own settings, so that {shlex.join(others)} would be ignored."
+        raise Refusal([Problem(shlex.join(argv), why, f"{shlex.quote(text)}   alone")])
+    folder = text.partition("=")[2]
+    if folder in ("", "null"):
+        raise Refusal([Problem(text, "It names no folder.", "resume=outputs/<run>")])
+    settings, _ = recorded_run(Path(folder).expanduser())
+    problems = check_settings(settings, hardware)
+    if problems:
+        raise Refusal(problems)
 
 
 def _check_mapping(override: Override, cls: type, name: str, problems: list[Problem]) -> bool:
@@ -413,10 +435,12 @@ def _check_swept_values(config_name: str, search_path: list[str], overrides: lis
     return problems
 
 
-def _check_job(config_name: str, overrides: list[str], hardware: bool) -> list[Problem]:
+def _check_job(config_name: str, overrides: list[str], hardware: bool, folder: Path | None) -> list[Problem]:
     try:
         config = compose(config_name, overrides=overrides)
-        return _check_overruled(config, config_name, overrides) + check_settings(to_settings(config), hardware)
+        settings = to_settings(config)
+        problems = _check_overruled(config, config_name, overrides) + check_settings(settings, hardware)
+        return problems + (check_folder(folder, settings) if folder else [])
     except Refusal as refusal:
         return refusal.problems
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:

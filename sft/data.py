@@ -32,7 +32,8 @@ class Prepared:
     """Tokenised rows, ready for the trainer."""
 
     train: Any
-    """`datasets.Dataset` with `input_ids`, `labels`, `prompt_length`, `question`, `reference`; one entry a row."""
+    """`datasets.Dataset` with `input_ids`, `labels`, `prompt_length`, `question`, `reference`, and `row`, its number in the
+    data counted from 1; one entry a row."""
     eval: Any | None
     """The held-out rows in the same form, or None."""
     facts: dict[str, Any]
@@ -121,7 +122,8 @@ def _tokenise(rows, index: list[int], render, tokenizer, stop_ids: set[int]) -> 
             except (ValueError, TypeError, AttributeError, KeyError) as error:  # the row's own fault
                 why = f"It cannot be rendered: {first_line(error)}."
                 raise refuse(f"row {i + 1} of the data", why, "mend or remove the row, or set dataset.shape") from error
-        yield from encode(rendered, tokenizer, stop_ids)
+        for i, entry in zip(index[at : at + BATCH], encode(rendered, tokenizer, stop_ids), strict=True):
+            yield {**entry, "row": i + 1}
 
 
 # ------------------------------------------------------------------------------------- lengths and the mask
@@ -263,6 +265,7 @@ def _write_cache(folder: Path, prepared: Prepared) -> None:
             "prompt_length": Value("int32"),
             "question": Value("string"),
             "reference": Value("string"),
+            "row": Value("int64"),
         }
     )
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,10 @@ class Refusal(SftError):
         super().__init__(format_problems(self.problems))
 
 
+class HubError(SftError):
+    """A push to the hub failed; everything made is still on disk. The message is one line and never holds a token."""
+
+
 def format_problems(problems: list[Problem]) -> str:
     """Lay problems out one under the other: what was set, why it cannot work, and a `hint:` line with the fix."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

@@ -43,10 +43,14 @@ SPECIAL = re.compile(  # special tokens as the common chat templates write them
 )
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write report.html into a finished, stopped or failed run's folder and return its path."""
+def write_report(run_folder: Path, run: dict | None = None) -> Path:
+    """Write report.html into a finished, stopped or failed run's folder and return its path.
+
+    `run` stands for the contents of a run.json that is written later, because its finished mark comes last.
+    """
     run_folder = Path(run_folder)
-    run, preflight = read_json(run_folder / "run.json"), read_json(run_folder / "preflight.json")
+    run = {k: v for k, v in run.items() if v is not None} if run else read_json(run_folder / "run.json")
+    preflight = read_json(run_folder / "preflight.json")
     rows = merge_steps(read_lines(run_folder / "metrics.jsonl"))
     page = render(
         {
@@ -61,7 +65,7 @@ def write_report(run_folder: Path) -> Path:
             "settings": group_settings(run.get("settings", {})),
         }
     )
-    target, temporary = run_folder / "report.html", run_folder / f".report.html.{os.getpid()}"
+    target, temporary = run_folder / "report.html", run_folder / f".report.html-{os.getpid()}"
     temporary.write_bytes(page.encode("utf-8", errors="replace"))  # a cut emoji may leave half a surrogate pair
     os.replace(temporary, target)
     return target

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sft import lora, models, runtime, samples, shared
+from sft import durable, lora, models, resume, runtime, samples, shared
 from sft import trainer as training
+from sft.budget import TimeBudget
 from sft.command_line import command_text, to_settings
 from sft.errors import Refusal, first_line
+from sft.loop import Loop
 from sft.preflight import write_preflight
 from sft.settings import Isolation, Settings
 from sft.tracking import Tracking
@@ -66,7 +67,10 @@ def run_job(config: DictConfig) -> RunResult:
     context = Context(name, command_text(), overrides, tuple(choices.values()))
 
     def start() -> RunResult:
+        nonlocal context
         settings = to_settings(config)
+        if settings.resume:
+            settings, context = _recorded(folder)
         problems = check_settings(settings)
         if problems:
             raise Refusal(problems)
@@ -86,20 +90,21 @@ def guarded(start: Callable[[], RunResult], folder: Path, context: Context, swee
         return start()
     except Refusal as refusal:
         print(refusal, file=sys.stderr, flush=True)
-        if sweeping:
+        if sweeping and not (folder / "run.json").exists():  # else it is that of another run
             runtime.RunRecord(folder, name=context.name, overrides=overrides).close("failed", _reason(refusal))
         else:
             _remove_unused(folder)
         return RunResult("refused", 2, folder)
     except KeyboardInterrupt:
-        print("Interrupted before training; there was nothing to save.", file=sys.stderr)
+        print("Interrupted; nothing was lost that had been saved before.", file=sys.stderr)
         _remove_unused(folder)
         return RunResult("stopped", 130, folder)
     except Exception as error:  # a full disk or a bug outside of training; run() records those inside
         log.error("Failed: %s", _reason(error))
         with contextlib.suppress(OSError):
             _keep_traceback(folder)
-            runtime.RunRecord(folder, name=context.name, overrides=overrides).close("failed", _reason(error))
+            if not (folder / "run.json").exists():
+                runtime.RunRecord(folder, name=context.name, overrides=overrides).close("failed", _reason(error))
         return RunResult("failed", 1, folder)
     finally:
         shared.take_back()
@@ -107,10 +112,38 @@ def guarded(start: Callable[[], RunResult], folder: Path, context: Context, swee
 
 
 def run(settings: Settings, folder: Path, context: Context | None = None) -> RunResult:
-    """Train `settings` into `folder`. Raises Refusal before training; every later failure is recorded and returned."""
+    """Train `settings` into `folder`, or go on there if it holds the same run, cut or stopped.
+
+    Raises Refusal before training, also if the folder holds another run, a finished one or one at work; every later
+    failure is recorded and returned.
+    """
     context = context or Context()
-    runtime.prepare_environment()
     folder.mkdir(parents=True, exist_ok=True)
+    with resume.locked(folder):
+        problems = resume.check_folder(folder, settings, locked=True)
+        if problems:
+            raise Refusal(problems)
+        before = resume.read_record(folder)
+        if before and not before.get("config_hash"):
+            before = None  # it failed before anything began
+        record = _start_record(settings, folder, context, before)
+        try:
+            return _run(settings, folder, context, record, before)
+        except (Refusal, KeyboardInterrupt):  # nothing happened: leave the folder as it was found
+            if before:
+                runtime.write_json(record.path, before)
+            else:
+                record.path.unlink()
+            raise
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                record.close("failed", _reason(error))
+            raise
+
+
+def _run(settings: Settings, folder: Path, context: Context, record: runtime.RunRecord, before: dict | None) -> RunResult:
+    budget = TimeBudget(settings.trainer)
+    runtime.prepare_environment()
     stop = runtime.StopRequest()
     with stop.listening():
         log.info("Run    %s", os.path.relpath(folder))
@@ -120,14 +153,16 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
         tokenizer, stop_ids = shared.load_tokenizer(settings)
         prepared = shared.prepare_data(settings, tokenizer, stop_ids)
         preflight = write_preflight(folder, prepared.facts, settings)
-        record = _start_record(settings, folder, context, preflight)
+        checkpoint = resume.find_checkpoint(folder, before, preflight["data_hash"])
+        _record_data(record, preflight, checkpoint)
         tracking = Tracking()
         recorder = training.Recorder(folder, tracking)
         try:
-            status, reason = _train(settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop)
+            status, reason = _train(
+                settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop, budget, checkpoint
+            )
         except Refusal:
             tracking.finish("failed", {})
-            record.path.unlink()
             raise
         except KeyboardInterrupt as interrupt:
             saved = any((folder / "checkpoints").glob("checkpoint-*"))
@@ -149,17 +184,28 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
         return _finish(settings, folder, record, status, reason, metrics, stop)
 
 
-def _start_record(settings: Settings, folder: Path, context: Context, preflight: dict) -> runtime.RunRecord:
-    rows = preflight["rows"]
+def _start_record(settings: Settings, folder: Path, context: Context, before: dict | None) -> runtime.RunRecord:
+    """Write run.json before anything that takes time, so that a run which is killed can be told from an empty folder."""
+    if before:
+        return runtime.RunRecord(folder, before)
     return runtime.RunRecord(
         folder,
         name=context.name,
         command=context.command,
         overrides=list(context.overrides),
+        working_folder=os.getcwd(),
+        tags=list(context.tags),
         config_hash=runtime.config_hash(settings),
         seed=settings.seed,
         settings=runtime.jsonable(settings),
         differs_from_defaults=runtime.differs_from(settings, Settings()),
+    )
+
+
+def _record_data(record: runtime.RunRecord, preflight: dict, checkpoint: Path | None) -> None:
+    rows = preflight["rows"]
+    sessions = [*record.facts.get("sessions", []), {"started_at": runtime.now(), "from": checkpoint and checkpoint.name}]
+    record.update(
         data={
             "source": preflight["source"],
             "hash": preflight["data_hash"],
@@ -169,11 +215,23 @@ def _start_record(settings: Settings, folder: Path, context: Context, preflight:
             "train_tokens": preflight["train_tokens"],
             "eval_tokens": preflight.get("eval_tokens", 0),
         },
+        sessions=sessions,
         **runtime.environment(),
     )
 
 
-def _train(settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop) -> tuple[str, str | None]:
+def _recorded(folder: Path) -> tuple[Settings, Context]:
+    """Settings and context of the run in `folder`, for `resume=`; its relative paths are looked up where it was started."""
+    settings, record = resume.recorded_run(folder)
+    with contextlib.suppress(OSError, TypeError):
+        os.chdir(record.get("working_folder"))
+    named = (record.get("name", "run"), record.get("command", ""), record.get("overrides", ()), record.get("tags", ()))
+    return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]))
+
+
+def _train(
+    settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop, budget, checkpoint
+) -> tuple[str, str | None]:
     """Load, attach, sample, train, sample, save: (status, reason)."""
     tracking = recorder.tracking
     with record.timed("load"):
@@ -188,7 +246,7 @@ def _train(settings, folder, context, backend, tokenizer, stop_ids, prepared, re
     }
     record.update(model={**facts, "parameters": total, "trainable_parameters": trained})
     log.info("Model  %s through %s: %s of %s parameters trained", source, backend, f"{trained:,}", f"{total:,}")
-    tracking.start(settings, folder, context.name, [*context.tags, backend])
+    tracking.start(settings, folder, context.name, [*context.tags, backend], record.facts.get("tracking"))
     record.update(tracking=tracking.facts)
 
     prompts = samples.choose_prompts(prepared, settings, tokenizer)
@@ -196,7 +254,7 @@ def _train(settings, folder, context, backend, tokenizer, stop_ids, prepared, re
     def take_samples(step: int) -> None:
         if not prompts:
             return
-        lines = samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend)
+        lines = samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, stop.check)
         for line in lines:
             runtime.append_jsonl(folder / "samples.jsonl", line)
         share = samples.eos_share(lines)
@@ -205,19 +263,26 @@ def _train(settings, folder, context, backend, tokenizer, stop_ids, prepared, re
         recorder.add({"step": step, "eos_share": share})
         tracking.samples(lines)
 
-    trainer = training.build_trainer(model, tokenizer, prepared, settings, folder, recorder, take_samples, stop)
-    take_samples(0)
+    loop = Loop(folder, stop, recorder, budget, take_samples, checkpoint)
+    trainer = training.build_trainer(model, tokenizer, prepared, settings, loop)
+    resume.take_up(folder, checkpoint, recorder)
+    if checkpoint is None:
+        with budget.measured("samples"):
+            take_samples(0)
     stop.training = True
     with record.timed("train"):
         trainer.train()
-    stop.training = False
     _keep_best(trainer, recorder)
-    if not stop.signal:
-        take_samples(trainer.state.global_step)
+    with contextlib.suppress(runtime.Interrupted):
+        if not stop.failure:
+            stop.check()
+            take_samples(trainer.state.global_step)
     name = save_weights(model, tokenizer, settings, folder)
     record.update(artifacts={name: name})
-    if stop.signal:
-        return "stopped", f"{stop.signal} at step {trainer.state.global_step}"
+    if stop.failure:
+        return "failed", stop.failure
+    if stop.wanted:
+        return "stopped", f"{stop.signal or 'time limit'} at step {trainer.state.global_step}"
     if trainer.state.global_step < trainer.state.max_steps:
         return "finished", f"stopped early at step {trainer.state.global_step}: the held-out loss no longer fell"
     return "finished", None
@@ -240,33 +305,24 @@ def _keep_best(trainer, recorder) -> None:
 def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path) -> str:
     """Save the adapter to adapter/ (the whole model to model/ without one), complete or not at all; returns the name."""
     name = "adapter" if settings.lora.enabled else "model"
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
-    try:
+    with durable.new_folder(folder / name, manifest=False) as work:
         embeds = {"embed_tokens", "lm_head"} & {*settings.lora.modules_to_save, *settings.lora.target_modules}
         options = {"save_embedding_layers": bool(embeds)} if settings.lora.enabled else {}
         model.save_pretrained(str(work), **options)
         tokenizer.save_pretrained(work)
         (work / "README.md").unlink(missing_ok=True)  # PEFT's model card, with nothing of this run in it
-        work.chmod(0o755)
-        for file in work.iterdir():
-            file.chmod(0o644)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        work.rename(folder / name)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return name
 
 
 def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResult:
     """Write the report, then the final status, last of all; say how it went."""
     code = {"finished": 0, "failed": 1, "stopped": 130 if stop.signal else 0}[status]
-    record.facts["status"], record.facts["reason"] = status, reason
     artifacts = {**record.facts.get("artifacts", {}), "report": "report.html"}
+    ending = {"status": status, "reason": reason, "artifacts": artifacts, "ended_at": runtime.now()}
     try:
-        runtime.write_json(record.path, {**record.facts, "artifacts": artifacts, "ended_at": runtime.now()})
         from sft.report import write_report  # brings a chart engine with it, which only this line needs
 
-        write_report(folder)
+        write_report(folder, runtime.jsonable({**record.facts, **ending}))
     except Exception as error:  # a report that cannot be drawn must not turn a good run into a failed one
         log.warning("The report could not be written: %s", error)
         artifacts.pop("report", None)
@@ -277,6 +333,8 @@ def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResul
         log.info("Done   %s: held-out loss %.4f -> %.4f", status, start, eval_loss)
     else:
         log.info("Done   %s%s", status, f": {reason}" if reason else "")
+    if status == "stopped":
+        log.info("       go on with: python train.py resume=%s", os.path.relpath(folder))
     for name, place in artifacts.items():
         log.info("       %-8s %s", name, os.path.relpath(folder / place))
     good = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
@@ -315,5 +373,6 @@ def _keep_traceback(folder: Path) -> None:
 def _remove_unused(folder: Path) -> None:
     """Remove a run folder in which nothing happened: only Hydra's copy of the config, the log and the data's facts."""
     ours = {".hydra", "train.log", "preflight.json"}
-    if folder.is_dir() and {p.name for p in folder.iterdir()} <= ours:
-        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError, Refusal), resume.locked(folder):  # a run that has just begun holds the lock
+        if {p.name for p in folder.iterdir()} <= ours:
+            shutil.rmtree(folder, ignore_errors=True)

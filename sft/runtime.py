@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from sft.durable import sync_file
 from sft.embedded import cache_dir
 from sft.settings import Settings
 
@@ -94,11 +95,13 @@ def quiet_libraries() -> None:
 class RunRecord:
     """The facts of a run, rewritten atomically to run.json at each `update`."""
 
-    def __init__(self, folder: Path, **facts: Any):
+    def __init__(self, folder: Path, before: dict[str, Any] | None = None, **facts: Any):
+        """Begin a record, or go on with the one that was `before`: its facts stay, and its seconds are added to."""
         self.path = folder / "run.json"
-        self.facts: dict[str, Any] = {"status": "running", "reason": None, **facts}
-        self._started = time.monotonic()
-        self.update(started_at=now(), ended_at=None)
+        before = {k: v for k, v in (before or {}).items() if k not in ("error", "metrics")}
+        self.facts: dict[str, Any] = {**before, "status": "running", "reason": None, **facts}
+        self._started = time.monotonic() - before.get("seconds", {}).get("total", 0.0)
+        self.update(started_at=before.get("started_at") or now(), ended_at=None)
 
     def update(self, **facts: Any) -> None:
         """Add or replace facts and write the file."""
@@ -117,7 +120,8 @@ class RunRecord:
         try:
             yield
         finally:
-            self.facts.setdefault("seconds", {})[part] = round(time.monotonic() - start, 2)
+            seconds = self.facts.setdefault("seconds", {})
+            seconds[part] = round(seconds.get(part, 0.0) + time.monotonic() - start, 2)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -131,6 +135,7 @@ def write_json(path: Path, content: Any) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
+        sync_file(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
@@ -169,9 +174,10 @@ def row_seed(settings: Settings) -> int:
 
 
 def config_hash(settings: Settings) -> str:
-    """Hash of the resolved settings that shape the result: all but where it is tracked and how a sweep runs it."""
-    shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "sweep")}
+    """Hash of the resolved settings that shape the result: not where it is tracked, when it has to end, how a sweep runs it."""
+    shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "resume", "sweep")}
     shaping["dataset"]["seed"] = row_seed(settings)
+    shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in ("max_hours", "stop_at", "max_bad_steps")}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -270,12 +276,30 @@ def release_memory() -> None:
             torch.cuda.reset_peak_memory_stats()
 
 
+class Interrupted(KeyboardInterrupt):
+    """An evaluation or an answer is given up because the run has to stop."""
+
+
 class StopRequest:
     """Ctrl-C and SIGTERM: while training, the first one asks for a clean stop after the step; else they interrupt."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
         self.training = False
+        """Whether a stop can be a clean one: from the first step until the run is recorded."""
+        self.out_of_time = False
+        self.failure: str | None = None
+        """Why training cannot go on, where it ends by itself."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether training has to end after this step."""
+        return bool(self.signal or self.out_of_time or self.failure)
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal came: for the middle of what can be done again later."""
+        if self.signal:
+            raise Interrupted(self.signal)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:

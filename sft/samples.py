@@ -1,7 +1,7 @@
 """Answers to fixed prompts, generated greedily, so that what the model learns can be read and not only plotted."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +37,26 @@ def choose_prompts(data: Prepared, settings: Settings, tokenizer) -> list[Prompt
 
 
 def generate(
-    model, tokenizer, prompts: list[Prompt], settings: Settings, stop_ids: set[int], step: int, backend: str
+    model,
+    tokenizer,
+    prompts: list[Prompt],
+    settings: Settings,
+    stop_ids: set[int],
+    step: int,
+    backend: str,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> list[dict]:
     """One greedy answer a prompt, as the lines of samples.jsonl. Leaves weights, mode and random state as they were.
 
     Prompts go one by one: padding would change the numbers, and an export is compared with these answers.
+    `check_stop` is called at every token and raises where the answers have to be given up.
     """
     import torch
     from transformers import GenerationConfig
+
+    def check(ids: Any, scores: Any, **kwargs: Any) -> Any:
+        check_stop()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     config = GenerationConfig(
         do_sample=False,
@@ -58,7 +70,9 @@ def generate(
     with _answering(model, settings, backend):
         for prompt in prompts:
             ids = torch.tensor([prompt.input_ids], device=model.device)
-            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            output = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, stopping_criteria=[check]
+            )
             answer = output[0, ids.shape[1] :].tolist()
             lines.append(
                 {

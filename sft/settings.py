@@ -268,6 +268,14 @@ class TrainerSettings:
     """Stop when the evaluation loss did not fall in this many evaluations; null never stops early."""
     early_stopping_threshold: float = 0.0
     """A fall smaller than this does not count as one."""
+    max_hours: float | None = None
+    """Stop after this many hours, with the time for the last evaluation and for saving taken off; the same command goes
+    on later. null has no limit."""
+    stop_at: str | None = None
+    """The same by the clock: `"17:30"`, the next time it is that late here, or `"2026-12-31 17:30"`."""
+    max_bad_steps: int = 10
+    """A step whose loss or gradient is not a finite number is skipped and counted; one more of them than this ends the
+    run."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Anything else TRL's SFTConfig takes: `trainer.extra.neftune_noise_alpha=5`. Names are checked before the start."""
 
@@ -287,8 +295,22 @@ class SamplesSettings:
 
 
 @dataclass
+class HubSettings:
+    """Where the exports are pushed to."""
+
+    repo: str | None = None
+    """Repository on the hub, `user/name`, for the merged model; the adapter goes to `user/name-LoRA`, the 4-bit model to
+    `user/name-bnb-4bit` and GGUF files to `user/name-GGUF`. null pushes nothing."""
+    private: bool = True
+    """Whether repositories are made private. One that is public already is refused while this is true."""
+
+
+@dataclass
 class ExportSettings:
     """What is made of the adapter after training. Nothing to set yet: the adapter itself is always saved."""
+
+    hub: HubSettings = field(default_factory=HubSettings)
+    """Where the exports are pushed to."""
 
 
 @dataclass
@@ -338,6 +360,8 @@ class Settings:
     """How the jobs of a sweep are run."""
     seed: int = 3407
     """Seed of the shuffling, the adapter's start and dropout."""
+    resume: str | None = None
+    """Run folder to go on with, in place and with its own settings. Stands alone on the command line."""
 
 
 GROUPS = ("model", "dataset", "lora", "trainer", "export", "tracking", "experiment", "sweep")

@@ -23,11 +23,17 @@ class Tracking:
     def __init__(self) -> None:
         self.run: Any = None
         self.facts: dict[str, Any] = {"mode": "none", "url": None, "sync": None}
+        self.lines = 0
+        """How many lines W&B was given: its own step, which a resumed run takes up again."""
         self._table: Any = None
         self._base: dict[int, str] = {}
 
-    def start(self, settings: Settings, folder: Path, name: str, tags: list[str]) -> None:
-        """Begin the W&B run of this job; nothing happens with `tracking=none`."""
+    def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict | None = None) -> None:
+        """Begin the W&B run of this job; nothing happens with `tracking=none`.
+
+        `before` are the facts of the same job's W&B run that was cut: it goes on under the same id. Offline that is a
+        further folder with the same id, which `wandb sync --append` puts behind the first.
+        """
         if settings.tracking.tracker == Tracker.none:
             return
         mode = choose_mode(settings.tracking.mode)
@@ -35,6 +41,8 @@ class Tracking:
             import wandb
 
             self.run = wandb.init(
+                id=(before or {}).get("id"),
+                resume="allow" if (before or {}).get("id") else None,
                 mode=mode,
                 dir=folder,
                 project=settings.tracking.project,
@@ -47,7 +55,7 @@ class Tracking:
             )
             self.run.define_metric("*", step_metric="step")
             files = Path(self.run.dir).parent
-            self.facts = {"mode": mode, "url": None, "sync": None}
+            self.facts = {"mode": mode, "url": None, "sync": None, "id": self.run.id}
             if mode == "offline":
                 self.facts["sync"] = f"wandb sync {_short(files)}"
                 log.info(
@@ -60,24 +68,34 @@ class Tracking:
     def log(self, metrics: dict[str, Any]) -> None:
         """Add one line of metrics; `step` is among them."""
         with self._guarded("log metrics"):
-            if self.run is not None:
-                self.run.log(dict(metrics))
+            self._log(dict(metrics))
 
     def samples(self, lines: list[dict]) -> None:
         """Add generations to the sample table, each with the base model's answer beside it."""
         with self._guarded("log samples"):
             if self.run is None or not lines:
+                self.lines += bool(lines)
                 return
             import wandb
 
-            for line in lines:
-                self._base.setdefault(line["index"], line["completion"])
+            self.remember(lines)
             if self._table is None:
                 self._table = wandb.Table(columns=SAMPLE_COLUMNS, log_mode="INCREMENTAL")
             for line in lines:
                 base = self._base[line["index"]]
                 self._table.add_data(line["step"], line["prompt"], base, line["completion"], line["finish"], line["reference"])
-            self.run.log({"step": lines[0]["step"], "samples": self._table})
+            self._log({"step": lines[0]["step"], "samples": self._table})
+
+    def remember(self, lines: list[dict]) -> None:
+        """Note the base model's answers, which stand beside the later ones: the first line of each prompt."""
+        for line in lines:
+            self._base.setdefault(line["index"], line["completion"])
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        """Pass a line on under its number, so that W&B leaves out what it has already from before a resume."""
+        if self.run is not None:
+            self.run.log(entry, step=self.lines, commit=True)
+        self.lines += 1
 
     def finish(self, status: str, metrics: dict[str, Any]) -> None:
         """Write the final metrics as the summary and end the W&B run with the run's own status."""

@@ -1,19 +1,20 @@
 """TRL's SFTTrainer over our tokens, and the one callback that records, samples and stops."""
 
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sft.bad_steps import BadSteps
 from sft.data import Prepared
+from sft.loop import Loop, resumable
 from sft.models import torch_dtype, uses_checkpointing
 from sft.render import IGNORED
-from sft.runtime import StopRequest, append_jsonl, peak_allocated_gib, peak_memory_gib
+from sft.runtime import append_jsonl, peak_allocated_gib, peak_memory_gib
 from sft.settings import Settings
 from sft.tracking import Tracking
+from sft.validate import resolve_backend
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,14 @@ class Recorder:
         self.final: dict[str, Any] = {}
         self.eval_step: int | None = None
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, for `restore`."""
+        return {"final": self.final, "eval_step": self.eval_step, "lines": self.tracking.lines}
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self.final, self.eval_step, self.tracking.lines = kept["final"], kept["eval_step"], kept["lines"]
+
     def add(self, metrics: dict[str, Any]) -> None:
         """Write one line of metrics."""
         append_jsonl(self.path, metrics)
@@ -36,62 +45,57 @@ class Recorder:
             self.final.setdefault("eval_loss_start", metrics["eval_loss"])
 
 
-class Clock:
-    """Seconds spent in training steps, without evaluations, checkpoints and samples."""
-
-    def __init__(self) -> None:
-        self.seconds, self._since = 0.0, None
-
-    def start(self) -> None:
-        """Go on counting; nothing happens if it already counts."""
-        self._since = self._since or time.perf_counter()
-
-    def stop(self) -> None:
-        """Stop counting until the next start. On a GPU it waits for the work that is still queued."""
-        if self._since is not None:
-            _wait_for_gpu()
-            self.seconds += time.perf_counter() - self._since
-            self._since = None
-
-
 def build_trainer(
     model: Any,
     tokenizer: Any,
     data: Prepared,
     settings: Settings,
-    folder: Path,
-    recorder: Recorder,
-    take_samples: Callable[[int], None],
-    stop: StopRequest,
+    loop: Loop,
 ) -> Any:
-    """An SFTTrainer for `data`, which is already tokenised and masked.
+    """An SFTTrainer for `data`, which is already tokenised and masked; it goes on from `loop.checkpoint` if there is one.
 
-    `take_samples(step)` is called at the steps that `samples.every_steps` names, but not before the first and after the
+    `loop.take_samples(step)` is called at the steps that `samples.every_steps` names, but not before the first and after the
     last one: those belong to the caller, who knows which weights are kept.
     """
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
     from trl import SFTTrainer
 
-    class Trainer(SFTTrainer):
-        """Counts the non-padding tokens it trains on; the count stays on the device until it is asked for."""
+    class Trainer(resumable(SFTTrainer)):
+        """Counts the non-padding tokens it trains on, and evaluates to the mean over tokens.
 
-        tokens_seen: Any = 0
+        Counts and sums stay on the device until they are asked for. transformers' own evaluation loss is a mean over
+        batches, which changes with the size of a batch: two runs could not be ranked by it.
+        """
 
         def training_step(self, model, inputs, *args, **kwargs):
-            self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum()
+            mask = inputs.get("attention_mask")  # rows laid end to end have none, and no padding either
+            self.tokens_seen = self.tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
             return super().training_step(model, inputs, *args, **kwargs)
+
+        def prediction_step(self, model, inputs, *args, **kwargs):
+            learnt = (inputs["labels"][:, 1:] != IGNORED).sum()  # the first token of a row is predicted by nothing
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+            self.eval_sum, self.eval_tokens = self.eval_sum + result[0].double() * learnt, self.eval_tokens + learnt
+            return result
+
+        def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+            self.eval_sum, self.eval_tokens = 0.0, 0
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output.metrics[f"{metric_key_prefix}_loss"] = float(self.eval_sum / self.eval_tokens)
+            return output
 
     trainer = Trainer(
         model=model,
-        args=training_arguments(settings, folder, has_eval=data.eval is not None),
-        train_dataset=_model_columns(data.train),
-        eval_dataset=_model_columns(data.eval) if data.eval is not None else None,
+        args=training_arguments(settings, loop.folder, has_eval=data.eval is not None),
+        train_dataset=_model_columns(data.train, settings),
+        eval_dataset=_model_columns(data.eval, settings) if data.eval is not None else None,
         processing_class=tokenizer,
-        data_collator=Collator(tokenizer.pad_token_id),
     )
+    trainer.loop = loop
+    trainer.bad_steps = BadSteps(trainer, data.train, settings.trainer.max_bad_steps)
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
-    trainer.add_callback(_run_callback(trainer, settings, recorder, take_samples, stop))
+    trainer.add_callback(_run_callback(trainer, settings))
     trainer.add_callback(_progress_bar())
     patience = settings.trainer.early_stopping_patience
     if patience:
@@ -139,30 +143,12 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool) -> Any:
         dataloader_pin_memory=gpu,
         max_length=settings.model.max_seq_length,
         dataset_kwargs={"skip_prepare_dataset": True},
+        # None lets Unsloth lay rows end to end, which its GPU kernels keep apart; everything else pads them.
+        padding_free=None if gpu and resolve_backend(settings) == "unsloth" else False,
         remove_unused_columns=False,
         report_to="none",
         **t.extra,
     )
-
-
-class Collator:
-    """Pads rows to the longest of the batch: ids with the padding token, labels with IGNORED, whatever the EOS is."""
-
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        """Rows of ids and labels as (rows, longest) tensors of int64."""
-        import torch
-
-        longest = max(len(row["input_ids"]) for row in rows)
-        batch = {"input_ids": [], "attention_mask": [], "labels": []}
-        for row in rows:
-            padding = longest - len(row["input_ids"])
-            batch["input_ids"].append([*row["input_ids"], *[self.pad_token_id] * padding])
-            batch["attention_mask"].append([1] * len(row["input_ids"]) + [0] * padding)
-            batch["labels"].append([*row["labels"], *[IGNORED] * padding])
-        return {key: torch.tensor(value) for key, value in batch.items()}
 
 
 def steps_between(every: float, total: int) -> int:
@@ -170,18 +156,27 @@ def steps_between(every: float, total: int) -> int:
     return math.ceil(total * every) if every < 1 else int(every)
 
 
-def _model_columns(dataset: Any) -> Any:
-    return dataset.select_columns(["input_ids", "labels"])
+def _model_columns(dataset: Any, settings: Settings) -> Any:
+    columns = dataset.select_columns(["input_ids", "labels"])
+    # No row is longer: sft.data saw to it. Unsloth asks for this word before it lays rows end to end without padding.
+    columns._unsloth_truncated_to = settings.model.max_seq_length
+    return columns
 
 
-def _run_callback(trainer, settings: Settings, recorder: Recorder, take_samples, stop: StopRequest) -> Any:
+def _run_callback(trainer, settings: Settings) -> Any:
     from transformers import TrainerCallback
 
-    clock = Clock()
-    last = {"tokens": 0, "seconds": 0.0}
+    loop, clock, recorder = trainer.loop, trainer.loop.clock, trainer.loop.recorder
 
     class RunCallback(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            trainer.restore()
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            loop.stop.check()
+
         def on_step_begin(self, args, state, control, **kwargs):
+            self.step_began = time.perf_counter()
             clock.start()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -189,28 +184,32 @@ def _run_callback(trainer, settings: Settings, recorder: Recorder, take_samples,
             line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
             line |= {k: logs[k] for k in ("loss", "eval_loss", "learning_rate", "grad_norm") if k in logs}
             if "loss" in logs:
+                trainer._tr_loss.zero_()  # transformers takes it from itself, and what is no number stays none
+                loop.stop.failure = loop.stop.failure or trainer.bad_steps.settle()
+                if trainer.bad_steps.count:
+                    line["bad_steps"] = trainer.bad_steps.count
                 tokens, seconds = int(trainer.tokens_seen), clock.seconds
                 line["tokens"] = tokens
-                line["tokens_per_second"] = round((tokens - last["tokens"]) / max(seconds - last["seconds"], 1e-9), 1)
+                since = max(seconds - clock.logged["seconds"], 1e-9)
+                line["tokens_per_second"] = round((tokens - clock.logged["tokens"]) / since, 1)
                 line["memory_gib"] = peak_memory_gib()
-                last.update(tokens=tokens, seconds=seconds)
+                clock.logged = {"tokens": tokens, "seconds": seconds}
             if "eval_loss" in logs:
                 log.info("step %4d   held-out loss %.4f", state.global_step, logs["eval_loss"])
             if "loss" in logs or "eval_loss" in logs:
                 recorder.add(line)
 
         def on_step_end(self, args, state, control, **kwargs):
-            if stop.signal:
-                control.should_training_stop = control.should_save = True
+            loop.budget.note("step", time.perf_counter() - self.step_began)
             if state.global_step >= state.max_steps and trainer.eval_dataset is not None:
                 control.should_evaluate = True
             every = steps_between(settings.samples.every_steps, state.max_steps)
-            if state.global_step % every == 0 and state.global_step < state.max_steps and not stop.signal:
-                clock.stop()
-                take_samples(state.global_step)
+            if state.global_step % every == 0 and state.global_step < state.max_steps:
+                loop.due.append("samples")
 
         def on_train_end(self, args, state, control, **kwargs):
             clock.stop()
+            recorder.final["bad_steps"] = trainer.bad_steps.count
             recorder.final["steps"], recorder.final["epochs"] = state.global_step, round(state.epoch or 0.0, 4)
             allocated = peak_allocated_gib()
             if allocated:
@@ -232,11 +231,3 @@ def _progress_bar() -> Any:
                 self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}")
 
     return ProgressBar()
-
-
-def _wait_for_gpu() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.synchronize()

@@ -11,11 +11,13 @@ import os
 import re
 import string
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sft import embedded
 from sft import settings as schema
+from sft.budget import moment_of
 from sft.errors import Problem
 from sft.settings import Backend, Dtype, LoraSettings, Settings, TrackingMode
 
@@ -55,6 +57,8 @@ WITHOUT_EFFECT = {
     "hub_private_repo", "hub_always_push", "hub_revision", "include_num_input_tokens_seen", "shuffle_dataset",
 }  # fmt: skip
 
+HUB_NAME_LENGTH = 96 - len("-bnb-4bit")  # of a repository, before the longest suffix of sft/export/hub.py
+
 
 def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
     """Every problem in the settings themselves; `hardware=False` leaves out what depends on this machine."""
@@ -66,6 +70,7 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_dataset(settings),
         *_check_trainer(settings),
         *_check_extra(settings.trainer.extra),
+        *_check_hub_repo(settings.export.hub.repo),
     ]
     if hardware:
         problems += _check_hardware(settings)
@@ -121,6 +126,8 @@ def _check_numbers(settings: Settings) -> list[Problem]:
         ("trainer.save_steps", _is_step_count(t.save_steps), "a whole number of steps, or a share between 0 and 1"),
         ("samples.every_steps", _is_step_count(s.every_steps), "a whole number of steps, or a share between 0 and 1"),
         ("trainer.save_total_limit", t.save_total_limit >= 1, "at least 1"),
+        ("trainer.max_hours", t.max_hours is None or t.max_hours > 0, "above 0, or null"),
+        ("trainer.max_bad_steps", t.max_bad_steps >= 0, "at least 0"),
         ("trainer.early_stopping_patience", t.early_stopping_patience is None or t.early_stopping_patience >= 1,
          "at least 1, or null"),
         ("samples.num_held_out", s.num_held_out >= 0, "at least 0"),
@@ -138,7 +145,7 @@ def _check_numbers(settings: Settings) -> list[Problem]:
 def _check_blank(settings: Settings) -> list[Problem]:
     """Texts that are empty, as an unset shell variable leaves them: they would be taken for null in silence."""
     problems = []
-    for group in (f.name for f in fields(Settings) if f.name != "seed"):
+    for group in (f.name for f in fields(Settings) if f.name not in ("seed", "resume")):
         for f in fields(getattr(settings, group)):
             if getattr(getattr(settings, group), f.name) == "":
                 key = f"{group}.{f.name}"
@@ -313,6 +320,12 @@ def _check_template(data) -> list[Problem]:
 
 def _check_trainer(settings: Settings) -> list[Problem]:
     trainer, problems = settings.trainer, []
+    if trainer.stop_at:
+        try:
+            moment_of(trainer.stop_at, datetime.now().astimezone())
+        except ValueError as error:
+            fix = "trainer.stop_at=17:30   or   'trainer.stop_at=\"2026-12-31 17:30\"'"
+            problems.append(Problem(f"trainer.stop_at={trainer.stop_at}", f"It is no moment: {error}.", fix))
     if trainer.early_stopping_patience and not wants_evaluation(settings):
         why = "Early stopping watches the evaluation loss, and no rows are held out."
         fix = "dataset.eval_fraction=0.1   or   trainer.early_stopping_patience=null"
@@ -373,6 +386,35 @@ def _check_extra(extra: dict[str, Any]) -> list[Problem]:
             fix = f"trainer.extra.{close[0]}={value}" if close else "its options: https://huggingface.co/docs/trl/sft_trainer"
             problems.append(Problem(what, why, fix))
     return problems
+
+
+def _check_hub_repo(repo: str | None) -> list[Problem]:
+    """The form of `user/name`, by the hub's rules (huggingface_hub/utils/_validators.py), with room for a format's suffix."""
+    if repo is None:
+        return []
+    if not repo.strip():
+        return [Problem("export.hub.repo=", "The value is empty.", "export.hub.repo=null   for none")]
+    what = f"export.hub.repo={repo}"
+    parts = re.sub(r"^(https?://[^/]+/|hf://)?(models/)?", "", repo.strip()).strip("/").split("/")
+    name = re.sub(r"-{2,}", "-", re.sub(r"\.{2,}", ".", re.sub(r"[^A-Za-z0-9_.-]+", "-", parts[-1]))).removesuffix(".git")
+    name = name.strip("-.")[:HUB_NAME_LENGTH].strip("-.") or "my-model"
+    if len(parts) == 1:
+        why = "It names no owner. Did you mean a repository under your user name, or that of an organisation?"
+        return [Problem(what, why, f"export.hub.repo=<user>/{name}   (hf auth whoami shows your user name)")]
+    fix = f"export.hub.repo={re.sub(r'[^A-Za-z0-9_.-]+', '-', parts[0]).strip('-.') or '<user>'}/{name}"
+    if repo != "/".join(parts) or len(parts) > 2:
+        return [Problem(what, "It has to be the owner and the name with one slash between them.", fix)]
+    if not all(re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?", part) for part in parts):
+        why = "The hub allows letters, digits, - _ and . in a name, and neither - nor . at its ends."
+    elif "--" in repo or ".." in repo:
+        why = "The hub allows neither -- nor .. in a name."
+    elif repo.endswith(".git"):
+        why = "A name on the hub cannot end in .git."
+    elif len(parts[1]) > HUB_NAME_LENGTH or len(parts[0]) > 96:
+        why = f"The name is too long: the hub takes 96 characters, and a format may add 9, which leaves {HUB_NAME_LENGTH}."
+    else:
+        return []
+    return [Problem(what, why, fix)]
 
 
 def _check_hardware(settings: Settings) -> list[Problem]:

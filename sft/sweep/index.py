@@ -80,7 +80,7 @@ class SweepIndex:
         """Bring the jobs to what their run folders say: a command that was killed could not write it here."""
         for job in self.jobs:
             run = read_run(self.folder / job.folder)
-            if run.get("status") == "finished" and run.get("config_hash") == job.config_hash:
+            if run.get("config_hash") == job.config_hash:
                 job.status, job.reason = judge(run)
             elif job.status in DONE:
                 job.status, job.reason = WAITING, "its run folder is gone"
@@ -103,12 +103,20 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def judge(run: dict[str, Any]) -> tuple[str, str | None]:
-    """(status, reason) of a run that came to its end: finished, or diverged where its held-out loss is no number."""
-    if run.get("data", {}).get("eval_rows") and number(run.get("metrics", {}).get("eval_loss")) is None:
-        return DIVERGED, "diverged: the held-out loss is not a number"
-    if not run.get("data", {}).get("eval_rows") and number(run.get("metrics", {}).get("loss")) is None:
-        return DIVERGED, "diverged: the loss is not a number"
-    return FINISHED, run.get("reason")
+    """(status, reason) of a run by its run.json: its own, or diverged where its loss is no number."""
+    status, reason, metrics = run.get("status"), run.get("reason"), run.get("metrics", {})
+    loss = "eval_loss" if run.get("data", {}).get("eval_rows") else "loss"
+    if status == FINISHED and number(metrics.get(loss)) is None:
+        return (
+            DIVERGED,
+            "diverged: the held-out loss is not a number" if loss == "eval_loss" else "diverged: the loss is no number",
+        )
+    allowed = run.get("settings", {}).get("trainer", {}).get("max_bad_steps")
+    if status == FAILED and allowed is not None and metrics.get("bad_steps", 0) > allowed:
+        return DIVERGED, reason
+    if status in (FINISHED, FAILED, STOPPED):
+        return status, reason
+    return STOPPED, "cut off: the command was killed"
 
 
 # ------------------------------------------------------------------------------------------ one sweep, found again

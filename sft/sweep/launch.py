@@ -3,11 +3,9 @@
 choose_folder -> plan -> run each job -> leaderboard after each -> summary
 """
 
-import importlib.util
 import logging
 import os
 import pickle
-import shutil
 import sys
 import time
 from collections import Counter
@@ -103,8 +101,6 @@ class Sweep:
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = job.number
             config.hydra.sweep.dir, config.hydra.sweep.subdir = str(self.folder), job.folder
-        if job.attempts and not importlib.util.find_spec("sft.resume"):  # which continues from the last checkpoint
-            shutil.rmtree(self.folder / job.folder, ignore_errors=True)
         job.status, job.reason, job.attempts = RUNNING, None, job.attempts + 1
         self.index.save()
         start = time.monotonic()
@@ -187,13 +183,7 @@ def _unique(jobs: list[Job]) -> list[Job]:
 def _ending(folder: Path) -> tuple[str, str | None]:
     """(status, reason) of a job that came back, from its run.json."""
     run = read_run(folder)
-    if run.get("status") == "finished":
-        return judge(run)
-    if run.get("status") == "stopped":
-        return STOPPED, run.get("reason")
-    if run.get("status") == "failed":
-        return FAILED, run.get("reason")
-    return STOPPED, "interrupted before training"
+    return judge(run) if run else (STOPPED, "interrupted before training")
 
 
 def _result(job: Job, folder: Path) -> JobReturn:

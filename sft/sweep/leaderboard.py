@@ -268,6 +268,8 @@ def _beyond(tried: list[float]) -> list[float]:
         values = [last + (last - before), last + 2 * (last - before)]
     if all(isinstance(value, int) for value in tried):
         values = [round(value) for value in values]
+    else:
+        values = [float(f"{value:.2g}") for value in values]
     return [value for value in dict.fromkeys(values) if value > 0 and value != last]
 
 
@@ -334,7 +336,7 @@ def show(folder: Path) -> None:
     from rich.table import Table
 
     board = read_leaderboard(folder)
-    console = Console(stderr=True, highlight=False, soft_wrap=not os.isatty(2))
+    console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if os.isatty(2) else 160)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("#", *(key.rsplit(".", 1)[-1] for key in board.keys), "held-out", "tokens/s", "time", "status"):
         table.add_column(title, justify="left" if title == "status" else "right", overflow="fold")

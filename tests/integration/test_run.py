@@ -144,6 +144,16 @@ def test_prompts_of_ones_own_go_through_the_template(small, tmp_path):
     assert lines[0]["prompt"].endswith("<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_the_evaluation_loss_does_not_depend_on_the_batch(small, tmp_path):
+    """Rows of unlike lengths: a mean over batches would differ in the second digit."""
+    losses = []
+    for rows in (1, 3, 8):
+        evaluation = ("dataset.eval_fraction=0.4", f"trainer.per_device_eval_batch_size={rows}", "trainer=debug")
+        run(small(*evaluation), tmp_path / str(rows))
+        losses.append([line["eval_loss"] for line in read_lines(tmp_path / str(rows) / "metrics.jsonl") if "eval_loss" in line])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0] == pytest.approx(losses[2], abs=1e-5)
+
+
 def test_early_stopping_ends_the_run_and_says_so(small, tmp_path):
     """A learning rate of nearly nothing cannot lower the loss by the threshold."""
     settings = small("trainer.max_steps=20", "trainer.learning_rate=1e-9", "trainer.eval_steps=2", "trainer.save_steps=2",
@@ -196,10 +206,10 @@ def test_a_stop_request_saves_the_adapter(small, tmp_path, monkeypatch):
     result = run(small(*QUICK, "trainer.max_steps=50", "trainer.eval_steps=50", "trainer.save_steps=50"), tmp_path)
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert (result.status, result.exit_code) == ("stopped", 130)
-    assert record["reason"] == "SIGINT at step 3" and record["metrics"]["kept_step"] == 3
+    assert record["reason"] == "SIGINT at step 2" and record["metrics"]["kept_step"] == 2
     assert "eval_loss" not in record["metrics"]  # measured at step 0 only, of other weights
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir()
+    assert (tmp_path / "checkpoints" / "checkpoint-2").is_dir()
 
 
 def test_full_fine_tuning_saves_a_whole_model(small, tmp_path):

@@ -19,20 +19,21 @@ PLANT = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-import sft.trainer
+from sft.bad_steps import BadSteps
 
-collate = sft.trainer.Collator.__call__
+add = BadSteps.add
 
-def planted(self, rows):
+def planted(self, loss, inputs):
     import torch
-    if len(rows) == 5:
+    rows = len(inputs["input_ids"])
+    if rows == 5:
         raise torch.OutOfMemoryError("planted: 5 rows do not fit")
-    if len(rows) == 3 and not Path("was_killed").exists():
+    if rows == 3 and not Path("was_killed").exists():
         Path("was_killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return collate(self, rows)
+    return add(self, loss, inputs)
 
-sft.trainer.Collator.__call__ = planted
+BadSteps.add = planted
 """
 
 
@@ -102,10 +103,10 @@ def test_twelve_jobs_survive_everything(place):
 
     assert [path.parent for path in place.glob("outputs/sweeps/*/sweep.json")] == [folder], "one sweep, found again"
     jobs = jobs_of(folder)
-    assert [job["overrides"]["trainer.learning_rate"] for job in jobs] == [f"{float(r):g}" for r in rates] or len(jobs) == 12
+    assert [float(job["overrides"]["trainer.learning_rate"]) for job in jobs] == [float(rate) for rate in rates]
     status = [job["status"] for job in jobs]
     assert status.pop(3) == "diverged" and status.pop(1) == "failed" and set(status) == {"finished"} and len(status) == 10
-    assert "planted: 5 rows do not fit" in jobs[1]["reason"] and "not a number" in jobs[3]["reason"]
+    assert "planted: 5 rows do not fit" in jobs[1]["reason"] and "not a" in jobs[3]["reason"]
     attempts = [job["attempts"] for job in jobs if job["status"] == "finished"]
     assert attempts.count(1) >= 7 and max(attempts) <= 2, "only the jobs that were cut ran again"
     assert "OutOfMemoryError" in log_of(place) and "diverged" in log_of(place), "printed when they happen"

@@ -528,3 +528,43 @@ def test_resume_from_checkpoint_is_refused_as_without_effect():
 
 def test_cfg_of_a_sweep_is_refused():
     assert "--cfg" in problem_of("-m", "--cfg", "job", "lora.r=8,16").what
+
+
+# ----------------------------------------------------------------------------------------------- the hub's names
+
+
+@pytest.mark.parametrize(
+    ("repo", "why", "fix"),
+    [
+        ("model", "names no owner", "export.hub.repo=<user>/model   "),
+        ("'my model'", "names no owner", "export.hub.repo=<user>/my-model   "),
+        ("https://huggingface.co/me/model", "one slash", "export.hub.repo=me/model"),
+        ("models/me/model", "one slash", "export.hub.repo=me/model"),
+        ("me/sub/model", "one slash", "export.hub.repo=me/model"),
+        ("/me/model", "one slash", "export.hub.repo=me/model"),
+        ("'me/my model'", "letters, digits", "export.hub.repo=me/my-model"),
+        ("me/-model", "letters, digits", "export.hub.repo=me/model"),
+        ("me/model.", "letters, digits", "export.hub.repo=me/model"),
+        ("me/a--b", "neither -- nor ..", "export.hub.repo=me/a-b"),
+        ("me/a..b", "neither -- nor ..", "export.hub.repo=me/a.b"),
+        ("me/model.git", ".git", "export.hub.repo=me/model"),
+        ("me/" + "a" * 88, "too long", "export.hub.repo=me/" + "a" * 87),
+    ],
+)
+def test_a_repository_that_the_hub_would_not_take_comes_with_one_that_it_would(repo, why, fix):
+    found = problem_of(f"export.hub.repo={repo}")
+    assert why in found.why and found.fix.startswith(fix)
+    from huggingface_hub.utils import validate_repo_id
+
+    offered = found.fix.split()[0].removeprefix("export.hub.repo=")
+    validate_repo_id(offered.replace("<user>", "me") + "-bnb-4bit")
+
+
+@pytest.mark.parametrize("repo", ["me/model", "me/Llama-3.1_8B.v2", "0/1", "my-org/x", "me/" + "a" * 87])
+def test_repositories_that_the_hub_takes(repo):
+    accepted(f"export.hub.repo={repo}")
+
+
+@pytest.mark.parametrize("repo", ["", "'  '"])
+def test_an_empty_repository_is_not_taken_for_none(repo):
+    assert problem_of(f"export.hub.repo={repo}").fix.startswith("export.hub.repo=null")

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sft.columns import Turn, row_to_turns
 from sft.errors import Refusal
 from sft.models import CHATML
 from sft.render import ALPACA, IGNORED, choose_template, encode, prompt_ids, render_chat, render_row, render_text
 from sft.settings import ColumnSettings, DatasetSettings, Settings, Shape
-from sft.trainer import Collator
 
 ROOT = Path(__file__).resolve().parents[2]
 RUOZHIBA = ROOT.parent / "shared" / "data" / "ruozhiba_qa.json"
@@ -237,7 +237,9 @@ def test_the_end_mark_is_learnt_where_padding_is_the_same_token(make_tokenizer):
     tokenizer = make_tokenizer(CHATML, pad="<|im_end|>")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     rows = [chat(turns, tokenizer)[0] for turns in (CONVERSATION, CONVERSATION[:2])]
-    batch = Collator(tokenizer.pad_token_id)(rows)
+    batch = DataCollatorForLanguageModeling(tokenizer.pad_token_id)(
+        [{key: row[key] for key in ("input_ids", "labels")} for row in rows]
+    )
     for row, labels, attention in zip(rows, batch["labels"].tolist(), batch["attention_mask"].tolist(), strict=True):
         length = len(row["input_ids"])
         assert labels[:length] == row["labels"] and labels[length - 1] == tokenizer.eos_token_id

@@ -1,0 +1,204 @@
+"""Kill runs at random moments, go on, and compare with the run that was never cut.
+
+    python scripts/fault_campaign.py kills=500 seed=1
+    python scripts/fault_campaign.py mode=stop kills=100       SIGTERM; measures the seconds to a durable checkpoint
+
+Each case is a tiny run in one of a few shapes (dropout, early stopping, full fine-tuning ...). It is started, killed, started
+again with the same settings, and so on, until it is let through. Then every value in metrics.jsonl, every line of
+samples.jsonl, the final metrics and the bytes of the weights have to be those of the unkilled run; what the clock and the
+memory say is left out. The imports are paid for once: runs are forked from this process.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+MEASURED = {"tokens_per_second", "memory_gib", "memory_allocated_gib"}
+BASE = ("model=tiny_random", "tracking=none", "samples.max_new_tokens=4", "samples.num_held_out=2", "samples.every_steps=3",
+        "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=8",
+        "trainer.eval_steps=2", "trainer.save_steps=2", "trainer.learning_rate=1e-2", "lora.lora_dropout=0.2")  # fmt: skip
+SHAPES = {
+    "plain": (),
+    "epochs": ("trainer.max_steps=-1", "trainer.num_train_epochs=3"),  # 10 rows, 5 steps an epoch, an uneven last one
+    "sparse": ("trainer.logging_steps=3", "trainer.save_steps=4", "trainer.save_total_limit=1"),
+    "early": ("trainer.early_stopping_patience=1", "trainer.learning_rate=1e-9", "trainer.early_stopping_threshold=0.01"),
+    "last": ("trainer.load_best_model_at_end=false", "trainer.save_steps=3", "trainer.lr_scheduler_type=cosine"),
+    "full": ("lora=none", "lora.lora_dropout=0.0", "trainer.learning_rate=1e-3"),
+    "blind": ("dataset.eval_fraction=0", "trainer.save_steps=1"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run the campaign that `argv` describes; the exit code is 1 if a run was lost or differs."""
+    options = {"kills": "100", "seed": "0", "mode": "kill", "shapes": ",".join(SHAPES), "cuts": "4"}
+    options |= dict(word.split("=", 1) for word in argv)
+    chance = random.Random(int(options["seed"]))
+    work = Path(tempfile.mkdtemp(prefix="fault-campaign-"))
+    prepare(work)
+    whole = {shape: unkilled(work, shape) for shape in options["shapes"].split(",")}
+    kills, cases, failures, stops = 0, 0, [], []
+    while kills < int(options["kills"]):
+        shape = chance.choice(list(whole))
+        folder = work / f"case-{cases}"
+        cases += 1
+        cuts = min(chance.randint(1, int(options["cuts"])), int(options["kills"]) - kills)
+        done, problems = cut_run(folder, shape, cuts, whole[shape]["seconds"], chance, options["mode"], stops)
+        kills += done
+        problems += compare(whole[shape]["folder"], folder) if not problems else []
+        if problems:
+            failures.append((folder, problems))
+            print(f"FAILED {shape} {folder}: {problems}", flush=True)
+        else:
+            shutil.rmtree(folder)
+        print(f"{kills} kills, {cases} runs, {len(failures)} failures", flush=True)
+    if stops:
+        print(f"SIGTERM to exit: median {sorted(stops)[len(stops) // 2]:.2f} s, longest {max(stops):.2f} s of {len(stops)}")
+    print(f"seed {options['seed']}: {kills} kills of {cases} runs, {len(failures)} lost or different")
+    if not failures:
+        shutil.rmtree(work)
+    return 1 if failures else 0
+
+
+def prepare(work: Path) -> None:
+    """Import everything a run imports, and write the rows."""
+    from sft.runtime import prepare_environment
+    from sft.settings import register
+
+    os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", WANDB_MODE="offline")
+    prepare_environment()
+    register()
+    import peft  # noqa: F401
+    import trl  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401
+
+    import sft.report
+    import sft.run
+
+    sft.report.vl_convert.javascript_bundle = lambda *args: ""  # two of a run's seven seconds, and the same each time
+
+    rows = [{"instruction": f"Say {i}", "output": "one two three"[: 3 + i % 9]} for i in range(12)]
+    (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def settings_of(work: Path, shape: str):
+    """Composed settings of a shape."""
+    from hydra import compose, initialize_config_dir
+
+    from sft.command_line import to_settings
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        overrides = [*BASE, f"dataset.path={work / 'rows.jsonl'}", "dataset=local", *SHAPES[shape]]
+        return to_settings(compose("config", overrides=overrides))
+
+
+def start(folder: Path, shape: str) -> int:
+    """Run in a child process; its id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 99
+    try:
+        output = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        from sft.run import run
+
+        code = run(settings_of(folder.parent, shape), folder).exit_code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait(child: int, seconds: float = 300) -> int | None:
+    """Exit code of a child, negative for a signal; None if it still runs after `seconds`."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    return None
+
+
+def unkilled(work: Path, shape: str) -> dict:
+    """The run of a shape that is left alone, and how long it took."""
+    folder, begin = work / f"whole-{shape}", time.monotonic()
+    code = wait(start(folder, shape))
+    if code != 0:
+        raise SystemExit(f"The unkilled run ended with {code}: {folder.with_suffix('.log')}")
+    return {"folder": folder, "seconds": time.monotonic() - begin}
+
+
+def cut_run(folder: Path, shape: str, cuts: int, seconds: float, chance: random.Random, mode: str, stops: list) -> tuple:
+    """Start, cut `cuts` times at random moments, let it through: (cuts that hit a living run, problems)."""
+    done = 0
+    for _ in range(cuts):
+        child = start(folder, shape)
+        code = wait(child, chance.uniform(0, seconds))
+        if code is None:
+            os.kill(child, signal.SIGKILL if mode == "kill" else signal.SIGTERM)
+            begin, code = time.monotonic(), wait(child)
+            stops += [time.monotonic() - begin] if mode == "stop" else []
+            done += 1
+            if mode == "stop" and code not in (130, 0, 99):
+                return done, [f"SIGTERM ended it with {code}"]
+        elif code != 0:
+            return done, [f"it ended with {code} by itself"]
+        if code == 0:
+            break
+    else:
+        code = wait(start(folder, shape))
+    return done, [] if code == 0 else [f"the last go ended with {code}"]
+
+
+def compare(whole: Path, other: Path) -> list[str]:
+    """What differs between two finished runs."""
+    problems = []
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        ours, theirs = (stable_lines(folder / name) for folder in (whole, other))
+        if ours != theirs:
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+            problems.append(f"{name} differs from line {at + 1} on: {ours[at : at + 1]} {theirs[at : at + 1]}")
+    ours, theirs = (json.loads((f / "run.json").read_text(encoding="utf-8")) for f in (whole, other))
+    for key in ("status", "reason", "config_hash", "data", "model"):
+        if ours[key] != theirs[key]:
+            problems.append(f"run.json: {key} is {theirs[key]}, not {ours[key]}")
+    numbers = [{k: v for k, v in r["metrics"].items() if k not in MEASURED} for r in (ours, theirs)]
+    if numbers[0] != numbers[1]:
+        problems.append(f"run.json: metrics are {numbers[1]}, not {numbers[0]}")
+    if weights_hash(whole) != weights_hash(other):
+        problems.append("the weights differ")
+    if not (other / "report.html").is_file():
+        problems.append("no report")
+    found = [*other.iterdir(), *(other / "checkpoints").iterdir()]
+    left = [str(p.relative_to(other)) for p in found if p.name[0] == "." and p.name != ".hydra"]
+    return problems + ([f"left behind: {left}"] if left else [])
+
+
+def stable_lines(path: Path) -> list[dict]:
+    """Lines of a run without what the clock and the memory say."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
+
+
+def weights_hash(folder: Path) -> str:
+    """Hash of the final weights' bytes."""
+    (file,) = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/model.safetensors")]
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,75 @@
+"""Steps whose loss or gradient is not a finite number: they never reach the weights, are counted, and their rows named."""
+
+import logging
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class BadSteps:
+    """Watches each step of a trainer between its last backward pass and its optimiser."""
+
+    def __init__(self, trainer: Any, rows: Any, limit: int):
+        """`rows` are the tokenised training rows (`input_ids`, `row`), for their names."""
+        self.trainer, self.rows, self.limit = trainer, rows, limit
+        self.count = 0
+        self.loss: Any = 0.0
+        self.batches: list[Any] = []
+        self._open: list[tuple[int, Any, list[Any]]] = []
+
+    def add(self, loss: Any, inputs: dict[str, Any]) -> None:
+        """Note the loss and the tokens of one forward pass; both stay on the device."""
+        self.loss = self.loss + loss
+        self.batches.append((inputs["input_ids"], inputs["attention_mask"]))
+
+    def guard(self, grad_norm: Any) -> None:
+        """Keep a bad step from the weights. Call it right before the optimiser's step.
+
+        A fused torch optimiser is told on the device, so that nothing waits for the GPU; the others get no gradients.
+        float16's gradient scaler skips steps by itself, as part of finding its scale, and is left alone.
+        """
+        import torch
+
+        trainer, loss, batches = self.trainer, self.loss, self.batches
+        self.loss, self.batches = 0.0, []
+        bad = ~torch.isfinite(loss + torch.as_tensor(grad_norm, device=loss.device))
+        if getattr(trainer.accelerator, "scaler", None) is not None:
+            return
+        self._open.append((trainer.state.global_step + 1, bad, batches))
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+        if isinstance(optimizer, torch.optim.Optimizer) and all(group.get("fused") for group in optimizer.param_groups):
+            optimizer.found_inf = bad.float()
+        elif bool(bad):
+            trainer.model.zero_grad(set_to_none=True)
+
+    def settle(self) -> str | None:
+        """Count the bad ones among the steps since the last call: why the run has to end, or None.
+
+        Waits for the device; call it where something else does so too.
+        """
+        reason = None
+        for step, bad, batches in self._open:
+            if bool(bad):
+                self.count += 1
+                names = self._names(batches)
+                log.warning("Step %d: the loss or a gradient is not a finite number; it was skipped. Its rows: %s", step, names)
+                if self.count > self.limit:
+                    reason = (
+                        f"{self.count} steps had a loss or gradient that is not a finite number (trainer.max_bad_steps="
+                        f"{self.limit}); none reached the weights. The last was step {step}, with {names}"
+                    )
+        self._open = []
+        return reason
+
+    def _names(self, batches: list[Any]) -> str:
+        """The rows of a step by their number in the data, found by their tokens."""
+        import pyarrow.compute as pc
+
+        column = self.rows.data.column("input_ids")
+        lengths = pc.list_value_length(column).to_numpy()
+        names = []
+        for ids, mask in batches:
+            for row, length in zip(ids.tolist(), mask.sum(-1).tolist(), strict=True):
+                same = [i for i in (lengths == length).nonzero()[0] if column[i].as_py() == row[:length]]
+                names += [f"row {self.rows[int(i)]['row']}" for i in same[:1]]
+        return ", ".join(names) or "rows that could not be found again"

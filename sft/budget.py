@@ -1,0 +1,73 @@
+"""How long a run may take: `trainer.max_hours` and `trainer.stop_at`, less the measured time that its ending needs."""
+
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+
+from sft.settings import TrainerSettings
+
+log = logging.getLogger(__name__)
+
+FINISH = 15.0
+"""Seconds kept for what cannot be measured beforehand: the best weights loaded back, the report, the tracker's goodbye."""
+MARGIN = 1.2
+"""What was measured may take this much longer at the end."""
+
+
+def moment_of(text: str, now: datetime) -> datetime:
+    """The moment that `trainer.stop_at` names: the next 17:30, or a date with a time. Raises ValueError."""
+    if re.fullmatch(r"\d{1,2}:\d\d", text.strip()):
+        hour, minute = map(int, text.split(":"))
+        at = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+        return at if at > now else at + timedelta(days=1)
+    if not re.match(r"\d{4}-\d\d-\d\d.\d", text.strip()):
+        raise ValueError("neither a time nor a date with a time")
+    at = datetime.fromisoformat(text.strip())
+    return at.astimezone() if at.tzinfo else at.replace(tzinfo=now.tzinfo)
+
+
+class TimeBudget:
+    """The time a run has, from when this is made; a clock that is set meanwhile changes nothing."""
+
+    def __init__(self, settings: TrainerSettings) -> None:
+        left = [settings.max_hours * 3600] if settings.max_hours else []
+        if settings.stop_at:
+            now = datetime.now().astimezone()
+            seconds = (moment_of(settings.stop_at, now) - now).total_seconds()
+            if seconds > 0:
+                left.append(seconds)
+            else:
+                log.warning("trainer.stop_at=%s is past, so it is ignored.", settings.stop_at)
+        self.deadline = time.monotonic() + min(left) if left else None
+        self.needs: dict[str, float] = {}
+        """Longest seconds seen of a `step`, of `evaluate`, `samples`, `save`."""
+
+    @contextlib.contextmanager
+    def measured(self, part: str) -> Iterator[None]:
+        """Note how long a part takes. One that is given up is not measured."""
+        begin = time.monotonic()
+        yield
+        self.note(part, time.monotonic() - begin)
+
+    def note(self, part: str, seconds: float) -> None:
+        """Keep the longest time of a part."""
+        self.needs[part] = max(self.needs.get(part, 0.0), seconds)
+
+    @property
+    def reserve(self) -> float:
+        """Seconds to keep for one step more, the last evaluation and answers, the checkpoint and the adapter."""
+        needs = self.needs
+        parts = [needs.get(part, 0.0) for part in ("step", "evaluate", "samples", "save", "save")]
+        return MARGIN * sum(parts) + FINISH
+
+    @property
+    def wants_measuring(self) -> bool:
+        """Whether a checkpoint should be saved to see how long that takes: there is a limit, and none was saved yet."""
+        return self.deadline is not None and "save" not in self.needs
+
+    def used_up(self) -> bool:
+        """Whether the run has to end now to be done in time."""
+        return self.deadline is not None and time.monotonic() + self.reserve >= self.deadline

@@ -1,0 +1,88 @@
+"""Checkpoints that a killed run can go on from: written whole, checked before they are used, the last good one found.
+
+checkpoints/checkpoint-N/   weights, optimiser, schedule and random state as transformers saves them,
+                            run_state.json (ours, below) and manifest.json (sizes and hashes)
+"""
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sft import durable
+
+log = logging.getLogger(__name__)
+
+STATE = "run_state.json"
+
+
+def place_of(folder: Path, step: int) -> Path:
+    """Where the run in `folder` has its checkpoint of `step`."""
+    return folder / "checkpoints" / f"checkpoint-{step}"
+
+
+def steps_saved(folder: Path) -> list[int]:
+    """Steps of all checkpoints of a run, good or damaged, in order."""
+    found = [re.fullmatch(r"checkpoint-(\d+)", p.name) for p in (folder / "checkpoints").glob("checkpoint-*")]
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, step: int, state: dict[str, Any]) -> Iterator[Path]:
+    """Write a checkpoint into the folder this gives; it counts from the moment the block ends well.
+
+    `state` is what this project keeps beside transformers' own files. The lines written so far reach the disk before the
+    checkpoint that counts them does. Raises OSError.
+    """
+    lines = {name: folder / name for name in ("metrics.jsonl", "samples.jsonl")}
+    for path in lines.values():
+        durable.sync_file(path)
+    sizes = {name: path.stat().st_size if path.is_file() else 0 for name, path in lines.items()}
+    with durable.new_folder(place_of(folder, step)) as work:
+        yield work
+        (work / STATE).write_text(json.dumps({**state, "bytes": sizes}), encoding="utf-8")
+
+
+def prune(folder: Path, limit: int, best: int | None) -> None:
+    """Remove the oldest checkpoints until `limit` are left; the newest and that of the step `best` always stay."""
+    steps = steps_saved(folder)
+    spare = [step for step in steps[:-1] if step != best]
+    for step in spare[: max(0, len(steps) - limit)]:
+        durable.remove_folder(place_of(folder, step))
+
+
+def find_last(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; None if there is none. Damaged ones and the remains of a kill are removed."""
+    durable.remove_leftovers(folder / "checkpoints", "checkpoint-*")
+    for step in reversed(steps_saved(folder)):
+        place = place_of(folder, step)
+        damage = durable.find_damage(place)
+        if damage is None:
+            return place
+        log.warning("The checkpoint of step %d is damaged (%s); going back to the one before.", step, damage)
+        durable.remove_folder(place)
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `writing` was given, with `bytes`: how long metrics.jsonl and samples.jsonl were."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def cut_back(folder: Path, sizes: dict[str, int]) -> None:
+    """Cut metrics.jsonl and samples.jsonl to the length they had at the checkpoint: later lines are written again."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        path, size = folder / name, sizes.get(name, 0)
+        if not path.is_file():
+            if size:
+                log.warning("%s is gone; it begins anew where the run goes on.", name)
+        elif not size:
+            path.unlink()
+        elif path.stat().st_size < size:
+            log.warning("%s is shorter than it was at the checkpoint; its lines before are missing.", name)
+        else:
+            with open(path, "r+b") as file:
+                file.truncate(size)

@@ -1,0 +1,222 @@
+"""What happens between two steps: the log line, what is due, the checkpoint, a stop; and going on from there later.
+
+transformers logs, evaluates and saves in one call. Here each part can be given up when the run has to stop: the checkpoint
+then says what was still due at its step, and the resumed run does that first, so that its lines are those of a run that
+was never cut.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sft import checkpoints, durable
+from sft.bad_steps import BadSteps
+from sft.budget import TimeBudget
+from sft.runtime import Interrupted, StopRequest
+
+
+class Clock:
+    """Seconds spent in training steps, without evaluations, checkpoints and samples."""
+
+    def __init__(self) -> None:
+        self.seconds, self._since = 0.0, None
+        self.logged = {"tokens": 0, "seconds": 0.0}
+        """Both as they were at the last log line."""
+
+    def start(self) -> None:
+        """Go on counting; nothing happens if it already counts."""
+        self._since = self._since or time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop counting until the next start. On a GPU it waits for the work that is still queued."""
+        if self._since is not None:
+            _wait_for_gpu()
+            self.seconds += time.perf_counter() - self._since
+            self._since = None
+
+
+@dataclass
+class Loop:
+    """What the trainer knows of the run around it."""
+
+    folder: Path
+    stop: StopRequest
+    recorder: Any
+    budget: TimeBudget
+    take_samples: Callable[[int], None]
+    checkpoint: Path | None = None
+    """The checkpoint to go on from."""
+    clock: Clock = field(default_factory=Clock)
+    ended: bool = False
+    """Whether a stop has been answered: nothing more is logged or saved."""
+    due: list[str] = field(default_factory=list)
+    """What is still to do at the step that has ended: `evaluate`, `samples`."""
+    save_due: bool = False
+    """Whether a checkpoint belongs to that step, a stop aside."""
+
+
+def resumable(base: type) -> type:
+    """A subclass of TRL's trainer `base` that stops and goes on as the module says. Give it a `loop` before train()."""
+
+    class ResumableTrainer(base):
+        loop: Loop
+        bad_steps: BadSteps
+        tokens_seen: Any = 0
+
+        def train(self, **kwargs):
+            if self.loop.checkpoint:
+                self.args.eval_on_start = False
+                kwargs["resume_from_checkpoint"] = str(self.loop.checkpoint)
+            return super().train(**kwargs)
+
+        def restore(self) -> None:
+            """Take up what transformers does not: call it when training begins, before the first step."""
+            if self.loop.checkpoint is None:
+                return
+            kept = checkpoints.read_state(self.loop.checkpoint)
+            self.tokens_seen = kept["tokens"]
+            self.loop.clock.seconds, self.loop.clock.logged = kept["seconds"], kept["logged"]
+            self._tr_loss += kept["loss_since_log"]
+            self._globalstep_last_logged = kept["last_log"]
+            for callback in _early_stopping(self):
+                callback.early_stopping_patience_counter = kept["patience_counter"]
+            self.bad_steps.count = kept["bad_steps"]
+            self.state.best_model_checkpoint = self._best_checkpoint()
+            self.loop.due, self.loop.save_due = kept["due"], kept["save_due"]
+            if self.loop.due:
+                self._load_rng_state(str(self.loop.checkpoint))  # what is saved next has to hold this state again
+                self.end_step()
+            if self.state.global_step >= self.state.max_steps or any(map(_out_of_patience, _early_stopping(self))):
+                self.control.should_training_stop = True
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            self.bad_steps.add(loss, inputs)
+            return loss
+
+        def _get_grad_norm(self, *args, **kwargs):
+            grad_norm = super()._get_grad_norm(*args, **kwargs)
+            self.bad_steps.guard(grad_norm)
+            return grad_norm
+
+        def _run_epoch(self, *args, **kwargs):
+            if not self.control.should_training_stop:  # a run that had ended, but for its last lines
+                super()._run_epoch(*args, **kwargs)
+
+        def _maybe_log_save_evaluate(self, *args, **kwargs):
+            loop, control = self.loop, self.control
+            if loop.ended:
+                return  # transformers asks once more after the last step of an epoch
+            if control.should_evaluate and "evaluate" not in loop.due:
+                loop.due.insert(0, "evaluate")
+            loop.save_due |= control.should_save
+            control.should_evaluate = control.should_save = False
+            super()._maybe_log_save_evaluate(*args, **kwargs)  # the log line alone
+            if not control.should_training_stop:
+                loop.stop.out_of_time |= loop.budget.used_up()
+                loop.save_due |= loop.budget.wants_measuring
+            if loop.due or loop.save_due or loop.stop.wanted:
+                self.end_step()
+
+        def end_step(self) -> None:
+            """Do what is due at this step, save if that is due, and end the training if a stop was asked for."""
+            loop, step = self.loop, self.state.global_step
+            loop.clock.stop()
+            loop.stop.failure = loop.stop.failure or self.bad_steps.settle()
+            for part in list(loop.due):
+                if part == "samples" and loop.stop.out_of_time:
+                    continue  # the last answers follow, of the weights that are kept
+                try:
+                    loop.stop.check()
+                    with loop.budget.measured(part):
+                        # A new best is saved at once: a later checkpoint would hold other weights.
+                        loop.save_due |= self._is_new_best() if part == "evaluate" else bool(loop.take_samples(step))
+                except Interrupted:
+                    break
+                loop.due.remove(part)
+            if loop.save_due or loop.stop.wanted:
+                with loop.budget.measured("save"):
+                    self._save_checkpoint(self.model, None)
+                self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            if loop.stop.wanted:
+                self.control.should_training_stop = loop.ended = True
+            if loop.stop.out_of_time and loop.recorder.eval_step != step and self.eval_dataset is not None:
+                # For this session's weights alone: the checkpoint, and with it the resumed run, knows nothing of it.
+                with contextlib.suppress(Interrupted):
+                    self._is_new_best()
+                    self.state.best_model_checkpoint = self._best_checkpoint()
+            loop.due, loop.save_due = [], False
+
+        def _is_new_best(self) -> bool:
+            """Evaluate; whether these weights are the best so far and are to be kept."""
+            metrics = self._evaluate(None, None)
+            return self._determine_best_metric(metrics, None) and self.args.load_best_model_at_end
+
+        def _evaluate(self, *args, **kwargs):
+            with _same_random_state():
+                return super()._evaluate(*args, **kwargs)
+
+        def _save_checkpoint(self, model, trial):
+            """As transformers does, but whole or not at all, and with what `restore` takes up."""
+            folder, step = self.loop.folder, self.state.global_step
+            self.store_flos()
+            kept = {
+                "tokens": int(self.tokens_seen),
+                "seconds": self.loop.clock.seconds,
+                "logged": self.loop.clock.logged,
+                "loss_since_log": self._tr_loss.item(),
+                "last_log": self._globalstep_last_logged,
+                "patience_counter": max((c.early_stopping_patience_counter for c in _early_stopping(self)), default=0),
+                "bad_steps": self.bad_steps.count,
+                "due": self.loop.due,
+                "save_due": self.loop.save_due,
+                **self.loop.recorder.state(),
+            }
+            self.state.best_model_checkpoint = self._best_checkpoint()
+            with checkpoints.writing(folder, step, kept) as work:
+                self.save_model(str(work), _internal_call=True)
+                self._save_optimizer_and_scheduler(str(work))
+                self._save_scaler(str(work))
+                self._save_rng_state(str(work))
+                self.state.save_to_json(str(work / "trainer_state.json"))
+            checkpoints.prune(folder, self.args.save_total_limit, self.state.best_global_step)
+
+        def _best_checkpoint(self) -> str | None:
+            """The checkpoint of the best step, which is this one or is there; the run folder may have moved since."""
+            best = self.state.best_global_step
+            place = checkpoints.place_of(self.loop.folder, best or 0)
+            whole = best and (best == self.state.global_step or durable.find_damage(place, hashes=False) is None)
+            return str(place) if whole else None
+
+    return ResumableTrainer
+
+
+def _early_stopping(trainer: Any) -> list[Any]:
+    from transformers import EarlyStoppingCallback
+
+    return [c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+
+
+def _out_of_patience(callback: Any) -> bool:
+    return callback.early_stopping_patience_counter >= callback.early_stopping_patience
+
+
+@contextlib.contextmanager
+def _same_random_state() -> Iterator[None]:
+    """Leave torch's random state as it was: an evaluation may come before a stop or after it."""
+    import torch
+
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _wait_for_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()

@@ -1,0 +1,155 @@
+"""Whether a run folder can be gone on with, by whom, and with which settings. Imports nothing heavy.
+
+run.json is what counts: a folder with one is a run, and its `config_hash` says whether the settings asked for are its own.
+A status of `running` says nothing about now, because a killed run cannot change it; who works in a folder holds its lock.
+"""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sft import checkpoints, durable
+from sft.errors import Problem, Refusal, refuse
+from sft.runtime import config_hash, jsonable
+from sft.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The contents of a folder's run.json; None where there is none, or none that can be read."""
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder's lock inside the block. The system lets go of it when the process ends, however it ends.
+
+    Raises Refusal, at once, if another process holds it.
+    """
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)  # the folder itself: run.json is another file after each writing
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal([_taken(folder)]) from None
+        except OSError as error:  # some network file systems
+            log.warning("%s cannot be locked (%s): start no second run in it.", folder, error.strerror)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_folder(folder: Path, settings: Settings, locked: bool = False) -> list[Problem]:
+    """Why `settings` cannot be trained into `folder`: it holds another run, a finished one, or one that is at work.
+
+    `locked` says that the caller holds the folder's lock itself.
+    """
+    record = read_record(folder)
+    if record is None:
+        return []
+    fix = f"hydra.run.dir={str(folder).rstrip('/')}_2\nleave hydra.run.dir out   for a new folder under outputs/"
+    what = f"hydra.run.dir={folder}"
+    if record.get("status") == "finished":
+        return [Problem(what, f"The folder {folder} holds a run already, and it is finished.", fix)]
+    known = record.get("config_hash")
+    if known != config_hash(settings) and (known or record.get("status") != "failed"):  # without a hash nothing had begun
+        others = _differences(record, settings) if known else "its run.json names none"
+        why = f"The folder {folder} holds a run already, and its settings are others: {others}."
+        return [Problem(what, why, f"resume={folder}   goes on with that run and its own settings\n{fix}")]
+    return [] if locked else _check_lock(folder)
+
+
+def recorded_run(folder: Path) -> tuple[Settings, dict[str, Any]]:
+    """Settings and record of the run in `folder`, to go on with them. Raises Refusal if there is nothing to go on with."""
+    from omegaconf import OmegaConf
+
+    from sft.command_line import to_settings
+
+    what = f"resume={folder}"
+    record = read_record(folder)
+    if not folder.is_dir():
+        raise refuse(what, "There is no such folder.", f"looked for {folder.resolve()}")
+    if record is None and (folder / "multirun.yaml").is_file():
+        raise refuse(what, "This is the folder of a sweep.", f"name one of its runs: resume={folder}/<run>")
+    if record is None or "settings" not in record:
+        near = next((p for p in (folder.parent, folder.parent.parent) if (p / "run.json").is_file()), None)
+        fix = f"resume={near}" if near else "name a folder with a run.json in it, or start the run again: nothing was trained"
+        raise refuse(what, "It holds no run.json with the settings of a run.", fix)
+    if record.get("status") == "finished":
+        raise refuse(what, "This run is finished.", "python train.py ...   starts a new one")
+    problems = _check_lock(folder)
+    if problems:
+        raise Refusal(problems)
+    settings = to_settings(OmegaConf.create(record["settings"]))
+    if record.get("config_hash") != config_hash(settings):
+        log.warning("The settings of %s were written by another version of this project.", folder)
+    return settings, record
+
+
+def find_checkpoint(folder: Path, before: dict[str, Any] | None, data_hash: str) -> Path | None:
+    """The checkpoint that the run in `folder` goes on from; None where it begins. Clears away what a kill left behind.
+
+    Raises Refusal if the rows are others than those the checkpoint was trained on.
+    """
+    durable.remove_leftovers(folder, "adapter", "model", "run.json", "report.html")
+    checkpoint = checkpoints.find_last(folder)
+    if checkpoint is None or before is None:
+        return None
+    if before.get("data", {}).get("hash") != data_hash:
+        why = f"The data is not what it was when {folder} was trained up to {checkpoint.name.replace('-', ' ')}."
+        raise refuse(f"hydra.run.dir={folder}", why, "bring the data back as it was, or start a new run")
+    return checkpoint
+
+
+def take_up(folder: Path, checkpoint: Path | None, recorder: Any) -> None:
+    """Bring the run's lines and final numbers to where they were at the checkpoint, or to nothing without one."""
+    kept = checkpoints.read_state(checkpoint) if checkpoint else {}
+    checkpoints.cut_back(folder, kept.get("bytes", {}))
+    if kept:
+        recorder.restore(kept)
+        recorder.tracking.remember(read_lines(folder / "samples.jsonl"))
+        log.info("Resume from step %s", checkpoint.name.rpartition("-")[2])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; none if it is missing."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _check_lock(folder: Path) -> list[Problem]:
+    try:
+        with locked(folder):
+            return []
+    except Refusal as refusal:
+        return refusal.problems
+
+
+def _taken(folder: Path) -> Problem:
+    fix = "wait until it ends, or stop it with Ctrl-C\nleave hydra.run.dir out   for a new folder under outputs/"
+    return Problem(f"hydra.run.dir={folder}", "Another process is training in this folder.", fix)
+
+
+def _differences(record: dict[str, Any], settings: Settings) -> str:
+    """The settings that differ, as `lora.r is 8 there and 16 here`; at most three are named."""
+    there, here = _flat(record.get("settings") or {}), _flat(jsonable(settings))
+    keys = [k for k in here if k.partition(".")[0] not in ("tracking", "resume") and there.get(k) != here[k]]
+    told = [f"{key} is {json.dumps(there.get(key))} there and {json.dumps(here[key])} here" for key in keys[:3]]
+    return ", ".join(told) + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,91 @@
+"""Losses and gradients that are no numbers, planted, and time limits."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import trl
+
+from sft.run import run
+
+JOB = ("trainer.max_steps=6", "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2",
+       "trainer.eval_steps=3", "trainer.save_steps=3", "samples.num_held_out=0")  # fmt: skip
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """`plant(3, 4)`: the loss of the third and fourth forward pass in training is not a number."""
+    original = trl.SFTTrainer.compute_loss
+
+    def plant(*passes: int) -> None:
+        numbers = itertools.count(1)
+
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            found = original(self, model, inputs, return_outputs, **kwargs)
+            if not model.training or next(numbers) not in passes:
+                return found
+            return (found[0] * math.nan, found[1]) if return_outputs else found * math.nan
+
+        monkeypatch.setattr(trl.SFTTrainer, "compute_loss", compute_loss)
+
+    return plant
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd"])
+def test_a_bad_step_changes_no_weight_and_is_counted(plant, small, tmp_path, optim):
+    plant(3, 4, 8)  # steps 2 and 4
+    run(small(*JOB, f"trainer.optim={optim}"), tmp_path)
+    record = record_of(tmp_path)
+    assert record["status"] == "finished" and record["metrics"]["bad_steps"] == 2
+    steps = [line for line in lines_of(tmp_path) if "loss" in line]
+    assert [line["loss"] is None for line in steps] == [False, True, False, True, False, False]
+    assert [line.get("bad_steps") for line in steps] == [None, 1, 1, 2, 2, 2]
+    assert all(math.isfinite(line["eval_loss"]) for line in lines_of(tmp_path) if "eval_loss" in line)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_weights_after_a_bad_step_are_those_before_it(plant, small, tmp_path, optim):
+    """Evaluated after every step: the loss after the bad one is the loss before it, to the last bit."""
+    plant(5)
+    every = ("trainer.eval_steps=1", "trainer.save_steps=1", "trainer.learning_rate=1e-2", f"trainer.optim={optim}")
+    run(small(*JOB, *every), tmp_path)
+    losses = {line["step"]: line["eval_loss"] for line in lines_of(tmp_path) if "eval_loss" in line}
+    assert losses[3] == losses[2] and losses[2] != losses[1] and losses[4] != losses[3]
+
+
+def test_too_many_bad_steps_end_the_run_at_the_last_good_state_and_name_the_rows(plant, small, tmp_path, capfd):
+    plant(*range(3, 99))
+    result = run(small(*JOB, "trainer.max_bad_steps=1", "dataset.shuffle=false"), tmp_path)
+    record = record_of(tmp_path)
+    assert (result.status, result.exit_code) == ("failed", 1)
+    assert "2 steps had a loss or gradient that is not a finite number" in record["reason"]
+    assert "The last was step 3, with row " in record["reason"] and "error" not in record
+    assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir() and (tmp_path / "adapter").is_dir()
+
+
+def test_a_time_limit_stops_in_time_and_the_run_goes_on_to_the_same_end(small, tmp_path):
+    from scripts.fault_campaign import compare
+
+    job = (*JOB, "samples.num_held_out=1", "samples.every_steps=2", "trainer.learning_rate=1e-2")
+    run(small(*job), tmp_path / "whole")
+    for _ in range(8):
+        result = run(small(*job, "trainer.max_hours=1e-9"), tmp_path / "cut")
+        assert result.exit_code == 0
+        record = record_of(tmp_path / "cut")
+        if record["status"] == "finished":
+            break
+        assert record["status"] == "stopped" and record["reason"].startswith("time limit at step")
+        last = [line for line in lines_of(tmp_path / "cut") if "eval_loss" in line][-1]
+        assert last["step"] == record["metrics"]["steps"], "evaluated before it stopped"
+    assert len(record["sessions"]) == 6
+    assert compare(tmp_path / "whole", tmp_path / "cut") == []
