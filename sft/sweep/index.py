@@ -168,6 +168,11 @@ class SweepLock:
         self._file = file
         return True
 
+    def release(self) -> None:
+        """Let others have the folder before this process ends."""
+        if self._file:
+            self._file.close()
+
     def owner(self) -> str:
         """Process id of whoever holds the lock, or ?."""
         try:

@@ -3,7 +3,6 @@
 choose_folder -> plan -> run each job -> leaderboard after each -> summary
 """
 
-import logging
 import os
 import pickle
 import sys
@@ -37,8 +36,7 @@ from sft.sweep.index import (
     load_index,
     read_run,
 )
-
-log = logging.getLogger(__name__)
+from sft.sweep.summary import track_summary
 
 
 class Sweep:
@@ -120,6 +118,7 @@ class Sweep:
         leaderboard.refresh(self.folder)
         leaderboard.show(self.folder)
         _say(f"Sweep  {', '.join(f'{count} {status}' for status, count in counts.items())}")
+        track_summary(self.folder, self.settings)
         for name in ("leaderboard.csv", "report.html"):
             _say(f"       {_short(self.folder / name)}")
 

@@ -7,11 +7,12 @@ import logging
 import math
 import os
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, variance
-from typing import Any
+from typing import Any, TextIO
 
 from sft.errors import refuse
 from sft.report import number
@@ -330,13 +331,14 @@ def refresh(folder: Path) -> None:
         log.warning("The leaderboard could not be written: %s", error)
 
 
-def show(folder: Path) -> None:
-    """Print the table and the remarks to stderr, as wide as the terminal."""
+def show(folder: Path, file: TextIO | None = None) -> None:
+    """Print the table and the remarks to `file` (stderr if none), as wide as the terminal. Raises Refusal without a sweep."""
     from rich.console import Console
     from rich.table import Table
 
     board = read_leaderboard(folder)
-    console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if os.isatty(2) else 160)
+    file = file or sys.stderr
+    console = Console(file=file, highlight=False, soft_wrap=True, width=None if file.isatty() else 160)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("#", *(key.rsplit(".", 1)[-1] for key in board.keys), "held-out", "tokens/s", "time", "status"):
         table.add_column(title, justify="left" if title == "status" else "right", overflow="fold")

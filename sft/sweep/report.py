@@ -70,7 +70,7 @@ def draw_curves(board: Leaderboard) -> dict | None:
     if not points:
         return None
     color: dict[str, Any] = {"field": "run", "type": "nominal", "sort": order, "scale": {"domain": order}}
-    color["legend"] = {"title": None, "symbolType": "stroke", "labelLimit": 260} if len(order) <= 12 else None
+    color["legend"] = {"title": None, "symbolType": "stroke", "labelLimit": 420} if len(order) <= 12 else None
     if len(order) > 12:
         color["scale"]["scheme"] = {"name": "viridis", "extent": [0.1, 0.95]}
     encoding = {
@@ -142,10 +142,13 @@ def draw_parallel(board: Leaderboard) -> dict | None:
     x = {"field": "axis", "type": "nominal", "sort": axes, "title": None, "scale": {"type": "point", "padding": 0.35}}
     x["axis"] = {"orient": "top", "grid": True, "labelAngle": 0, "domain": False}
     y = {"field": "place", "type": "quantitative", "axis": None, "scale": {"domain": [-0.04, 1.04]}}
-    color = {"field": "rank", "type": "quantitative", "legend": None, "scale": {"scheme": "viridis", "reverse": False}}
+    # The middle of the scheme can be seen on a light page and on a dark one.
+    scheme = {"name": "viridis", "extent": [0.35, 0.9]}
+    color = {"field": "rank", "type": "quantitative", "legend": None, "scale": {"scheme": scheme}}
+    width = {"condition": {"test": "datum.rank === 1", "value": 4}, "value": 1.5}
     layer = [
-        {"mark": {"type": "line", "strokeWidth": 1.6, "opacity": 0.85},
-         "encoding": {"detail": {"field": "run"}, "color": color, "order": {"field": "order"},
+        {"mark": {"type": "line", "opacity": 0.9},
+         "encoding": {"detail": {"field": "run"}, "color": color, "strokeWidth": width, "order": {"field": "order"},
                       "tooltip": [{"field": "run"}, {"field": "loss", "format": ".4f"}]}},
         {"data": {"values": labels}, "mark": {"type": "text", "align": "left", "dx": 7, "style": "axis-value"},
          "encoding": {"text": {"field": "text"}}},
@@ -153,7 +156,7 @@ def draw_parallel(board: Leaderboard) -> dict | None:
     for line in lines:
         line["order"] = axes.index(line["axis"])
     spec = _spec(lines, {"layer": layer, "encoding": {"x": x, "y": y}})
-    return {"name": "parallel", "title": "Settings and loss, a line a run (dark is best)", "spec": spec}
+    return {"name": "parallel", "title": "Settings and loss, a line a run; the best is thick", "spec": spec}
 
 
 def _spec(points: list[dict], rest: dict) -> dict:
