@@ -82,6 +82,7 @@ def kill_after(process: subprocess.Popen, folder: Path, done: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_twelve_jobs_survive_everything(place):
     """One job diverges, one has no memory, one is killed, and the whole command is killed twice: 12 right rows."""
     rates = ["1e-3", "2e-3", "3e-3", "1e30", "5e-3", "6e-3", "7e-3", "8e-3", "9e-3", "1e-2", "1.1e-2", "1.2e-2"]
@@ -113,7 +114,7 @@ def test_twelve_jobs_survive_everything(place):
     table = (folder / "leaderboard.csv").read_text(encoding="utf-8").splitlines()
     assert len(table) == 13 and table[0].startswith("rank,trainer.learning_rate,trainer.per_device_train_batch_size,status")
 
-    solo = {"shared": [0, 5, 11], "process": range(12)}[isolation]
+    solo = {"shared": [5, 11], "process": range(12)}[isolation]
     for number in [n for n in solo if jobs[n]["status"] == "finished"]:
         overrides = [f"{key}={value}" for key, value in jobs[number]["overrides"].items()]
         assert sweep(place, *overrides, f"hydra.run.dir=solo{number}") == 0, log_of(place)[-3000:]
@@ -122,14 +123,15 @@ def test_twelve_jobs_survive_everything(place):
 
 @pytest.mark.slow
 def test_a_killed_job_in_a_process_of_its_own_is_only_a_row(place):
-    command = ("-m", *QUICK, "trainer.per_device_train_batch_size=3,1", "sweep.isolation=process", "hydra.sweep.dir=s")
-    assert sweep(place, *command) == 1
-    killed, finished = jobs_of(place / "s")
-    assert (
-        killed["status"] == "failed" and killed["reason"].startswith("killed by SIGKILL") and finished["status"] == "finished"
-    )
+    """Here the sweep is to stop at a failure; repeated, it does the killed job again and goes on."""
+    command = ("-m", *QUICK, "trainer.per_device_train_batch_size=3,1", "hydra.sweep.dir=s")
+    assert sweep(place, *command, "sweep.isolation=process", "sweep.on_failure=stop") == 1
+    killed, waiting = jobs_of(place / "s")
+    assert killed["status"] == "failed" and killed["reason"].startswith("killed by SIGKILL") and waiting["status"] == "waiting"
     run = json.loads((place / "s" / killed["folder"] / "run.json").read_text(encoding="utf-8"))
     assert run["status"] == "failed" and run["reason"] == killed["reason"] and "Failed: killed by SIGKILL" in log_of(place)
+    assert sweep(place, *command) == 0, log_of(place)[-3000:]
+    assert [(job["status"], job["attempts"]) for job in jobs_of(place / "s")] == [("finished", 2), ("finished", 1)]
 
 
 @pytest.mark.slow
@@ -146,14 +148,14 @@ def test_a_grid_that_grows_runs_only_its_new_jobs(place):
 
 @pytest.mark.slow
 def test_two_sweeps_started_together_do_not_meet(place):
-    command = ("-m", *QUICK, "lora.r=4,8")
+    command = ("-m", *QUICK, "lora.r=4")
     both = [start(place, *command), start(place, *command)]
     assert [process.wait(timeout=280) for process in both] == [0, 0], log_of(place)[-3000:]
     folders = list(place.glob("outputs/sweeps/*"))
     assert len(folders) == 2
     for folder in folders:
-        assert [(job["status"], job["attempts"]) for job in jobs_of(folder)] == [("finished", 1)] * 2
-        assert len((folder / "0_r=4" / "metrics.jsonl").read_text().splitlines()) == len(curve(folders[0] / "0_r=4"))
+        assert [(job["status"], job["attempts"]) for job in jobs_of(folder)] == [("finished", 1)]
+    assert curve(folders[0] / "0_job") == curve(folders[1] / "0_job"), "and neither wrote into the other's files"
 
 
 @pytest.mark.slow
@@ -170,10 +172,3 @@ def test_ctrl_c_ends_the_sweep_and_it_can_be_repeated(place, isolation):
     assert process.wait(timeout=120) == 130, log_of(place)[-3000:]
     assert [job["status"] for job in jobs_of(place / "s")] == ["stopped", "waiting"]
     assert jobs_of(place / "s")[0]["reason"].startswith("SIGINT at step") and (place / "s" / "leaderboard.csv").is_file()
-
-
-@pytest.mark.slow
-def test_stopping_at_the_first_failure(place):
-    command = ("-m", *QUICK, "trainer.per_device_train_batch_size=5,1", "sweep.on_failure=stop", "hydra.sweep.dir=s")
-    assert sweep(place, *command) == 1
-    assert [job["status"] for job in jobs_of(place / "s")] == ["failed", "waiting"]

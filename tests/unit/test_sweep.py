@@ -35,7 +35,7 @@ def sweep(tmp_path, monkeypatch):
                    "seconds": {"total": 36.0}, "hardware": {"gpu": None}}  # fmt: skip
             for changes in other:
                 for key, value in changes.items():
-                    run[key] = {**run[key], **value} if isinstance(value, dict) else value
+                    run[key] = {**run.get(key, {}), **value} if isinstance(value, dict) else value
             place = folder / job.folder
             place.mkdir()
             (place / "run.json").write_text(json.dumps(run), encoding="utf-8")
@@ -219,3 +219,35 @@ def test_the_report_is_whole_and_escapes_what_a_model_says(sweep):
 
 def test_defaults_of_a_sweep_change_nothing_in_a_run():
     assert Settings().sweep.on_failure.value == "continue" and Settings().sweep.isolation.value == "shared"
+
+
+# --------------------------------------------------------------------------------------------------------- the commands
+
+
+def test_the_table_in_the_terminal(sweep, capsys):
+    from scripts import leaderboard as command
+
+    folder = sweep([("lora.r=8", 2.0), ("lora.r=16", 1.5), ("lora.r=32", None, {"reason": "OutOfMemoryError: full"})])
+    assert command.main([]) == 0 and command.main([f"run={folder}"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("1.5000") < shown.index("2.0000") and "lora.r=16 seed=3407,1,2" in shown and "failed" in shown
+    assert command.main(["--best"]) == 0 and capsys.readouterr().out.strip() == "outputs/sweeps/s/1_r=16"
+    assert command.main(["run=nowhere"]) == 2 and "holds no sweep" in capsys.readouterr().err
+    assert command.main(["lora.r=8"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*Pydantic:DeprecationWarning", "ignore:Pydantic V1 style:DeprecationWarning")
+def test_the_wandb_workspace_holds_the_sweeps_settings(sweep, capsys):
+    pytest.importorskip("wandb_workspaces")
+    from scripts import wandb_workspace
+
+    tracking = {"settings": {"tracking": {"entity": "me", "project": "faq"}}}
+    sweep([(f"lora.r={r} trainer.learning_rate={lr}", 1.0, tracking) for r in (8, 16) for lr in (1e-4, 2e-4)])
+    assert wandb_workspace.main([]) == 2 and "wandb login" in capsys.readouterr().err
+    assert wandb_workspace.main(["--dry-run"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["entity"], made["project"], made["displayName"]) == ("me", "faq", "sweep s")
+    text = json.dumps(made)
+    for part in ("Parallel Coordinates Plot", "lora.value.r", "trainer.value.learning_rate", "summary:eval_loss", "samples"):
+        assert part in text, part
+    assert '"value": "s"' in text, "the sweep's group alone"
