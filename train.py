@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 
 from sft.command_line import stop_on_refusal
 from sft.settings import register
+from sft.sweep import exit_codes
 
 CONFIG_DIR = Path(__file__).parent / "conf"
-exit_codes = []
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

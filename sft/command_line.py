@@ -4,8 +4,10 @@ Hydra stops at the first mistake, exits with 1 and tells people to type `+` befo
 schema. Here each override is checked against the schema first, then each job is composed and its settings checked.
 """
 
+import copy
 import difflib
 import functools
+import os
 import re
 import shlex
 import sys
@@ -21,6 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +32,7 @@ from sft.errors import Problem, Refusal, first_line
 from sft.keys import find_field, plain_type, stray_keys, unknown_key
 from sft.resume import check_folder, recorded_run, working_folder
 from sft.settings import Settings
+from sft.sweep.pairs import check_pairs
 from sft.validate import check_settings
 
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
@@ -73,16 +77,21 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
     with initialize_config_dir(str(config_dir.resolve()), job_name="train", version_base="1.3"):
         search_path, options = _search_path(args), _group_options(config_dir, args)
         overrides = _parse_overrides(args.overrides, problems)
-        if not args.multirun:
+        preset = _preset_sweep(config_name, search_path, overrides)
+        overrides = [o for o in _parse_overrides(preset, problems) if o.key_or_group not in _keys(overrides)] + overrides
+        if not (args.multirun or preset):
             swept = [o for o in overrides if o.is_sweep_override() and _is_known(o.key_or_group)]
             problems += [_needs_sweep(o) for o in swept]
             overrides = [o for o in overrides if o not in swept]
         good = [o for o in overrides if _check_override(o, options, problems)]
-        folder = None if args.multirun or args.cfg else _run_folder(good)
+        hardware = hardware and not args.cfg
+        folder = None if args.multirun or preset or args.cfg else _run_folder(good)
         for job in _jobs_to_check(good):
-            problems += _check_job(config_name, search_path + job, hardware and not args.cfg, folder)
-        if hardware and not args.cfg and not args.multirun:
+            problems += _check_job(config_name, search_path + job, hardware, folder)
+        if hardware:
             problems += _check_writable(folder or Path("outputs"))
+        problems += _check_swept_values(config_name, search_path, good, hardware)
+        problems += _check_pairs(config_name, search_path, good)
     if problems:
         raise Refusal(list(dict.fromkeys(problems)))
 
@@ -112,6 +121,11 @@ def to_settings(config: DictConfig) -> Settings:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Settings), plain))
     except OmegaConfBaseException as error:
         raise Refusal([Problem(str(error.full_key or "settings"), first_line(error))]) from error
+
+
+def command_text() -> str:
+    """The command as it can be typed again."""
+    return "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
 def _parse_flags(argv: list[str]) -> Any:
@@ -159,6 +173,37 @@ def _group_options(config_dir: Path, args: Any) -> dict[str, list[str]]:
     """The options of each group: those of conf/ and those that --config-dir adds."""
     folders = [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]
     return {g: sorted({file.stem for folder in folders for file in (folder / g).glob("*.yaml")}) for g in schema.GROUPS}
+
+
+def _keys(overrides: list[Override]) -> set[str]:
+    return {o.key_or_group for o in overrides}
+
+
+def _preset_sweep(config_name: str, search_path: list[str], overrides: list[Override]) -> list[str]:
+    """What a `sweep=` or `experiment=` preset sweeps over by itself, as overrides; nothing where it runs one job."""
+    chosen = [o.input_line for o in overrides if o.key_or_group in ("sweep", "experiment") and not o.is_sweep_override()]
+    if not chosen:
+        return []
+    try:
+        config = compose(config_name, overrides=search_path + chosen, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError):
+        return []  # the checks below say what is wrong
+    if config.hydra.mode != RunMode.MULTIRUN:
+        return []
+    return [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+
+
+def _check_pairs(config_name: str, search_path: list[str], overrides: list[Override]) -> list[Problem]:
+    """Problems of `sweep.paired`, whether a preset or the command line sets it."""
+    chosen = [o.input_line for o in overrides if o.key_or_group.startswith("sweep") or o.key_or_group == "experiment"]
+    counts = {o.key_or_group: len(list(o.sweep_string_iterator())) for o in overrides if o.is_sweep_override()}
+    if not counts or not chosen:
+        return []
+    try:
+        config = compose(config_name, overrides=search_path + [line for line in chosen if "," not in line or "[" in line])
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError):
+        return []
+    return check_pairs(list(config.sweep.paired), counts) if config.sweep.paired else []
 
 
 def _parse_overrides(texts: list[str], problems: list[Problem]) -> list[Override]:
@@ -368,15 +413,42 @@ def _check_option(override: Override, known: list[str], problems: list[Problem])
 
 
 def _jobs_to_check(overrides: list[Override]) -> list[list[str]]:
-    """One job with the first value of every sweep, and one more for each further value."""
+    """One job with the first value of every sweep, and one more for each further option of a group or added key."""
     swept = {i: list(o.sweep_string_iterator()) for i, o in enumerate(overrides) if o.is_sweep_override()}
-    first = {i: f"{overrides[i].input_line.partition('=')[0]}={values[0]}" for i, values in swept.items() if values}
-    base = [first.get(i, o.input_line) for i, o in enumerate(overrides)]
+    base = _first_job(overrides)
     jobs = [base]
     for i, values in swept.items():
-        for value in values[1:]:
+        for value in values[1:] if overrides[i].key_or_group in schema.GROUPS or overrides[i].is_add() else ():
             jobs.append([*base[:i], f"{overrides[i].input_line.partition('=')[0]}={value}", *base[i + 1 :]])
     return jobs
+
+
+def _first_job(overrides: list[Override]) -> list[str]:
+    swept = {i: list(o.sweep_string_iterator()) for i, o in enumerate(overrides) if o.is_sweep_override()}
+    first = {i: f"{overrides[i].input_line.partition('=')[0]}={values[0]}" for i, values in swept.items() if values}
+    return [first.get(i, o.input_line) for i, o in enumerate(overrides)]
+
+
+def _check_swept_values(config_name: str, search_path: list[str], overrides: list[Override], hardware: bool) -> list[Problem]:
+    """Problems of the further values of swept settings, set on the first job: composing one for each would take minutes."""
+    swept = [o for o in overrides if o.is_sweep_override() and o.key_or_group not in schema.GROUPS and not o.is_add()]
+    if not any(len(list(o.sweep_string_iterator())) > 1 for o in swept):
+        return []
+    try:
+        base = compose(config_name, overrides=search_path + _first_job(overrides))
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError):
+        return []  # _check_job says what is wrong
+    problems: list[Problem] = []
+    for override in swept:
+        for text in list(override.sweep_string_iterator())[1:]:
+            config = copy.deepcopy(base)
+            value = OverridesParser.create().parse_override(f"{override.key_or_group}={text}").value()
+            OmegaConf.update(config, override.key_or_group, value, merge=False)
+            try:
+                problems += check_settings(to_settings(config), hardware)
+            except Refusal as refusal:
+                problems += refusal.problems
+    return problems
 
 
 def _check_job(config_name: str, overrides: list[str], hardware: bool, folder: Path | None) -> list[Problem]:

@@ -18,6 +18,7 @@ from sft.columns import check_columns, find_shape
 from sft.errors import Problem, Refusal, first_line, refuse
 from sft.render import ALPACA, IGNORED, choose_template, encode, render_row
 from sft.rows import choose_indices, read_rows, select
+from sft.runtime import row_seed
 from sft.settings import LossOn, Overlong, Settings, Shape
 
 BATCH = 1000
@@ -51,8 +52,15 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
     if prepared is None:
         _write_cache(folder, _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source))
         prepared = _read_cache(folder)
+    if prepared.eval is not None:
+        prepared.facts["held_out_hash"] = _hash_rows(prepared.eval)
     prepared.facts["source"] = source["name"]  # a file of the same contents may have been called otherwise
     return prepared
+
+
+def _hash_rows(rows) -> str:
+    """Hash of tokens and labels, by which two held-out losses are known to be of the same rows."""
+    return hashlib.sha256(json.dumps([rows["input_ids"][:], rows["labels"][:]]).encode()).hexdigest()[:16]
 
 
 def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source) -> Prepared:
@@ -61,11 +69,11 @@ def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source) -> Pre
     check_columns(rows, data, shape, source["name"])
     template = choose_template(data, shape, tokenizer)
     counts = {"read": len(rows)}
-    train_index, eval_index = select(rows, data, settings.seed, counts)
+    train_index, eval_index = select(rows, data, row_seed(settings), counts)
     if eval_rows is None:
         eval_rows = rows
     else:
-        eval_index = choose_indices(eval_rows, data, settings.seed)[: data.max_eval_rows]
+        eval_index = choose_indices(eval_rows, data, row_seed(settings))[: data.max_eval_rows]
         counts["read_eval"] = len(eval_rows)
         check_columns(eval_rows, data, shape, f"{data.name} ({data.eval_split})")
 
@@ -172,7 +180,7 @@ def _refuse_nothing_to_learn(splits: dict[str, list], counts: dict, shape: Shape
             what = f"dataset.columns.{role}={getattr(settings.dataset.columns, role)}"
             why, fix = "has an answer to learn; all are empty", f"dataset.columns.{role}=<the column with the answers>"
         if name == "eval" and not settings.dataset.eval_split:
-            fix += "\ndataset.eval_fraction=0   holds none out\nseed=...   holds others out"
+            fix += "\ndataset.eval_fraction=0   holds none out\ndataset.seed=...   holds others out"
         raise refuse(what, f"{rows} {why}.", fix)
 
 
@@ -231,9 +239,9 @@ def _recipe(settings: Settings, tokenizer, stop_ids: set[int], sources: list[dic
     ]
     parts = [
         [source and source["hash"] for source in sources],
-        {k: str(v) for k, v in asdict(settings.dataset).items() if k not in ("path", "name")},
+        {k: str(v) for k, v in asdict(settings.dataset).items() if k not in ("path", "name", "seed")},
         settings.model.max_seq_length,
-        settings.seed,
+        row_seed(settings),
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,
         [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token],

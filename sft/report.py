@@ -4,11 +4,13 @@ The page opens from disk and asks the network for nothing: the chart library is 
 """
 
 import datetime
+import functools
 import itertools
 import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -251,10 +253,16 @@ def mark_tokens(example: dict) -> dict:
     }
 
 
-def render(context: dict) -> str:
+@functools.cache
+def chart_library(bundle: Callable[[str], str]) -> str:
+    """Make the charts' JavaScript, once a process: bundling it takes longer than all else about a report."""
+    library = bundle("window.vegaEmbed = vegaEmbed;")
+    return re.sub(r"<(/script|script|!--)", r"\\x3c\1", library, flags=re.IGNORECASE)  # may not end its own tag
+
+
+def render(context: dict, template: str = "report.html.j2") -> str:
     """Fill the template, which escapes every value, and write the chart library into it."""
-    library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    library = re.sub(r"<(/script|script|!--)", r"\\x3c\1", library, flags=re.IGNORECASE)  # may not end its own tag
+    library = chart_library(vl_convert.javascript_bundle)
     jinja = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
         autoescape=True,
@@ -263,4 +271,4 @@ def render(context: dict) -> str:
         undefined=jinja2.ChainableUndefined,
     )
     jinja.filters |= {f.__name__: f for f in (fixed, short, duration, moment, setting, specials)}
-    return jinja.get_template("report.html.j2").render(context, library=Markup(library))
+    return jinja.get_template(template).render(context, library=Markup(library))

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sft import data, durable, lora, models, resume, runtime, samples
+from sft import durable, lora, models, resume, runtime, samples, shared
 from sft import trainer as training
 from sft.budget import TimeBudget
-from sft.command_line import to_settings
+from sft.command_line import command_text, to_settings
 from sft.errors import Refusal, SaveFailed, first_line
 from sft.export import exporter, proof
 from sft.loop import Loop
 from sft.preflight import write_preflight
 from sft.records import read_json
-from sft.settings import Settings
+from sft.settings import Isolation, Settings
 from sft.tracking import Tracking
 from sft.validate import check_settings
 
@@ -67,20 +67,38 @@ def run_job(config: DictConfig) -> RunResult:
     sweeping = hydra.mode == RunMode.MULTIRUN
     overrides = tuple(hydra.overrides.task)
     choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra") and v not in (None, "none")}
-    context = Context(_run_name(choices, overrides), _command(), overrides, tuple(choices.values()))
+    name = _job_name(choices, folder) if sweeping else _run_name(choices, overrides)
+    context = Context(name, command_text(), overrides, tuple(choices.values()))
+
     stack = contextlib.ExitStack()
-    try:
+
+    def start() -> RunResult:
+        nonlocal context
         settings = to_settings(config)
         if settings.resume:
             settings, context = _recorded(folder, stack)
         problems = check_settings(settings)
         if problems:
             raise Refusal(problems)
+        if sweeping and settings.sweep.isolation == Isolation.process:
+            from sft.sweep.isolate import run_apart
+
+            return run_apart(settings, folder, context, hydra.job_logging)
         return run(settings, folder, context)
+
+    with stack:
+        return guarded(start, folder, context, sweeping)
+
+
+def guarded(start: Callable[[], RunResult], folder: Path, context: Context, sweeping: bool) -> RunResult:
+    """Run `start` and turn every ending into a result; a sweep keeps the folder of a job that was refused, as a row."""
+    overrides = list(context.overrides)
+    try:
+        return start()
     except Refusal as refusal:
         print(refusal, file=sys.stderr, flush=True)
         if sweeping and not (folder / "run.json").exists():  # else it is that of another run
-            runtime.RunRecord(folder, name=context.name, overrides=list(overrides)).close("failed", _reason(refusal))
+            runtime.RunRecord(folder, name=context.name, overrides=overrides).close("failed", _reason(refusal))
         else:
             _remove_unused(folder)
         return RunResult("refused", 2, folder)
@@ -92,10 +110,10 @@ def run_job(config: DictConfig) -> RunResult:
         _tell_failure(error, folder)
         with contextlib.suppress(OSError):
             if not (folder / "run.json").exists():
-                runtime.RunRecord(folder, name=context.name, overrides=list(overrides)).close("failed", _reason(error))
+                runtime.RunRecord(folder, name=context.name, overrides=overrides).close("failed", _reason(error))
         return RunResult("failed", 1, folder)
     finally:
-        stack.close()
+        shared.take_back()
         runtime.release_memory()
 
 
@@ -142,8 +160,8 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
         backend = models.import_backend(settings)
         runtime.quiet_libraries()
         runtime.seed_everything(settings.seed)
-        tokenizer, stop_ids = models.load_tokenizer(settings.model)
-        prepared = data.prepare(settings, tokenizer, stop_ids)
+        tokenizer, stop_ids = shared.load_tokenizer(settings)
+        prepared = shared.prepare_data(settings, tokenizer, stop_ids)
         preflight = write_preflight(folder, prepared.facts, settings)
         if settings.export.formats:
             problems = exporter.check_export(folder, settings)
@@ -200,6 +218,7 @@ def _record_data(record: runtime.RunRecord, preflight: dict, checkpoint: Path | 
         data={
             "source": preflight["source"],
             "hash": preflight["data_hash"],
+            "held_out_hash": preflight.get("held_out_hash"),
             "train_rows": rows["train"],
             "eval_rows": rows.get("eval", 0),
             "train_tokens": preflight["train_tokens"],
@@ -224,7 +243,7 @@ def _train(
     """Load, attach, sample, train, sample, save: (status, reason)."""
     tracking = recorder.tracking
     with record.timed("load"):
-        model, source = models.load_model(settings, backend)
+        model, source = shared.load_model(settings, backend)
         model = lora.attach(model, settings, backend)
     total, trained = lora.count_parameters(model)
     facts = {
@@ -378,10 +397,9 @@ def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:
     return "_".join(w for w in words if w)[:100]
 
 
-def _command() -> str:
-    import shlex
-
-    return "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+def _job_name(choices: dict[str, str], folder: Path) -> str:
+    """A sweep's job is called by what varies, which its folder's name says."""
+    return "_".join([*(w for w in (choices.get("model"), choices.get("dataset")) if w), folder.name.partition("_")[2]])[:100]
 
 
 def _reason(error: BaseException) -> str:

@@ -179,9 +179,15 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def row_seed(settings: Settings) -> int:
+    """The seed that shuffles the rows and so decides which are held out."""
+    return settings.seed if settings.dataset.seed is None else settings.dataset.seed
+
+
 def config_hash(settings: Settings) -> str:
-    """Hash of the resolved settings that shape the result: not where it is tracked, when it ends, what is exported."""
-    shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "resume", "export")}
+    """Hash of the resolved settings that shape the result: not tracking, the time limit, exports, or how a sweep runs it."""
+    shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "resume", "export", "sweep")}
+    shaping["dataset"]["seed"] = row_seed(settings)
     shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in ("max_hours", "stop_at", "max_bad_steps")}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -91,6 +91,17 @@ class TrackingMode(Enum):
     offline = "offline"
 
 
+# What a sweep does after a job that failed. Made by a call, because `continue` cannot be written as a name in a class.
+OnFailure = Enum("OnFailure", [("continue", "continue"), ("stop", "stop")], module=__name__)
+
+
+class Isolation(Enum):
+    """Where the jobs of a sweep run."""
+
+    shared = "shared"
+    process = "process"
+
+
 @dataclass
 class ModelSettings:
     """The model that is fine-tuned, and how it is loaded."""
@@ -172,7 +183,10 @@ class DatasetSettings:
     drop: dict[str, str] = field(default_factory=dict)
     """Drop rows whose column matches the regular expression: `dataset.drop={output: "(?i)as an ai"}`."""
     shuffle: bool = True
-    """Shuffle the rows (by `seed`) before `max_rows` and the held-out rows are taken."""
+    """Shuffle the rows (by `dataset.seed`) before `max_rows` and the held-out rows are taken."""
+    seed: int | None = None
+    """Seed of the shuffling, and so of which rows are held out; null follows `seed`. Set it to compare several seeds on the
+    same held-out rows."""
     max_rows: int | None = None
     """Use at most this many rows, held-out rows included."""
     eval_fraction: float = 0.1
@@ -335,6 +349,20 @@ class TrackingSettings:
 
 
 @dataclass
+class SweepSettings:
+    """How the jobs of a sweep are run. Without effect on what a job learns, and on a single run."""
+
+    on_failure: OnFailure = OnFailure["continue"]
+    """After a job that failed or diverged: `continue` with the others, or `stop`."""
+    isolation: Isolation = Isolation.shared
+    """`shared`: all jobs in one process, with model and data loaded once. `process`: each job in a process of its own, so
+    that a job which is killed is only a row in the table."""
+    paired: list[str] = field(default_factory=list)
+    """Swept settings whose values go together, first with first, instead of every combination:
+    `sweep.paired=[lora.r,lora.lora_alpha]`."""
+
+
+@dataclass
 class Settings:
     """All settings of one run."""
 
@@ -345,13 +373,15 @@ class Settings:
     samples: SamplesSettings = field(default_factory=SamplesSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    sweep: SweepSettings = field(default_factory=SweepSettings)
+    """How the jobs of a sweep are run."""
     seed: int = 3407
     """Seed of the shuffling, the adapter's start and dropout."""
     resume: str | None = None
     """Run folder to go on with, in place and with its own settings. Stands alone on the command line."""
 
 
-GROUPS = ("model", "dataset", "lora", "trainer", "export", "tracking", "experiment")
+GROUPS = ("model", "dataset", "lora", "trainer", "export", "tracking", "experiment", "sweep")
 
 
 def register() -> None:
@@ -361,6 +391,10 @@ def register() -> None:
     for node in (schema.trainer.extra, schema.dataset.keep, schema.dataset.drop):
         OmegaConf.set_struct(node, False)
     ConfigStore.instance().store("schema", schema)
+    # Hydra takes sweepers and launchers from the package hydra_plugins alone.
+    sweeper = {"_target_": "hydra_plugins.sft_sweep.SweepSweeper", "max_batch_size": None, "params": None}
+    ConfigStore.instance().store("sft", sweeper, group="hydra/sweeper")
+    ConfigStore.instance().store("sft", {"_target_": "hydra_plugins.sft_sweep.SweepLauncher"}, group="hydra/launcher")
     OmegaConf.register_new_resolver("pick", _pick, replace=True)
     OmegaConf.register_new_resolver("job_label", _job_label, replace=True)
 

@@ -135,6 +135,7 @@ def _check_numbers(settings: Settings) -> list[Problem]:
         ("samples.max_new_tokens", s.max_new_tokens >= 1, "at least 1"),
         ("export.num_prompts", settings.export.num_prompts >= 0, "at least 0"),
         ("export.max_loss_increase", settings.export.max_loss_increase > 0, "above 0"),
+        ("dataset.seed", d.seed is None or 0 <= d.seed < 2**32, "between 0 and 4294967295, or null"),
         ("seed", 0 <= settings.seed < 2**32, "between 0 and 4294967295"),
     ]  # fmt: skip
     return [

@@ -1,0 +1,136 @@
+"""What runs of one process have in common: loaded once, and handed to each run as if it were fresh.
+
+Outside of a sweep every function only loads. In a sweep the frozen model, the tokenizer and the tokens stay, as long as the
+next job asks for the same. A model is given out again only if it is provably what it was: its modules are put back as they
+stood, and a weight that was written to or replaced means that it is loaded again.
+"""
+
+import copy
+import json
+import logging
+from typing import Any
+
+from sft import data, models, runtime
+from sft.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_keeping = False
+_kept: dict[str, tuple[str, Any]] = {}
+loads: dict[str, int] = {"model": 0, "tokenizer": 0, "tokens": 0}
+"""How often each was loaded in this process."""
+
+
+def keep(on: bool) -> None:
+    """Keep what is loaded for the next run (True), or forget it and keep nothing (False)."""
+    global _keeping
+    _keeping = on
+    if not on:
+        _kept.clear()
+        runtime.release_memory()
+
+
+def load_tokenizer(settings: Settings) -> tuple[Any, set[int]]:
+    """`models.load_tokenizer`, once for all runs with the same model settings."""
+    return _once("tokenizer", _key(settings.model), lambda: models.load_tokenizer(settings.model))
+
+
+def prepare_data(settings: Settings, tokenizer: Any, stop_ids: set[int]) -> data.Prepared:
+    """`data.prepare`, once for all runs with the same rows and the same tokenizer."""
+    key = _key(settings.model, settings.dataset, runtime.row_seed(settings))
+    prepared = _once("tokens", key, lambda: data.prepare(settings, tokenizer, stop_ids))
+    return data.Prepared(prepared.train, prepared.eval, dict(prepared.facts))
+
+
+def load_model(settings: Settings, backend: str) -> tuple[Any, str]:
+    """`models.load_model`, once for all runs with the same model settings, where that can be proven clean.
+
+    Full fine-tuning writes to the weights, quantised weights are cast in place, and Unsloth patches what it loads: these
+    are loaded anew for every run.
+    """
+    shareable = _keeping and settings.lora.enabled and backend == "transformers"
+    shareable = shareable and not (settings.model.load_in_4bit or settings.model.load_in_8bit)
+    key = _key(settings.model, backend)
+    kept_key, base = _kept.get("model", ("", None))
+    if base is not None:
+        changed = base.restore() if shareable and kept_key == key else "another model is asked for"
+        if not changed:
+            return base.model, base.source
+        log.debug("The model is loaded again: %s", changed)
+        del _kept["model"], base  # before the next one is loaded, so that the two are never in memory together
+        runtime.release_memory()
+    loads["model"] += 1
+    model, source = models.load_model(settings, backend)
+    if shareable:
+        _kept["model"] = (key, Base(model, source))
+    return model, source
+
+
+def take_back() -> None:
+    """After a run: take its adapter off the kept model, so that the adapter's memory is free."""
+    if "model" in _kept and (changed := _kept["model"][1].restore()):
+        log.debug("The model is not kept: %s", changed)
+        del _kept["model"]
+
+
+class Base:
+    """A loaded model and how it stood when it was loaded."""
+
+    def __init__(self, model: Any, source: str):
+        self.model, self.source = model, source
+        self._modules = [(module, _copied(module.__dict__)) for module in model.modules()]
+        self._weights = {name: _mark(tensor) for name, tensor in _tensors(model)}
+        self._configs = [(config, copy.deepcopy(config.__dict__)) for config in _configs(model)]
+
+    def restore(self) -> str:
+        """Put every module back as it was when loaded; returns what could not be put back, or an empty text.
+
+        An adapter, a hook, a patched forward or a flag is an entry of a module's __dict__, so all of them go with it.
+        """
+        for module, state in self._modules:
+            module.__dict__.clear()
+            module.__dict__.update(_copied(state))
+        for config, state in self._configs:
+            if config.__dict__ != state:
+                config.__dict__.clear()
+                config.__dict__.update(copy.deepcopy(state))
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        weights = {name: _mark(tensor) for name, tensor in _tensors(self.model)}
+        changed = [name for name in self._weights if weights.get(name) != self._weights[name]]
+        return f"{changed[0]} was written to" if changed else ""
+
+
+def _tensors(model: Any):
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _mark(tensor: Any) -> tuple:
+    """Changes when a tensor's memory, form or values do: torch counts every write in place in `_version`."""
+    return id(tensor), tensor.data_ptr(), tensor._version, tensor.dtype, tuple(tensor.shape), len(tensor._backward_hooks or ())
+
+
+def _configs(model: Any) -> list[Any]:
+    found = (getattr(model, "config", None), getattr(model, "generation_config", None))
+    return [config for config in found if config is not None]
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """A module's __dict__ with its own tables (children, hooks, ...) copied, and everything else as it is."""
+    return {key: copy.copy(value) if isinstance(value, (dict, list, set)) else value for key, value in state.items()}
+
+
+def _once(name: str, key: str, load: Any) -> Any:
+    kept_key, value = _kept.get(name, ("", None))
+    if value is None or kept_key != key:
+        loads[name] += 1
+        value = load()
+        if _keeping:
+            _kept[name] = (key, value)
+    return value
+
+
+def _key(*parts: Any) -> str:
+    return json.dumps(runtime.jsonable(list(parts)), sort_keys=True)

@@ -1,0 +1,195 @@
+"""sweep.json: which jobs a sweep has, where each of them lives, and how it went.
+
+A job is its resolved settings. Its number and its folder are given once and stay when the grid grows.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sft import runtime
+from sft.report import number, read_json
+from sft.settings import GROUPS, Settings
+
+WAITING, RUNNING, FINISHED, DIVERGED, STOPPED, FAILED = "waiting", "running", "finished", "diverged", "stopped", "failed"
+DONE = (FINISHED, DIVERGED)
+"""Not run again: the same settings would end the same way."""
+
+
+@dataclass
+class Job:
+    """One job of a sweep, as a row of sweep.json."""
+
+    number: int
+    folder: str
+    """Name of its run folder inside the sweep's."""
+    config_hash: str
+    overrides: dict[str, str]
+    """Every override of the job, as it was typed."""
+    settings: dict[str, Any]
+    """Its settings that are not the defaults, by dotted key."""
+    status: str = WAITING
+    """`waiting`, `running`, `finished`, `diverged` (ended, but its held-out loss is not a number), `stopped` (cut, to be
+    continued) or `failed`."""
+    reason: str | None = None
+    attempts: int = 0
+    seconds: float = 0.0
+    """Wall time of all attempts that came to an end, in seconds."""
+
+    @property
+    def label(self) -> str:
+        """Its folder's name without the number."""
+        return self.folder.partition("_")[2]
+
+
+@dataclass
+class SweepIndex:
+    """The jobs of one sweep. `save` writes them atomically to sweep.json."""
+
+    folder: Path
+    identity: str = ""
+    """Hash of everything that the jobs of the sweep share."""
+    command: str = ""
+    """The last command that ran it."""
+    created_at: str = ""
+    jobs: list[Job] = field(default_factory=list)
+
+    def save(self) -> None:
+        """Write sweep.json, whole or not at all."""
+        content = {"identity": self.identity, "command": self.command, "created_at": self.created_at}
+        runtime.write_json(self.folder / "sweep.json", {**content, "jobs": [asdict(job) for job in self.jobs]})
+
+    def add(self, settings: Settings, overrides: dict[str, str], varying: list[str]) -> Job:
+        """The job with these settings: the one that is there already, or a new one with the next number."""
+        config_hash = runtime.config_hash(settings)
+        for job in self.jobs:
+            if job.config_hash == config_hash:
+                return job
+        number = max((job.number for job in self.jobs), default=-1) + 1
+        folder = f"{number}_{make_label(overrides, varying)}"
+        differs = {key: pair["value"] for key, pair in runtime.differs_from(settings, Settings()).items()}
+        self.jobs.append(Job(number, folder, config_hash, overrides, differs))
+        return self.jobs[-1]
+
+    def reconcile(self) -> None:
+        """Bring the jobs to what their run folders say: a command that was killed could not write it here."""
+        for job in self.jobs:
+            run = read_run(self.folder / job.folder)
+            if run.get("config_hash") == job.config_hash:
+                job.status, job.reason = judge(run)
+            elif job.status in DONE:
+                job.status, job.reason = WAITING, "its run folder is gone"
+            elif job.status == RUNNING:
+                job.status, job.reason = STOPPED, "cut off: the command was killed"
+
+
+def load_index(folder: Path) -> SweepIndex | None:
+    """The index of a sweep folder; None where it has none."""
+    content = read_json(folder / "sweep.json")
+    if not content:
+        return None
+    jobs = [Job(**job) for job in content.pop("jobs", [])]
+    return SweepIndex(folder, jobs=jobs, **content)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a job's folder; {} where there is none."""
+    return read_json(folder / "run.json")
+
+
+def judge(run: dict[str, Any]) -> tuple[str, str | None]:
+    """(status, reason) of a run by its run.json: its own, or diverged where its loss is no number."""
+    status, reason, metrics = run.get("status"), run.get("reason"), run.get("metrics", {})
+    loss = "eval_loss" if run.get("data", {}).get("eval_rows") else "loss"
+    if status == FINISHED and number(metrics.get(loss)) is None:
+        return (
+            DIVERGED,
+            "diverged: the held-out loss is not a number" if loss == "eval_loss" else "diverged: the loss is no number",
+        )
+    allowed = run.get("settings", {}).get("trainer", {}).get("max_bad_steps")
+    if status == FAILED and allowed is not None and metrics.get("bad_steps", 0) > allowed:
+        return DIVERGED, reason
+    if status in (FINISHED, FAILED, STOPPED):
+        return status, reason
+    return STOPPED, "cut off: the command was killed"
+
+
+# ------------------------------------------------------------------------------------------ one sweep, found again
+
+
+def identify(settings: Settings, swept: list[str]) -> str:
+    """Hash of what the jobs of a sweep share: their settings without the swept ones, and which those are.
+
+    The swept values are left out, so that a grid with one more value is still the same sweep.
+    """
+    fixed = flatten({k: v for k, v in runtime.jsonable(settings).items() if k not in ("tracking", "sweep")})
+    for key in swept:
+        free = ("",) if key in ("experiment", "sweep") else (f"{key}.",) if key in GROUPS else ()
+        fixed = {k: v for k, v in fixed.items() if k != key and not k.startswith(free or ("\0",))}
+    return hashlib.sha256(json.dumps([fixed, sorted(swept)], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def find_sweeps(parent: Path) -> list[Path]:
+    """The sweep folders below `parent`, the newest first. Their names begin with the time they were made."""
+    return sorted((path.parent for path in parent.glob("*/sweep.json")), key=lambda p: p.name, reverse=True)
+
+
+class SweepLock:
+    """A sweep folder that this process alone works in. The lock ends with the process, however that ends."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._file = folder, None
+
+    def take(self) -> bool:
+        """Whether the folder is ours now; False while another process runs the sweep."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = open(self.folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the sweep runs
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            return False
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Let others have the folder before this process ends."""
+        if self._file:
+            self._file.close()
+
+    def owner(self) -> str:
+        """Process id of whoever holds the lock, or ?."""
+        try:
+            return (self.folder / ".lock").read_text(encoding="utf-8") or "?"
+        except OSError:
+            return "?"
+
+
+# -------------------------------------------------------------------------------------------------- names of jobs
+
+
+def make_label(overrides: dict[str, str], varying: list[str]) -> str:
+    """What varies in a job as short `key=value` words: no slashes or commas, at most 60 characters."""
+    last = [key.rsplit(".", 1)[-1] for key in varying]
+    words = []
+    for key in varying:
+        short = key.rsplit(".", 1)[-1]
+        if key in overrides:
+            words.append(f"{short if last.count(short) == 1 else key}={overrides[key]}")
+    return re.sub(r"[^\w.=+-]+", "-", "_".join(words)).strip("-")[:60] or "job"

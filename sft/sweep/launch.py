@@ -1,0 +1,206 @@
+"""Run the jobs of a sweep: find the earlier sweep, leave out what finished, run the rest, and say how it went.
+
+choose_folder -> plan -> run each job -> leaderboard after each -> summary
+"""
+
+import os
+import pickle
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from sft import runtime, shared
+from sft.command_line import command_text, to_settings
+from sft.errors import Refusal, refuse
+from sft.settings import Isolation, OnFailure, Settings
+from sft.sweep import exit_codes, leaderboard
+from sft.sweep.index import (
+    DIVERGED,
+    DONE,
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STOPPED,
+    Job,
+    SweepIndex,
+    SweepLock,
+    find_sweeps,
+    identify,
+    judge,
+    load_index,
+    read_run,
+)
+from sft.sweep.summary import track_summary
+
+
+class Sweep:
+    """The sweep that one command runs."""
+
+    def __init__(self, hydra_context: Any, task_function: Any, config: DictConfig):
+        self.loader, self.context, self.task, self.config = hydra_context.config_loader, hydra_context, task_function, config
+        self.settings = _settings_of(config)
+        self.swept = _swept_keys(config)
+        identity = identify(self.settings, self.swept)
+        self.lock = _choose_folder(config, identity)
+        self.folder = self.lock.folder
+        config.hydra.sweep.dir = str(self.folder)
+        self.index = load_index(self.folder) or SweepIndex(self.folder, identity, created_at=runtime.now())
+        self.composed: dict[int, bytes] = {}
+        self.index.command = command_text()
+        self.index.reconcile()
+        os.environ.setdefault("WANDB_RUN_GROUP", self.folder.name)
+
+    def launch(self, batch: list[list[str]]) -> list[JobReturn]:
+        """Run the jobs of `batch` that are not done; (overrides of each job) -> (result of each job)."""
+        setup_globals()
+        planned = self._plan(batch)
+        jobs = _unique(planned)
+        todo = [job for job in jobs if job.status not in DONE]
+        self.index.save()
+        _say(f"Sweep  {_short(self.folder)}: {len(jobs)} jobs, {len(jobs) - len(todo)} done before, {len(todo)} to run")
+        shared.keep(self.settings.sweep.isolation == Isolation.shared)
+        try:
+            for position, job in enumerate(todo, 1):
+                _say(
+                    f"Job    {position}/{len(todo)}  {job.folder}" + (f"  (attempt {job.attempts + 1})" if job.attempts else "")
+                )
+                self._run(job)
+                if job.status in (FAILED, DIVERGED) and self.settings.sweep.on_failure == OnFailure.stop:
+                    _say(f"Sweep  stopped after {job.folder} (sweep.on_failure=stop); repeat the command to go on.")
+                    break
+        finally:
+            shared.keep(False)
+            self._summarise(planned)
+        exit_codes.extend(1 for job in planned if job.status == DIVERGED)
+        return [_result(job, self.folder) for job in planned]
+
+    def _plan(self, batch: list[list[str]]) -> list[Job]:
+        """The index's job for each member of the batch; equal settings are one job."""
+        by_key = [_overrides_by_key(overrides) for overrides in batch]
+        keys = dict.fromkeys(key for overrides in by_key for key in overrides)
+        varying = [k for k in keys if k in self.swept or len({overrides.get(k) for overrides in by_key}) > 1]
+        planned = []
+        for overrides, shown in zip(batch, by_key, strict=True):
+            config = self.loader.load_sweep_config(self.config, overrides)
+            job = self.index.add(_settings_of(config), shown, varying)
+            planned.append(job)
+            self.composed.setdefault(job.number, pickle.dumps(config))  # a tenth of a config's size, and made in no time
+        return planned
+
+    def _run(self, job: Job) -> None:
+        """One job through Hydra's own run_job, which writes `.hydra`, sets up the log, and calls the task."""
+        config = pickle.loads(self.composed.pop(job.number))
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = job.number
+            config.hydra.sweep.dir, config.hydra.sweep.subdir = str(self.folder), job.folder
+        job.status, job.reason, job.attempts = RUNNING, None, job.attempts + 1
+        self.index.save()
+        start = time.monotonic()
+        try:
+            run_job(self.task, config, "hydra.sweep.dir", "hydra.sweep.subdir", self.context)
+        finally:
+            job.seconds = round(job.seconds + time.monotonic() - start, 2)
+            job.status, job.reason = _ending(self.folder / job.folder)
+            self.index.save()
+            configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)  # closes the job's train.log
+            if job.status != FINISHED:
+                _say(f"       {job.folder} {job.status}: {job.reason}")
+            leaderboard.refresh(self.folder)
+
+    def _summarise(self, planned: list[Job]) -> None:
+        counts = Counter(job.status for job in _unique(planned))
+        leaderboard.refresh(self.folder)
+        leaderboard.show(self.folder)
+        _say(f"Sweep  {', '.join(f'{count} {status}' for status, count in counts.items())}")
+        track_summary(self.folder, self.settings)
+        for name in ("leaderboard.csv", "report.html"):
+            _say(f"       {_short(self.folder / name)}")
+
+
+# -------------------------------------------------------------------------------------------------------- the plan
+
+
+def _choose_folder(config: DictConfig, identity: str) -> SweepLock:
+    """The folder named with hydra.sweep.dir; else that of the earlier sweep of this identity; else a new one. Locked.
+
+    Raises Refusal if another process works in the named folder.
+    """
+    named = any(str(o).startswith("hydra.sweep.dir=") for o in config.hydra.overrides.hydra)
+    folder = Path(str(config.hydra.sweep.dir))
+    if named:
+        lock = SweepLock(folder)
+        if not lock.take():
+            why = f"Another process ({lock.owner()}) runs this sweep."
+            _exit_with(refuse(f"hydra.sweep.dir={folder}", why, "wait for it, or leave hydra.sweep.dir out for a new folder"))
+        return lock
+    for earlier in find_sweeps(folder.parent):
+        index = load_index(earlier)
+        if index and index.identity == identity:
+            lock = SweepLock(earlier)
+            if lock.take():
+                return lock
+            _say(f"Sweep  {_short(earlier)} is being run by process {lock.owner()}; this one gets a folder of its own.")
+    number = 1
+    while not (lock := SweepLock(folder if number == 1 else folder.with_name(f"{folder.name}_{number}"))).take():
+        number += 1
+    return lock
+
+
+def _settings_of(config: DictConfig) -> Settings:
+    """The settings of a composed config; what cannot be read ends the command with 2."""
+    plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    try:
+        return to_settings(plain)
+    except Refusal as refusal:
+        _exit_with(refusal)
+
+
+def _swept_keys(config: DictConfig) -> list[str]:
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
+    return sorted({o.key_or_group for o in parsed if o.is_sweep_override()})
+
+
+def _overrides_by_key(overrides: list[str]) -> dict[str, str]:
+    pairs = (override.lstrip("+~").partition("=")[::2] for override in overrides)
+    return {key: value for key, value in pairs if not key.startswith(("hydra.", "hydra/", "sweep.")) and key != "sweep"}
+
+
+def _unique(jobs: list[Job]) -> list[Job]:
+    return list({job.number: job for job in jobs}.values())
+
+
+# ------------------------------------------------------------------------------------------------------- how it went
+
+
+def _ending(folder: Path) -> tuple[str, str | None]:
+    """(status, reason) of a job that came back, from its run.json."""
+    run = read_run(folder)
+    return judge(run) if run else (STOPPED, "interrupted before training")
+
+
+def _result(job: Job, folder: Path) -> JobReturn:
+    """What a sweeper gets to see: the held-out loss. Without the configs, which it would keep until the end."""
+    value = read_run(folder / job.folder).get("metrics", {}).get("eval_loss") if job.status == FINISHED else None
+    result = JobReturn(overrides=[f"{k}={v}" for k, v in job.overrides.items()], status=JobStatus.COMPLETED)
+    result.return_value = value
+    return result
+
+
+def _exit_with(refusal: Refusal) -> NoReturn:
+    print(refusal, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _short(path: Path) -> str:
+    return os.path.relpath(path)

@@ -1,0 +1,358 @@
+"""The table of a sweep: every job as a row, ranked by held-out loss, and what may honestly be read from it."""
+
+import csv
+import io
+import json
+import logging
+import math
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, variance
+from typing import Any, TextIO
+
+from sft.errors import refuse
+from sft.report import number
+from sft.settings import GROUPS, Settings
+from sft.sweep.index import FINISHED, Job, SweepIndex, find_sweeps, flatten, load_index, read_run
+
+log = logging.getLogger(__name__)
+
+# Two-sided 95 % points of Student's t by degrees of freedom: a spread measured on three runs is itself uncertain.
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+SEEDS = ("seed",)
+
+
+@dataclass
+class Row:
+    """One job with what its run folder says."""
+
+    job: Job
+    values: dict[str, Any]
+    """The varying settings, numbers as numbers."""
+    rank: int | None = None
+    eval_loss: float | None = None
+    """Held-out loss of the weights that were kept; only of finished jobs."""
+    eval_loss_start: float | None = None
+    step: int | None = None
+    """Step of the weights that were kept."""
+    tokens: int | None = None
+    """Non-padding tokens trained on."""
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    """Wall time of the last attempt."""
+    gpu_hours: float | None = None
+    """Time of all attempts on one GPU; None without a GPU."""
+    memory_gib: float | None = None
+    held_out: str | None = None
+    """Hash of the held-out rows."""
+    note: str = ""
+
+
+@dataclass
+class Leaderboard:
+    """A sweep's rows, the best first, and the remarks on them."""
+
+    index: SweepIndex
+    keys: list[str]
+    """The settings that vary, as columns."""
+    rows: list[Row]
+    noise: float | None = None
+    """Standard deviation between runs that differ in their seed alone; None without such runs."""
+    remarks: list[str] = field(default_factory=list)
+    """What has to be known before a row is called better than another."""
+    next_commands: list[str] = field(default_factory=list)
+    """Commands that would answer what is open."""
+
+    @property
+    def best(self) -> Row | None:
+        """The finished row with the lowest held-out loss."""
+        return next((row for row in self.rows if row.rank == 1), None)
+
+
+def read_leaderboard(folder: Path) -> Leaderboard:
+    """The table of the sweep in `folder`. Raises Refusal if there is no sweep."""
+    index = load_index(folder)
+    if index is None:
+        raise refuse(f"run={folder}", "The folder holds no sweep (no sweep.json).", "run=<a folder in outputs/sweeps>")
+    keys = varying_keys(index.jobs)
+    rows = [_read_row(index, job, keys) for job in index.jobs]
+    rows.sort(key=lambda row: (row.eval_loss is None, row.eval_loss or 0.0, row.job.number))
+    for rank, row in enumerate((row for row in rows if row.eval_loss is not None), 1):
+        row.rank = rank
+    board = Leaderboard(index, keys, rows)
+    remark(board)
+    return board
+
+
+def best_run(sweep: Path | str | None = None) -> Path:
+    """Run folder of the job with the lowest held-out loss; of the newest sweep in outputs/sweeps if none is named.
+
+    Raises Refusal if there is no sweep, or none of its jobs finished with a held-out loss.
+    """
+    if sweep is None:
+        sweeps = find_sweeps(Path("outputs/sweeps"))
+        if not sweeps:
+            raise refuse("run=best", "There is no sweep in outputs/sweeps.", "run=<run folder>   for a single run")
+        sweep = sweeps[0]
+    board = read_leaderboard(Path(sweep))
+    if board.best is None:
+        raise refuse(
+            f"run={sweep}", "None of its jobs finished with a held-out loss.", f"python scripts/leaderboard.py run={sweep}"
+        )
+    return board.index.folder / board.best.job.folder
+
+
+# ------------------------------------------------------------------------------------------------------ the rows
+
+
+def varying_keys(jobs: list[Job]) -> list[str]:
+    """The override keys whose value is not the same in all jobs, in the order they were first typed."""
+    keys = dict.fromkeys(key for job in jobs for key in job.overrides)
+    return [key for key in keys if len({str(_value(job, key)) for job in jobs}) > 1]
+
+
+def _value(job: Job, key: str) -> Any:
+    """A job's value of a setting; of a group the option that was chosen."""
+    if key in job.overrides:
+        return _plain(job.overrides[key])
+    if key in GROUPS:
+        return "default"
+    return job.settings.get(key, flatten(_defaults()).get(key))
+
+
+def _defaults() -> dict[str, Any]:
+    from sft.runtime import jsonable
+
+    return jsonable(Settings())
+
+
+def _plain(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _read_row(index: SweepIndex, job: Job, keys: list[str]) -> Row:
+    run = read_run(index.folder / job.folder)
+    metrics, data = run.get("metrics", {}), run.get("data", {})
+    row = Row(job, {key: _value(job, key) for key in keys}, note=job.reason or "")
+    if run.get("config_hash") != job.config_hash:
+        return row
+    row.seconds = number(run.get("seconds", {}).get("total"))
+    row.tokens, row.tokens_per_second = metrics.get("tokens"), number(metrics.get("tokens_per_second"))
+    row.memory_gib, row.held_out = number(metrics.get("memory_gib")), data.get("held_out_hash")
+    row.eval_loss_start, row.step = number(metrics.get("eval_loss_start")), metrics.get("kept_step")
+    if run.get("hardware", {}).get("gpu"):
+        row.gpu_hours = round(max(job.seconds, row.seconds or 0.0) / 3600, 4)
+    if job.status == FINISHED:
+        row.eval_loss = number(metrics.get("eval_loss"))
+        if row.eval_loss is not None and row.eval_loss_start is not None and row.eval_loss > row.eval_loss_start:
+            row.note = row.note or "worse than before training"
+    return row
+
+
+# --------------------------------------------------------------------------------------------------- the remarks
+
+
+def remark(board: Leaderboard) -> None:
+    """Add what limits the comparison: noise, unequal budgets, other held-out rows, a best value on the edge of the grid."""
+    ranked = [row for row in board.rows if row.rank]
+    if not ranked:
+        if board.rows and all(row.job.status == FINISHED for row in board.rows):
+            board.remarks.append("Nothing was held out, so there is no loss to rank by (dataset.eval_fraction=0.1).")
+        return
+    for check in (_check_rows, _check_budget, _check_noise, _check_edges):
+        check(board, ranked)
+
+
+def _check_rows(board: Leaderboard, ranked: list[Row]) -> None:
+    hashes = {row.held_out for row in ranked}
+    if len(hashes) < 2:
+        return
+    text = (
+        f"The jobs were measured on {len(hashes)} different sets of held-out rows, so their losses cannot be compared directly."
+    )
+    if "seed" in board.keys and not any("dataset" in key for key in board.keys):
+        text += " The seed chooses the rows; dataset.seed=3407 gives every job the same ones."
+    board.remarks.append(text)
+
+
+def _check_budget(board: Leaderboard, ranked: list[Row]) -> None:
+    tokens = [row.tokens for row in ranked if row.tokens]
+    if tokens and max(tokens) > 1.02 * min(tokens):
+        text = f"The jobs did not train on equally many tokens ({min(tokens):,} to {max(tokens):,}):"
+        board.remarks.append(text + " part of a difference is the longer training, not the setting.")
+
+
+def _groups(board: Leaderboard, rows: list[Row]) -> list[list[Row]]:
+    """Rows that differ in their seed alone, together; in the order of their mean loss."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        key = json.dumps([str(row.values[k]) for k in board.keys if k not in SEEDS] + [row.held_out])
+        groups.setdefault(key, []).append(row)
+    return sorted(groups.values(), key=lambda group: mean(row.eval_loss for row in group))
+
+
+def _check_noise(board: Leaderboard, ranked: list[Row]) -> None:
+    groups = _groups(board, ranked)
+    repeated = [group for group in groups if len(group) > 1]
+    if not repeated:
+        if len(ranked) > 1:
+            text = "No setting was run under several seeds, so it is not known how much of a difference is chance."
+            board.remarks.append(text + " Repeat the best one:")
+            board.next_commands.append(
+                _command(board, ranked[0], {"seed": _other_seeds(ranked[0]), "dataset.seed": _rows_seed(ranked[0])})
+            )
+        return
+    freedom = sum(len(group) - 1 for group in repeated)
+    board.noise = math.sqrt(sum((len(g) - 1) * variance([row.eval_loss for row in g]) for g in repeated) / freedom)
+    factor = T95[freedom - 1] if freedom <= len(T95) else 2.0
+    best, within = groups[0], 0
+    for group in groups[1:]:
+        gap = mean(r.eval_loss for r in group) - mean(r.eval_loss for r in best)
+        if gap <= factor * board.noise * math.sqrt(1 / len(group) + 1 / len(best)):
+            within += len(group)
+            for row in group:
+                row.note = row.note or "within noise of the best"
+    text = (
+        f"Runs that differ in the seed alone differ by {board.noise:.4f} (standard deviation, {freedom + len(repeated)} runs)."
+    )
+    if len(groups) == 1:
+        text += " These are all of them: what is seen here is chance."
+    elif within:
+        text += f" {within} rows lie within this noise of the best setting: they are not known to be worse."
+    else:
+        text += " The best setting is ahead of all others by more than this noise."
+    board.remarks.append(text)
+
+
+def _other_seeds(row: Row) -> str:
+    used = row.values.get("seed", row.job.settings.get("seed", Settings().seed))
+    return ",".join(map(str, [used, *[s for s in (1, 2, 3) if s != used][:2]]))
+
+
+def _rows_seed(row: Row) -> str:
+    return str(row.job.settings.get("dataset.seed") or row.job.settings.get("seed", Settings().seed))
+
+
+def _check_edges(board: Leaderboard, ranked: list[Row]) -> None:
+    """A best value on the edge of what was tried: the next values lie beyond it, as far apart as the last two."""
+    best = _groups(board, ranked)[0][0]
+    for key in board.keys:
+        tried = sorted({row.values[key] for row in ranked if isinstance(row.values[key], int | float)})
+        if key in (*SEEDS, "dataset.seed") or len(tried) < 2 or best.values[key] not in (tried[0], tried[-1]):
+            continue
+        top = best.values[key] == tried[-1]
+        steps = _beyond(tried if top else tried[::-1])
+        if not steps:
+            continue
+        edge = "largest" if top else "smallest"
+        board.remarks.append(
+            f"The best {key}, {_text(best.values[key])}, is the {edge} one tried: a better one may lie beyond. Try:"
+        )
+        board.next_commands.append(_command(board, best, {key: ",".join(map(_text, steps))}))
+
+
+def _beyond(tried: list[float]) -> list[float]:
+    """Two values beyond the last one: by the last ratio if all are above 0, else by the last difference."""
+    before, last = tried[-2:]
+    if before > 0 and last > 0:
+        values = [last * (last / before), last * (last / before) ** 2]
+    else:
+        values = [last + (last - before), last + 2 * (last - before)]
+    if all(isinstance(value, int) for value in tried):
+        values = [round(value) for value in values]
+    else:
+        values = [float(f"{value:.2g}") for value in values]
+    return [value for value in dict.fromkeys(values) if value > 0 and value != last]
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _command(board: Leaderboard, row: Row, changed: dict[str, str]) -> str:
+    """The command that runs `row` again with other values, as further jobs of the same sweep."""
+    overrides = {**row.job.overrides, **changed}
+    words = [f"{key}={value}" for key, value in overrides.items()] + [f"hydra.sweep.dir={os.path.relpath(board.index.folder)}"]
+    return "python train.py -m " + shlex.join(words)
+
+
+# ----------------------------------------------------------------------------------------------------- the files
+
+COLUMNS: list[tuple[str, Callable[[Row], Any]]] = [
+    ("status", lambda row: row.job.status),
+    ("eval_loss", lambda row: row.eval_loss),
+    ("eval_loss_start", lambda row: row.eval_loss_start),
+    ("kept_step", lambda row: row.step),
+    ("tokens", lambda row: row.tokens),
+    ("tokens_per_second", lambda row: row.tokens_per_second),
+    ("seconds", lambda row: row.seconds),
+    ("gpu_hours", lambda row: row.gpu_hours),
+    ("memory_gib", lambda row: row.memory_gib),
+    ("attempts", lambda row: row.job.attempts),
+    ("note", lambda row: row.note),
+    ("folder", lambda row: row.job.folder),
+    ("config_hash", lambda row: row.job.config_hash),
+]
+
+
+def write_csv(board: Leaderboard) -> Path:
+    """Write leaderboard.csv, whole or not at all: rank, the varying settings, then the results."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["rank", *board.keys, *(name for name, _ in COLUMNS)])
+    for row in board.rows:
+        cells = [row.rank, *(row.values[key] for key in board.keys), *(get(row) for _, get in COLUMNS)]
+        writer.writerow(["" if cell is None else cell for cell in cells])
+    target = board.index.folder / "leaderboard.csv"
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.write_text(text.getvalue(), encoding="utf-8")
+    os.replace(temporary, target)
+    return target
+
+
+def refresh(folder: Path) -> None:
+    """Rewrite leaderboard.csv and the report. What goes wrong here is said and ends nothing."""
+    try:
+        board = read_leaderboard(folder)
+        write_csv(board)
+        from sft.sweep.report import write_sweep_report
+
+        write_sweep_report(board)
+    except Exception as error:  # a table that cannot be drawn must not cost a night of training
+        log.warning("The leaderboard could not be written: %s", error)
+
+
+def show(folder: Path, file: TextIO | None = None) -> None:
+    """Print the table and the remarks to `file` (stderr if none), as wide as the terminal. Raises Refusal without a sweep."""
+    from rich.console import Console
+    from rich.table import Table
+
+    board = read_leaderboard(folder)
+    file = file or sys.stderr
+    console = Console(file=file, highlight=False, soft_wrap=True, width=None if file.isatty() else 160)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("#", *(key.rsplit(".", 1)[-1] for key in board.keys), "held-out", "tokens/s", "time", "status"):
+        table.add_column(title, justify="left" if title == "status" else "right", overflow="fold")
+    for row in board.rows:
+        loss = "" if row.eval_loss is None else f"{row.eval_loss:.4f}"
+        speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
+        time = "" if row.seconds is None else f"{row.seconds:,.0f} s"
+        status = row.job.status if not row.note else row.note if row.job.status == FINISHED else f"{row.job.status}: {row.note}"
+        style = "bold green" if row.rank == 1 else "" if row.rank else "dim"
+        cells = [str(row.rank or ""), *(_text(row.values[key]) for key in board.keys), loss, speed, time, status]
+        table.add_row(*cells, style=style)
+    console.print(table)
+    commands = iter(board.next_commands)
+    for text in board.remarks:
+        console.print(f"note: {text}", markup=False)
+        if text.endswith(":") and (command := next(commands, None)):
+            console.print(f"  {command}", markup=False)

@@ -1,0 +1,253 @@
+"""What a sweep knows without training: its identity, its names, its grid, its table, and what it may say about it."""
+
+import csv
+import json
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from sft import report, runtime
+from sft.errors import Refusal
+from sft.settings import Settings
+from sft.sweep import leaderboard
+from sft.sweep.index import SweepIndex, SweepLock, identify, judge, load_index, make_label
+from sft.sweep.pairs import check_pairs, expand
+from sft.sweep.report import write_sweep_report
+from tests.conftest import make_settings
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """`sweep([("lora.r=8 seed=1", 1.5, {...}), ...])`: a sweep's folder with one finished run a tuple."""
+    monkeypatch.setattr(report.vl_convert, "javascript_bundle", lambda snippet: "/* charts */")
+    monkeypatch.chdir(tmp_path)
+
+    def make(jobs, name="outputs/sweeps/s"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        index = SweepIndex(folder, "id", "python train.py -m ...", runtime.now())
+        for words, loss, *other in jobs:
+            overrides = dict(word.split("=") for word in words.split())
+            job = index.add(make_settings(*words.split()), overrides, list(overrides))
+            job.status = "finished" if loss is not None else "failed"
+            run = {"status": job.status, "config_hash": job.config_hash, "data": {"eval_rows": 8, "held_out_hash": "h"},
+                   "metrics": {"eval_loss": loss, "eval_loss_start": 3.0, "tokens": 1000, "tokens_per_second": 10.0},
+                   "seconds": {"total": 36.0}, "hardware": {"gpu": None}}  # fmt: skip
+            for changes in other:
+                for key, value in changes.items():
+                    run[key] = {**run.get(key, {}), **value} if isinstance(value, dict) else value
+            place = folder / job.folder
+            place.mkdir()
+            (place / "run.json").write_text(json.dumps(run), encoding="utf-8")
+            lines = [{"step": 0, "eval_loss": 3.0}, {"step": 4, "eval_loss": loss}]
+            (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            answer = {"step": 4, "prompt": "p", "question": "why?", "reference": "so", "completion": f"{job.number} </script>"}
+            (place / "samples.jsonl").write_text(json.dumps(answer) + "\n", encoding="utf-8")
+        index.save()
+        return folder
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------------- identity and names
+
+
+def test_a_sweep_is_the_same_with_more_values_and_another_with_other_settings():
+    base, swept = make_settings("trainer.max_steps=5"), ["lora.r"]
+    assert identify(base, swept) == identify(make_settings("trainer.max_steps=5", "lora.r=64"), swept)
+    assert identify(base, swept) == identify(
+        make_settings("trainer.max_steps=5", "tracking=none", "sweep.isolation=process"), swept
+    )
+    assert identify(base, swept) != identify(make_settings("trainer.max_steps=6"), swept)
+    assert identify(base, swept) != identify(base, ["lora.r", "seed"])
+    assert identify(base, ["dataset"]) == identify(make_settings("trainer.max_steps=5", "dataset=alpaca_zh"), ["dataset"])
+
+
+def test_a_job_is_its_settings_and_keeps_its_number(tmp_path):
+    index = SweepIndex(tmp_path)
+    first = index.add(make_settings("lora.r=8"), {"lora.r": "8"}, ["lora.r"])
+    again = index.add(make_settings("lora=r8", "lora.lora_alpha=16"), {"lora": "r8"}, ["lora"])
+    assert again is first, "however it was asked for"
+    assert index.add(make_settings("lora.r=4"), {"lora.r": "4"}, ["lora.r"]).folder == "1_r=4"
+    index.save()
+    assert load_index(tmp_path).jobs == index.jobs
+
+
+def test_the_seed_of_the_rows_is_part_of_a_job_only_where_it_changes_something():
+    assert runtime.config_hash(make_settings("seed=7")) == runtime.config_hash(make_settings("seed=7", "dataset.seed=7"))
+    assert runtime.config_hash(make_settings("seed=7")) != runtime.config_hash(make_settings("seed=7", "dataset.seed=8"))
+
+
+def test_labels_fit_into_a_folder_name():
+    assert make_label({"lora.r": "8", "seed": "1"}, ["lora.r"]) == "r=8"
+    assert (
+        make_label({"model.name": "a/b", "dataset.name": "c"}, ["model.name", "dataset.name"])
+        == "model.name=a-b_dataset.name=c"
+    )
+    assert len(make_label({"lora.target_modules": "[" + "x," * 99 + "]"}, ["lora.target_modules"])) <= 60
+    assert make_label({}, []) == "job"
+
+
+def test_a_folder_is_locked_by_one_at_a_time(tmp_path):
+    first = SweepLock(tmp_path)
+    assert first.take() and not SweepLock(tmp_path).take() and first.owner().isdigit()
+    first.release()
+    second = SweepLock(tmp_path)
+    assert second.take()
+    second.release()
+
+
+@pytest.mark.parametrize(
+    ("run", "status"),
+    [
+        ({"status": "finished", "data": {"eval_rows": 2}, "metrics": {"eval_loss": 1.0}}, "finished"),
+        ({"status": "finished", "data": {"eval_rows": 2}, "metrics": {"eval_loss": None}}, "diverged"),
+        ({"status": "finished", "data": {"eval_rows": 0}, "metrics": {"loss": 1.0}}, "finished"),
+        ({"status": "failed", "metrics": {"bad_steps": 11}, "settings": {"trainer": {"max_bad_steps": 10}}}, "diverged"),
+        ({"status": "failed", "reason": "OutOfMemoryError"}, "failed"),
+        ({"status": "stopped", "reason": "SIGINT at step 3"}, "stopped"),
+        ({"status": "running"}, "stopped"),
+    ],
+)
+def test_how_a_run_ended_is_read_from_its_own_record(run, status):
+    assert judge(run)[0] == status
+
+
+# --------------------------------------------------------------------------------------------------------------- the grid
+
+
+def grid(*words, paired=()):
+    return expand(OverridesParser.create().parse_overrides(list(words)), list(paired))
+
+
+def test_a_grid_is_every_combination_and_pairs_go_together():
+    assert grid("lora.r=1,2", "seed=range(1,3)", "lora=r8") == [
+        [f"lora.r={r}", f"seed={s}", "lora=r8"] for r in (1, 2) for s in (1, 2)
+    ]
+    assert grid("lora.r=8,8,16", "lora.lora_alpha=8,16,16", "seed=1", paired=["lora.r", "lora.lora_alpha"]) == [
+        ["lora.r=8", "lora.lora_alpha=8", "seed=1"],
+        ["lora.r=8", "lora.lora_alpha=16", "seed=1"],
+        ["lora.r=16", "lora.lora_alpha=16", "seed=1"],
+    ]
+    assert grid("lora.r=1,2", "lora.r=3") == [["lora.r=3"]], "the last one counts, as for presets that are overridden"
+
+
+def test_pairs_that_do_not_fit_are_refused():
+    assert "has no list" in check_pairs(["lora.r", "seed"], {"lora.r": 2})[0].why
+    assert "lora.r has 2, seed has 3" in check_pairs(["lora.r", "seed"], {"lora.r": 2, "seed": 3})[0].why
+    assert check_pairs(["lora.r", "seed"], {"lora.r": 2, "seed": 2}) == []
+
+
+# -------------------------------------------------------------------------------------------------------------- the table
+
+
+def test_rows_are_ranked_and_failures_stay_in_the_table(sweep):
+    folder = sweep([("lora.r=8", 2.0), ("lora.r=16", None, {"reason": "x"}), ("lora.r=32", 1.5), ("lora.r=64", 3.5)])
+    board = leaderboard.read_leaderboard(folder)
+    assert [(row.rank, row.values["lora.r"]) for row in board.rows] == [(1, 32), (2, 8), (3, 64), (None, 16)]
+    assert board.rows[2].note == "worse than before training"
+    leaderboard.write_csv(board)
+    table = list(csv.DictReader((folder / "leaderboard.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["lora.r"] for row in table] == ["32", "8", "64", "16"] and table[3]["status"] == "failed"
+    assert table[0]["eval_loss"] == "1.5" and table[0]["gpu_hours"] == "" and table[0]["seconds"] == "36.0"
+    assert leaderboard.best_run(folder).name == "2_r=32"
+
+
+def test_the_best_run_of_the_newest_sweep(sweep):
+    with pytest.raises(Refusal, match="no sweep"):
+        leaderboard.best_run()
+    sweep([("lora.r=8", 1.0)], "outputs/sweeps/2026-01-01")
+    newest = sweep([("lora.r=8", 2.0)], "outputs/sweeps/2026-01-02")
+    assert leaderboard.best_run().resolve() == newest / "0_r=8"
+    with pytest.raises(Refusal, match="None of its jobs"):
+        leaderboard.best_run(sweep([("lora.r=8", None)], "outputs/sweeps/2026-01-03"))
+
+
+def test_differences_within_the_spread_of_seeds_are_called_noise(sweep):
+    jobs = [("lora.r=8", (1.50, 1.54, 1.46)), ("lora.r=16", (1.52, 1.55, 1.48)), ("lora.r=32", (2.50, 2.54, 2.46))]
+    folder = sweep([(f"{r} seed={s} dataset.seed=1", loss) for r, losses in jobs for s, loss in enumerate(losses, 1)])
+    board = leaderboard.read_leaderboard(folder)
+    assert board.noise == pytest.approx(0.0386, abs=1e-3)
+    noisy = {row.values["lora.r"] for row in board.rows if "noise" in row.note}
+    assert noisy == {16} and "not known to be worse" in " ".join(board.remarks)
+
+
+def test_a_lead_beyond_the_spread_is_said_to_be_one(sweep):
+    folder = sweep([(f"lora.r={r} seed={s} dataset.seed=1", r / 8 + s / 1000) for r in (8, 16) for s in (1, 2, 3)])
+    board = leaderboard.read_leaderboard(folder)
+    assert "ahead of all others" in " ".join(board.remarks) and not any("noise" in row.note for row in board.rows)
+
+
+def test_without_repeated_seeds_the_next_command_repeats_the_best(sweep):
+    folder = sweep([("lora.r=8 trainer.max_steps=5", 2.0), ("lora.r=16 trainer.max_steps=5", 1.9)])
+    board = leaderboard.read_leaderboard(folder)
+    assert "python train.py -m lora.r=16 trainer.max_steps=5 seed=3407,1,2 dataset.seed=3407" in board.next_commands[0]
+    assert board.next_commands[0].endswith("hydra.sweep.dir=outputs/sweeps/s")
+
+
+@pytest.mark.parametrize(
+    ("key", "losses", "following"),
+    [
+        ("trainer.learning_rate", {"1e-4": 2.0, "2e-4": 1.8, "4e-4": 1.5}, "trainer.learning_rate=0.0008,0.0016"),
+        ("trainer.learning_rate", {"1e-4": 1.2, "2e-4": 1.8, "4e-4": 1.9}, "trainer.learning_rate=5e-05,2.5e-05"),
+        ("lora.r", {"8": 2.0, "16": 1.5}, "lora.r=32,64"),
+        ("lora.r", {"8": 2.0, "16": 1.5, "32": 1.6}, None),
+    ],
+)
+def test_a_best_value_on_the_edge_asks_for_the_next_grid(sweep, key, losses, following):
+    board = leaderboard.read_leaderboard(sweep([(f"{key}={value}", loss) for value, loss in losses.items()]))
+    beyond = [command for command in board.next_commands if "seed=" not in command]
+    assert (following in beyond[0]) if following else beyond == []
+
+
+def test_unequal_budgets_and_other_held_out_rows_are_said(sweep):
+    folder = sweep([("lora.r=8", 2.0), ("lora.r=16", 1.9, {"metrics": {"tokens": 1500}})])
+    assert "equally many tokens (1,000 to 1,500)" in " ".join(leaderboard.read_leaderboard(folder).remarks)
+    folder = sweep([("seed=1", 2.0), ("seed=2", 1.9, {"data": {"held_out_hash": "other"}})], "t")
+    remarks = " ".join(leaderboard.read_leaderboard(folder).remarks)
+    assert "2 different sets of held-out rows" in remarks and "dataset.seed=3407" in remarks
+
+
+def test_the_report_is_whole_and_escapes_what_a_model_says(sweep):
+    folder = sweep([(f"lora.r={r} trainer.learning_rate={lr}", r / lr / 1e6) for r in (8, 16) for lr in (1e-4, 2e-4)])
+    page = write_sweep_report(leaderboard.read_leaderboard(folder)).read_text(encoding="utf-8")
+    charts = page.partition('id="charts">')[2].partition("</script>")[0]
+    assert [chart["name"] for chart in json.loads(charts)] == ["curves", "effect", "parallel"]
+    assert "0 &lt;/script&gt;" in page and "0 </script>" not in page and "http-equiv" in page
+    assert page.count("4 of 4") == 1 and "0_r=8_learning_rate=0.0001" in page and 'src="http' not in page
+
+
+def test_defaults_of_a_sweep_change_nothing_in_a_run():
+    assert Settings().sweep.on_failure.value == "continue" and Settings().sweep.isolation.value == "shared"
+
+
+# --------------------------------------------------------------------------------------------------------- the commands
+
+
+def test_the_table_in_the_terminal(sweep, capsys):
+    from scripts import leaderboard as command
+
+    folder = sweep([("lora.r=8", 2.0), ("lora.r=16", 1.5), ("lora.r=32", None, {"reason": "OutOfMemoryError: full"})])
+    assert command.main([]) == 0 and command.main([f"run={folder}"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("1.5000") < shown.index("2.0000") and "lora.r=16 seed=3407,1,2" in shown and "failed" in shown
+    assert command.main(["--best"]) == 0 and capsys.readouterr().out.strip() == "outputs/sweeps/s/1_r=16"
+    assert command.main(["run=nowhere"]) == 2 and "holds no sweep" in capsys.readouterr().err
+    assert command.main(["lora.r=8"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*Pydantic:DeprecationWarning", "ignore:Pydantic V1 style:DeprecationWarning")
+def test_the_wandb_workspace_holds_the_sweeps_settings(sweep, capsys):
+    pytest.importorskip("wandb_workspaces")
+    from scripts import wandb_workspace
+
+    tracking = {"settings": {"tracking": {"entity": "me", "project": "faq"}}}
+    sweep([(f"lora.r={r} trainer.learning_rate={lr}", 1.0, tracking) for r in (8, 16) for lr in (1e-4, 2e-4)])
+    assert wandb_workspace.main([]) == 2 and "wandb login" in capsys.readouterr().err
+    assert wandb_workspace.main(["--dry-run"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["entity"], made["project"], made["displayName"]) == ("me", "faq", "sweep s")
+    text = json.dumps(made)
+    for part in ("Parallel Coordinates Plot", "lora.value.r", "trainer.value.learning_rate", "summary:eval_loss", "samples"):
+        assert part in text, part
+    assert '"value": "s"' in text, "the sweep's group alone"
