@@ -369,6 +369,7 @@ def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) 
     The weights are safe by now, so a failure is told and does not undo the run.
     """
     runtime.release_memory()
+    record.update()  # the export holds the saved weights against what the record says of the training
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     with record.timed("export"):

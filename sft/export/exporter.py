@@ -62,8 +62,9 @@ def export_run(folder: Path, settings: Settings, weights: Path | None = None) ->
     log.info("Export %s of %s", ", ".join(wanted.formats), os.path.relpath(trained.weights))
     model = merge.load_trained(settings, trained.weights)
     reference = _measure_torch(model, trained, wanted)
-    report["reference"] = _reference_facts(trained, reference, report)
-    _note(trained, report, "adapter", trained.weights, *_anchor(trained, reference), started)
+    report["reference"] = _reference_facts(trained, reference, _base_loss(model, trained))
+    checks, facts = _anchor(trained, reference)
+    _note(trained, report, "adapter", trained.weights, checks, {**facts, "peak_memory_gib": runtime.peak_memory_gib()}, started)
     merged = folder / "export" / "merged_16bit" if "merged_16bit" in wanted.formats else folder / "export" / ".merged_16bit"
     try:
         if with_merged:
@@ -253,9 +254,18 @@ def _measure_torch(model: Any, trained: Trained, wanted: ExportSettings) -> proo
     return proof.measure_torch(model, trained.rows, wanted.num_prompts, new, trained.stop_ids, trained.tokenizer.pad_token_id)
 
 
-def _reference_facts(trained: Trained, reference: proof.Measurement, report: dict) -> dict[str, Any]:
+def _base_loss(model: Any, trained: Trained) -> float | None:
+    """The loss of the model without its adapter, to tell how much of what was learnt an export keeps; None without one."""
+    if not hasattr(model, "disable_adapter"):
+        return None
+    with model.disable_adapter():
+        return proof.row_losses(model, trained.rows)[0]
+
+
+def _reference_facts(trained: Trained, reference: proof.Measurement, base_loss: float | None) -> dict[str, Any]:
     return {
         "loss": round(reference.loss, 6),
+        "base_loss": base_loss and round(base_loss, 6),
         "rows": len(trained.rows),
         "prompts": len(reference.answers),
         "source": trained.rows[0].source,
@@ -321,9 +331,11 @@ def _prove_folder(trained, report, reference, name: str, place: Path, limit: flo
             model, trained.rows, trained.settings.export.num_prompts, trained.settings.samples.max_new_tokens,
             ids if isinstance(ids, list) else [ids] if ids is not None else [], tokenizer.pad_token_id,
         )  # fmt: skip
+        facts = {"peak_memory_gib": runtime.peak_memory_gib()}
         del model
         runtime.release_memory()
-        numbers, facts = verify.compare_numbers(reference, found, trained.dtype, limit)
+        numbers, compared = verify.compare_numbers(reference, found, trained.dtype, limit)
+        facts |= compared
         _note(trained, report, name, place, [*checks, *numbers], facts, begun)
 
     _attempt(report, name, prove)
@@ -362,6 +374,7 @@ def _note(
         **facts,
         "size_bytes": size,
         "seconds": round(time.monotonic() - begun, 2),
+        **_gain_kept(report, name, facts),
         "checks": [asdict(check) for check in checks],
         "failed": failed,
     }
@@ -371,6 +384,22 @@ def _note(
     for check in checks:
         if not check.ok:
             log.error("%s %s: expected %s, found %s", name, check.name, check.expected, check.found)
+
+
+def _gain_kept(report: dict, name: str, facts: dict) -> dict[str, float]:
+    """How much of the fall in loss that the training brought is left in an export; says so where it is little.
+
+    A small update can be lost in the rounding to 4 bits while the loss stays within `export.max_loss_increase`.
+    """
+    reference = report["reference"]
+    gain = (reference.get("base_loss") or 0.0) - reference["loss"]
+    if gain <= 0 or "loss_increase" not in facts:
+        return {}
+    kept = round(1 - facts["loss_increase"] / gain, 4)
+    if kept < 0.5 and name != "adapter":
+        log.warning("%s keeps %.0f %% of what the training brought: loss %.4f before it, %.4f after.", name, 100 * kept,
+                    reference["base_loss"], reference["loss"])  # fmt: skip
+    return {"gain_kept": kept}
 
 
 def _with_earlier(folder: Path, report: dict) -> dict:
