@@ -311,6 +311,8 @@ class GgufSettings:
 
     quantizations: list[str] = field(default_factory=lambda: ["q8_0", "q4_k_m"])
     """llama.cpp's types by name: f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m ... The merged f16 is made once for all of them."""
+    adapter: bool = False
+    """The adapter alone as a small GGUF file too, to put on a GGUF of the base model: `llama-cli --lora`."""
 
 
 @dataclass

@@ -402,7 +402,14 @@ def _check_export(settings: Settings) -> list[Problem]:
                 close = difflib.get_close_matches(value.lower(), known, 1, 0.4)
                 better = [close[0] if v == value else v for v in values] if close else [known[0]]
                 problems.append(Problem(f"{key}: {value}", f"It can be: {', '.join(known)}.", f"{key}=[{','.join(better)}]"))
-    if "gguf" in export.formats and not export.gguf.quantizations:
+    if export.gguf.adapter and "gguf" not in export.formats:
+        problems.append(
+            Problem("export.gguf.adapter=true", "No GGUF files are asked for, so it would be ignored.", "export=gguf")
+        )
+    if export.gguf.adapter and not settings.lora.enabled:
+        why = "Full fine-tuning has no adapter."
+        problems.append(Problem("lora=none export.gguf.adapter=true", why, "export.gguf.adapter=false"))
+    if "gguf" in export.formats and not export.gguf.quantizations and not export.gguf.adapter:
         problems.append(Problem("export.gguf.quantizations=[]", "No GGUF type is named.", "export.gguf.quantizations=[q8_0]"))
     if "adapter" in export.formats and not settings.lora.enabled:
         problems.append(Problem("lora=none export.formats: adapter", "Full fine-tuning has no adapter.", "export=merged_16bit"))

@@ -230,9 +230,24 @@ def _make_gguf(trained: Trained, report: dict, reference: proof.Measurement, mer
                 _attempt(
                     report, name, lambda n=name, f=file, k=kind, b=begun: _prove_gguf(trained, report, reference, n, f, k, b)
                 )
+        if wanted.gguf.adapter:
+            _make_gguf_adapter(trained, report, merged, whole)
     finally:
         if whole.name.startswith("."):
             whole.unlink(missing_ok=True)
+
+
+def _make_gguf_adapter(trained: Trained, report: dict, merged: Path, whole: Path) -> None:
+    file, begun = trained.folder / "export" / "gguf" / "adapter.gguf", time.monotonic()
+
+    def make() -> None:
+        if not whole.exists():
+            gguf.convert(merged, whole)
+        layers = gguf.write_adapter(trained.weights, merged, whole, file)
+        told = f"{layers} layers in the order of llama.cpp's own converter"
+        _note(trained, report, "gguf/adapter", file, [verify.Check("tensors", True, told, told)], {}, begun)
+
+    _attempt(report, "gguf/adapter", make)
 
 
 def _attempt(report: dict, name: str, action: Callable[[], None]) -> bool:
@@ -380,7 +395,8 @@ def _note(
     }
     increase = f" ({facts['loss_increase']:+.4f})" if "loss_increase" in facts else ""
     same = f", {facts['answers_equal']} of {facts['answers']} answers the same" if facts.get("answers") else ""
-    log.info("       %-13s %s  loss %.4f%s%s", name, "FAILED" if failed else "ok    ", facts["loss"], increase, same)
+    loss = f"  loss {facts['loss']:.4f}" if "loss" in facts else ""
+    log.info("       %-13s %s%s%s%s", name, "FAILED" if failed else "ok    ", loss, increase, same)
     for check in checks:
         if not check.ok:
             log.error("%s %s: expected %s, found %s", name, check.name, check.expected, check.found)

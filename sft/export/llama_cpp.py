@@ -70,6 +70,12 @@ class Reader:
         return self.context.get_logits_ith(position)
 
 
+def load_adapter(job: dict[str, Any]) -> dict:
+    """Load an adapter onto a model: llama.cpp refuses names and shapes that do not fit."""
+    load(job["gguf"]).lora_adapter_init(job["adapter"])
+    return {}
+
+
 def measure(job: dict[str, Any]) -> dict:
     """Losses, greedy answers, and what the file says of its tokens: see sft.export.gguf.measure."""
     model = load(job["gguf"])
@@ -121,6 +127,6 @@ def _nll(logits: list[float], label: int) -> float:
 if __name__ == "__main__":
     with open(sys.argv[1], encoding="utf-8") as file:
         asked = json.load(file)
-    result = {"quantise": quantise, "measure": measure}[asked["do"]](asked)
+    result = {"quantise": quantise, "measure": measure, "load_adapter": load_adapter}[asked["do"]](asked)
     with open(sys.argv[2], "w", encoding="utf-8") as file:
         json.dump(result, file)

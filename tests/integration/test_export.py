@@ -26,8 +26,8 @@ needs_gguf = pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's
 def trained(tmp_path_factory):
     """One finished run with merged_16bit and f16 exported, not to be changed: take a copy."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    quantizations = "export.gguf.quantizations=[f16,q8_0,q4_k_m]"
-    result = run(make_settings(*SMALL, *LEARNT, "export=all", quantizations), folder)
+    gguf_files = ("export.gguf.quantizations=[f16,q8_0,q4_k_m]", "export.gguf.adapter=true")
+    result = run(make_settings(*SMALL, *LEARNT, "export=all", *gguf_files), folder)
     assert (result.status, result.exit_code) == ("finished", 0)
     return folder
 
@@ -69,7 +69,15 @@ def export(folder: Path, monkeypatch=None, fault=None, formats=("merged_16bit",)
 @needs_gguf
 def test_every_format_holds_what_was_trained(trained):
     found = read(trained)
-    assert set(found["artifacts"]) == {"adapter", "merged_16bit", "merged_4bit", "gguf/f16", "gguf/q8_0", "gguf/q4_k_m"}
+    assert set(found["artifacts"]) == {
+        "adapter",
+        "merged_16bit",
+        "merged_4bit",
+        "gguf/f16",
+        "gguf/q8_0",
+        "gguf/q4_k_m",
+        "gguf/adapter",
+    }
     assert all(facts["status"] == "ok" and facts["failed"] == [] for facts in found["artifacts"].values())
     record = json.loads((trained / "run.json").read_text(encoding="utf-8"))
     assert abs(found["reference"]["loss"] - record["metrics"]["proof_loss"]) < 1e-4
@@ -98,6 +106,29 @@ def test_the_merged_model_is_plain_and_stands_alone(trained):
     assert AutoTokenizer.from_pretrained(folder).eos_token == "<|im_end|>"
     settings = json.loads((folder / "generation_config.json").read_text())
     assert settings["eos_token_id"] == 2 and settings["pad_token_id"] == 0
+
+
+@needs_gguf
+def test_the_gguf_adapter_on_the_base_is_the_merged_model(trained, tmp_path):
+    """base + alpha / r * B A, as llama.cpp computes it, for a layer whose rows llama.cpp reorders and one that it does not."""
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = json.loads((trained / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
+    gguf.convert(tmp_path / "base", tmp_path / "base.gguf", "f32")
+    base, merged, adapter = (
+        {t.name: torch.from_numpy(t.data.copy()).float() for t in GGUFReader(file).tensors}
+        for file in (tmp_path / "base.gguf", trained / "export/gguf/model-f16.gguf", trained / "export/gguf/adapter.gguf")
+    )
+    alpha = GGUFReader(trained / "export/gguf/adapter.gguf").fields["adapter.lora.alpha"].contents()
+    for name in ("blk.0.attn_q.weight", "blk.1.attn_k.weight", "blk.1.ffn_down.weight"):
+        a, b = adapter[f"{name}.lora_a"], adapter[f"{name}.lora_b"]
+        update = alpha / len(a) * b @ a
+        assert float(update.abs().max()) > 0.01  # beyond the rounding
+        assert torch.allclose(base[name] + update, merged[name], atol=2e-3), name
 
 
 # ------------------------------------------------------------------------------------------- planted faults, torch
