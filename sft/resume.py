@@ -109,6 +109,9 @@ def find_checkpoint(folder: Path, before: dict[str, Any] | None, data_hash: str)
     Raises Refusal if the rows are others than those the checkpoint was trained on.
     """
     durable.remove_leftovers(folder, "adapter", "model", "run.json", "report.html")
+    if before is None and checkpoints.steps_saved(folder):
+        why = "It holds checkpoints and no run.json that says which run they belong to."
+        raise refuse(f"hydra.run.dir={folder}", why, f"bring run.json back, or remove {folder}/checkpoints")
     checkpoint = checkpoints.find_last(folder)
     if checkpoint is None or before is None:
         return None

@@ -412,7 +412,9 @@ def _reason(error: BaseException) -> str:
     root = error
     while root.__cause__:
         root = root.__cause__
-    return told if root is error else f"{told} (because of {type(root).__name__}: {first_line(root)})"
+    return (
+        told if root is error or first_line(root) in told else f"{told} (because of {type(root).__name__}: {first_line(root)})"
+    )
 
 
 def _tell_failure(error: BaseException, folder: Path) -> None:

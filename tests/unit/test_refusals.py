@@ -1,5 +1,6 @@
 """What is refused before anything heavy is imported: every mistake in one message, with a sentence and a way out."""
 
+import json
 import os
 import resource
 import shlex
@@ -12,6 +13,8 @@ import pytest
 from sft import validate
 from sft.command_line import check_command_line, read_settings
 from sft.errors import Problem, Refusal
+from sft.resume import locked
+from sft.runtime import config_hash, jsonable
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -488,6 +491,39 @@ def test_a_run_folder_that_holds_a_run_is_refused(tmp_path):
     assert "outputs/mine" in problem.why and "holds a run already" in problem.why
     assert "hydra.run.dir=outputs/mine_2" in problem.fix
     accepted("hydra.run.dir=outputs/${seed}", "hydra.run.dir=outputs/other")
+
+
+def test_the_same_run_may_go_on_in_its_folder_and_any_other_is_refused(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    settings = read_settings(CONF, ["lora.r=8"])
+    record = {"status": "running", "config_hash": config_hash(settings), "settings": jsonable(settings)}
+    (folder / "run.json").write_text(json.dumps(record))
+    accepted("lora.r=8", "hydra.run.dir=mine", "trainer.max_hours=2", "tracking=none")
+    accepted("resume=mine")
+    problem = problem_of("lora.r=16", "hydra.run.dir=mine")
+    assert "lora.r is 8 there and 16 here" in problem.why and "resume=mine" in problem.fix
+    assert "would be ignored" in problem_of("resume=mine", "lora.r=16").why
+    assert "sweep" in problem_of("resume=mine", "-m").why or "ignored" in problem_of("resume=mine", "-m").why
+    assert "no such folder" in problem_of("resume=nowhere").why
+    with locked(folder):
+        assert "Another process" in problem_of("resume=mine").why
+        assert "Another process" in problem_of("lora.r=8", "hydra.run.dir=mine").why
+    (folder / "run.json").write_text(json.dumps({**record, "status": "finished"}))
+    assert "finished" in problem_of("resume=mine").why
+    assert "holds a run already" in problem_of("lora.r=8", "hydra.run.dir=mine").why
+
+
+def test_a_folder_that_cannot_be_written_is_refused():
+    assert "Nothing can be written to /proc" in problem_of("hydra.run.dir=/proc/mine").why
+
+
+def test_limits_by_the_clock():
+    accepted("trainer.stop_at=17:30")
+    accepted('trainer.stop_at="2026-12-31 17:30"')
+    assert "no moment" in problem_of("trainer.stop_at=25:00").why
+    assert "above 0" in problem_of("trainer.max_hours=0").why
+    assert "at least 0" in problem_of("trainer.max_bad_steps=-1").why
 
 
 def test_hydras_own_settings():
