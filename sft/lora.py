@@ -45,7 +45,10 @@ def attach(model: Any, settings: Settings, backend: str) -> Any:
     if settings.model.load_in_4bit or settings.model.load_in_8bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=uses_checkpointing(settings))
     set_seed(settings.seed)
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", use_dora=lora.use_dora, **options))
+    # Trained copies of tied layers stay one, as in the model itself; two would differ, and a merge could keep only one.
+    tied = bool({"embed_tokens", "lm_head"} & set(lora.modules_to_save)) and model.config.tie_word_embeddings
+    config = LoraConfig(task_type="CAUSAL_LM", use_dora=lora.use_dora, ensure_weight_tying=tied, **options)
+    return get_peft_model(model, config)
 
 
 def _check_targets(model: Any, targets: list[str]) -> None:
