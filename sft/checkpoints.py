@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import durable
+from sft.errors import SaveFailed, first_line
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,17 @@ def writing(folder: Path, step: int, state: dict[str, Any]) -> Iterator[Path]:
     """Write a checkpoint into the folder this gives; it counts from the moment the block ends well.
 
     `state` is what this project keeps beside transformers' own files. The lines written so far reach the disk before the
-    checkpoint that counts them does. Raises OSError.
+    checkpoint that counts them does. Raises SaveFailed, whatever the library that wrote calls it.
     """
+    try:
+        with _writing(folder, step, state) as work:
+            yield work
+    except Exception as error:
+        raise SaveFailed(f"the checkpoint of step {step} could not be written: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _writing(folder: Path, step: int, state: dict[str, Any]) -> Iterator[Path]:
     lines = {name: folder / name for name in ("metrics.jsonl", "samples.jsonl")}
     for path in lines.values():
         durable.sync_file(path)

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sft import settings as schema
 from sft.errors import Problem, Refusal, first_line
 from sft.keys import find_field, plain_type, stray_keys, unknown_key
-from sft.resume import check_folder, recorded_run
+from sft.resume import check_folder, recorded_run, working_folder
 from sft.settings import Settings
 from sft.sweep.pairs import check_pairs
 from sft.validate import check_settings
@@ -87,6 +88,8 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
         folder = None if args.multirun or preset or args.cfg else _run_folder(good)
         for job in _jobs_to_check(good):
             problems += _check_job(config_name, search_path + job, hardware, folder)
+        if hardware:
+            problems += _check_writable(folder or Path("outputs"))
         problems += _check_swept_values(config_name, search_path, good, hardware)
         problems += _check_pairs(config_name, search_path, good)
     if problems:
@@ -336,6 +339,17 @@ def _run_folder(overrides: list[Override]) -> Path | None:
     return Path(named[-1]).expanduser() if named and isinstance(named[-1], str) and "${" not in named[-1] else None
 
 
+def _check_writable(folder: Path) -> list[Problem]:
+    """The problem of a run folder that cannot be written, asked of the nearest folder that is there. Leaves no trace."""
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return []
+    except OSError as error:
+        why = f"Nothing can be written to {place}: {error.strerror}."
+        return [Problem(f"hydra.run.dir={folder}", why, "hydra.run.dir=<a folder that can be written>")]
+
+
 def _check_resume(argv: list[str], hardware: bool) -> None:
     """Refuse `resume=<run folder>` that does not stand alone, or whose run cannot go on."""
     text = next(a for a in argv if a.startswith("resume="))
@@ -346,8 +360,10 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
     folder = text.partition("=")[2]
     if folder in ("", "null"):
         raise Refusal([Problem(text, "It names no folder.", "resume=outputs/<run>")])
-    settings, _ = recorded_run(Path(folder).expanduser())
-    problems = check_settings(settings, hardware)
+    place = Path(folder).expanduser().resolve()
+    settings, record = recorded_run(place)
+    with working_folder(record):
+        problems = check_settings(settings, hardware) + _check_writable(place)
     if problems:
         raise Refusal(problems)
 

@@ -8,14 +8,12 @@ Both backends train on exactly what comes out of here, and `scripts/preview.py` 
 import functools
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sft import embedded
+from sft import durable, embedded
 from sft.columns import check_columns, find_shape
 from sft.errors import Problem, Refusal, first_line, refuse
 from sft.render import ALPACA, IGNORED, choose_template, encode, render_row
@@ -268,29 +266,20 @@ def _write_cache(folder: Path, prepared: Prepared) -> None:
             "row": Value("int64"),
         }
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".tokens-", dir=folder.parent))
-    try:
-        made, torn = work / "made", work / "torn"
-        made.mkdir()
+    durable.remove_folder(folder)  # whatever is there could not be read
+    with durable.new_folder(folder, replace=False) as work:
         for name, entries in (("train", prepared.train), ("eval", prepared.eval)):
             if entries:
-                Dataset.from_list(entries, features=features).to_parquet(made / f"{name}.parquet")
-        (made / "facts.json").write_text(json.dumps(prepared.facts, ensure_ascii=False), encoding="utf-8")
-        try:
-            made.rename(folder)
-        except OSError:  # another run was faster, or a clean-up of the cache left a part of the folder
-            if _read_cache(folder) is None:
-                folder.rename(torn)
-                made.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+                Dataset.from_list(entries, features=features).to_parquet(work / f"{name}.parquet")
+        (work / "facts.json").write_text(json.dumps(prepared.facts, ensure_ascii=False), encoding="utf-8")
 
 
 def _read_cache(folder: Path) -> Prepared | None:
     """What `_write_cache` wrote; None where a part of it is missing or damaged."""
     from datasets import Dataset
 
+    if durable.find_damage(folder):
+        return None
     try:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         splits = {}

@@ -17,10 +17,11 @@ ASIDE = "aside"
 
 
 @contextlib.contextmanager
-def new_folder(place: Path, manifest: bool = True) -> Iterator[Path]:
+def new_folder(place: Path, manifest: bool = True, replace: bool = True) -> Iterator[Path]:
     """Write into the folder this gives; it takes the name `place` when the block ends well, and vanishes if it does not.
 
-    What stood at `place` before is there until then. Raises OSError where the disk does.
+    What stood at `place` before is there until then; with `replace=False` it stays, because another process made the same.
+    Raises OSError where the disk does.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
@@ -32,7 +33,10 @@ def new_folder(place: Path, manifest: bool = True) -> Iterator[Path]:
         if manifest:
             write_manifest(work)
         sync_folder(work)
-        _swap(work, place)
+        if replace:
+            _swap(work, place)
+        else:
+            _take_place(work, place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -119,6 +123,16 @@ def _swap(work: Path, place: Path) -> None:
     finally:
         if aside:
             shutil.rmtree(aside, ignore_errors=True)
+    sync_file(place.parent)
+
+
+def _take_place(work: Path, place: Path) -> None:
+    """Rename `work` to `place` unless another process was faster."""
+    try:
+        work.rename(place)
+    except OSError:
+        if not place.is_dir():
+            raise
     sync_file(place.parent)
 
 

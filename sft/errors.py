@@ -7,6 +7,10 @@ class SftError(Exception):
     """Base of every error this project raises on purpose."""
 
 
+class SaveFailed(SftError):
+    """A checkpoint or the weights could not be written; what was written before is whole."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing the user has to change before a run can start."""
@@ -29,6 +33,10 @@ class Refusal(SftError):
 
 class HubError(SftError):
     """A push to the hub failed; everything made is still on disk. The message is one line and never holds a token."""
+
+
+class ExportError(SftError):
+    """An export could not be made or measured; the trained weights are untouched. The message is one line."""
 
 
 def format_problems(problems: list[Problem]) -> str:

@@ -97,6 +97,12 @@ def recorded_run(folder: Path) -> tuple[Settings, dict[str, Any]]:
     return settings, record
 
 
+def working_folder(record: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """Work where the run was started, if that folder is here: relative paths in its settings are looked up there."""
+    place = record.get("working_folder")
+    return contextlib.chdir(place) if place and os.path.isdir(place) else contextlib.nullcontext()
+
+
 def find_checkpoint(folder: Path, before: dict[str, Any] | None, data_hash: str) -> Path | None:
     """The checkpoint that the run in `folder` goes on from; None where it begins. Clears away what a kill left behind.
 

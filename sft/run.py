@@ -1,13 +1,15 @@
 """A run from its settings to its report, in the order it happens."""
 
 import contextlib
+import errno
 import logging
 import math
 import os
 import shutil
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from sft import durable, lora, models, resume, runtime, samples, shared
 from sft import trainer as training
 from sft.budget import TimeBudget
 from sft.command_line import command_text, to_settings
-from sft.errors import Refusal, first_line
+from sft.errors import Refusal, SaveFailed, first_line
+from sft.export import exporter, proof
 from sft.loop import Loop
 from sft.preflight import write_preflight
+from sft.records import read_json
 from sft.settings import Isolation, Settings
 from sft.tracking import Tracking
 from sft.validate import check_settings
@@ -66,11 +70,13 @@ def run_job(config: DictConfig) -> RunResult:
     name = _job_name(choices, folder) if sweeping else _run_name(choices, overrides)
     context = Context(name, command_text(), overrides, tuple(choices.values()))
 
+    stack = contextlib.ExitStack()
+
     def start() -> RunResult:
         nonlocal context
         settings = to_settings(config)
         if settings.resume:
-            settings, context = _recorded(folder)
+            settings, context = _recorded(folder, stack)
         problems = check_settings(settings)
         if problems:
             raise Refusal(problems)
@@ -80,7 +86,8 @@ def run_job(config: DictConfig) -> RunResult:
             return run_apart(settings, folder, context, hydra.job_logging)
         return run(settings, folder, context)
 
-    return guarded(start, folder, context, sweeping)
+    with stack:
+        return guarded(start, folder, context, sweeping)
 
 
 def guarded(start: Callable[[], RunResult], folder: Path, context: Context, sweeping: bool) -> RunResult:
@@ -100,9 +107,8 @@ def guarded(start: Callable[[], RunResult], folder: Path, context: Context, swee
         _remove_unused(folder)
         return RunResult("stopped", 130, folder)
     except Exception as error:  # a full disk or a bug outside of training; run() records those inside
-        log.error("Failed: %s", _reason(error))
+        _tell_failure(error, folder)
         with contextlib.suppress(OSError):
-            _keep_traceback(folder)
             if not (folder / "run.json").exists():
                 runtime.RunRecord(folder, name=context.name, overrides=overrides).close("failed", _reason(error))
         return RunResult("failed", 1, folder)
@@ -129,16 +135,20 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
         record = _start_record(settings, folder, context, before)
         try:
             return _run(settings, folder, context, record, before)
-        except (Refusal, KeyboardInterrupt):  # nothing happened: leave the folder as it was found
-            if before:
+        except (Refusal, KeyboardInterrupt) as ending:
+            if isinstance(ending, KeyboardInterrupt) and record.facts.get("sessions") != (before or {}).get("sessions"):
+                record.close("stopped", "interrupted a second time, while its ending was written")
+                return RunResult("stopped", 130, folder)
+            if before:  # nothing happened: leave the folder as it was found
                 runtime.write_json(record.path, before)
             else:
                 record.path.unlink()
             raise
-        except Exception as error:
+        except Exception as error:  # before training, or run.json itself could not be written after it
+            _tell_failure(error, folder)
             with contextlib.suppress(OSError):
                 record.close("failed", _reason(error))
-            raise
+            return RunResult("failed", 1, folder)
 
 
 def _run(settings: Settings, folder: Path, context: Context, record: runtime.RunRecord, before: dict | None) -> RunResult:
@@ -153,6 +163,11 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
         tokenizer, stop_ids = shared.load_tokenizer(settings)
         prepared = shared.prepare_data(settings, tokenizer, stop_ids)
         preflight = write_preflight(folder, prepared.facts, settings)
+        if settings.export.formats:
+            problems = exporter.check_export(folder, settings)
+            if problems:
+                raise Refusal(problems)
+        proof.write_rows(folder, prepared)
         checkpoint = resume.find_checkpoint(folder, before, preflight["data_hash"])
         _record_data(record, preflight, checkpoint)
         tracking = Tracking()
@@ -171,16 +186,10 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
         except Exception as error:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
             status, reason = "failed", _reason(error)
             record.facts["error"] = {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
-            log.error("Failed: %s", reason)
-            if type(error).__name__ == "OutOfMemoryError":
-                log.error(
-                    "hint: fewer rows at a time: trainer.per_device_train_batch_size=1 trainer.gradient_accumulation_steps=8"
-                )
-                log.error("hint: more ways in docs/troubleshooting.md")
-            _keep_traceback(folder)
+            _tell_failure(error, folder)
         metrics = recorder.final
         tracking.finish(status, metrics)
-        record.update(metrics=metrics, tracking=tracking.facts)
+        record.facts |= {"metrics": metrics, "tracking": tracking.facts}
         return _finish(settings, folder, record, status, reason, metrics, stop)
 
 
@@ -220,11 +229,10 @@ def _record_data(record: runtime.RunRecord, preflight: dict, checkpoint: Path | 
     )
 
 
-def _recorded(folder: Path) -> tuple[Settings, Context]:
-    """Settings and context of the run in `folder`, for `resume=`; its relative paths are looked up where it was started."""
+def _recorded(folder: Path, stack: contextlib.ExitStack) -> tuple[Settings, Context]:
+    """Settings and context of the run in `folder`, for `resume=`; until `stack` closes, the run works where it began."""
     settings, record = resume.recorded_run(folder)
-    with contextlib.suppress(OSError, TypeError):
-        os.chdir(record.get("working_folder"))
+    stack.enter_context(resume.working_folder(record))
     named = (record.get("name", "run"), record.get("command", ""), record.get("overrides", ()), record.get("tags", ()))
     return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]))
 
@@ -273,6 +281,8 @@ def _train(
     with record.timed("train"):
         trainer.train()
     _keep_best(trainer, recorder)
+    with trainer.compute_loss_context_manager():  # what an export of these weights is held against
+        recorder.final["proof_loss"] = round(proof.row_losses(model, proof.read_rows(folder))[0], 6)
     with contextlib.suppress(runtime.Interrupted):
         if not stop.failure:
             stop.check()
@@ -305,7 +315,7 @@ def _keep_best(trainer, recorder) -> None:
 def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path) -> str:
     """Save the adapter to adapter/ (the whole model to model/ without one), complete or not at all; returns the name."""
     name = "adapter" if settings.lora.enabled else "model"
-    with durable.new_folder(folder / name, manifest=False) as work:
+    with _told(name), durable.new_folder(folder / name, manifest=False) as work:
         embeds = {"embed_tokens", "lm_head"} & {*settings.lora.modules_to_save, *settings.lora.target_modules}
         options = {"save_embedding_layers": bool(embeds)} if settings.lora.enabled else {}
         model.save_pretrained(str(work), **options)
@@ -314,9 +324,21 @@ def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path) -
     return name
 
 
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn whatever a library raises when it cannot write into one plain sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise SaveFailed(f"{what}/ could not be written: {first_line(error)}") from error
+
+
 def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResult:
     """Write the report, then the final status, last of all; say how it went."""
-    code = {"finished": 0, "failed": 1, "stopped": 130 if stop.signal else 0}[status]
+    failures = _export(folder, record, stop) if status == "finished" and settings.export.formats else []
+    if failures:
+        reason = "; ".join([*([reason] if reason else []), "trained, but not every export holds: " + " | ".join(failures)])
+    code = 1 if failures else {"finished": 0, "failed": 1, "stopped": 130 if stop.signal else 0}[status]
     artifacts = {**record.facts.get("artifacts", {}), "report": "report.html"}
     ending = {"status": status, "reason": reason, "artifacts": artifacts, "ended_at": runtime.now()}
     try:
@@ -339,6 +361,35 @@ def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResul
         log.info("       %-8s %s", name, os.path.relpath(folder / place))
     good = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
     return RunResult(status, code, folder, good)
+
+
+def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) -> list[str]:
+    """Export in a process of its own, which measures what was saved and not what is still in memory; what failed of it.
+
+    The weights are safe by now, so a failure is told and does not undo the run.
+    """
+    runtime.release_memory()
+    record.update()  # the export holds the saved weights against what the record says of the training
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with record.timed("export"):
+        child = subprocess.Popen([sys.executable, "-m", "sft.export", str(folder)], env={**os.environ, "PYTHONPATH": path})
+        while child.poll() is None:
+            if stop.signal:
+                child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=0.5)
+    report = read_json(folder / "export" / "verify.json")
+    artifacts = {f"export/{n}": f["path"] for n, f in report.get("artifacts", {}).items() if f.get("path") and n != "adapter"}
+    record.update(artifacts={**record.facts.get("artifacts", {}), **artifacts})
+    failures = exporter.failures(report) if report else []
+    if child.returncode and not failures:
+        failures = [f"the export ended early, with {stop.signal or f'exit code {child.returncode}'}"]
+    for line in failures:
+        log.error("export: %s", line)
+    if failures:
+        log.error("hint: python scripts/export.py run=%s export.formats=[...]   exports again", os.path.relpath(folder))
+    return failures
 
 
 def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:
@@ -364,10 +415,22 @@ def _reason(error: BaseException) -> str:
     return told if root is error else f"{told} (because of {type(root).__name__}: {first_line(root)})"
 
 
-def _keep_traceback(folder: Path) -> None:
-    """Add the traceback of the exception being handled to train.log; the terminal gets one line."""
-    with open(folder / "train.log", "a", encoding="utf-8") as file:
-        file.write(traceback.format_exc())
+def _tell_failure(error: BaseException, folder: Path) -> None:
+    """One line on the terminal, with what to do where that is known, and the traceback in train.log."""
+    log.error("Failed: %s", _reason(error))
+    for hint in _hints(error):
+        log.error("hint: %s", hint)
+    with contextlib.suppress(OSError), open(folder / "train.log", "a", encoding="utf-8") as file:
+        file.write("".join(traceback.format_exception(error)))
+
+
+def _hints(error: BaseException) -> list[str]:
+    if type(error).__name__ == "OutOfMemoryError":
+        fewer = "trainer.per_device_train_batch_size=1 trainer.gradient_accumulation_steps=8"
+        return [f"fewer rows at a time: {fewer}", "more ways in docs/troubleshooting.md"]
+    if isinstance(error, SaveFailed) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        return ["make room on the disk, or mend it; then the same command goes on from the last checkpoint"]
+    return []
 
 
 def _remove_unused(folder: Path) -> None:

@@ -42,6 +42,13 @@ class ConsoleHandler(logging.StreamHandler):
             tqdm.write(mark + self.format(record), file=sys.stderr)
 
 
+class LogFile(logging.FileHandler):
+    """train.log. A line that the disk does not take is lost in silence: the run says itself what is wrong with the disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Do nothing, in place of a traceback a line on the terminal."""
+
+
 # ------------------------------------------------------------------------------------------ before the imports
 
 
@@ -126,7 +133,11 @@ class RunRecord:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is the old one or the whole new one, also after a power cut."""
-    text = json.dumps(jsonable(content), ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    write_text(path, json.dumps(jsonable(content), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is the old one or the whole new one, also after a power cut."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -174,8 +185,8 @@ def row_seed(settings: Settings) -> int:
 
 
 def config_hash(settings: Settings) -> str:
-    """Hash of the resolved settings that shape the result: not where it is tracked, when it has to end, how a sweep runs it."""
-    shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "resume", "sweep")}
+    """Hash of the resolved settings that shape the result: not tracking, the time limit, exports, or how a sweep runs it."""
+    shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "resume", "export", "sweep")}
     shaping["dataset"]["seed"] = row_seed(settings)
     shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in ("max_hours", "stop_at", "max_bad_steps")}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]

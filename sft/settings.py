@@ -306,9 +306,28 @@ class HubSettings:
 
 
 @dataclass
-class ExportSettings:
-    """What is made of the adapter after training. Nothing to set yet: the adapter itself is always saved."""
+class GgufSettings:
+    """Which GGUF files are made for llama.cpp and Ollama."""
 
+    quantizations: list[str] = field(default_factory=lambda: ["q8_0", "q4_k_m"])
+    """llama.cpp's types by name: f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m ... The merged f16 is made once for all of them."""
+    adapter: bool = False
+    """The adapter alone as a small GGUF file too, to put on a GGUF of the base model: `llama-cli --lora`."""
+
+
+@dataclass
+class ExportSettings:
+    """What is made of the adapter after training, and how it is proven. The adapter itself is always saved."""
+
+    formats: list[str] = field(default_factory=list)
+    """Any of `adapter`, `merged_16bit`, `merged_4bit`, `gguf`; each is written to `export/<format>/` in the run folder."""
+    gguf: GgufSettings = field(default_factory=GgufSettings)
+    """Which GGUF files are made."""
+    num_prompts: int = 8
+    """Greedy answers compared between each export and the model that was trained."""
+    max_loss_increase: float = 0.1
+    """A quantised export whose held-out loss is higher than the trained model's by more than this (in nats a token) has
+    failed. Lossless ones have a fixed, much smaller limit."""
     hub: HubSettings = field(default_factory=HubSettings)
     """Where the exports are pushed to."""
 

@@ -37,12 +37,13 @@ class Tracking:
         if settings.tracking.tracker == Tracker.none:
             return
         mode = choose_mode(settings.tracking.mode)
+        before = before if before and before.get("id") else None
         with self._guarded("start"):
             import wandb
 
             self.run = wandb.init(
-                id=(before or {}).get("id"),
-                resume="allow" if (before or {}).get("id") else None,
+                id=before["id"] if before else None,
+                resume="allow" if before else None,
                 mode=mode,
                 dir=folder,
                 project=settings.tracking.project,
@@ -57,9 +58,10 @@ class Tracking:
             files = Path(self.run.dir).parent
             self.facts = {"mode": mode, "url": None, "sync": None, "id": self.run.id}
             if mode == "offline":
-                self.facts["sync"] = f"wandb sync {_short(files)}"
+                every = files if not before else files.parent / f"offline-run-*-{self.run.id}"
+                self.facts["sync"] = f"wandb sync {_short(every)}"
                 log.info(
-                    "W&B    offline. Look at it: wandb leet run %s   upload it: wandb sync %s", _short(files), _short(files)
+                    "W&B    offline. Look at it: wandb leet run %s   upload it: wandb sync %s", _short(files), _short(every)
                 )
             else:
                 self.facts["url"] = self.run.url

@@ -70,6 +70,7 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_dataset(settings),
         *_check_trainer(settings),
         *_check_extra(settings.trainer.extra),
+        *_check_export(settings),
         *_check_hub_repo(settings.export.hub.repo),
     ]
     if hardware:
@@ -132,6 +133,8 @@ def _check_numbers(settings: Settings) -> list[Problem]:
          "at least 1, or null"),
         ("samples.num_held_out", s.num_held_out >= 0, "at least 0"),
         ("samples.max_new_tokens", s.max_new_tokens >= 1, "at least 1"),
+        ("export.num_prompts", settings.export.num_prompts >= 0, "at least 0"),
+        ("export.max_loss_increase", settings.export.max_loss_increase > 0, "above 0"),
         ("dataset.seed", d.seed is None or 0 <= d.seed < 2**32, "between 0 and 4294967295, or null"),
         ("seed", 0 <= settings.seed < 2**32, "between 0 and 4294967295"),
     ]  # fmt: skip
@@ -386,6 +389,45 @@ def _check_extra(extra: dict[str, Any]) -> list[Problem]:
             fix = f"trainer.extra.{close[0]}={value}" if close else "its options: https://huggingface.co/docs/trl/sft_trainer"
             problems.append(Problem(what, why, fix))
     return problems
+
+
+def _check_export(settings: Settings) -> list[Problem]:
+    export, problems = settings.export, []
+    for key, values, known in (
+        ("export.formats", export.formats, ["adapter", "merged_16bit", "merged_4bit", "gguf"]),
+        ("export.gguf.quantizations", export.gguf.quantizations, _gguf_types()),
+    ):
+        for value in values:
+            if known and value not in known:
+                close = difflib.get_close_matches(value.lower(), known, 1, 0.4)
+                better = [close[0] if v == value else v for v in values] if close else [known[0]]
+                problems.append(Problem(f"{key}: {value}", f"It can be: {', '.join(known)}.", f"{key}=[{','.join(better)}]"))
+    if export.gguf.adapter and "gguf" not in export.formats:
+        problems.append(
+            Problem("export.gguf.adapter=true", "No GGUF files are asked for, so it would be ignored.", "export=gguf")
+        )
+    if export.gguf.adapter and not settings.lora.enabled:
+        why = "Full fine-tuning has no adapter."
+        problems.append(Problem("lora=none export.gguf.adapter=true", why, "export.gguf.adapter=false"))
+    if "gguf" in export.formats and not export.gguf.quantizations and not export.gguf.adapter:
+        problems.append(Problem("export.gguf.quantizations=[]", "No GGUF type is named.", "export.gguf.quantizations=[q8_0]"))
+    if "adapter" in export.formats and not settings.lora.enabled:
+        problems.append(Problem("lora=none export.formats: adapter", "Full fine-tuning has no adapter.", "export=merged_16bit"))
+    if export.hub.repo and not export.formats:
+        why = "Nothing is exported, so nothing would be pushed."
+        problems.append(Problem(f"export.hub.repo={export.hub.repo}", why, "export=adapter   or   export=merged_16bit"))
+    return problems
+
+
+def _gguf_types() -> list[str]:
+    """llama.cpp's file types in small letters, read from the source of the package `gguf`, which would import numpy."""
+    found = importlib.util.find_spec("gguf")
+    source = Path(found.submodule_search_locations[0], "constants.py") if found else None
+    if not source or not source.is_file():
+        return []
+    body = next(n.body for n in ast.parse(source.read_text("utf-8")).body if getattr(n, "name", "") == "LlamaFileType")
+    names = [n.targets[0].id for n in body if isinstance(n, ast.Assign) and n.targets[0].id != "GUESSED"]
+    return [name.removeprefix("MOSTLY_").removeprefix("ALL_").lower() for name in names]
 
 
 def _check_hub_repo(repo: str | None) -> list[Problem]:

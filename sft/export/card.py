@@ -16,7 +16,7 @@ import jinja2
 
 from sft import embedded
 from sft.export.hub import repo_for
-from sft.report import ASSETS, merge_steps, number, read_json, read_lines, summarise
+from sft.records import ASSETS, merge_steps, number, read_json, read_lines, summarise
 
 KINDS = {
     "adapter": "LoRA adapter",

@@ -3,18 +3,22 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from scripts.fault_campaign import compare
-from tests.conftest import ROOT, SMALL
+import pytest
 
-JOB = (*SMALL, "samples.max_new_tokens=4", "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2",
-       "trainer.max_steps=6", "trainer.eval_steps=2", "trainer.save_steps=2", "lora.lora_dropout=0.2",
-       "samples.every_steps=3")  # fmt: skip
+from scripts.fault_campaign import BASE, compare, write_rows
+from sft import checkpoints, durable, resume
+from sft.errors import Refusal
+from sft.run import run
+from tests.conftest import ROOT, make_settings
+
+JOB = (*BASE, "dataset=local", "dataset.path=rows.jsonl")
 
 
 def train(cwd: Path, *overrides: str) -> subprocess.CompletedProcess:
@@ -33,6 +37,11 @@ def cut(cwd: Path, after: str, number: int, *overrides: str) -> None:
     process.wait(100)
 
 
+@pytest.fixture(autouse=True)
+def rows(tmp_path):
+    write_rows(tmp_path)
+
+
 def record_of(folder: Path) -> dict:
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
@@ -47,7 +56,7 @@ def test_a_killed_run_goes_on_with_resume_alone_and_equals_the_whole_one(tmp_pat
     (tmp_path / "cut" / "checkpoints" / ".checkpoint-4-x").mkdir()  # a save that was cut
     other = tmp_path / "elsewhere"
     other.mkdir()
-    done = train(other, "resume=../cut")
+    done = train(other, "resume=../cut")  # dataset.path is relative to where the run was started
     assert done.returncode == 0 and "Resume from step 2" in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert compare(tmp_path / "whole", tmp_path / "cut") == []
     record = record_of(tmp_path / "cut")
@@ -83,3 +92,59 @@ def test_the_same_command_goes_on_after_sigterm(tmp_path):
 
     cut(tmp_path, f"run/checkpoints/checkpoint-{step + 2 + step % 2}/manifest.json", signal.SIGINT, *job)
     assert record_of(tmp_path / "run")["sessions"][1]["from"] == f"checkpoint-{step}"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, monkeypatch, caplog):
+    """Every way of damage to the last checkpoint; the run goes on from the one before to the same end."""
+    monkeypatch.setattr("sft.report.vl_convert.javascript_bundle", lambda *args: "")
+    monkeypatch.chdir(tmp_path)
+    settings = make_settings(*JOB, "trainer.max_steps=6")
+    run(settings, tmp_path / "whole")
+    for number, damage in enumerate(("short", "flipped", "missing", "no manifest")):
+        folder = tmp_path / f"run-{number}"
+        shutil.copytree(tmp_path / "whole", folder)
+        (folder / "run.json").write_text(json.dumps({**record_of(folder), "status": "running"}), encoding="utf-8")
+        steps = checkpoints.steps_saved(folder)
+        last = checkpoints.place_of(folder, steps[-1])
+        weights = last / "adapter_model.safetensors"
+        content = weights.read_bytes()
+        if damage == "short":
+            weights.write_bytes(content[:-1])
+        elif damage == "flipped":
+            weights.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        elif damage == "missing":
+            weights.unlink()
+        else:
+            (last / durable.MANIFEST).unlink()
+        if number == 1:
+            assert run(settings, folder).status == "finished"
+            assert compare(tmp_path / "whole", folder) == []
+            assert "adapter_model.safetensors is damaged" in caplog.text
+            assert record_of(folder)["sessions"][-1]["from"] == f"checkpoint-{steps[-2]}"
+        else:
+            assert checkpoints.find_last(folder) == checkpoints.place_of(folder, steps[-2])
+
+
+def test_another_process_at_work_other_data_and_other_settings_are_refused_and_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("sft.report.vl_convert.javascript_bundle", lambda *args: "")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    settings = make_settings(*JOB, "trainer.max_steps=20", "trainer.max_hours=1e-9")
+    assert run(settings, folder).status == "stopped"
+    before = (folder / "run.json").read_bytes()
+    with resume.locked(folder), pytest.raises(Refusal, match="Another process"):
+        run(settings, folder)
+    with pytest.raises(Refusal, match=r"lora\.r is 16 there and 8 here"):
+        run(make_settings(*JOB, "lora.r=8"), folder)
+    with open("rows.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"instruction": "New", "output": "row"}\n')
+    with pytest.raises(Refusal, match="The data is not what it was"):
+        run(settings, folder)
+    assert (folder / "run.json").read_bytes() == before
+
+
+def test_runs_killed_at_random_moments_end_as_if_they_never_were(tmp_path):
+    """A part of the fault campaign with a fixed seed; scripts/fault_campaign.py has the long form."""
+    command = [sys.executable, str(ROOT / "scripts" / "fault_campaign.py"), "kills=4", "seed=5", "shapes=epochs,early"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+    assert done.returncode == 0 and "0 lost or different" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]

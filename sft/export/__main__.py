@@ -1,0 +1,36 @@
+"""python -m sft.export RUN_FOLDER: the exports that run.json asks for, in a process of their own, at the end of a run.
+
+A fresh process gives the training's memory back, is free of what Unsloth patched into the libraries, and survives nothing
+of the training but its files: what is measured is what was saved.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from sft import runtime
+
+
+def main(folder: Path) -> int:
+    """Export and verify; 1 if an artifact failed, 2 if it was refused."""
+    handlers = [runtime.ConsoleHandler(), logging.FileHandler(folder / "train.log", encoding="utf-8")]
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
+    runtime.prepare_environment()
+    runtime.quiet_libraries()
+    from sft.errors import ExportError, Refusal
+    from sft.export import exporter
+    from sft.runs import settings_of
+
+    try:
+        report = exporter.export_run(folder, settings_of(folder)[0])
+    except Refusal as refusal:
+        print(refusal, file=sys.stderr)
+        return 2
+    except ExportError as error:
+        logging.error("%s", error)
+        return 1
+    return 1 if exporter.failures(report) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,132 @@
+"""A program around llama.cpp (through cyllama): quantise a GGUF file, or measure one. Imports nothing of this project.
+
+    python llama_cpp.py job.json answer.json
+
+It is a program because llama.cpp ends the process it runs in when something is wrong with a file.
+"""
+
+import json
+import math
+import os
+import sys
+from typing import Any
+
+import cyllama.llama.llama_cpp as cpp
+
+IGNORED = -100
+
+
+class Model(cpp.LlamaModel):
+    """cyllama 0.2.18 asks its model for `n_vocab` when it hands out logits, and its model has none."""
+
+    n_vocab = 0
+
+
+def quantise(job: dict[str, Any]) -> dict:
+    """Write `target` as `source` in the file type `kind`."""
+    params = cpp.LlamaModelQuantizeParams()
+    params.ftype = job["kind"]
+    params.nthread = os.cpu_count() or 1
+    cpp.model_quantize(job["source"], job["target"], params)
+    return {}
+
+
+def load(path: str) -> Model:
+    """The model in a GGUF file, on the CPU."""
+    cpp.disable_logging()
+    params = cpp.LlamaModelParams()
+    params.n_gpu_layers = 0
+    model = Model(path_model=path, params=params, verbose=False)
+    model.n_vocab = model.get_vocab().n_vocab
+    return model
+
+
+class Reader:
+    """Feeds tokens to a model, one sequence at a time."""
+
+    def __init__(self, model: Model, length: int):
+        params = cpp.LlamaContextParams()
+        params.n_ctx = params.n_batch = params.n_ubatch = length + length % 2
+        params.n_threads = params.n_threads_batch = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        self.context = cpp.LlamaContext(model, params, verbose=False)
+        self.batch = cpp.LlamaBatch(n_tokens=length + length % 2, embd=0, n_seq_max=1, verbose=False)
+        self.at = 0
+
+    def restart(self) -> None:
+        """Forget what was read."""
+        self.context.kv_cache_clear(True)
+        self.at = 0
+
+    def read(self, tokens: list[int], wanted: set[int]) -> None:
+        """Read tokens after those read before; the logits of the positions in `wanted` are kept."""
+        self.batch.clear()
+        for i, token in enumerate(tokens):
+            self.batch.add(token, self.at + i, [0], i in wanted)
+        self.context.decode(self.batch)
+        self.at += len(tokens)
+
+    def logits(self, position: int) -> list[float]:
+        """Logits after the token at `position` of the last read; -1 for its last token."""
+        return self.context.get_logits_ith(position)
+
+
+def load_adapter(job: dict[str, Any]) -> dict:
+    """Load an adapter onto a model: llama.cpp refuses names and shapes that do not fit."""
+    load(job["gguf"]).lora_adapter_init(job["adapter"])
+    return {}
+
+
+def measure(job: dict[str, Any]) -> dict:
+    """Losses, greedy answers, and what the file says of its tokens: see sft.export.gguf.measure."""
+    model = load(job["gguf"])
+    vocab = model.get_vocab()
+    longest = max([len(ids) for ids, _ in job["rows"]] + [len(p) + job["max_new_tokens"] for p in job["prompts"]])
+    reader = Reader(model, longest + 1)
+    sums, counts = [], []
+    for ids, labels in job["rows"]:
+        learnt = [k for k in range(1, len(ids)) if labels[k] != IGNORED]
+        reader.restart()
+        reader.read(ids, {k - 1 for k in learnt})
+        sums.append(sum(_nll(reader.logits(k - 1), labels[k]) for k in learnt))
+        counts.append(len(learnt))
+    answers, finished = [], []
+    for prompt in job["prompts"]:
+        reader.restart()
+        reader.read(prompt, {len(prompt) - 1})
+        answer: list[int] = []
+        while len(answer) < job["max_new_tokens"]:
+            logits = reader.logits(-1)
+            answer.append(max(range(len(logits)), key=logits.__getitem__))
+            if answer[-1] in job["stop_ids"]:
+                break
+            reader.read(answer[-1:], {0})
+        answers.append(answer)
+        finished.append(bool(answer) and answer[-1] in job["stop_ids"])
+    measured = {
+        "loss": sum(sums) / sum(counts),
+        "row_losses": [s / n for s, n in zip(sums, counts, strict=True)],
+        "answers": answers,
+        "finished": finished,
+    }
+    return {
+        "measurement": measured,
+        "tokens": [vocab.tokenize(text, True, True) for text in job["texts"]],
+        "metadata": {model.meta_key_by_index(i): model.meta_val_str_by_index(i) for i in range(model.meta_count())},
+        "ends": [i for i in job["stop_ids"] if vocab.is_eog(i)],
+    }
+
+
+def _nll(logits: list[float], label: int) -> float:
+    import numpy
+
+    values = numpy.asarray(logits, dtype=numpy.float64)
+    top = values.max()
+    return float(math.log(numpy.exp(values - top).sum()) + top - values[label])
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1], encoding="utf-8") as file:
+        asked = json.load(file)
+    result = {"quantise": quantise, "measure": measure, "load_adapter": load_adapter}[asked["do"]](asked)
+    with open(sys.argv[2], "w", encoding="utf-8") as file:
+        json.dump(result, file)

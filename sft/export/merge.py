@@ -1,0 +1,134 @@
+"""Fold the adapter into the weights it was trained on, and save them in 16 or 4 bits."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from sft import durable
+from sft.settings import Settings
+
+
+def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> Any:
+    """The trained model, loaded afresh through transformers and PEFT: the base and `weights`, adapter/ or model/.
+
+    `quantised=False` turns a base that was trained in 4 or 8 bits into plain layers that hold the very same values, so that
+    an adapter can be folded in without being rounded to 4 bits. Raises Refusal if the base cannot be found.
+    """
+    from sft import models
+
+    if not settings.lora.enabled:
+        return _load_folder(weights, models.torch_dtype(settings.model))
+    from peft import PeftModel
+
+    base, _ = models.load_model(settings, "transformers")
+    if not quantised and getattr(base, "is_quantized", False):
+        base = base.dequantize()
+    return PeftModel.from_pretrained(base, str(weights))
+
+
+def merge(model: Any) -> Any:
+    """The plain model with the adapter folded in, in the 16-bit type of its base; a model without an adapter as it is.
+
+    Each layer is added up in float32 and rounded once: bfloat16 sums would lose small updates. One layer at a time, so
+    that no second copy of the model is needed.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    stored = getattr(model.config, "dtype", None)
+    dtype = torch.float16 if _stored_dtype(model) == "float16" or stored == torch.float16 else torch.bfloat16
+    if hasattr(model, "peft_config"):
+        for layer in [m for m in model.modules() if isinstance(m, LoraLayer)]:
+            weight = layer.get_base_layer().weight
+            weight.data = weight.data.float()
+            layer.merge(safe_merge=True)  # raises if the sum holds a value that is not a number
+            weight.data = weight.data.to(dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+            model = model.merge_and_unload(progressbar=False)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head is not None and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False  # both were trained, each by itself
+    return model.to(dtype)
+
+
+def _stored_dtype(model: Any) -> str | None:
+    """The type that the base's files are in, which may be narrower than the type they were loaded as."""
+    config = Path(str(getattr(model.config, "_name_or_path", ""))) / "config.json"
+    if not config.is_file():
+        return None
+    facts = json.loads(config.read_text(encoding="utf-8"))
+    return facts.get("dtype") or facts.get("torch_dtype")
+
+
+def save(model: Any, tokenizer: Any, stop_ids: list[int], place: Path, source: str | None = None) -> None:
+    """Save a plain model with its tokenizer and the tokens that end an answer, complete or not at all.
+
+    `source` is the folder or hub id of the base: a SentencePiece file there goes along, because llama.cpp's converter
+    reads it where the architecture has one. Raises OSError on a full disk.
+    """
+    with durable.new_folder(place, manifest=False) as work:
+        set_stop_tokens(model, tokenizer, stop_ids)
+        model.save_pretrained(work, max_shard_size="5GB")
+        tokenizer.save_pretrained(work)
+        vocabulary = _sentencepiece_file(source)
+        if vocabulary and not (work / "tokenizer.model").exists():
+            shutil.copy(vocabulary, work / "tokenizer.model")
+
+
+def set_stop_tokens(model: Any, tokenizer: Any, stop_ids: list[int]) -> None:
+    """Write into the model what ends an answer and what pads: readers trust these and not the tokenizer."""
+    ends: Any = stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)
+    for config in (model.config.get_text_config(), model.generation_config):
+        config.eos_token_id, config.pad_token_id = ends, tokenizer.pad_token_id
+        config.bos_token_id = tokenizer.bos_token_id
+
+
+def save_4bit(merged: Path, place: Path) -> None:
+    """Quantise a merged 16-bit folder to nf4 and save it, complete or not at all; what is not quantised stays in 16 bits.
+
+    The settings are QLoRA's (arXiv 2305.14314): nf4 with double quantisation. Works on a GPU and, through bitsandbytes' CPU
+    kernels, without one.
+    """
+    from transformers import AutoTokenizer
+
+    model = _load_folder(merged, "auto", quantise=True)
+    with durable.new_folder(place, manifest=False) as work:
+        model.save_pretrained(work, max_shard_size="5GB")
+        AutoTokenizer.from_pretrained(merged).save_pretrained(work)
+
+
+def load_merged(folder: Path, dtype: Any) -> Any:
+    """A merged folder, loaded afresh; one that was saved in 4 bits says so in its config."""
+    return _load_folder(folder, dtype)
+
+
+def _load_folder(folder: Path, dtype: Any, quantise: bool = False) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": dtype}
+    if torch.cuda.is_available():
+        options["device_map"] = {"": 0}
+    if quantise:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def _sentencepiece_file(source: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    if source is None:
+        return None
+    if Path(source).is_dir():
+        found = Path(source) / "tokenizer.model"
+        return found if found.is_file() else None
+    cached = try_to_load_from_cache(source, "tokenizer.model")
+    return Path(cached) if isinstance(cached, str) else None

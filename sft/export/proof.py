@@ -1,0 +1,126 @@
+"""What an export is measured on, and how: the same rows and prompts, through torch or llama.cpp, give the same numbers.
+
+A run keeps the rows in `held_out.jsonl`, so that it can be exported years later, on another machine, without its data.
+"""
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sft.data import Prepared
+from sft.render import IGNORED
+from sft.runtime import write_text
+
+ROWS = 32
+"""Rows whose loss is compared. 32 rows of a few hundred tokens show a lost adapter at once and take seconds."""
+TOP = 8
+"""How many of the likeliest tokens are kept at each step of an answer, to judge near ties by."""
+
+
+@dataclass
+class Row:
+    """One row to measure on."""
+
+    source: str
+    """`held_out`, or `train` where nothing was held out."""
+    input_ids: list[int]
+    labels: list[int]
+    """IGNORED where a token is not learnt."""
+    prompt_length: int
+    """Tokens before the last answer: the prompt that is answered."""
+    question: str
+    reference: str
+
+
+@dataclass
+class Measurement:
+    """What one model does on the rows."""
+
+    loss: float
+    """Mean over the learnt tokens of all rows, in nats."""
+    row_losses: list[float]
+    """The same for each row."""
+    answers: list[list[int]]
+    """Greedy answers to the first prompts, as token ids, with the end mark where it was reached."""
+    finished: list[bool]
+    """Whether each answer ended by itself."""
+    tops: list[list[dict[int, float]]] = field(default_factory=list)
+    """For each answer and each of its tokens: the likeliest tokens and their log probabilities."""
+
+    @property
+    def eos_share(self) -> float:
+        """Share of the answers that ended by themselves."""
+        return sum(self.finished) / len(self.finished) if self.finished else 0.0
+
+
+def write_rows(folder: Path, prepared: Prepared) -> None:
+    """Keep the first ROWS held-out rows (training rows where nothing is held out) in held_out.jsonl."""
+    rows, source = (prepared.eval, "held_out") if prepared.eval is not None else (prepared.train, "train")
+    names = [f.name for f in fields(Row) if f.name != "source"]
+    lines = [
+        json.dumps({"source": source, **{name: row[name] for name in names}}, ensure_ascii=False)
+        for row in rows.select(range(min(ROWS, len(rows))))
+    ]
+    write_text(folder / "held_out.jsonl", "\n".join(lines) + "\n")
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows that `write_rows` kept; OSError or ValueError where the file is missing or damaged."""
+    lines = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Row(**json.loads(line)) for line in lines]
+
+
+def prompt_of(row: Row) -> list[int]:
+    """The ids that are answered; a text without a question is continued from its first half, as in samples.jsonl."""
+    return row.input_ids[: row.prompt_length if row.question else max(1, len(row.input_ids) // 2)]
+
+
+def row_losses(model: Any, rows: list[Row]) -> tuple[float, list[float]]:
+    """(mean over all learnt tokens, mean of each row), in nats; one row at a time, so that nothing is padded.
+
+    The model may be in any mode; it is evaluated without gradients and left in the mode it was in.
+    """
+    import torch
+
+    was_training = model.training
+    model.eval()
+    sums, counts = [], []
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row.input_ids], device=model.device)
+            labels = torch.tensor([row.labels], device=model.device)
+            count = int((labels[:, 1:] != IGNORED).sum())
+            sums.append(float(model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss) * count)
+            counts.append(count)
+    model.train(was_training)
+    return sum(sums) / sum(counts), [s / n for s, n in zip(sums, counts, strict=True)]
+
+
+def measure_torch(model: Any, rows: list[Row], prompts: int, max_new_tokens: int, stop_ids: list[int], pad: int) -> Measurement:
+    """Losses on all rows and greedy answers to the prompts of the first `prompts` of them."""
+    import torch
+    from transformers import GenerationConfig
+
+    loss, losses = row_losses(model, rows)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=pad, use_cache=True
+    )
+    result = Measurement(loss, losses, [], [])
+    model.eval()
+    with torch.no_grad():
+        for row in rows[:prompts]:
+            ids = torch.tensor([prompt_of(row)], device=model.device)
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config,
+                return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+            answer = out.sequences[0, ids.shape[1] :].tolist()
+            tops = []
+            for logits in out.logits:
+                best = torch.log_softmax(logits[0].float(), -1).topk(TOP)
+                tops.append(dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+            result.answers.append(answer)
+            result.finished.append(bool(answer) and answer[-1] in stop_ids)
+            result.tops.append(tops)
+    return result

@@ -1,0 +1,133 @@
+"""Is an export still the model that was trained? Each is loaded afresh and compared on the same rows and prompts.
+
+Two kinds of limits. A lossless format (adapter, merged 16-bit, GGUF f16) holds the trained weights up to the rounding of
+16 bits: its loss may differ by LOSSLESS, and its greedy answers are the same, but for near ties. A quantised format
+changes the weights on purpose: its loss may rise by `export.max_loss_increase`, and how many answers stay the same is
+told, not judged. What ends an answer, what pads, the chat template and the tokens of a prompt survive in every format.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sft.export.proof import Measurement
+
+LOSSLESS = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2}
+"""Largest difference in loss, in nats a token, by the type that the model computes in.
+
+Rounding SmolLM2's merged weights to 16 bits moved the loss by under 2e-4 in float32 (docs/export.md); in bfloat16 two
+correct attention kernels alone differ by several 1e-3.
+"""
+TIE = {"float32": 0.05, "bfloat16": 0.25, "float16": 0.25}
+"""Two tokens whose log probabilities are closer than this are a near tie: rounding may choose either."""
+
+
+@dataclass
+class Check:
+    """One thing that was compared."""
+
+    name: str
+    ok: bool
+    expected: str
+    found: str
+
+
+@dataclass
+class Tokens:
+    """How an artifact reads prompts and ends answers: what has to survive an export."""
+
+    eos_token: str | None
+    pad_token: str | None
+    ends: list[int]
+    """Ids that end an answer, sorted."""
+    chat_template: str | None
+    prompts: list[list[int]]
+    """The ids of each prompt's text, as the artifact's own tokenizer reads it."""
+    chats: list[str] = field(default_factory=list)
+    """Each question in the artifact's own chat template."""
+
+
+def read_tokens(tokenizer: Any, ends: Any, texts: list[str], questions: list[str]) -> Tokens:
+    """The tokens of a model folder; `ends` is its generation config's `eos_token_id`."""
+    ends = sorted(ends if isinstance(ends, list) else [ends]) if ends is not None else []
+    chats = []
+    if tokenizer.chat_template:
+        turns = [[{"role": "user", "content": question}] for question in questions]
+        chats = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    prompts = [list(tokenizer(text)["input_ids"]) for text in texts]
+    return Tokens(tokenizer.eos_token, tokenizer.pad_token, ends, tokenizer.chat_template, prompts, chats)
+
+
+def compare_tokens(trained: Tokens, found: Tokens, bos: int | None) -> list[Check]:
+    """The special tokens, the chat template and the prompts of an artifact against those of the training."""
+    doubled = sum(bos is not None and ids[:2] == [bos, bos] for ids in found.prompts)
+    changed = sum(a != b for a, b in zip(trained.prompts, found.prompts, strict=True))
+    prompts = f"{changed} of {len(trained.prompts)} read differently" + (f", BOS twice in {doubled}" if doubled else "")
+    template = "as trained" if trained.chat_template else "none"
+    checks = [
+        Check("eos_token", found.eos_token == trained.eos_token, str(trained.eos_token), str(found.eos_token)),
+        Check("stop_tokens", found.ends == trained.ends, str(trained.ends), str(found.ends)),
+        Check("pad_token", found.pad_token == trained.pad_token, str(trained.pad_token), _pad(found)),
+        Check("chat_template", _same_template(trained, found), template, "as trained" if _same_template(trained, found)
+              else "another" if found.chat_template else "none"),
+        Check("prompt_tokens", not changed, "as trained, BOS at most once", prompts if changed else "as trained"),
+    ]  # fmt: skip
+    return checks
+
+
+def compare_numbers(
+    trained: Measurement, found: Measurement, dtype: str, limit: float | None
+) -> tuple[list[Check], dict[str, Any]]:
+    """(checks, facts) of the loss and the answers; `limit` None means lossless, and only then the answers are judged."""
+    increase = found.loss - trained.loss
+    if limit is None:
+        allowed = LOSSLESS[dtype]
+        checks = [Check("loss", abs(increase) <= allowed, f"{trained.loss:.4f} ± {allowed:g}", f"{found.loss:.4f}")]
+    else:
+        allowed = limit
+        checks = [Check("loss", increase <= allowed, f"at most {trained.loss + allowed:.4f}", f"{found.loss:.4f}")]
+    equal, ties, wrong = 0, 0, []
+    for i, (a, b) in enumerate(zip(trained.answers, found.answers, strict=False)):
+        if a == b:
+            equal += 1
+        elif is_near_tie(a, b, trained.tops[i], TIE[dtype]):
+            ties += 1
+        else:
+            wrong.append(i)
+    compared = min(len(trained.answers), len(found.answers))
+    if limit is None:
+        told = (
+            f"{equal} the same" + (f", {ties} after a near tie" if ties else "") + (f", {len(wrong)} others" if wrong else "")
+        )
+        checks.append(Check("answers", not wrong, f"{compared} the same, near ties aside", told))
+    if trained.finished and any(trained.finished) and found.finished:
+        checks.append(Check("ends_answers", any(found.finished), f"{sum(trained.finished)} of {compared} end by themselves",
+                            f"{sum(found.finished)} of {compared}"))  # fmt: skip
+    facts = {
+        "loss": round(found.loss, 6),
+        "loss_increase": round(increase, 6),
+        "limit": allowed,
+        "answers": compared,
+        "answers_equal": equal,
+        "near_ties": ties,
+        "eos_share": round(found.eos_share, 4),
+    }
+    return checks, facts
+
+
+def is_near_tie(trained: list[int], found: list[int], tops: list[dict[int, float]], tie: float) -> bool:
+    """Whether two answers part at a place where the trained model found both tokens about equally likely."""
+    at = next((k for k, (a, b) in enumerate(zip(trained, found, strict=False)) if a != b), None)
+    if at is None or at >= len(tops):
+        return False  # one is the other's beginning: an end mark was lost, or came too early
+    scores = tops[at]
+    return found[at] in scores and scores[trained[at]] - scores[found[at]] <= tie
+
+
+def _pad(tokens: Tokens) -> str:
+    return f"{tokens.pad_token}" + (" (the end mark)" if tokens.pad_token == tokens.eos_token else "")
+
+
+def _same_template(trained: Tokens, found: Tokens) -> bool:
+    if trained.chats or found.chats:
+        return trained.chats == found.chats
+    return bool(trained.chat_template) == bool(found.chat_template)

@@ -1,0 +1,38 @@
+"""Finished runs by what the user typed: a run folder, a checkpoint in it, or something made of it."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from sft.errors import refuse
+from sft.records import read_json
+from sft.settings import Settings
+
+
+def find_run(text: str) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint or None) of `run=<text>`. Raises Refusal, with the runs there are, if it names none."""
+    place = Path(text).expanduser()
+    if (place / "run.json").is_file():
+        return place, None
+    if (place / "adapter_config.json").is_file() or (place / "config.json").is_file():
+        owner = next((p for p in place.resolve().parents if (p / "run.json").is_file()), None)
+        if owner is not None:
+            return owner, None if place.name in ("adapter", "model") else place.resolve()
+        raise refuse(f"run={text}", "It belongs to no run: there is no run.json above it.", "run=outputs/<run>")
+    near = place.parent if place.parent.is_dir() else Path("outputs")
+    runs = sorted(p.parent.name for p in near.glob("*/run.json"))
+    close = difflib.get_close_matches(place.name, runs, 1, 0.3) or runs[-1:]
+    why = "It is no run: there is no run.json in it." if place.is_dir() else "There is no such folder."
+    raise refuse(f"run={text}", why, f"run={near / close[0]}" if close else "run=outputs/<run>")
+
+
+def settings_of(folder: Path) -> tuple[Settings, dict[str, Any]]:
+    """The settings that a run was made with, and its record. Raises Refusal if its run.json holds none."""
+    from omegaconf import OmegaConf
+
+    from sft.command_line import to_settings
+
+    record = read_json(folder / "run.json")
+    if "settings" not in record:
+        raise refuse(f"run={folder}", "Its run.json holds no settings: nothing was trained.", "run=outputs/<another run>")
+    return to_settings(OmegaConf.create(record["settings"])), record

@@ -1,0 +1,319 @@
+"""Exports of a tiny run: every format holds, every planted fault is caught, and nothing half-made is left."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sft.errors import ExportError, Refusal
+from sft.export import exporter, gguf, merge
+from sft.run import run
+from sft.runs import settings_of
+from tests.conftest import ROOT, SMALL, make_settings
+
+# A learning rate that moves the loss well beyond the tolerances, so that a lost adapter cannot pass.
+LEARNT = ("trainer.max_steps=12", "trainer.learning_rate=2e-2", "trainer.warmup_steps=0", "trainer.eval_steps=6",
+          "trainer.save_steps=6", "trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=1",
+          "dataset.eval_fraction=0.25", "lora.r=16", "lora.lora_alpha=64")  # fmt: skip
+needs_gguf = pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's parts are not installed: {gguf.INSTALL}")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One finished run with merged_16bit and f16 exported, not to be changed: take a copy."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    gguf_files = ("export.gguf.quantizations=[f16,q8_0,q4_k_m]", "export.gguf.adapter=true")
+    result = run(make_settings(*SMALL, *LEARNT, "export=all", *gguf_files), folder)
+    assert (result.status, result.exit_code) == ("finished", 0)
+    return folder
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of the finished run."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "export" / "verify.json").read_text(encoding="utf-8"))
+
+
+def edit(file: Path, **changes) -> None:
+    """Change keys of a JSON file; None takes one away."""
+    content = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}), encoding="utf-8")
+
+
+def export(folder: Path, monkeypatch=None, fault=None, formats=("merged_16bit",), **options) -> dict:
+    """Export again in this process; `fault(place)` spoils the merged folder between saving and proving it."""
+    settings, _ = settings_of(folder)
+    settings.export.formats = list(formats)
+    for name, value in options.items():
+        setattr(settings.export, name, value)
+    if fault:
+        original = merge.save
+
+        def save(model, tokenizer, stop_ids, place, source=None):
+            original(model, tokenizer, stop_ids, place, source)
+            fault(place)
+
+        monkeypatch.setattr(merge, "save", save)
+    return exporter.export_run(folder, settings)
+
+
+@needs_gguf
+def test_every_format_holds_what_was_trained(trained):
+    found = read(trained)
+    assert set(found["artifacts"]) == {
+        "adapter",
+        "merged_16bit",
+        "merged_4bit",
+        "gguf/f16",
+        "gguf/q8_0",
+        "gguf/q4_k_m",
+        "gguf/adapter",
+    }
+    assert all(facts["status"] == "ok" and facts["failed"] == [] for facts in found["artifacts"].values())
+    record = json.loads((trained / "run.json").read_text(encoding="utf-8"))
+    assert abs(found["reference"]["loss"] - record["metrics"]["proof_loss"]) < 1e-4
+    for name in ("adapter", "merged_16bit", "gguf/f16"):
+        assert abs(found["artifacts"][name]["loss_increase"]) < 1e-3, name
+    moved = record["metrics"]["eval_loss_start"] - record["metrics"]["eval_loss"]
+    assert moved > 0.05, "the training moved nothing, so that this test could not fail"
+    for name in ("adapter", "merged_16bit", "merged_4bit", "gguf"):
+        assert (trained / "export" / name / "README.md").is_file(), name
+    assert not list((trained / "export").rglob(".*"))
+    assert record["artifacts"]["export/gguf/q8_0"] == "export/gguf/model-q8_0.gguf"
+
+
+def test_the_merged_model_is_plain_and_stands_alone(trained):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = trained / "export" / "merged_16bit"
+    weights = load_file(folder / "model.safetensors")
+    assert not [name for name in weights if "lora" in name] and {str(w.dtype) for w in weights.values()} == {"torch.bfloat16"}
+    base = json.loads((trained / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), trained / "adapter").merge_and_unload()
+    name = "model.layers.1.mlp.down_proj.weight"
+    exact, merged = model.state_dict()[name], weights[name].float()
+    assert float((exact - merged).abs().max()) <= float(exact.abs().max()) * 2**-8  # half a step of bfloat16
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<|im_end|>"
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == 2 and settings["pad_token_id"] == 0
+
+
+@needs_gguf
+def test_the_gguf_adapter_on_the_base_is_the_merged_model(trained, tmp_path):
+    """base + alpha / r * B A, as llama.cpp computes it, for a layer whose rows llama.cpp reorders and one that it does not."""
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = json.loads((trained / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
+    gguf.convert(tmp_path / "base", tmp_path / "base.gguf", "f32")
+    base, merged, adapter = (
+        {t.name: torch.from_numpy(t.data.copy()).float() for t in GGUFReader(file).tensors}
+        for file in (tmp_path / "base.gguf", trained / "export/gguf/model-f16.gguf", trained / "export/gguf/adapter.gguf")
+    )
+    alpha = GGUFReader(trained / "export/gguf/adapter.gguf").fields["adapter.lora.alpha"].contents()
+    for name in ("blk.0.attn_q.weight", "blk.1.attn_k.weight", "blk.1.ffn_down.weight"):
+        a, b = adapter[f"{name}.lora_a"], adapter[f"{name}.lora_b"]
+        update = alpha / len(a) * b @ a
+        assert float(update.abs().max()) > 0.01  # beyond the rounding
+        assert torch.allclose(base[name] + update, merged[name], atol=2e-3), name
+
+
+# ------------------------------------------------------------------------------------------- planted faults, torch
+
+
+def lose_eos(place):
+    edit(place / "generation_config.json", eos_token_id=None)
+
+
+def lose_eos_token(place):
+    edit(place / "tokenizer_config.json", eos_token="<|endoftext|>")
+
+
+def pad_with_eos(place):
+    edit(place / "tokenizer_config.json", pad_token="<|im_end|>")
+
+
+def double_bos(place):
+    """As tokenizers do that were saved with another setting: BOS before each text, twice."""
+    file = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))
+    bos = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    file["post_processor"] = {
+        "type": "TemplateProcessing", "single": [bos, bos, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+    }  # fmt: skip
+    (place / "tokenizer.json").write_text(json.dumps(file), encoding="utf-8")
+
+
+def other_template(place):
+    template = (place / "chat_template.jinja").read_text(encoding="utf-8")
+    (place / "chat_template.jinja").write_text(template.replace("assistant", "model"), encoding="utf-8")
+
+
+def no_template(place):
+    (place / "chat_template.jinja").unlink()
+
+
+def scale(place, factor):
+    weights = load_file(place / "model.safetensors")
+    weights["model.layers.0.self_attn.o_proj.weight"] *= factor
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("fault", "caught"),
+    [
+        (lose_eos, "stop_tokens"),
+        (lose_eos_token, "eos_token"),
+        (pad_with_eos, "pad_token"),
+        (double_bos, "prompt_tokens"),
+        (other_template, "chat_template"),
+        (no_template, "chat_template"),
+        (lambda place: scale(place, 1.5), "loss"),
+        (lambda place: shutil.copy(ROOT / "README.md", place / "model.safetensors"), "made"),
+    ],
+    ids=["eos", "eos_token", "pad", "bos", "template", "no_template", "scaled", "torn"],
+)
+def test_a_planted_fault_is_caught(copied, monkeypatch, fault, caught):
+    report = export(copied, monkeypatch, fault)
+    facts = report["artifacts"]["merged_16bit"]
+    assert facts["status"] in ("failed", "error") and caught in facts["failed"]
+    assert any("merged_16bit" in line for line in exporter.failures(report))
+
+
+def test_an_adapter_that_was_not_merged_is_caught(copied, monkeypatch):
+    monkeypatch.setattr(merge, "merge", lambda model: model.unload().bfloat16())
+    assert export(copied)["artifacts"]["merged_16bit"]["failed"][0] == "loss"
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
+def test_an_adapter_that_was_saved_wrong_is_caught(copied, factor):
+    """What was trained is known from the training itself, not from the file."""
+    file = copied / "adapter" / "adapter_model.safetensors"
+    weights = {name: w * factor if "lora_B" in name else w for name, w in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    assert "loss" in export(copied)["artifacts"]["adapter"]["failed"]
+
+
+# -------------------------------------------------------------------------------------------- planted faults, GGUF
+
+
+@needs_gguf
+@pytest.mark.parametrize(
+    ("key", "value", "caught"),
+    [
+        ("tokenizer.ggml.eos_token_id", 0, "eos_token"),
+        ("tokenizer.ggml.padding_token_id", 2, "pad_token"),
+        ("tokenizer.ggml.add_bos_token", True, "prompt_tokens"),
+        ("tokenizer.chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}", "chat_template"),
+    ],
+)
+def test_a_fault_in_a_gguf_file_is_caught(copied, monkeypatch, key, value, caught):
+    original = gguf.convert
+
+    def convert(merged, target, kind="f16"):
+        original(merged, target, kind)
+        rewrite(target, key, value)
+
+    monkeypatch.setattr(gguf, "convert", convert)
+    settings, _ = settings_of(copied)
+    settings.export.formats, settings.export.gguf.quantizations = ["gguf"], ["f16"]
+    facts = exporter.export_run(copied, settings)["artifacts"]["gguf/f16"]
+    assert facts["status"] == "failed" and caught in facts["failed"], facts["checks"]
+
+
+def rewrite(file: Path, key: str, value) -> None:
+    """Set one field of a GGUF file: every other field and every tensor is copied."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    reader = GGUFReader(file)
+    writer = GGUFWriter(file.with_suffix(".new"), reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture" or name == key:
+            continue
+        kinds = field.types
+        writer.add_key_value(name, field.contents(), kinds[0], kinds[-1] if kinds[0] == GGUFValueType.ARRAY else None)
+    kind = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, str: GGUFValueType.STRING}[type(value)]
+    writer.add_key_value(key, value, kind)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file.with_suffix(".new").replace(file)
+
+
+@needs_gguf
+def test_a_quantisation_that_costs_too_much_fails(copied):
+    settings, _ = settings_of(copied)
+    settings.export.formats, settings.export.gguf.quantizations = ["gguf"], ["q2_k"]
+    settings.export.max_loss_increase = 1e-6
+    report = exporter.export_run(copied, settings)
+    facts = report["artifacts"]["gguf/q2_k"]
+    assert facts["loss_increase"] > 1e-6 and facts["failed"] == ["loss"]
+    assert {"gguf/f16", "merged_16bit"} <= set(read(copied)["artifacts"])  # of the export before
+    assert not (copied / "export" / ".merged_16bit").exists()
+
+
+# ------------------------------------------------------------------------------------------------- kinds of runs
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("lora=dora",), ("lora=rslora",), ("lora=none",), ("lora.bias=all", "lora.lora_dropout=0.1"),
+     ("lora.modules_to_save=[embed_tokens,lm_head]",)],
+    ids=["dora", "rslora", "full", "bias", "tied"],
+)  # fmt: skip
+def test_every_kind_of_training_merges(tmp_path, overrides):
+    rate = ("trainer.learning_rate=1e-3",) if overrides == ("lora=none",) else ()
+    lora = [] if overrides == ("lora=none",) else ["lora.r=16"]
+    learnt = [o for o in LEARNT if not o.startswith("lora.")]
+    settings = make_settings(*SMALL, *learnt, *overrides, *lora, *rate, "samples.num_held_out=1")
+    folder = tmp_path / "run"
+    assert run(settings, folder).exit_code == 0
+    report = export(folder, num_prompts=2)
+    assert report["artifacts"]["merged_16bit"]["status"] == "ok", report["artifacts"]
+
+
+def test_a_checkpoint_is_exported_too(copied):
+    checkpoint = copied / "checkpoints" / "checkpoint-6"
+    done = subprocess.run([sys.executable, str(ROOT / "scripts/export.py"), f"run={checkpoint}", "export=merged_16bit"],
+                          capture_output=True, text=True, timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = read(copied)
+    assert found["reference"]["weights"] == "checkpoints/checkpoint-6" and found["artifacts"]["merged_16bit"]["status"] == "ok"
+
+
+def test_a_failed_export_shows_in_the_exit_code_and_keeps_the_run(tmp_path, monkeypatch):
+    """An unwritable limit: the quantised model is always worse than this."""
+    settings = make_settings(*SMALL, "trainer=debug", "export=merged_4bit", "export.max_loss_increase=1e-9")
+    result = run(settings, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert (result.status, result.exit_code) == ("finished", 1)
+    assert record["status"] == "finished" and "merged_4bit: loss: expected" in record["reason"]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_full_disk_is_told_before_anything_is_made(copied, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 10))
+    with pytest.raises(Refusal, match="GiB are free"):
+        export(copied)
+
+
+def test_a_run_without_its_rows_says_so(copied):
+    (copied / "held_out.jsonl").unlink()
+    with pytest.raises(ExportError, match="held_out"):
+        export(copied)
