@@ -64,6 +64,7 @@ def define(board: Leaderboard, entity: str, project: str) -> Any:
     try:
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces
+        from wandb_workspaces.expr import And
     except ImportError as error:
         raise refuse(
             "scripts/wandb_workspace.py", "wandb-workspaces is not installed.", 'pip install -e ".[workspace]"'
@@ -86,7 +87,8 @@ def define(board: Leaderboard, entity: str, project: str) -> Any:
         ),
         workspaces.Section(name="Samples", panels=[reports.WeavePanelSummaryTable(table_name="samples")], is_open=True),
     ]
-    only_this = workspaces.RunsetSettings(filters=[workspaces.Metric("Group") == board.index.folder.resolve().name])
+    group = And(workspaces.Metric("Group") == board.index.folder.resolve().name)
+    only_this = workspaces.RunsetSettings(filters=group)
     name = f"sweep {board.index.folder.resolve().name}"
     return workspaces.Workspace(entity=entity, project=project, name=name, sections=sections, runset_settings=only_this)
 

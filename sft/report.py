@@ -260,9 +260,9 @@ def chart_library(bundle: Callable[[str], str]) -> str:
     return re.sub(r"<(/script|script|!--)", r"\\x3c\1", library, flags=re.IGNORECASE)  # may not end its own tag
 
 
-def render(context: dict, template: str = "report.html.j2") -> str:
-    """Fill the template, which escapes every value, and write the chart library into it."""
-    library = chart_library(vl_convert.javascript_bundle)
+@functools.cache
+def find_template(name: str) -> jinja2.Template:
+    """Compile a template of the assets folder, once a process."""
     jinja = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
         autoescape=True,
@@ -271,4 +271,10 @@ def render(context: dict, template: str = "report.html.j2") -> str:
         undefined=jinja2.ChainableUndefined,
     )
     jinja.filters |= {f.__name__: f for f in (fixed, short, duration, moment, setting, specials)}
-    return jinja.get_template(template).render(context, library=Markup(library))
+    return jinja.get_template(name)
+
+
+def render(context: dict, template: str = "report.html.j2") -> str:
+    """Fill the template, which escapes every value, and write the chart library into it."""
+    library = chart_library(vl_convert.javascript_bundle)
+    return find_template(template).render(context, library=Markup(library))

@@ -10,8 +10,15 @@ from sft.settings import Settings
 
 
 def find_run(text: str) -> tuple[Path, Path | None]:
-    """(run folder, checkpoint or None) of `run=<text>`. Raises Refusal, with the runs there are, if it names none."""
+    """(run folder, checkpoint or None) of `run=<text>`: `best` is the best run of the newest sweep, a sweep's folder its best.
+
+    Raises Refusal, with the runs there are, if it names none.
+    """
     place = Path(text).expanduser()
+    if text == "best" or (place / "sweep.json").is_file():
+        from sft.sweep.leaderboard import best_run
+
+        return best_run(None if text == "best" else place), None
     if (place / "run.json").is_file():
         return place, None
     if (place / "adapter_config.json").is_file() or (place / "config.json").is_file():

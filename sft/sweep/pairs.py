@@ -17,8 +17,7 @@ def expand(overrides: list[Override], paired: list[str]) -> list[list[str]]:
         if override.is_sweep_override():
             values[override.get_key_element()] = [f"{override.get_key_element()}={v}" for v in override.sweep_string_iterator()]
         else:
-            text = f"{override.get_key_element()}={override.get_value_element_as_str()}"
-            values[override.get_key_element()] = [text]
+            values[override.get_key_element()] = [override.input_line]  # as it was typed
     together = [key for key in values if key in paired and len(values[key]) > 1]
     axes: list[list[tuple[str, ...]]] = []
     for key, choices in values.items():

@@ -82,7 +82,7 @@ def kill_after(process: subprocess.Popen, folder: Path, done: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_twelve_jobs_survive_everything(place):
     """One job diverges, one has no memory, one is killed, and the whole command is killed twice: 12 right rows."""
     rates = ["1e-3", "2e-3", "3e-3", "1e30", "5e-3", "6e-3", "7e-3", "8e-3", "9e-3", "1e-2", "1.1e-2", "1.2e-2"]
@@ -136,9 +136,15 @@ def test_a_killed_job_in_a_process_of_its_own_is_only_a_row(place):
 
 @pytest.mark.slow
 def test_a_grid_that_grows_runs_only_its_new_jobs(place):
-    assert sweep(place, "-m", *QUICK, "lora.r=4,8") == 0
+    """With W&B: a run for each job, none of them merged, and one for the leaderboard, all in the sweep's group."""
+    assert sweep(place, "-m", *QUICK, "lora.r=4,8", "tracking=wandb") == 0
     (folder,) = place.glob("outputs/sweeps/*")
     before = {job["folder"]: (folder / job["folder"] / "run.json").read_bytes() for job in jobs_of(folder)}
+    for name in [*before, "."]:
+        (binary,) = (folder / name).glob("wandb/offline-run-*/*.wandb")
+        assert folder.name.encode() in binary.read_bytes(), "the group"
+    (table,) = folder.glob("wandb/offline-run-*/files/media/table/*.json")
+    assert [row[0] for row in json.loads(table.read_text(encoding="utf-8"))["data"]] == [1, 2]
     assert sweep(place, "-m", *QUICK, "lora.r=2,4,8") == 0
     assert list(place.glob("outputs/sweeps/*")) == [folder]
     assert [(job["folder"], job["attempts"]) for job in jobs_of(folder)] == [("0_r=4", 1), ("1_r=8", 1), ("2_r=2", 1)]

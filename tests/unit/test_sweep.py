@@ -8,6 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sft import report, runtime
 from sft.errors import Refusal
+from sft.runs import find_run
 from sft.settings import Settings
 from sft.sweep import leaderboard
 from sft.sweep.index import SweepIndex, SweepLock, identify, judge, load_index, make_label
@@ -159,6 +160,7 @@ def test_the_best_run_of_the_newest_sweep(sweep):
     sweep([("lora.r=8", 1.0)], "outputs/sweeps/2026-01-01")
     newest = sweep([("lora.r=8", 2.0)], "outputs/sweeps/2026-01-02")
     assert leaderboard.best_run().resolve() == newest / "0_r=8"
+    assert find_run("best")[0].resolve() == find_run(str(newest))[0].resolve() == newest / "0_r=8"
     with pytest.raises(Refusal, match="None of its jobs"):
         leaderboard.best_run(sweep([("lora.r=8", None)], "outputs/sweeps/2026-01-03"))
 

@@ -1,0 +1,81 @@
+"""What jobs of one process share comes back as it was, or is loaded again."""
+
+import hashlib
+
+import pytest
+import torch
+
+from sft import lora, runtime, shared
+from tests.conftest import SMALL, make_settings
+
+
+@pytest.fixture
+def keeping():
+    runtime.prepare_environment()
+    shared.keep(True)
+    before = dict(shared.loads)
+    yield lambda: {name: count - before[name] for name, count in shared.loads.items()}
+    shared.keep(False)
+
+
+def weights(model) -> str:
+    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in model.state_dict().values())).hexdigest()
+
+
+def names(model) -> list[str]:
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+    return [f"{name} {type(module).__name__}" for name, module in model.named_modules()] + [f"{hooks} hooks"]
+
+
+def train_a_step(settings):
+    model = lora.attach(shared.load_model(settings, "transformers")[0], settings, "transformers")
+    model.enable_input_require_grads()
+    model.base_model.model.model.layers[0].forward = model.base_model.model.model.layers[0].forward  # as a patch would
+    model.config.use_cache = False
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    ids = torch.arange(12).reshape(1, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+
+
+def test_a_shared_model_comes_back_as_it_was_loaded(keeping):
+    settings = make_settings(*SMALL, "lora.r=8")
+    fresh, _ = shared.load_model(settings, "transformers")
+    weights_before, names_before, cache = weights(fresh), names(fresh), fresh.config.use_cache
+    for rank in (8, 4):
+        train_a_step(make_settings(*SMALL, f"lora.r={rank}"))
+        shared.take_back()
+    again, _ = shared.load_model(settings, "transformers")
+    assert again is fresh and keeping()["model"] == 1
+    assert weights(again) == weights_before and names(again) == names_before and again.config.use_cache == cache
+    assert all(p.requires_grad and p.grad is None for p in again.parameters()) and not hasattr(again, "peft_config")
+    assert "forward" not in again.model.layers[0].__dict__
+
+
+def test_a_model_that_was_written_to_is_loaded_again(keeping):
+    settings = make_settings(*SMALL)
+    fresh, _ = shared.load_model(settings, "transformers")
+    before = weights(fresh)
+    with torch.no_grad():
+        fresh.model.layers[0].self_attn.q_proj.weight.add_(1e-3)
+    again, _ = shared.load_model(settings, "transformers")
+    assert again is not fresh and weights(again) == before and keeping()["model"] == 2
+
+
+@pytest.mark.parametrize("other", ["lora=none", "model.max_seq_length=64", "model.dtype=bfloat16"])
+def test_other_settings_get_a_model_of_their_own(keeping, other):
+    first, _ = shared.load_model(make_settings(*SMALL), "transformers")
+    second, _ = shared.load_model(make_settings(*SMALL, other), "transformers")
+    assert second is not first and keeping()["model"] == 2
+
+
+def test_rows_are_tokenised_once_for_jobs_that_agree_on_them(keeping):
+    for words in (["lora.r=8"], ["lora.r=4"], ["trainer.learning_rate=1e-3"]):
+        settings = make_settings(*SMALL, *words)
+        tokenizer, stop_ids = shared.load_tokenizer(settings)
+        shared.prepare_data(settings, tokenizer, stop_ids)
+    assert keeping() == {"model": 0, "tokenizer": 1, "tokens": 1}
+    other = make_settings(*SMALL, "seed=1")
+    shared.prepare_data(other, *shared.load_tokenizer(other))
+    assert keeping() == {"model": 0, "tokenizer": 1, "tokens": 2}, "the seed chooses the rows"
