@@ -30,7 +30,7 @@ demo: setup
 	$(VENV)/bin/python train.py
 
 test: $(VENV)/.testing
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.testing
 	$(VENV)/bin/ruff check .

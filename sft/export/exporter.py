@@ -17,7 +17,7 @@ from sft.errors import ExportError, HubError, Problem, Refusal, first_line
 from sft.export import card, gguf, hub, merge, proof, verify
 from sft.records import read_json, read_lines
 from sft.render import starts_with_bos
-from sft.settings import ExportSettings, Settings
+from sft.settings import Bias, ExportSettings, Settings
 
 log = logging.getLogger(__name__)
 
@@ -270,8 +270,11 @@ def _measure_torch(model: Any, trained: Trained, wanted: ExportSettings) -> proo
 
 
 def _base_loss(model: Any, trained: Trained) -> float | None:
-    """The loss of the model without its adapter, to tell how much of what was learnt an export keeps; None without one."""
-    if not hasattr(model, "disable_adapter"):
+    """The loss of the model without its adapter, to tell how much of what was learnt an export keeps; None without one.
+
+    Trained bias terms are written into the base itself, so that it cannot be had back.
+    """
+    if not hasattr(model, "disable_adapter") or trained.settings.lora.bias != Bias.none:
         return None
     with model.disable_adapter():
         return proof.row_losses(model, trained.rows)[0]

@@ -1,6 +1,7 @@
 """A program around llama.cpp (through cyllama): quantise a GGUF file, or measure one. Imports nothing of this project.
 
     python llama_cpp.py job.json answer.json
+    python llama_cpp.py chat model.gguf           questions on standard input, tokens on standard output, a JSON value a line
 
 It is a program because llama.cpp ends the process it runs in when something is wrong with a file.
 """
@@ -124,7 +125,36 @@ def _nll(logits: list[float], label: int) -> float:
     return float(math.log(numpy.exp(values - top).sum()) + top - values[label])
 
 
+def chat(path: str) -> None:
+    """Answer each line of standard input (`ids`, `max_new_tokens`, `temperature`, `stop_ids`) with token ids, then null."""
+    model = load(path)
+    for line in sys.stdin:
+        job = json.loads(line)
+        reader = Reader(model, len(job["ids"]) + job["max_new_tokens"])
+        reader.read(job["ids"], {len(job["ids"]) - 1})
+        for _ in range(job["max_new_tokens"]):
+            token = _choose(reader.logits(-1), job["temperature"])
+            print(token, flush=True)
+            if token in job["stop_ids"]:
+                break
+            reader.read([token], {0})
+        print("null", flush=True)
+
+
+def _choose(logits: list[float], temperature: float) -> int:
+    import numpy
+
+    values = numpy.asarray(logits, dtype=numpy.float64)
+    if temperature <= 0:
+        return int(values.argmax())
+    weights = numpy.exp((values - values.max()) / temperature)
+    return int(numpy.random.default_rng().choice(len(values), p=weights / weights.sum()))
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "chat":
+        chat(sys.argv[2])
+        sys.exit(0)
     with open(sys.argv[1], encoding="utf-8") as file:
         asked = json.load(file)
     result = {"quantise": quantise, "measure": measure, "load_adapter": load_adapter}[asked["do"]](asked)

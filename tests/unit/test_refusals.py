@@ -588,7 +588,7 @@ def test_cfg_of_a_sweep_is_refused():
     ],
 )
 def test_a_repository_that_the_hub_would_not_take_comes_with_one_that_it_would(repo, why, fix):
-    found = problem_of(f"export.hub.repo={repo}")
+    found = problem_of("export=adapter", f"export.hub.repo={repo}")
     assert why in found.why and found.fix.startswith(fix)
     from huggingface_hub.utils import validate_repo_id
 
@@ -598,9 +598,9 @@ def test_a_repository_that_the_hub_would_not_take_comes_with_one_that_it_would(r
 
 @pytest.mark.parametrize("repo", ["me/model", "me/Llama-3.1_8B.v2", "0/1", "my-org/x", "me/" + "a" * 87])
 def test_repositories_that_the_hub_takes(repo):
-    accepted(f"export.hub.repo={repo}")
+    accepted("export=adapter", f"export.hub.repo={repo}")
 
 
 @pytest.mark.parametrize("repo", ["", "'  '"])
 def test_an_empty_repository_is_not_taken_for_none(repo):
-    assert problem_of(f"export.hub.repo={repo}").fix.startswith("export.hub.repo=null")
+    assert problem_of("export=adapter", f"export.hub.repo={repo}").fix.startswith("export.hub.repo=null")

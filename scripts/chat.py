@@ -1,0 +1,153 @@
+"""Talk to a trained model in the terminal, through the template it was trained with.
+
+    python scripts/chat.py run=outputs/<run>                                  the trained adapter
+    python scripts/chat.py run=outputs/<run> prompt="Why is the sky blue?"    one answer, then the end
+    python scripts/chat.py run=outputs/<run>/export/merged_16bit              an export: merged_16bit, merged_4bit
+    python scripts/chat.py run=outputs/<run>/export/gguf/model-q8_0.gguf      or a GGUF file of the run
+    python scripts/chat.py run=outputs/<run> against=base                     two answers side by side: the base's too
+    python scripts/chat.py run=outputs/<run> against=outputs/<another run>    or those of another run
+
+Further: max_new_tokens=256, temperature=0 (greedy, as in samples.jsonl). In the chat: /reset forgets what was said, /quit or
+Ctrl-D ends, Ctrl-C stops an answer. Exit codes: 0 ended, 1 failed, 2 refused.
+"""
+
+import difflib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
+
+from sft.chat import Speaker, find_target, shown  # noqa: E402
+from sft.errors import ExportError, Problem, Refusal  # noqa: E402
+
+OPTIONS = ("run", "against", "prompt", "max_new_tokens", "temperature")
+
+
+def main(argv: list[str]) -> int:
+    """Chat, or answer one prompt; returns the exit code."""
+    if {"-h", "--help"} & set(argv) or not argv:
+        print(__doc__)
+        return 0
+    try:
+        options = read_options(argv)
+        targets = [find_target(options["run"])]
+        if "against" in options:
+            other = f"base:{targets[0].folder}" if options["against"] == "base" else options["against"]
+            targets.append(find_target(other))
+        speakers = load(targets)
+    except Refusal as refusal:
+        print(refusal, file=sys.stderr)
+        return 2
+    try:
+        if "prompt" in options:
+            ask(speakers, [[] for _ in speakers], options["prompt"], options)
+        else:
+            talk(speakers, options)
+    except ExportError as error:
+        print(f"Failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print()
+        return 130
+    finally:
+        for speaker in speakers:
+            speaker.close()
+    return 0
+
+
+def read_options(argv: list[str]) -> dict:
+    """The options of the command line, checked. Raises Refusal with every problem."""
+    options, problems = {}, []
+    for text in argv:
+        key, equals, value = text.lstrip("-").partition("=")
+        if key not in OPTIONS or not equals:
+            close = difflib.get_close_matches(key, OPTIONS, 1, 0.4)
+            fix = f"{close[0]}={value or '...'}" if close else 'run=outputs/<run> prompt="..."'
+            problems.append(Problem(text, f"A chat takes {', '.join(f'{o}=' for o in OPTIONS)}.", fix))
+        options[key] = value
+    for key, kind, low, default in (("max_new_tokens", int, 1, "256"), ("temperature", float, 0, "0")):
+        try:
+            options[key] = kind(options.get(key, default))
+        except ValueError:
+            options[key] = -1
+        if not options[key] >= low:
+            problems.append(Problem(f"{key}={options[key]}", f"It has to be a number of at least {low}.", f"{key}={default}"))
+    if not options.get("run"):
+        problems.append(Problem(" ".join(argv), "It names no run.", "run=outputs/<run>"))
+    if problems:
+        raise Refusal(problems)
+    return options
+
+
+def load(targets: list) -> list[Speaker]:
+    """Load each of them, with a quiet library around it."""
+    from sft import runtime
+
+    runtime.prepare_environment()
+    runtime.quiet_libraries()
+    return [Speaker(target) for target in targets]
+
+
+def talk(speakers: list[Speaker], options: dict) -> None:
+    """Ask for questions until the end; a speaker with a chat template knows what was said before."""
+    names = " and ".join(shown(s.target.name) for s in speakers)
+    print(f"Talking to {names}. /reset forgets what was said, /quit ends.")
+    if not all(s.remembers for s in speakers):
+        print("The training's template has no place for earlier turns, so every question stands alone.")
+    histories: list[list[dict]] = [[] for _ in speakers]
+    while True:
+        try:
+            question = input("\n> ").strip()
+        except EOFError:
+            print()
+            return
+        if question == "/quit":
+            return
+        if question == "/reset":
+            histories = [[] for _ in speakers]
+        elif question:
+            try:
+                ask(speakers, histories, question, options)
+            except KeyboardInterrupt:
+                print("  (stopped)")
+                histories = [h[: len(h) - len(h) % 2] for h in histories]  # a question without an answer is not kept
+
+
+def ask(speakers: list[Speaker], histories: list[list[dict]], question: str, options: dict) -> None:
+    """Put one question to every speaker and show the answers; one streams, two stand side by side."""
+    answers = []
+    for speaker, history in zip(speakers, histories, strict=True):
+        if not speaker.remembers:
+            history.clear()
+        history.append({"role": "user", "content": question})
+        ids = speaker.prompt(history)
+        say = (lambda text: print(shown(text), end="", flush=True)) if len(speakers) == 1 else (lambda text: None)
+        answers.append(speaker.answer(ids, say, options["max_new_tokens"], options["temperature"]))
+        history.append({"role": "assistant", "content": answers[-1]})
+    print()
+    if len(speakers) > 1:
+        show_side_by_side([s.target.name for s in speakers], answers)
+
+
+def show_side_by_side(names: list[str], answers: list[str]) -> None:
+    """Two answers beside each other, or one under the other where the terminal is narrow."""
+    from rich.console import Console, Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    panels = [Panel(Text(shown(a)), title=Text(shown(n))) for n, a in zip(names, answers, strict=True)]
+    if console.width < 80:
+        console.print(Group(*panels))
+        return
+    grid = Table.grid(expand=True)
+    for _ in panels:
+        grid.add_column(ratio=1)
+    grid.add_row(*panels)
+    console.print(grid)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

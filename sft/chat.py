@@ -1,0 +1,208 @@
+"""Talk to what was trained: prompts go through the training's own template, and answers come token by token."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft.errors import ExportError, refuse
+from sft.records import read_json
+from sft.runs import find_run, settings_of
+from sft.settings import Settings, Shape
+
+
+@dataclass
+class Target:
+    """Whom to talk to."""
+
+    name: str
+    kind: str
+    """`adapter` (a run's weights or a checkpoint), `merged` (a plain model folder), `gguf`, or `base`."""
+    folder: Path
+    """The run folder that it belongs to, whose settings and template count."""
+    place: Path | None
+    """The weights; None for those that the run kept."""
+    settings: Settings
+
+
+def find_target(text: str) -> Target:
+    """Whom `run=<text>` names: a run, a checkpoint, an export of a run, or `base:<run>`, its model before training.
+
+    Raises Refusal, without reading a weight, if there is no such thing or it belongs to no run.
+    """
+    kind, _, rest = text.partition(":")
+    place = Path(rest if kind == "base" and rest else text).expanduser()
+    if place.suffix == ".gguf":
+        owner = next((p for p in place.resolve().parents if (p / "run.json").is_file()), None)
+        if not place.is_file() or owner is None:
+            why = (
+                "There is no such file." if not place.is_file() else "The file belongs to no run, so its template is not known."
+            )
+            raise refuse(
+                f"run={text}", why, "run=outputs/<run>/export/gguf/model-q8_0.gguf\nllama-cli -cnv -m <file>   for any file"
+            )
+        from sft.export.gguf import missing_parts
+
+        problems = missing_parts()
+        if problems:
+            raise refuse(f"run={text}", problems[0].why, problems[0].fix)
+        return Target(place.name, "gguf", owner, place, settings_of(owner)[0])
+    folder, weights = find_run(str(place))
+    settings, record = settings_of(folder)
+    if kind == "base" and rest:
+        return Target(settings.model.name, "base", folder, None, settings)
+    if weights is not None:
+        plain = not (weights / "adapter_config.json").is_file() and weights.parent.name != "checkpoints"
+        return Target(weights.name, "merged" if plain else "adapter", folder, weights, settings)
+    kept = folder / ("adapter" if settings.lora.enabled else "model")
+    if not kept.is_dir():
+        fix = f"python train.py resume={text}" if record.get("status") != "finished" else "train it again"
+        raise refuse(f"run={text}", f"Nothing was trained there yet (status {record.get('status')}).", fix)
+    return Target(folder.name, "adapter", folder, kept, settings)
+
+
+class Speaker:
+    """A loaded model that answers prompts."""
+
+    def __init__(self, target: Target):
+        """Load it. Raises Refusal if the base cannot be found, ExportError if llama.cpp does not take the file."""
+        from transformers import AutoTokenizer
+
+        self.target, self.settings = target, target.settings
+        kept = target.folder / ("adapter" if self.settings.lora.enabled else "model")
+        self.tokenizer = AutoTokenizer.from_pretrained(kept)
+        preflight = read_json(target.folder / "preflight.json")
+        self.shape = Shape(preflight["shape"])
+        self.stop_ids = sorted(self.tokenizer.convert_tokens_to_ids(preflight["stop_tokens"]))
+        self.child: Any = None
+        self.model = None if target.kind == "gguf" else self._load()
+
+    @property
+    def remembers(self) -> bool:
+        """Whether earlier turns can be part of the prompt: only a chat template has a place for them."""
+        from sft.render import choose_template
+
+        return choose_template(self.settings.dataset, self.shape, self.tokenizer) == "chat"
+
+    def prompt(self, turns: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation that ends with a question, as the training renders it."""
+        from sft.render import prompt_ids, starts_with_bos
+
+        if not self.remembers or (len(turns) == 1 and not self.settings.dataset.system_prompt):
+            return prompt_ids(turns[-1]["content"], self.settings, self.shape, self.tokenizer)
+        system = self.settings.dataset.system_prompt
+        messages = [*([{"role": "system", "content": system}] if system else []), *turns]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        bos = self.tokenizer.bos_token_id
+        return [bos, *ids] if starts_with_bos(self.tokenizer) and ids[:1] != [bos] else ids
+
+    def answer(self, ids: list[int], say: Callable[[str], None], max_new_tokens: int, temperature: float = 0.0) -> str:
+        """The answer to a prompt; `say` gets each piece of text as soon as its characters are whole.
+
+        Greedy at temperature 0, as in samples.jsonl. An end mark is not part of the text.
+        """
+        writer = _Writer(self.tokenizer, self.stop_ids, say)
+        if self.model is None:
+            self._ask_child(ids, writer, max_new_tokens, temperature)
+        else:
+            self._generate(ids, writer, max_new_tokens, temperature)
+        return writer.end()
+
+    def close(self) -> None:
+        """End the process of a GGUF file."""
+        if self.child is not None:
+            self.child.kill()
+            self.child.wait()
+            self.child.stdin.close()
+            self.child.stdout.close()
+            self.child = None
+
+    def _load(self) -> Any:
+        from sft import models
+        from sft.export import merge
+
+        target = self.target
+        if target.kind == "merged":
+            return merge.load_merged(target.place, models.torch_dtype(self.settings.model))
+        if target.kind == "base":
+            return models.load_model(self.settings, "transformers")[0]
+        return merge.load_trained(self.settings, target.place)
+
+    def _generate(self, ids: list[int], writer: "_Writer", max_new_tokens: int, temperature: float) -> None:
+        import torch
+        from transformers import GenerationConfig
+
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        config = GenerationConfig(
+            **sampling, max_new_tokens=max_new_tokens, eos_token_id=self.stop_ids, pad_token_id=self.tokenizer.pad_token_id
+        )
+        prompt = torch.tensor([ids], device=self.model.device)
+        self.model.eval()
+        with torch.no_grad():
+            self.model.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=writer
+            )
+
+    def _ask_child(self, ids: list[int], writer: "_Writer", max_new_tokens: int, temperature: float) -> None:
+        """One question to the process around llama.cpp, which answers with a token id a line and `null` at the end."""
+        if self.child is None:
+            program = Path(__file__).parent / "export" / "llama_cpp.py"
+            command = [sys.executable, str(program), "chat", str(self.target.place)]
+            self.child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                start_new_session=True,  # Ctrl-C stops an answer here, not the process
+            )  # fmt: skip
+        asked = {"ids": ids, "max_new_tokens": max_new_tokens, "temperature": temperature, "stop_ids": self.stop_ids}
+        try:
+            self.child.stdin.write(json.dumps(asked) + "\n")
+            self.child.stdin.flush()
+            while (line := self.child.stdout.readline()).strip() != "null":
+                if not line:
+                    raise ExportError(f"llama.cpp ended while it answered: {self.target.place}")
+                writer.add([int(line)])
+        except BrokenPipeError as error:
+            raise ExportError(f"llama.cpp could not load {self.target.place}") from error
+        except KeyboardInterrupt:
+            self.close()  # it would go on answering
+            raise
+
+
+class _Writer:
+    """Turns token ids into text as they come; transformers' `generate` takes it for a streamer."""
+
+    def __init__(self, tokenizer: Any, stop_ids: list[int], say: Callable[[str], None]):
+        self.tokenizer, self.stop_ids, self.say = tokenizer, stop_ids, say
+        self.ids: list[int] = []
+        self.said = 0
+        self._prompt = True
+
+    def put(self, value: Any) -> None:
+        """What `generate` calls: first with the prompt, then with each token."""
+        if not self._prompt:
+            self.add(value.flatten().tolist())
+        self._prompt = False
+
+    def add(self, ids: list[int]) -> None:
+        """Say what the new tokens make whole: a character may take several."""
+        self.ids += [i for i in ids if i not in self.stop_ids]
+        text = self.tokenizer.decode(self.ids)
+        if not text.endswith("\ufffd"):
+            self.say(text[self.said :])
+            self.said = len(text)
+
+    def end(self) -> str:
+        """The whole text; says what is left of it."""
+        text = self.tokenizer.decode(self.ids)
+        if len(text) > self.said:
+            self.say(text[self.said :])
+            self.said = len(text)
+        return text
+
+
+def shown(text: str) -> str:
+    """Text for a terminal: control characters, which could move the cursor or change a title, are shown and not sent."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
