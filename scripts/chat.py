@@ -44,6 +44,9 @@ def main(argv: list[str]) -> int:
             ask(speakers, [[] for _ in speakers], options["prompt"], options)
         else:
             talk(speakers, options)
+    except Refusal as refusal:
+        print(refusal, file=sys.stderr)
+        return 2
     except ExportError as error:
         print(f"Failed: {error}", file=sys.stderr)
         return 1
@@ -111,7 +114,11 @@ def talk(speakers: list[Speaker], options: dict) -> None:
                 ask(speakers, histories, question, options)
             except KeyboardInterrupt:
                 print("  (stopped)")
-                histories = [h[: len(h) - len(h) % 2] for h in histories]  # a question without an answer is not kept
+            except Refusal as refusal:  # the chat template does not take these turns
+                print("\n".join(problem.why for problem in refusal.problems) + " /reset forgets what was said.")
+            # A question that not all have answered is not kept, so that they are asked the same.
+            turns = min(len(history) for history in histories) // 2 * 2
+            histories = [history[:turns] for history in histories]
 
 
 def ask(speakers: list[Speaker], histories: list[list[dict]], question: str, options: dict) -> None:

@@ -1,8 +1,10 @@
 """Talk to what was trained: prompts go through the training's own template, and answers come token by token."""
 
 import json
+import os
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,9 @@ from sft.errors import ExportError, refuse
 from sft.records import read_json
 from sft.runs import find_run, settings_of
 from sft.settings import Settings, Shape
+
+TURNING = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Unicode's marks of direction, and its line and paragraph ends."""
 
 
 @dataclass
@@ -88,17 +93,15 @@ class Speaker:
         return choose_template(self.settings.dataset, self.shape, self.tokenizer) == "chat"
 
     def prompt(self, turns: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation that ends with a question, as the training renders it."""
-        from sft.render import prompt_ids, starts_with_bos
+        """Token ids of a conversation that ends with a question, as a row of the training would have them.
 
-        if not self.remembers or (len(turns) == 1 and not self.settings.dataset.system_prompt):
-            return prompt_ids(turns[-1]["content"], self.settings, self.shape, self.tokenizer)
-        system = self.settings.dataset.system_prompt
-        messages = [*([{"role": "system", "content": system}] if system else []), *turns]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        bos = self.tokenizer.bos_token_id
-        return [bos, *ids] if starts_with_bos(self.tokenizer) and ids[:1] != [bos] else ids
+        Raises Refusal if the training's template does not take the turns.
+        """
+        from sft.columns import Turn
+        from sft.render import conversation_ids
+
+        asked = [Turn(turn["role"], turn["content"]) for turn in turns]
+        return conversation_ids(asked, self.settings, self.shape, self.tokenizer)
 
     def answer(self, ids: list[int], say: Callable[[str], None], max_new_tokens: int, temperature: float = 0.0) -> str:
         """The answer to a prompt; `say` gets each piece of text as soon as its characters are whole.
@@ -154,6 +157,7 @@ class Speaker:
             command = [sys.executable, str(program), "chat", str(self.target.place)]
             self.child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                env={**os.environ, "OMP_WAIT_POLICY": "passive"},  # threads that wait actively slow each other down
                 start_new_session=True,  # Ctrl-C stops an answer here, not the process
             )  # fmt: skip
         asked = {"ids": ids, "max_new_tokens": max_new_tokens, "temperature": temperature, "stop_ids": self.stop_ids}
@@ -204,5 +208,10 @@ class _Writer:
 
 
 def shown(text: str) -> str:
-    """Text for a terminal: control characters, which could move the cursor or change a title, are shown and not sent."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    """Text for a terminal: control characters, which could move the cursor or change a title, are shown and not sent.
+
+    So are the marks that turn the direction of a line around. Wide spaces and joiners, as Chinese and emoji have them, stay.
+    """
+    return "".join(
+        repr(c)[1:-1] if (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t") or c in TURNING else c for c in text
+    )
