@@ -14,10 +14,10 @@ from typing import Any
 
 from sft import durable, runtime
 from sft.errors import ExportError, HubError, Problem, Refusal, first_line
-from sft.export import card, gguf, hub, merge, proof, verify
+from sft.export import card, gguf, hub, merge, modelfile, proof, verify
 from sft.records import read_json, read_lines
 from sft.render import starts_with_bos
-from sft.settings import Bias, ExportSettings, Settings
+from sft.settings import Bias, ExportSettings, Settings, Shape
 
 log = logging.getLogger(__name__)
 
@@ -227,6 +227,7 @@ def _make_gguf(trained: Trained, report: dict, reference: proof.Measurement, mer
                 else:
                     made = _attempt(report, name, lambda k=kind, f=file: gguf.quantise(whole, f, k))
             if made:
+                _write_modelfile(trained, report, file)
                 _attempt(
                     report, name, lambda n=name, f=file, k=kind, b=begun: _prove_gguf(trained, report, reference, n, f, k, b)
                 )
@@ -235,6 +236,17 @@ def _make_gguf(trained: Trained, report: dict, reference: proof.Measurement, mer
     finally:
         if whole.name.startswith("."):
             whole.unlink(missing_ok=True)
+
+
+def _write_modelfile(trained: Trained, report: dict, file: Path) -> None:
+    """Put an Ollama Modelfile beside a GGUF file, or say why Ollama could not render the prompts of the training."""
+    preflight = read_json(trained.folder / "preflight.json")
+    try:
+        shape, stops = Shape(preflight["shape"]), preflight["stop_tokens"]
+        modelfile.write_modelfile(file.parent, file.name, trained.settings, shape, trained.tokenizer, stops)
+    except ExportError as error:
+        report["modelfile"] = str(error)
+        log.warning("%s: %s", file.name, error)
 
 
 def _make_gguf_adapter(trained: Trained, report: dict, merged: Path, whole: Path) -> None:
