@@ -1,9 +1,11 @@
 """The Modelfile's prompts are those of training: in Python always, and in Go's own engine where `go` is there."""
 
+import atexit
 import functools
 import json
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -107,11 +109,11 @@ def test_the_pieces_make_the_prompts_of_training(case):
 @functools.cache
 def renderer() -> list[str]:
     """The Go program, built once; the tests that need it are skipped without `go`."""
-    import tempfile
-
     if not shutil.which("go"):
         pytest.skip("needs Go (apt-get install golang-go)")
-    target = Path(tempfile.mkdtemp(prefix="sft-go-")) / "render"
+    folder = Path(tempfile.mkdtemp(prefix="sft-go-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    target = folder / "render"
     done = subprocess.run(["go", "build", "-o", target, PROGRAM], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     return [str(target)]
