@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint docs
+.PHONY: setup demo test test-long lint docs
 
 setup: $(VENV)/.installed
 
@@ -31,6 +31,10 @@ demo: setup
 
 test: $(VENV)/.testing
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+# The campaigns of many minutes too: a sweep of twelve jobs that is killed again and again.
+test-long: $(VENV)/.testing
+	SFT_TEST_LONG=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.testing
 	$(VENV)/bin/ruff check .

@@ -52,9 +52,12 @@ def small():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say why GPU tests are skipped."""
-    if os.environ.get("SFT_TEST_GPU"):
-        return
+    """Say why GPU tests and those of many minutes are skipped."""
+    reasons = {
+        "gpu": ("SFT_TEST_GPU", "needs an NVIDIA GPU; run with SFT_TEST_GPU=1 on a machine that has one"),
+        "long": ("SFT_TEST_LONG", "takes many minutes; run with SFT_TEST_LONG=1 (make test-long)"),
+    }
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; run with SFT_TEST_GPU=1 on a machine that has one"))
+        for mark, (variable, reason) in reasons.items():
+            if item.get_closest_marker(mark) and not os.environ.get(variable):
+                item.add_marker(pytest.mark.skip(reason=reason))

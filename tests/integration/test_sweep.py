@@ -83,6 +83,7 @@ def kill_after(process: subprocess.Popen, folder: Path, done: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_twelve_jobs_survive_everything(place):
     """One job diverges, one has no memory, one is killed, and the whole command is killed twice: 12 right rows."""
     rates = ["1e-3", "2e-3", "3e-3", "1e30", "5e-3", "6e-3", "7e-3", "8e-3", "9e-3", "1e-2", "1.1e-2", "1.2e-2"]
