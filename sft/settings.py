@@ -393,6 +393,8 @@ def register() -> None:
     for node in (schema.trainer.extra, schema.dataset.keep, schema.dataset.drop):
         OmegaConf.set_struct(node, False)
     ConfigStore.instance().store("schema", schema)
+    # Hydra copies the whole store for every question to it, 90 times for --help alone; it hands out copies anyway.
+    ConfigStore.__deepcopy__ = lambda store, memo: store
     # Hydra takes sweepers and launchers from the package hydra_plugins alone.
     sweeper = {"_target_": "hydra_plugins.sft_sweep.SweepSweeper", "max_batch_size": None, "params": None}
     ConfigStore.instance().store("sft", sweeper, group="hydra/sweeper")
