@@ -71,6 +71,9 @@ def read_request(argv: list[str]) -> tuple[Path, Path | None, Settings, bool]:
     folder, weights = find_run(own["run"])
     settings, record = settings_of(folder)
     settings.export = asked
+    if weights is not None and weights.parent.name != "checkpoints":
+        why = "It is neither a run nor a checkpoint of one."
+        problems.append(Problem(f"run={own['run']}", why, f"run={folder}"))
     push = own.get("push", "false").lower() in ("true", "1", "yes")
     if push and not asked.hub.repo:
         problems.append(Problem("push=true", "It names no repository.", "export.hub.repo=<user>/<name>"))

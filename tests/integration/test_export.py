@@ -312,6 +312,26 @@ def test_a_checkpoint_is_exported_too(copied):
     assert found["reference"]["weights"] == "checkpoints/checkpoint-6" and found["artifacts"]["merged_16bit"]["status"] == "ok"
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["run=nowhere", "export=gguf"], "There is no such folder"),
+        (["export=gguf"], "It names no run"),
+        (["run={run}", "lora.r=8"], "export=gguf   for example"),
+        (["run={run}"], "export=merged_16bit"),
+        (["run={run}", "export=ggfu"], "export=gguf"),
+        (["run={run}", "export=gguf", "export.gguf.quantizations=[q4_m]"], "export.gguf.quantizations=[q4_"),
+        (["run={run}", "push=true"], "export.hub.repo=<user>/<name>"),
+        (["run={run}/export/merged_16bit", "export=gguf"], "neither a run nor a checkpoint"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_loaded(trained, options, told, capsys):
+    from scripts.export import main
+
+    assert main([option.replace("{run}", str(trained)) for option in options]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_a_failed_export_shows_in_the_exit_code_and_keeps_the_run(tmp_path, monkeypatch):
     """With a limit that nothing keeps: on random weights rounding costs next to nothing."""
     settings = make_settings(*SMALL, "trainer=debug", "export=merged_4bit")
