@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from sft import durable, embedded
 from sft.columns import check_columns, find_shape
 from sft.errors import Problem, Refusal, first_line, refuse
@@ -50,12 +52,22 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
     folder = embedded.cache_dir() / "tokens" / _recipe(settings, tokenizer, stop_ids, [source, eval_source])
     prepared = _read_cache(folder)
     if prepared is None:
-        _write_cache(folder, _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source))
-        prepared = _read_cache(folder)
+        with _only_one(folder):  # of several processes one tokenises, the others wait for it and read
+            prepared = _read_cache(folder)
+            if prepared is None:
+                _write_cache(folder, _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source))
+                prepared = _read_cache(folder)
     if prepared.eval is not None:
         prepared.facts["held_out_hash"] = _hash_rows(prepared.eval)
     prepared.facts["source"] = source["name"]  # a file of the same contents may have been called otherwise
     return prepared
+
+
+def _only_one(folder: Path) -> FileLock:
+    """A lock on what will be `folder`; the system lets go of it when its process ends, however that ends."""
+    locks = folder.parent.parent / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return FileLock(locks / f"{folder.name}.lock")
 
 
 def _hash_rows(rows) -> str:
