@@ -1,9 +1,17 @@
-"""Steps whose loss or gradient is not a finite number: they never reach the weights, are counted, and their rows named."""
+"""Steps whose loss or gradient is not a finite number: they never reach the weights, are counted, and their rows named.
 
+A loss that is finite but goes up and up is told once; the run goes on.
+"""
+
+import itertools
 import logging
+import statistics
 from typing import Any
 
 log = logging.getLogger(__name__)
+
+WINDOW = 10
+"""Logged losses whose mean is compared; four such windows in a row have to rise."""
 
 
 class BadSteps:
@@ -15,6 +23,10 @@ class BadSteps:
         self.count = 0
         self.loss: Any = 0.0
         self.batches: list[Any] = []
+        self.losses: list[float] = []
+        """The logged losses of this session, as far back as `rises_steadily` looks."""
+        self.rose_at: int | None = None
+        """The step at which a steady rise was told."""
         self._open: list[tuple[int, Any, list[Any]]] = []
 
     def add(self, loss: Any, inputs: dict[str, Any]) -> None:
@@ -61,6 +73,17 @@ class BadSteps:
         self._open = []
         return reason
 
+    def watch(self, step: int, loss: float) -> None:
+        """Take note of a logged loss, and say it once if the losses rise steadily."""
+        self.losses = [*self.losses, loss][-4 * WINDOW :]
+        if self.rose_at is None and rises_steadily(self.losses):
+            self.rose_at = step
+            first, last = statistics.fmean(self.losses[:WINDOW]), statistics.fmean(self.losses[-WINDOW:])
+            log.warning(
+                "Step %d: the training loss rises steadily, from %.3f to %.3f over the last %d logged steps. "
+                "hint: a lower trainer.learning_rate; the best checkpoint so far is kept", step, first, last, 4 * WINDOW,
+            )  # fmt: skip
+
     def _names(self, batches: list[Any]) -> str:
         """The rows of a step by their number in the data, found by their tokens."""
         import pyarrow.compute as pc
@@ -72,6 +95,19 @@ class BadSteps:
             same = [i for i in (lengths == len(row)).nonzero()[0] if column[i].as_py() == row]
             names += [f"row {self.rows[int(i)]['row']}" for i in same[:1]]
         return ", ".join(names) or "rows that could not be found again"
+
+
+def rises_steadily(losses: list[float]) -> bool:
+    """Whether each of the last four windows of WINDOW losses has a higher mean than the one before, beyond their noise.
+
+    The rise from the first to the last has to be four standard errors, which chance gives about once in 30,000 tries.
+    """
+    if len(losses) < 4 * WINDOW:
+        return False
+    windows = [losses[at : at + WINDOW] for at in range(len(losses) - 4 * WINDOW, len(losses), WINDOW)]
+    means = [statistics.fmean(window) for window in windows]
+    error = (2 / WINDOW * statistics.fmean(map(statistics.variance, windows))) ** 0.5
+    return all(a < b for a, b in itertools.pairwise(means)) and means[-1] - means[0] > 4 * error
 
 
 def rows_of(ids: Any, mask: Any, positions: Any) -> list[list[int]]:

@@ -13,6 +13,8 @@ log = logging.getLogger(__name__)
 
 FINISH = 15.0
 """Seconds kept for what cannot be measured beforehand: the best weights loaded back, the report, the tracker's goodbye."""
+IMPORTS = 20.0
+"""Seconds in which the process that exports starts."""
 MARGIN = 1.2
 """What was measured may take this much longer at the end."""
 
@@ -32,7 +34,9 @@ def moment_of(text: str, now: datetime) -> datetime:
 class TimeBudget:
     """The time a run has, from when this is made; a clock that is set meanwhile changes nothing."""
 
-    def __init__(self, settings: TrainerSettings) -> None:
+    def __init__(self, settings: TrainerSettings, exports: int = 0) -> None:
+        """`exports` is the number of artifacts that are made and proven after the training."""
+        self.exports = exports
         left = [settings.max_hours * 3600] if settings.max_hours else []
         if settings.stop_at:
             now = datetime.now().astimezone()
@@ -43,7 +47,7 @@ class TimeBudget:
                 log.warning("trainer.stop_at=%s is past, so it is ignored.", settings.stop_at)
         self.deadline = time.monotonic() + min(left) if left else None
         self.needs: dict[str, float] = {}
-        """Longest seconds seen of a `step`, of `evaluate`, `samples`, `save`."""
+        """Longest seconds seen of a `step`, of `load`, `evaluate`, `samples`, `save`."""
 
     @contextlib.contextmanager
     def measured(self, part: str) -> Iterator[None]:
@@ -58,10 +62,16 @@ class TimeBudget:
 
     @property
     def reserve(self) -> float:
-        """Seconds to keep for one step more, the last evaluation and answers, the checkpoint and the adapter."""
+        """Seconds to keep for one step more, the last evaluation and answers, the checkpoint and the adapter, the exports.
+
+        An export measures the trained model once, and each artifact once more: it is written (as long as loading took), loaded,
+        and its loss and answers are taken.
+        """
         needs = self.needs
+        proof = sum(needs.get(part, 0.0) for part in ("load", "load", "evaluate", "samples"))
+        exports = (self.exports + 1) * proof + IMPORTS if self.exports else 0.0
         parts = [needs.get(part, 0.0) for part in ("step", "evaluate", "samples", "save", "save")]
-        return MARGIN * sum(parts) + FINISH
+        return MARGIN * (sum(parts) + exports) + FINISH
 
     @property
     def wants_measuring(self) -> bool:

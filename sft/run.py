@@ -152,7 +152,7 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
 
 
 def _run(settings: Settings, folder: Path, context: Context, record: runtime.RunRecord, before: dict | None) -> RunResult:
-    budget = TimeBudget(settings.trainer)
+    budget = TimeBudget(settings.trainer, exporter.count_artifacts(settings.export))
     runtime.prepare_environment()
     stop = runtime.StopRequest()
     with stop.listening():
@@ -242,7 +242,7 @@ def _train(
 ) -> tuple[str, str | None]:
     """Load, attach, sample, train, sample, save: (status, reason)."""
     tracking = recorder.tracking
-    with record.timed("load"):
+    with record.timed("load"), budget.measured("load"):
         model, source = shared.load_model(settings, backend)
         model = lora.attach(model, settings, backend)
     total, trained = lora.count_parameters(model)
@@ -335,7 +335,9 @@ def _told(what: str) -> Iterator[None]:
 
 def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResult:
     """Write the report, then the final status, last of all; say how it went."""
-    failures = _export(folder, record, stop) if status == "finished" and settings.export.formats else []
+    # A run that the clock stopped kept the time for its exports: a borrowed GPU may not come back.
+    complete = status == "finished" or (status == "stopped" and stop.out_of_time and not stop.signal)
+    failures = _export(folder, record, stop) if complete and settings.export.formats else []
     if failures:
         reason = "; ".join([*([reason] if reason else []), "trained, but not every export holds: " + " | ".join(failures)])
     code = 1 if failures else {"finished": 0, "failed": 1, "stopped": 130 if stop.signal else 0}[status]

@@ -269,8 +269,8 @@ class TrainerSettings:
     early_stopping_threshold: float = 0.0
     """A fall smaller than this does not count as one."""
     max_hours: float | None = None
-    """Stop after this many hours, with the time for the last evaluation and for saving taken off; the same command goes
-    on later. null has no limit."""
+    """Stop after this many hours, with the time for the last evaluation, for saving and for the exports taken off; the same
+    command goes on later. null has no limit."""
     stop_at: str | None = None
     """The same by the clock: `"17:30"`, the next time it is that late here, or `"2026-12-31 17:30"`."""
     max_bad_steps: int = 10

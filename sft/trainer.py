@@ -188,6 +188,7 @@ def _run_callback(trainer, settings: Settings) -> Any:
                 loop.stop.failure = loop.stop.failure or trainer.bad_steps.settle()
                 if trainer.bad_steps.count:
                     line["bad_steps"] = trainer.bad_steps.count
+                trainer.bad_steps.watch(state.global_step, logs["loss"])
                 tokens, seconds = int(trainer.tokens_seen), clock.seconds
                 line["tokens"] = tokens
                 since = max(seconds - clock.logged["seconds"], 1e-9)
@@ -210,6 +211,8 @@ def _run_callback(trainer, settings: Settings) -> Any:
         def on_train_end(self, args, state, control, **kwargs):
             clock.stop()
             recorder.final["bad_steps"] = trainer.bad_steps.count
+            if trainer.bad_steps.rose_at is not None:
+                recorder.final["loss_rose_at"] = trainer.bad_steps.rose_at
             recorder.final["steps"], recorder.final["epochs"] = state.global_step, round(state.epoch or 0.0, 4)
             allocated = peak_allocated_gib()
             if allocated:

@@ -160,6 +160,12 @@ def check_disk(folder: Path, settings: Settings) -> list[Problem]:
     return [Problem(f"export.formats=[{formats}]", why, "free some space, or ask for fewer formats at a time")]
 
 
+def count_artifacts(wanted: ExportSettings) -> int:
+    """How many artifacts are made and proven one by one."""
+    kinds = len(wanted.gguf.quantizations) + wanted.gguf.adapter if "gguf" in wanted.formats else 0
+    return len({*wanted.formats} - {"gguf"}) + kinds
+
+
 def _bytes_a_parameter(wanted: ExportSettings) -> list[float]:
     """Bytes a parameter of each file; by llama.cpp's bits a weight for its types, with a little over."""
     sizes = [2.0] if {"merged_16bit", "merged_4bit", "gguf"} & set(wanted.formats) else []

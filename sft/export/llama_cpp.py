@@ -15,6 +15,10 @@ from typing import Any
 import cyllama.llama.llama_cpp as cpp
 
 IGNORED = -100
+F32 = 0
+"""ggml's number for the type float32 (enum ggml_type)."""
+OFF = 0
+"""llama.cpp's LLAMA_FLASH_ATTN_TYPE_DISABLED."""
 
 
 class Model(cpp.LlamaModel):
@@ -48,6 +52,10 @@ class Reader:
     def __init__(self, model: Model, length: int):
         params = cpp.LlamaContextParams()
         params.n_ctx = params.n_batch = params.n_ubatch = length + length % 2
+        # Keys and values in float32, no flash attention: a proof compares weights, not ways of rounding. llama.cpp's own
+        # defaults (float16) are for speed.
+        params.type_k = params.type_v = F32
+        params.flash_attn_type = OFF
         params.n_threads = params.n_threads_batch = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
         self.context = cpp.LlamaContext(model, params, verbose=False)
         self.batch = cpp.LlamaBatch(n_tokens=length + length % 2, embd=0, n_seq_max=1, verbose=False)

@@ -343,6 +343,13 @@ def test_a_failed_export_shows_in_the_exit_code_and_keeps_the_run(tmp_path, monk
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_a_run_that_the_clock_stops_still_gets_its_exports(tmp_path):
+    limited = ("trainer.max_steps=50", "trainer.max_hours=1e-9", "export=merged_16bit")
+    result = run(make_settings(*SMALL, *LEARNT[1:], *limited), tmp_path / "run")
+    assert (result.status, result.exit_code) == ("stopped", 0)
+    assert read(tmp_path / "run")["artifacts"]["merged_16bit"]["status"] == "ok"
+
+
 def test_a_full_disk_is_told_before_anything_is_made(copied, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 10))
     with pytest.raises(Refusal, match="GiB are free"):

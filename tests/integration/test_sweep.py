@@ -175,7 +175,7 @@ def test_two_sweeps_started_together_do_not_meet(place):
 @pytest.mark.parametrize("isolation", ["shared", "process"])
 def test_ctrl_c_ends_the_sweep_and_it_can_be_repeated(place, isolation):
     steps = [word for word in QUICK if not word.startswith("trainer.")]
-    long = ("trainer.max_steps=100000", "trainer.eval_steps=50000", "trainer.save_steps=50000")
+    long = ("trainer.max_steps=120", "trainer.eval_steps=60", "trainer.save_steps=60")
     command = ("-m", *steps, *long, "lora.r=4,8", f"sweep.isolation={isolation}", "hydra.sweep.dir=s")
     process, metrics = start(place, *command), place / "s" / "0_r=4" / "metrics.jsonl"
     limit = time.monotonic() + 120
@@ -185,3 +185,9 @@ def test_ctrl_c_ends_the_sweep_and_it_can_be_repeated(place, isolation):
     assert process.wait(timeout=120) == 130, log_of(place)[-3000:]
     assert [job["status"] for job in jobs_of(place / "s")] == ["stopped", "waiting"]
     assert jobs_of(place / "s")[0]["reason"].startswith("SIGINT at step") and (place / "s" / "leaderboard.csv").is_file()
+    assert sweep(place, *command) == 0, log_of(place)[-3000:]
+    assert [(job["status"], job["attempts"]) for job in jobs_of(place / "s")] == [("finished", 2), ("finished", 1)]
+    sessions = json.loads((place / "s" / "0_r=4" / "run.json").read_text(encoding="utf-8"))["sessions"]
+    assert len(sessions) == 2 and sessions[1]["from"].startswith("checkpoint-"), "it went on from where it stood"
+    steps = [line["step"] for line in curve(place / "s" / "0_r=4") if "loss" in line]
+    assert steps == list(range(1, 121)), "no step is missing, and none was done twice"

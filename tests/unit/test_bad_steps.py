@@ -1,8 +1,10 @@
 """The rows of a batch, however it is laid out."""
 
+import random
+
 import torch
 
-from sft.bad_steps import rows_of
+from sft.bad_steps import WINDOW, BadSteps, rises_steadily, rows_of
 
 
 def test_rows_come_back_from_a_padded_batch_and_from_rows_laid_end_to_end():
@@ -12,3 +14,19 @@ def test_rows_come_back_from_a_padded_batch_and_from_rows_laid_end_to_end():
     assert rows_of(padded, mask, None) == rows
     flat, positions = torch.tensor([[5, 6, 7, 8, 9, 10]]), torch.tensor([[0, 1, 2, 0, 0, 1]])
     assert rows_of(flat, None, positions) == rows
+
+
+def test_a_steady_rise_is_told_once_and_noise_is_none(caplog):
+    """Of flat losses as noisy as those of small batches, next to none are called rising; a clear climb is."""
+    noise = random.Random(0)
+    flat = [[2 + noise.gauss(0, 0.3) for _ in range(4 * WINDOW)] for _ in range(2000)]
+    assert sum(map(rises_steadily, flat)) <= 2
+    falling = [3 - 0.02 * k + noise.gauss(0, 0.3) for k in range(4 * WINDOW)]
+    rising = [2 + 0.05 * k + noise.gauss(0, 0.1) for k in range(4 * WINDOW)]
+    assert not rises_steadily(falling) and rises_steadily(rising) and not rises_steadily(rising[1:])
+    watcher = BadSteps(None, None, 0)
+    with caplog.at_level("WARNING"):
+        for step, loss in enumerate([*flat[0], *rising, *(loss + 2 for loss in rising)], 1):
+            watcher.watch(step, loss)
+    assert watcher.rose_at is not None and watcher.rose_at > 4 * WINDOW
+    assert [r.message.count("rises steadily") for r in caplog.records] == [1]

@@ -5,8 +5,9 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from sft.budget import FINISH, MARGIN, TimeBudget, moment_of
-from sft.settings import TrainerSettings
+from sft.budget import FINISH, IMPORTS, MARGIN, TimeBudget, moment_of
+from sft.export.exporter import count_artifacts
+from sft.settings import ExportSettings, TrainerSettings
 
 NOON = datetime(2026, 3, 1, 12, 0).astimezone()
 
@@ -40,6 +41,15 @@ def test_the_ending_gets_the_longest_times_that_were_measured():
     assert not budget.used_up()
     budget.note("evaluate", 22)
     assert budget.used_up()
+
+
+def test_each_export_and_the_model_it_is_held_against_get_their_time():
+    budget = TimeBudget(TrainerSettings(max_hours=1.0), exports=2)
+    for part, seconds in (("load", 3), ("evaluate", 20), ("samples", 10)):
+        budget.note(part, seconds)
+    assert budget.reserve == pytest.approx(MARGIN * (20 + 10 + 3 * (3 + 3 + 20 + 10) + IMPORTS) + FINISH)
+    wanted = ExportSettings(formats=["adapter", "gguf"])
+    assert count_artifacts(wanted) == 1 + len(wanted.gguf.quantizations) and count_artifacts(ExportSettings()) == 0
 
 
 def test_the_earlier_limit_counts_and_a_past_one_does_not(caplog):
