@@ -315,7 +315,8 @@ def _data_warnings(counts: dict, blank: int, duplicates: dict[str, Any], setting
         n = counts["rows_with_boundary_merge"]
         found.append(f"In {n} rows a token joins the prompt to the answer; put a line break before the answer, not a space.")
     if counts.get("rows_with_two_bos"):
-        found.append(f"{counts['rows_with_two_bos']} rows begin with two BOS tokens: the template or the data writes one too many.")
+        n = counts["rows_with_two_bos"]
+        found.append(f"{n} rows begin with two BOS tokens: the template or the data writes one too many.")
     if counts.get("rows_with_inner_eos") and settings.dataset.loss_on == LossOn.answer:
         n = counts["rows_with_inner_eos"]
         found.append(f"{n} rows have an end mark in the middle of an answer: the model would learn to stop there.")

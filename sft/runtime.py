@@ -185,8 +185,8 @@ def row_seed(settings: Settings) -> int:
 
 
 def config_hash(settings: Settings) -> str:
-    """Hash of the resolved settings that shape the result: not tracking, the time limit, exports, or how a sweep runs it."""
-    shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "resume", "export", "sweep")}
+    """Hash of the resolved settings that shape the result: not tracking, the time limit, exports, checks, or sweeps."""
+    shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "resume", "export", "sweep", "preflight")}
     shaping["dataset"]["seed"] = row_seed(settings)
     shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in ("max_hours", "stop_at", "max_bad_steps")}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
