@@ -456,8 +456,8 @@ def _tell_failure(error: BaseException, folder: Path) -> None:
 
 def _hints(error: BaseException) -> list[str]:
     if type(error).__name__ == "OutOfMemoryError":
-        fewer = "trainer.per_device_train_batch_size=1 trainer.gradient_accumulation_steps=8"
-        return [f"fewer rows at a time: {fewer}", "more ways in docs/troubleshooting.md"]
+        ways = "trainer.gradient_checkpointing=true   model.load_in_4bit=true   model.max_seq_length=... dataset.overlong=drop"
+        return [f"not even one row at a time fits: {ways}", "more ways in docs/troubleshooting.md"]
     if isinstance(error, SaveFailed) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
         return ["make room on the disk, or mend it; then the same command goes on from the last checkpoint"]
     return []
