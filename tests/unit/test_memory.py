@@ -90,7 +90,7 @@ def settings(**options) -> Settings:
 
 @pytest.mark.parametrize(
     ("gpu", "bits", "length", "rows", "checkpointing"),
-    [("h100", 4, 256, 8, False), ("t4", 4, 256, 8, True), ("h100", 16, 4096, 8, True), ("l4", 16, 2048, 8, True)],
+    [("h100", 4, 256, 8, False), ("t4", 4, 512, 8, True), ("h100", 16, 4096, 8, True), ("l4", 16, 2048, 8, True)],
 )
 def test_auto_takes_the_most_rows_and_recomputes_only_where_it_has_to(gpu, bits, length, rows, checkpointing):
     capacity = CAPACITY[Gpu[gpu]]
