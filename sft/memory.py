@@ -234,9 +234,10 @@ def read_shape(settings: Settings, where: str) -> Shape | None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(where, revision=settings.model.revision)
+    trusted = settings.model.trust_remote_code  # said either way: unsaid, transformers asks on the terminal
+    config = AutoConfig.from_pretrained(where, revision=settings.model.revision, trust_remote_code=trusted)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
     return shape_of(model, config, settings)
 
 
