@@ -34,34 +34,14 @@ def main(argv: list[str]) -> int:
 def show(settings: Settings) -> None:
     """Prepare the data as a run would, and print its facts and first rows."""
     prepare_environment()
-    from rich.console import Console
-    from rich.text import Text
-
     from sft import data, models
-    from sft.render import IGNORED
+    from sft.show import show_examples, terminal
 
     tokenizer, stop_ids = models.load_tokenizer(settings.model)
     quiet_libraries()
     facts = data.prepare(settings, tokenizer, stop_ids).facts
-    # A terminal gets colours; in a pipe the learnt tokens are bracketed, so that nothing depends on colour alone.
-    console = Console(highlight=False, soft_wrap=True)
-    colours = console.is_terminal
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    for number, example in enumerate(facts["examples"], 1):
-        console.print(f"\n[bold]Row {number}[/bold]  {len(example['input_ids'])} tokens\n")
-        line, learnt_before = Text(), False
-        for piece, label in zip(example["tokens"], example["labels"], strict=True):
-            learnt = label != IGNORED
-            if not colours and learnt != learnt_before:
-                line.append("⟦" if learnt else "⟧")
-            style = ("bold green" if learnt else "dim") + (" reverse" if piece in special else "")
-            line.append(piece, style if colours else "")
-            learnt_before = learnt
-        line.append("⟧" if learnt_before and not colours else "")
-        console.print(line)
+    show_examples(terminal(), facts, tokenizer)
     rows, lengths = facts["rows"], facts["lengths"]["train"]
-    learnt = "green" if colours else "in ⟦⟧"
-    print(f"\nLearnt tokens are {learnt}; the others are only read.")
     print(f"Source    {facts['source']}: {rows['train']} rows to train on, {rows.get('eval', 0)} held out")
     print(f"Shape     {facts['shape']}, template {facts['template']}")
     print(f"Tokens    median {lengths['p50']}, 90% under {lengths['p90']}, longest {lengths['max']};", end=" ")

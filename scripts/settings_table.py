@@ -63,9 +63,10 @@ def _tables(cls: type, prefix: str, title: str) -> list[str]:
 
 
 def _type(kind: Any) -> str:
-    members = getattr(kind, "__members__", None)
+    parts = getattr(kind, "__args__", (kind,))
+    members = [name for part in parts for name in getattr(part, "__members__", ())]
     if members:
-        return " \\| ".join(f"`{name}`" for name in members)
+        return " \\| ".join(f"`{name}`" for name in members) + (", `null`" if len(parts) > 1 else "")
     name = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
     return f"`{name.replace('typing.', '')}`".replace(" | None", "`, `null").replace("|", "\\|")
 

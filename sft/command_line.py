@@ -90,6 +90,9 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
             problems += _check_job(config_name, search_path + job, hardware, folder)
         if hardware:
             problems += _check_writable(folder or Path("outputs"))
+        if (args.multirun or preset) and any(o.key_or_group == "preflight.mode" and o.value() == "only" for o in good):
+            why = "A sweep has many jobs, and the check alone looks at one."
+            problems.append(Problem("-m preflight.mode=only", why, "leave -m and the swept values out"))
         problems += _check_swept_values(config_name, search_path, good, hardware)
         problems += _check_pairs(config_name, search_path, good)
     if problems:
@@ -525,14 +528,17 @@ def _scratch() -> DictConfig:
 
 def _example(cls: type, name: str, key: str) -> str:
     kind = plain_type(cls, name)
-    values = getattr(kind, "__members__", None)
-    return f"{key} takes {' | '.join(values)}" if values else f"{key} takes {_type_name(kind)}"
+    options = [list(k.__members__) for k in getattr(kind, "__args__", (kind,)) if hasattr(k, "__members__")]
+    if not options:
+        return f"{key} takes {_type_name(kind)}"
+    return f"{key} takes {' | '.join(options[0])}" + (" or null" if hasattr(kind, "__args__") else "")
 
 
 def _type_name(kind: Any) -> str:
     text = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
     names |= {
+        "int | str": "a whole number or auto",
         "list[str]": "a list: [a,b]",
         "dict[str, str]": 'pairs: {column: "text"}',
         "dict[str, Any]": "pairs: {name: value}",

@@ -5,11 +5,14 @@
 Both backends train on exactly what comes out of here, and `scripts/preview.py` shows the same.
 """
 
+import array
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from filelock import FileLock
 from sft import durable, embedded
 from sft.columns import check_columns, find_shape
 from sft.errors import Problem, Refusal, first_line, refuse
-from sft.render import ALPACA, IGNORED, choose_template, encode, render_row
+from sft.render import ALPACA, IGNORED, choose_template, label, render_row, starts_with_bos, tokenise
 from sft.rows import choose_indices, read_rows, select
 from sft.runtime import row_seed
 from sft.settings import LossOn, Overlong, Settings, Shape
@@ -55,7 +58,11 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
         with _only_one(folder):  # of several processes one tokenises, the others wait for it and read
             prepared = _read_cache(folder)
             if prepared is None:
-                _write_cache(folder, _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source))
+                durable.remove_leftovers(folder.parent, folder.name)  # of a process that was killed here
+                durable.remove_folder(folder)  # whatever is there could not be read
+                with durable.new_folder(folder, replace=False) as work:
+                    facts = _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work)
+                    (work / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
                 prepared = _read_cache(folder)
     if prepared.eval is not None:
         prepared.facts["held_out_hash"] = _hash_rows(prepared.eval)
@@ -75,7 +82,8 @@ def _hash_rows(rows) -> str:
     return hashlib.sha256(json.dumps([rows["input_ids"][:], rows["labels"][:]]).encode()).hexdigest()[:16]
 
 
-def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source) -> Prepared:
+def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: Path) -> dict[str, Any]:
+    """Write the tokens of both splits to files in `work`, a batch at a time, and return what was found."""
     data = settings.dataset
     shape = find_shape(rows, data)
     check_columns(rows, data, shape, source["name"])
@@ -92,48 +100,146 @@ def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source) -> Pre
     facts: dict[str, Any] = {"source": source["name"], "data_hash": source["hash"], "shape": shape.value}
     facts["template"] = "alpaca" if template == ALPACA else template if data.template == "auto" else data.template
     render = functools.partial(render_row, data=data, shape=shape, template=template, tokenizer=tokenizer)
-    splits, lengths, longer, blank = {}, {}, [], 0
+    splits = {}
     for name, table, index in (("train", rows, train_index), ("eval", eval_rows, eval_index)):
-        if not index and name == "eval":
-            continue
-        entries = list(_tokenise(table, index, render, tokenizer, stop_ids))
-        lengths[name] = _quantiles([len(e["input_ids"]) for e in entries])
-        too_long = sum(len(e["input_ids"]) > settings.model.max_seq_length for e in entries)
-        longer += [f"{too_long} of {len(entries)} {name} rows"] if too_long else []
-        splits[name] = _fit_length(entries, settings, counts)
-        counts[name] = len(splits[name])
-        blank += sum(not e["question"].strip() for e in splits[name]) if shape != Shape.text else 0
+        if index or name == "train":
+            entries = _tokenise(table, index, render, tokenizer, stop_ids)
+            splits[name] = _write_split(entries, work / f"{name}.arrow", settings, tokenizer, stop_ids)
+    longer = [f"{s.too_long} of {s.read} {name} rows" for name, s in splits.items() if s.too_long]
     if longer and data.overlong == Overlong.error:
-        raise _too_long(longer, max(q["max"] for q in lengths.values()), settings)
+        raise _too_long(longer, max(max(s.lengths) for s in splits.values()), settings)
+    for s in splits.values():
+        for key, count in s.counts.items():
+            counts[key] = counts.get(key, 0) + count
+    counts |= {name: len(s.digests) for name, s in splits.items()}
     _refuse_nothing_to_learn(splits, counts, shape, settings)
-    facts |= {"rows": counts, "lengths": lengths, "warnings": _data_warnings(counts, blank, settings)}
-    facts |= {f"{name}_tokens": sum(len(e["input_ids"]) for e in entries) for name, entries in splits.items()}
-    facts["trained_tokens"] = sum(_count_learnt(e["labels"]) for e in splits["train"])
-    for key in ("truncated_rows", "dropped_rows", "rows_without_labels", "rows_without_eos", "rows_with_boundary_merge"):
+    blank = counts.pop("blank", 0)
+    blank = 0 if shape == Shape.text else blank
+    facts |= {"rows": counts, "lengths": {name: _quantiles(s.lengths) for name, s in splits.items()}}
+    facts |= {f"{name}_tokens": s.tokens for name, s in splits.items()}
+    facts["trained_tokens"] = splits["train"].learnt
+    facts["duplicates"] = _find_duplicates(splits["train"], splits.get("eval"))
+    facts["warnings"] = _data_warnings(counts, blank, facts["duplicates"], settings)
+    for key in COUNTED:
         facts[key] = counts.pop(key, 0)
     facts |= {"eos_token": tokenizer.eos_token, "bos_token": tokenizer.bos_token, "pad_token": tokenizer.pad_token}
+    facts["adds_bos"] = starts_with_bos(tokenizer)
     facts["stop_tokens"] = tokenizer.convert_ids_to_tokens(sorted(stop_ids))
-    facts["examples"] = [_example(entry, tokenizer) for entry in splits["train"][:3]]
-    return Prepared(splits["train"], splits.get("eval"), facts)
+    facts["examples"] = splits["train"].examples
+    return facts
+
+
+COUNTED = ("truncated_rows", "dropped_rows", "rows_without_labels", "rows_without_eos", "rows_with_boundary_merge",
+           "rows_with_two_bos", "rows_with_inner_eos")  # fmt: skip
+
+
+@dataclass
+class Split:
+    """What is known of the rows of one split besides their tokens, which are in a file."""
+
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each row read, before anything is cut or left out."""
+    digests: list[int] = field(default_factory=list)
+    """A hash of the tokens of each row kept."""
+    numbers: list[int] = field(default_factory=list)
+    """Its number in the data."""
+    tokens: int = 0
+    """Of the rows kept."""
+    learnt: int = 0
+    """How many of these are learnt."""
+    too_long: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: list[dict] = field(default_factory=list)
+
+    @property
+    def read(self) -> int:
+        """How many rows were tokenised."""
+        return len(self.lengths)
+
+
+def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokenizer, stop_ids: set[int]) -> Split:
+    """Write the rows that are trained or evaluated on to an Arrow file; memory holds one batch of them at a time."""
+    import pyarrow as pa
+
+    split, limit = Split(), settings.model.max_seq_length
+    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("prompt_length", pa.int32()),
+                        ("question", pa.string()), ("reference", pa.string()), ("row", pa.int64())])  # fmt: skip
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        while batch := list(itertools.islice(entries, BATCH)):
+            split.lengths += [len(e["input_ids"]) for e in batch]
+            split.too_long += sum(len(e["input_ids"]) > limit for e in batch)
+            kept = _fit_length(batch, settings, split.counts)
+            _audit(kept, split.counts, tokenizer.bos_token_id, stop_ids)
+            for e in kept:
+                tokens = array.array("i", e["input_ids"]).tobytes()
+                split.digests.append(int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest()))
+                split.numbers.append(e["row"])
+                split.tokens += len(e["input_ids"])
+                split.learnt += _count_learnt(e["labels"])
+            split.examples += [_example(e, tokenizer) for e in kept[: 3 - len(split.examples)]]
+            if kept:
+                writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=schema))
+    return split
+
+
+def _audit(kept: list[dict], counts: dict[str, int], bos: int | None, stop_ids: set[int]) -> None:
+    """Count rows that begin with two BOS tokens, rows with an end mark inside an answer, and answers without a question."""
+    for e in kept:
+        merged, spans = e.pop("boundary_merge"), e.pop("answers")
+        marks = {
+            "rows_with_boundary_merge": merged,
+            "rows_with_two_bos": bos is not None and e["input_ids"][:2] == [bos, bos],
+            "rows_with_inner_eos": sum(e["labels"].count(i) for i in stop_ids) > spans,
+            "blank": not e["question"].strip(),
+        }
+        for key, found in marks.items():
+            counts[key] = counts.get(key, 0) + found
+
+
+def _find_duplicates(train: Split, held_out: Split | None) -> dict[str, Any]:
+    """Rows with the very same tokens: `held_out` ones that are trained on as well, and `train` ones that come again.
+
+    `rows` names the first of the former as [row held out, row trained on], by their numbers in the data.
+    """
+    first: dict[int, int] = {}
+    for digest, number in zip(train.digests, train.numbers, strict=True):
+        first.setdefault(digest, number)
+    pairs = [(n, first[d]) for d, n in zip(held_out.digests, held_out.numbers, strict=True) if d in first] if held_out else []
+    return {"held_out": len(pairs), "train": len(train.digests) - len(first), "rows": [list(pair) for pair in pairs[:5]]}
 
 
 def _tokenise(rows, index: list[int], render, tokenizer, stop_ids: set[int]) -> Iterator[dict]:
-    for at in range(0, len(index), BATCH):
-        rendered = []
-        for i in index[at : at + BATCH]:
-            try:
-                rendered.append(render(rows[i]))
-                rendered[-1].text.encode()  # half an emoji, as cut texts have it, cannot be tokenised
-            except Refusal as refusal:
-                raise Refusal([Problem(f"row {i + 1} of the data: {p.what}", p.why, p.fix) for p in refusal.problems]) from None
-            except UnicodeEncodeError as error:
-                why = f"It holds half of a character ({error.object[error.start]!r}), as texts have it that were cut."
-                raise refuse(f"row {i + 1} of the data", why, "mend or remove the row") from error
-            except (ValueError, TypeError, AttributeError, KeyError) as error:  # the row's own fault
-                why = f"It cannot be rendered: {first_line(error)}."
-                raise refuse(f"row {i + 1} of the data", why, "mend or remove the row, or set dataset.shape") from error
-        for i, entry in zip(index[at : at + BATCH], encode(rendered, tokenizer, stop_ids), strict=True):
-            yield {**entry, "row": i + 1}
+    """Entries of the rows of `index`, with their numbers. One batch is rendered while the one before is tokenised."""
+    bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
+    waiting: Any = None
+    with ThreadPoolExecutor(1) as pool:
+        for at in [*range(0, len(index), BATCH), None]:
+            coming = None
+            if at is not None:
+                rendered = [_render(render, rows[i], i) for i in index[at : at + BATCH]]
+                coming = rendered, pool.submit(tokenise, rendered, tokenizer), index[at : at + BATCH]
+            if waiting:
+                rendered, encodings, numbers = waiting
+                entries = label(rendered, encodings.result(), bos, tokenizer.eos_token_id, stop_ids)
+                for i, row, entry in zip(numbers, rendered, entries, strict=True):
+                    yield {**entry, "answers": max(1, len(row.spans)), "row": i + 1}
+            waiting = coming
+
+
+def _render(render, row: dict, i: int):
+    """The row rendered. Raises Refusal with the row's number for whatever is wrong with it."""
+    try:
+        rendered = render(row)
+        rendered.text.encode()  # half an emoji, as cut texts have it, cannot be tokenised
+        return rendered
+    except Refusal as refusal:
+        raise Refusal([Problem(f"row {i + 1} of the data: {p.what}", p.why, p.fix) for p in refusal.problems]) from None
+    except UnicodeEncodeError as error:
+        why = f"It holds half of a character ({error.object[error.start]!r}), as texts have it that were cut."
+        raise refuse(f"row {i + 1} of the data", why, "mend or remove the row") from error
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # the row's own fault
+        why = f"It cannot be rendered: {first_line(error)}."
+        raise refuse(f"row {i + 1} of the data", why, "mend or remove the row, or set dataset.shape") from error
 
 
 # ------------------------------------------------------------------------------------- lengths and the mask
@@ -166,20 +272,18 @@ def _fit_length(entries: list[dict], settings: Settings, counts: dict) -> list[d
             counts["rows_without_eos"] = counts.get("rows_without_eos", 0) + 1
         if settings.dataset.loss_on == LossOn.all:
             entry["labels"] = list(entry["input_ids"])
-        merged = entry.pop("boundary_merge")
-        counts["rows_with_boundary_merge"] = counts.get("rows_with_boundary_merge", 0) + merged
         kept.append(entry)
     return kept
 
 
 def _count_learnt(labels: list[int]) -> int:
-    return sum(label != IGNORED for label in labels)
+    return len(labels) - labels.count(IGNORED)
 
 
-def _refuse_nothing_to_learn(splits: dict[str, list], counts: dict, shape: Shape, settings: Settings) -> None:
+def _refuse_nothing_to_learn(splits: dict[str, Split], counts: dict, shape: Shape, settings: Settings) -> None:
     """Refuse a split in which no row is left, with the reason that most of its rows went for."""
-    for name, entries in splits.items():
-        if entries:
+    for name, split in splits.items():
+        if split.digests:
             continue
         rows = "None of the rows to train on" if name == "train" else "None of the held-out rows"
         limit = f"model.max_seq_length={settings.model.max_seq_length}"
@@ -196,7 +300,7 @@ def _refuse_nothing_to_learn(splits: dict[str, list], counts: dict, shape: Shape
         raise refuse(what, f"{rows} {why}.", fix)
 
 
-def _data_warnings(counts: dict, blank: int, settings: Settings) -> list[str]:
+def _data_warnings(counts: dict, blank: int, duplicates: dict[str, Any], settings: Settings) -> list[str]:
     found = []
     limit = settings.model.max_seq_length
     if counts.get("truncated_rows"):
@@ -211,6 +315,18 @@ def _data_warnings(counts: dict, blank: int, settings: Settings) -> list[str]:
     if counts.get("rows_with_boundary_merge"):
         n = counts["rows_with_boundary_merge"]
         found.append(f"In {n} rows a token joins the prompt to the answer; put a line break before the answer, not a space.")
+    if counts.get("rows_with_two_bos"):
+        n = counts["rows_with_two_bos"]
+        found.append(f"{n} rows begin with two BOS tokens: the template or the data writes one too many.")
+    if counts.get("rows_with_inner_eos") and settings.dataset.loss_on == LossOn.answer:
+        n = counts["rows_with_inner_eos"]
+        found.append(f"{n} rows have an end mark in the middle of an answer: the model would learn to stop there.")
+    if duplicates["held_out"]:
+        held_out, trained = duplicates["rows"][0]
+        found.append(
+            f"{duplicates['held_out']} held-out rows are trained on as well, word for word (row {held_out} is row {trained}): "
+            "the held-out loss looks better than it is. Remove the copies from the data."
+        )
     return found
 
 
@@ -263,31 +379,8 @@ def _recipe(settings: Settings, tokenizer, stop_ids: set[int], sources: list[dic
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _write_cache(folder: Path, prepared: Prepared) -> None:
-    """Write beside the place and rename: the folder is complete or absent, whoever else writes the same tokens."""
-    from datasets import Dataset, Features, Value
-    from datasets import List as ListOf
-
-    features = Features(
-        {
-            "input_ids": ListOf(Value("int32")),
-            "labels": ListOf(Value("int32")),
-            "prompt_length": Value("int32"),
-            "question": Value("string"),
-            "reference": Value("string"),
-            "row": Value("int64"),
-        }
-    )
-    durable.remove_folder(folder)  # whatever is there could not be read
-    with durable.new_folder(folder, replace=False) as work:
-        for name, entries in (("train", prepared.train), ("eval", prepared.eval)):
-            if entries:
-                Dataset.from_list(entries, features=features).to_parquet(work / f"{name}.parquet")
-        (work / "facts.json").write_text(json.dumps(prepared.facts, ensure_ascii=False), encoding="utf-8")
-
-
 def _read_cache(folder: Path) -> Prepared | None:
-    """What `_write_cache` wrote; None where a part of it is missing or damaged."""
+    """What `prepare` wrote; None where a part of it is missing or damaged."""
     from datasets import Dataset
 
     if durable.find_damage(folder):
@@ -297,7 +390,7 @@ def _read_cache(folder: Path) -> Prepared | None:
         splits = {}
         for name in ("train", "eval"):
             if facts["rows"].get(name):
-                splits[name] = Dataset.from_parquet(str(folder / f"{name}.parquet"), cache_dir=str(folder / "arrow"))
+                splits[name] = Dataset.from_file(str(folder / f"{name}.arrow"))  # mapped into memory, not read
                 if len(splits[name]) != facts["rows"][name]:
                     return None
     except Exception:  # datasets raises many kinds for a damaged file; each means that the tokens are made again

@@ -16,6 +16,7 @@ from sft import checkpoints, durable
 from sft.bad_steps import BadSteps
 from sft.budget import TimeBudget
 from sft.runtime import Interrupted, StopRequest
+from sft.smaller_passes import SmallerPasses
 
 
 class Clock:
@@ -64,6 +65,7 @@ def resumable(base: type) -> type:
     class ResumableTrainer(base):
         loop: Loop
         bad_steps: BadSteps
+        smaller: SmallerPasses
         tokens_seen: Any = 0
 
         def train(self, **kwargs):
@@ -84,6 +86,7 @@ def resumable(base: type) -> type:
             for callback in _early_stopping(self):
                 callback.early_stopping_patience_counter = kept["patience_counter"]
             self.bad_steps.count = kept["bad_steps"]
+            self.smaller.rows = kept.get("rows_at_once")
             self.state.best_model_checkpoint = self._best_checkpoint()
             self.loop.due, self.loop.save_due = kept["due"], kept["save_due"]
             if self.loop.due:
@@ -93,7 +96,7 @@ def resumable(base: type) -> type:
                 self.control.should_training_stop = True
 
         def training_step(self, model, inputs, *args, **kwargs):
-            loss = super().training_step(model, inputs, *args, **kwargs)
+            loss = self.smaller.train(super().training_step, model, inputs, *args, **kwargs)
             self.bad_steps.add(loss, inputs)
             return loss
 
@@ -171,6 +174,7 @@ def resumable(base: type) -> type:
                 "last_log": self._globalstep_last_logged,
                 "patience_counter": max((c.early_stopping_patience_counter for c in _early_stopping(self)), default=0),
                 "bad_steps": self.bad_steps.count,
+                "rows_at_once": self.smaller.rows,
                 "due": self.loop.due,
                 "save_due": self.loop.save_due,
                 **self.loop.recorder.state(),

@@ -5,6 +5,7 @@ import re
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from sft.columns import Turn, as_text, row_to_fields, row_to_turns
 from sft.errors import first_line, refuse
@@ -110,9 +111,8 @@ def render_chat(turns: list[Turn], tokenizer) -> Rendered:
     heads = [_think_block(turn) for turn in turns]
     marks = [f"\ue000{i}\ue001" for i in range(len(turns))]
     text = _apply_template(turns, tokenizer)
-    marked = _apply_template(
-        [Turn(turn.role, head + mark) for turn, head, mark in zip(turns, heads, marks, strict=True)], tokenizer
-    )
+    marked = _marked_text(tuple((t.role, head + mark) for t, head, mark in zip(turns, heads, marks, strict=True)), tokenizer,
+                          tokenizer.chat_template)  # fmt: skip
     opening = _generation_prompt(tokenizer, tokenizer.chat_template)
     ends = _end_marks(tokenizer, opening)
     pieces = re.split("\ue000\\d+\ue001", marked)
@@ -153,6 +153,12 @@ def _apply_template(turns: list[Turn], tokenizer) -> str:
         roles = ", ".join(turn.role for turn in turns)
         why = f"The chat template of {_model_of(tokenizer)} refuses them: {first_line(error)}"
         raise refuse(f"a row with the turns {roles}", why, "model.chat_template=chatml") from error
+
+
+@functools.lru_cache(maxsize=256)
+def _marked_text(turns: tuple[tuple[str, str], ...], tokenizer, chat_template: str) -> str:
+    """The template's text with markers for contents: the same for all rows with the same roles."""
+    return _apply_template([Turn(*turn) for turn in turns], tokenizer)
 
 
 def _no_system_role(tokenizer, reason: str):
@@ -220,31 +226,53 @@ def encode(rendered: list[Rendered], tokenizer, stop_ids: set[int]) -> Iterable[
     answer), `question`, `reference`, and `boundary_merge` (a token joins the prompt's end to the answer's start).
     """
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
-    encoded = tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True)
-    for row, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        ids = list(ids)
+    return label(rendered, tokenise(rendered, tokenizer), bos, tokenizer.eos_token_id, stop_ids)
+
+
+def tokenise(rendered: list[Rendered], tokenizer) -> list[Any]:
+    """The `tokenizers.Encoding` of each row's text; other threads can work meanwhile."""
+    texts = [r.text for r in rendered]
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False).encodings
+
+
+def label(rendered: list[Rendered], encodings: list[Any], bos: int | None, eos: int, stop_ids: set[int]) -> Iterable[dict]:
+    """What `encode` yields, from texts that are tokenised already. `bos` is None where the tokenizer puts none."""
+    for row, encoding in zip(rendered, encodings, strict=True):
+        ids = encoding.ids
         labels = [IGNORED] * len(ids)
-        merged, prompt_length = False, len(ids) if not row.spans else 0
+        merged, prompt_length, tail = False, len(ids) if not row.spans else 0, None
         for begin, end in row.spans:
-            inside = [k for k, (a, b) in enumerate(offsets) if a < end and b > begin]
-            for k in inside:
-                labels[k] = ids[k]
-            if inside:
-                merged |= offsets[inside[0]][0] < begin
-                prompt_length = inside[0]
-        tail = max((k for k in range(len(ids)) if labels[k] != IGNORED), default=None)
+            first, last = _tokens_of(encoding, begin, end)
+            if first is not None:
+                labels[first : last + 1] = ids[first : last + 1]
+                merged |= encoding.token_to_chars(first)[0] < begin
+                prompt_length, tail = first, max(last, tail or 0)
         if tail is not None:
             # Nothing after the last answer can be learnt: a template's closing line break, a question without an answer.
             del ids[tail + 1 :], labels[tail + 1 :]
             if ids[-1] not in stop_ids:  # the answer ends where generation stops
-                ids.append(tokenizer.eos_token_id)
-                labels.append(tokenizer.eos_token_id)
+                ids.append(eos)
+                labels.append(eos)
         if bos is not None and ids[:1] != [bos]:  # a template may have written it already
             ids, labels, prompt_length = [bos, *ids], [IGNORED, *labels], prompt_length + 1
         yield {
             "input_ids": ids, "labels": labels, "prompt_length": prompt_length,
             "question": row.question, "reference": row.reference, "boundary_merge": merged,
         }  # fmt: skip
+
+
+def _tokens_of(encoding: Any, begin: int, end: int) -> tuple[int | None, int | None]:
+    """The first and the last token that hold a part of the characters from `begin` to `end`; (None, None) without any.
+
+    The two ends are looked up, so that a row of thousands of tokens does not hand over thousands of pairs of offsets.
+    """
+    first, last = encoding.char_to_token(begin), encoding.char_to_token(end - 1) if end > begin else None
+    if first is None or last is None or encoding.token_to_chars(first) is None:  # a character without a token of its own
+        inside = [k for k, (a, b) in enumerate(encoding.offsets) if a < end and b > begin]
+        return (inside[0], inside[-1]) if inside else (None, None)
+    while last + 1 < len(encoding) and (chars := encoding.token_to_chars(last + 1)) and chars[0] < end and chars[1] > begin:
+        last += 1  # a character may take several tokens, of which the first was found
+    return first, last
 
 
 def starts_with_bos(tokenizer) -> bool:

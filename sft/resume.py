@@ -152,7 +152,7 @@ def _taken(folder: Path) -> Problem:
 def _differences(record: dict[str, Any], settings: Settings) -> str:
     """The settings that differ, as `lora.r is 8 there and 16 here`; at most three are named."""
     there, here = _flat(record.get("settings") or {}), _flat(jsonable(settings))
-    keys = [k for k in here if k.partition(".")[0] not in ("tracking", "resume") and there.get(k) != here[k]]
+    keys = [k for k in here if k.partition(".")[0] not in ("tracking", "resume", "preflight") and there.get(k) != here[k]]
     told = [f"{key} is {json.dumps(there.get(key))} there and {json.dumps(here[key])} here" for key in keys[:3]]
     return ", ".join(told) + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,20 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sft import durable, lora, models, resume, runtime, samples, shared
+from sft import durable, lora, models, preflight, resume, runtime, samples, shared
 from sft import trainer as training
+from sft.batch import Split, with_split
 from sft.budget import TimeBudget
 from sft.command_line import command_text, to_settings
 from sft.errors import Refusal, SaveFailed, first_line
 from sft.export import exporter, proof
+from sft.keys import leaf_keys
 from sft.loop import Loop
-from sft.preflight import write_preflight
+from sft.origins import find_origins
 from sft.records import read_json
-from sft.settings import Isolation, Settings
+from sft.settings import Isolation, PreflightMode, Settings
 from sft.tracking import Tracking
-from sft.validate import check_settings
+from sft.validate import check_settings, resolve_backend
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class RunResult:
     """How a run ended."""
 
     status: str
-    """`finished`, `stopped` (on request, state saved), `failed` or `refused`."""
+    """`finished`, `stopped` (on request, state saved), `failed` or `refused`; `checked` with `preflight.mode=only`."""
     exit_code: int
     """0 finished, 1 failed, 2 refused before training, 130 interrupted."""
     folder: Path
@@ -55,6 +57,8 @@ class Context:
     command: str = ""
     overrides: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    origins: dict[str, str] = field(default_factory=dict)
+    """Where the value of each setting comes from."""
 
 
 def run_job(config: DictConfig) -> RunResult:
@@ -68,7 +72,9 @@ def run_job(config: DictConfig) -> RunResult:
     overrides = tuple(hydra.overrides.task)
     choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra") and v not in (None, "none")}
     name = _job_name(choices, folder) if sweeping else _run_name(choices, overrides)
-    context = Context(name, command_text(), overrides, tuple(choices.values()))
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    origins = find_origins(dict(hydra.runtime.choices), overrides, folders)
+    context = Context(name, command_text(), overrides, tuple(choices.values()), origins)
 
     stack = contextlib.ExitStack()
 
@@ -80,6 +86,8 @@ def run_job(config: DictConfig) -> RunResult:
         problems = check_settings(settings)
         if problems:
             raise Refusal(problems)
+        if settings.preflight.mode == PreflightMode.only:
+            return look(settings, folder, context)
         if sweeping and settings.sweep.isolation == Isolation.process:
             from sft.sweep.isolate import run_apart
 
@@ -88,6 +96,24 @@ def run_job(config: DictConfig) -> RunResult:
 
     with stack:
         return guarded(start, folder, context, sweeping)
+
+
+def look(settings: Settings, folder: Path, context: Context) -> RunResult:
+    """Check everything that a run would, and show it. Nothing is trained, and the run folder that Hydra made is removed.
+
+    Raises Refusal, after everything was shown, if the run would be refused.
+    """
+    runtime.prepare_environment()
+    runtime.quiet_libraries()
+    found = preflight.examine(settings, folder, resolve_backend(settings), context.origins)
+    preflight.show(found)
+    if found.problems:
+        raise Refusal(found.problems)
+    _remove_unused(folder)
+    if folder.parent == Path("outputs").absolute():
+        with contextlib.suppress(OSError):  # it holds runs
+            folder.parent.rmdir()
+    return RunResult("checked", 0, folder)
 
 
 def guarded(start: Callable[[], RunResult], folder: Path, context: Context, sweeping: bool) -> RunResult:
@@ -160,16 +186,17 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
         backend = models.import_backend(settings)
         runtime.quiet_libraries()
         runtime.seed_everything(settings.seed)
-        tokenizer, stop_ids = shared.load_tokenizer(settings)
-        prepared = shared.prepare_data(settings, tokenizer, stop_ids)
-        preflight = write_preflight(folder, prepared.facts, settings)
-        if settings.export.formats:
-            problems = exporter.check_export(folder, settings)
-            if problems:
-                raise Refusal(problems)
+        split = Split(**before["split"]) if before and before.get("split") else None
+        found = preflight.examine(settings, folder, backend, context.origins, split)
+        if found.problems:
+            raise Refusal(found.problems)
+        tokenizer, stop_ids, prepared = found.tokenizer, found.stop_ids, found.prepared
+        facts = preflight.write_preflight(folder, found)
+        settings = with_split(settings, found.split)
         proof.write_rows(folder, prepared)
-        checkpoint = resume.find_checkpoint(folder, before, preflight["data_hash"])
-        _record_data(record, preflight, checkpoint)
+        checkpoint = resume.find_checkpoint(folder, before, facts["data_hash"])
+        _record_data(record, facts, checkpoint)
+        record.update(split=asdict(found.split))
         tracking = Tracking()
         recorder = training.Recorder(folder, tracking)
         try:
@@ -211,18 +238,18 @@ def _start_record(settings: Settings, folder: Path, context: Context, before: di
     )
 
 
-def _record_data(record: runtime.RunRecord, preflight: dict, checkpoint: Path | None) -> None:
-    rows = preflight["rows"]
+def _record_data(record: runtime.RunRecord, facts: dict, checkpoint: Path | None) -> None:
+    rows = facts["rows"]
     sessions = [*record.facts.get("sessions", []), {"started_at": runtime.now(), "from": checkpoint and checkpoint.name}]
     record.update(
         data={
-            "source": preflight["source"],
-            "hash": preflight["data_hash"],
-            "held_out_hash": preflight.get("held_out_hash"),
+            "source": facts["source"],
+            "hash": facts["data_hash"],
+            "held_out_hash": facts.get("held_out_hash"),
             "train_rows": rows["train"],
             "eval_rows": rows.get("eval", 0),
-            "train_tokens": preflight["train_tokens"],
-            "eval_tokens": preflight.get("eval_tokens", 0),
+            "train_tokens": facts["train_tokens"],
+            "eval_tokens": facts.get("eval_tokens", 0),
         },
         sessions=sessions,
         **runtime.environment(),
@@ -234,7 +261,8 @@ def _recorded(folder: Path, stack: contextlib.ExitStack) -> tuple[Settings, Cont
     settings, record = resume.recorded_run(folder)
     stack.enter_context(resume.working_folder(record))
     named = (record.get("name", "run"), record.get("command", ""), record.get("overrides", ()), record.get("tags", ()))
-    return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]))
+    origins = dict.fromkeys(leaf_keys(), "run.json")
+    return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), origins)
 
 
 def _train(
@@ -430,8 +458,8 @@ def _tell_failure(error: BaseException, folder: Path) -> None:
 
 def _hints(error: BaseException) -> list[str]:
     if type(error).__name__ == "OutOfMemoryError":
-        fewer = "trainer.per_device_train_batch_size=1 trainer.gradient_accumulation_steps=8"
-        return [f"fewer rows at a time: {fewer}", "more ways in docs/troubleshooting.md"]
+        ways = "trainer.gradient_checkpointing=true   model.load_in_4bit=true   model.max_seq_length=... dataset.overlong=drop"
+        return [f"not even one row at a time fits: {ways}", "more ways in docs/troubleshooting.md"]
     if isinstance(error, SaveFailed) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
         return ["make room on the disk, or mend it; then the same command goes on from the last checkpoint"]
     return []

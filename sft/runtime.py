@@ -1,6 +1,7 @@
 """Around a run: quiet environment, seeds, the record in run.json, interruption, memory and where it ran."""
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import logging
@@ -185,8 +186,8 @@ def row_seed(settings: Settings) -> int:
 
 
 def config_hash(settings: Settings) -> str:
-    """Hash of the resolved settings that shape the result: not tracking, the time limit, exports, or how a sweep runs it."""
-    shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "resume", "export", "sweep")}
+    """Hash of the resolved settings that shape the result: not tracking, the time limit, exports, checks, or sweeps."""
+    shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "resume", "export", "sweep", "preflight")}
     shaping["dataset"]["seed"] = row_seed(settings)
     shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in ("max_hours", "stop_at", "max_bad_steps")}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
@@ -279,6 +280,10 @@ def release_memory() -> None:
     import gc
 
     gc.collect()
+    with contextlib.suppress(
+        AttributeError, OSError, TypeError
+    ):  # only glibc has it: pages that are free go back to the system
+        ctypes.CDLL(None).malloc_trim(0)
     if "torch" in sys.modules:
         import torch
 

@@ -102,6 +102,25 @@ class Isolation(Enum):
     process = "process"
 
 
+class PreflightMode(Enum):
+    """What is done before a weight is loaded."""
+
+    run = "run"
+    only = "only"
+    skip = "skip"
+
+
+class Gpu(Enum):
+    """GPUs whose memory is known without having one."""
+
+    t4 = "t4"
+    l4 = "l4"
+    a100_40 = "a100_40"
+    a100_80 = "a100_80"
+    h100 = "h100"
+    h200 = "h200"
+
+
 @dataclass
 class ModelSettings:
     """The model that is fine-tuned, and how it is loaded."""
@@ -234,10 +253,14 @@ class TrainerSettings:
     """Passes over the training rows."""
     max_steps: int = -1
     """Stop after this many optimiser steps; above 0 it replaces `num_train_epochs`."""
-    per_device_train_batch_size: int = 2
-    """Rows in one forward pass."""
-    gradient_accumulation_steps: int = 4
-    """Forward passes in one optimiser step."""
+    per_device_train_batch_size: int | str = 2
+    """Rows in one forward pass. `auto`: the most, up to `effective_batch_size`, that an estimate of the GPU's memory allows;
+    2 on the CPU."""
+    gradient_accumulation_steps: int | None = None
+    """Forward passes in one optimiser step. null: what `effective_batch_size` asks for, else 4."""
+    effective_batch_size: int | None = None
+    """Rows in one optimiser step, in however many passes; `gradient_accumulation_steps` follows. null: the product of the two,
+    and 8 for `auto`."""
     per_device_eval_batch_size: int = 4
     """Rows in one forward pass of the evaluation."""
     learning_rate: float = 2e-4
@@ -253,7 +276,8 @@ class TrainerSettings:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations to save memory, at about a third more time. null: on with a GPU, off on the CPU."""
+    """Recompute activations to save memory, at about a third more time. null: on with a GPU, off on the CPU; beside
+    `per_device_train_batch_size=auto` only where the rows do not fit without it."""
     logging_steps: int = 1
     """Write a line of metrics every so many steps."""
     eval_steps: float = 0.25
@@ -365,6 +389,16 @@ class SweepSettings:
 
 
 @dataclass
+class PreflightSettings:
+    """The check before a weight is loaded. Without effect on what is learnt."""
+
+    mode: PreflightMode = PreflightMode.run
+    """`run`: check, then train. `only`: check, show everything and train nothing. `skip`: check no more than the data."""
+    gpu: Gpu | None = None
+    """With `preflight.mode=only`: check for this GPU in place of what this machine has."""
+
+
+@dataclass
 class Settings:
     """All settings of one run."""
 
@@ -377,6 +411,8 @@ class Settings:
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)
     """How the jobs of a sweep are run."""
+    preflight: PreflightSettings = field(default_factory=PreflightSettings)
+    """The check before a weight is loaded."""
     seed: int = 3407
     """Seed of the shuffling, the adapter's start and dropout."""
     resume: str | None = None

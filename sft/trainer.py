@@ -13,6 +13,7 @@ from sft.models import torch_dtype, uses_checkpointing
 from sft.render import IGNORED
 from sft.runtime import append_jsonl, peak_allocated_gib, peak_memory_gib
 from sft.settings import Settings
+from sft.smaller_passes import SmallerPasses
 from sft.tracking import Tracking
 from sft.validate import resolve_backend
 
@@ -93,6 +94,7 @@ def build_trainer(
     )
     trainer.loop = loop
     trainer.bad_steps = BadSteps(trainer, data.train, settings.trainer.max_bad_steps)
+    trainer.smaller = SmallerPasses(trainer)
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
     trainer.add_callback(_run_callback(trainer, settings))
@@ -189,6 +191,8 @@ def _run_callback(trainer, settings: Settings) -> Any:
                 if trainer.bad_steps.count:
                     line["bad_steps"] = trainer.bad_steps.count
                 trainer.bad_steps.watch(state.global_step, logs["loss"])
+                if trainer.smaller.rows:
+                    line["rows_at_once"] = trainer.smaller.rows
                 tokens, seconds = int(trainer.tokens_seen), clock.seconds
                 line["tokens"] = tokens
                 since = max(seconds - clock.logged["seconds"], 1e-9)
@@ -213,6 +217,8 @@ def _run_callback(trainer, settings: Settings) -> Any:
             recorder.final["bad_steps"] = trainer.bad_steps.count
             if trainer.bad_steps.rose_at is not None:
                 recorder.final["loss_rose_at"] = trainer.bad_steps.rose_at
+            if trainer.smaller.rows:  # a pass ran out of memory
+                recorder.final["rows_at_once"] = trainer.smaller.rows
             recorder.final["steps"], recorder.final["epochs"] = state.global_step, round(state.epoch or 0.0, 4)
             allocated = peak_allocated_gib()
             if allocated:

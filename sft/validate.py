@@ -17,9 +17,10 @@ from typing import Any
 
 from sft import embedded
 from sft import settings as schema
+from sft.batch import check_split
 from sft.budget import moment_of
 from sft.errors import Problem
-from sft.settings import Backend, Dtype, LoraSettings, Settings, TrackingMode
+from sft.settings import Backend, Dtype, LoraSettings, PreflightMode, Settings, TrackingMode
 
 TEXT_FORMATS = (".json", ".jsonl", ".csv", ".parquet")
 ANSWER_ROLES = ("output", "completion")
@@ -69,13 +70,25 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_lora(settings),
         *_check_dataset(settings),
         *_check_trainer(settings),
+        *check_split(settings.trainer),
+        *_check_preflight(settings),
         *_check_extra(settings.trainer.extra),
         *_check_export(settings),
         *_check_hub_repo(settings.export.hub.repo),
     ]
-    if hardware:
+    if hardware and settings.preflight.gpu is None:
         problems += _check_hardware(settings)
     return problems
+
+
+def _check_preflight(settings: Settings) -> list[Problem]:
+    """`preflight.gpu` beside anything but a look: a run trains on what is there."""
+    preflight = settings.preflight
+    if preflight.gpu is None or preflight.mode == PreflightMode.only:
+        return []
+    what = f"preflight.gpu={preflight.gpu.value} preflight.mode={preflight.mode.value}"
+    why = "A run trains on the GPU that is here, so that another one's name would be ignored."
+    return [Problem(what, why, "preflight.mode=only   to check for that GPU\npreflight.gpu=null   to train")]
 
 
 def warnings_for(settings: Settings) -> list[str]:
@@ -115,9 +128,12 @@ def _check_numbers(settings: Settings) -> list[Problem]:
         ("lora.lora_dropout", 0 <= lora.lora_dropout < 1, "at least 0 and below 1"),
         ("trainer.num_train_epochs", t.num_train_epochs > 0, "above 0"),
         ("trainer.max_steps", t.max_steps >= 1 or t.max_steps == -1, "at least 1, or -1 for num_train_epochs to decide"),
-        ("trainer.per_device_train_batch_size", t.per_device_train_batch_size >= 1, "at least 1"),
+        ("trainer.per_device_train_batch_size", isinstance(t.per_device_train_batch_size, str)
+         or t.per_device_train_batch_size >= 1, "at least 1, or auto"),
         ("trainer.per_device_eval_batch_size", t.per_device_eval_batch_size >= 1, "at least 1"),
-        ("trainer.gradient_accumulation_steps", t.gradient_accumulation_steps >= 1, "at least 1"),
+        ("trainer.gradient_accumulation_steps", t.gradient_accumulation_steps is None or t.gradient_accumulation_steps >= 1,
+         "at least 1, or null"),
+        ("trainer.effective_batch_size", t.effective_batch_size is None or t.effective_batch_size >= 1, "at least 1, or null"),
         ("trainer.learning_rate", t.learning_rate > 0 and math.isfinite(t.learning_rate), "above 0, such as 2e-4"),
         ("trainer.warmup_steps", t.warmup_steps >= 0, "at least 0"),
         ("trainer.weight_decay", t.weight_decay >= 0, "at least 0"),
@@ -494,6 +510,8 @@ def resolve_backend(settings: Settings) -> str:
     """`unsloth` or `transformers`: what `model.backend` comes to on this machine."""
     if settings.model.backend != Backend.auto:
         return settings.model.backend.value
+    if settings.preflight.gpu:  # on another machine, which has what is advised for it
+        return "transformers" if settings.lora.use_dora else "unsloth"
     usable = gpu_present() and importlib.util.find_spec("unsloth") is not None and not settings.lora.use_dora
     return "unsloth" if usable else "transformers"
 

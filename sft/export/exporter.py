@@ -151,7 +151,7 @@ def check_export(folder: Path, settings: Settings) -> list[Problem]:
 def check_disk(folder: Path, settings: Settings) -> list[Problem]:
     """Whether the disk holds what `settings.export` would write, by the number of parameters in run.json."""
     parameters = (read_json(folder / "run.json").get("model") or {}).get("parameters")
-    need = sum(_bytes_a_parameter(settings.export)) * (parameters or 0)
+    need = sum(bytes_a_parameter(settings.export).values()) * (parameters or 0)
     free = shutil.disk_usage(folder).free
     if need <= free:
         return []
@@ -166,13 +166,13 @@ def count_artifacts(wanted: ExportSettings) -> int:
     return len({*wanted.formats} - {"gguf"}) + kinds
 
 
-def _bytes_a_parameter(wanted: ExportSettings) -> list[float]:
-    """Bytes a parameter of each file; by llama.cpp's bits a weight for its types, with a little over."""
-    sizes = [2.0] if {"merged_16bit", "merged_4bit", "gguf"} & set(wanted.formats) else []
-    sizes += [0.8] if "merged_4bit" in wanted.formats else []
+def bytes_a_parameter(wanted: ExportSettings) -> dict[str, float]:
+    """Bytes a parameter of each file, those in between included; by llama.cpp's bits a weight, with a little over."""
+    sizes = {"merged 16-bit": 2.0} if {"merged_16bit", "merged_4bit", "gguf"} & set(wanted.formats) else {}
+    sizes |= {"merged 4-bit": 0.8} if "merged_4bit" in wanted.formats else {}
     if "gguf" in wanted.formats:
         known = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.07, "q6_k": 0.85, "q5_k_m": 0.75, "q4_k_m": 0.65}
-        sizes += [2.0, *(known.get(q, 0.75) for q in wanted.gguf.quantizations if q != "f16")]
+        sizes |= {"GGUF f16": 2.0} | {f"GGUF {q}": known.get(q, 0.75) for q in wanted.gguf.quantizations if q != "f16"}
     return sizes
 
 

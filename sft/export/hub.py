@@ -48,13 +48,13 @@ def endpoint() -> str:
 # --------------------------------------------------------------------------------------------------- may we write
 
 
-def check_access(repo: str, formats: list[str], private: bool) -> list[Problem]:
+def check_access(repo: str, formats: list[str], private: bool, create: bool = True) -> list[Problem]:
     """Everything that would keep a push to the repositories of `formats` from working; creates those that are missing.
 
-    `repo` is `export.hub.repo`, without a format's suffix. Nothing is created while there is a problem. A repository that
-    is there is asked for write permission without writing to it, and stays as it is: a public one is a problem where a
-    private one was asked for (the weights would be published), a private one where a public was asked for only a warning
-    (nothing gets out, and making it public is its owner's step).
+    `repo` is `export.hub.repo`, without a format's suffix. Nothing is created while there is a problem, or with
+    `create=False`. A repository that is there is asked for write permission without writing to it, and stays as it is: a
+    public one is a problem where a private one was asked for (the weights would be published), a private one where a public
+    was asked for only a warning (nothing gets out, and making it public is its owner's step).
     """
     what = f"export.hub.repo={repo}"
     elsewhere = "export.hub.repo=null   to export without a push; it can be pushed later"
@@ -85,7 +85,7 @@ def check_access(repo: str, formats: list[str], private: bool) -> list[Problem]:
                 missing.append(target)
             else:
                 problems += found
-        if not problems:
+        if create and not problems:
             problems = [p for target in missing for p in _create(api, target, private, token)]
     return problems
 

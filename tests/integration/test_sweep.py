@@ -25,7 +25,7 @@ add = BadSteps.add
 
 def planted(self, loss, inputs):
     import torch
-    rows = len(inputs["input_ids"])
+    rows = self.trainer.args.per_device_train_batch_size
     if rows == 5:
         raise torch.OutOfMemoryError("planted: 5 rows do not fit")
     if rows == 3 and not Path("was_killed").exists():

@@ -1,0 +1,103 @@
+"""How the rows of one optimiser step are split into forward passes. Imports nothing heavy.
+
+`per_device_train_batch_size` rows go through the model at a time, `gradient_accumulation_steps` times a step. The product
+decides what is learnt: the loss of a step is a sum over its learnt tokens divided by their number, however they are split.
+"""
+
+from dataclasses import dataclass, replace
+
+from sft.errors import Problem
+from sft.settings import Settings, TrainerSettings
+
+AUTO = "auto"
+ACCUMULATION, EFFECTIVE, CPU_ROWS = 4, 8, 2
+"""Forward passes where nothing says how many; rows a step for `auto`; rows a pass that `auto` takes on the CPU."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is decided for a run."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool | None
+    """None leaves it to `models.uses_checkpointing`."""
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Rows in one optimiser step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+def is_auto(trainer: TrainerSettings) -> bool:
+    """Whether the rows of a pass are to be chosen by the memory there is."""
+    return trainer.per_device_train_batch_size == AUTO
+
+
+def effective_batch_size(trainer: TrainerSettings) -> int:
+    """Rows in one optimiser step, known before they are split."""
+    if trainer.effective_batch_size:
+        return trainer.effective_batch_size
+    return (
+        EFFECTIVE
+        if is_auto(trainer)
+        else trainer.per_device_train_batch_size * (trainer.gradient_accumulation_steps or ACCUMULATION)
+    )
+
+
+def split_of(trainer: TrainerSettings, rows: int | None = None, checkpointing: bool | None = None) -> Split:
+    """The split of these settings; `rows` is what was chosen for `auto`."""
+    rows = rows or trainer.per_device_train_batch_size
+    return Split(rows, effective_batch_size(trainer) // rows, checkpointing)
+
+
+def candidates(trainer: TrainerSettings) -> list[int]:
+    """Rows of a pass that make up the effective batch evenly, most first."""
+    total = effective_batch_size(trainer)
+    return [n for n in range(total, 0, -1) if total % n == 0]
+
+
+def with_split(settings: Settings, split: Split) -> Settings:
+    """The settings with plain numbers in place of `auto` and null."""
+    trainer = replace(
+        settings.trainer,
+        per_device_train_batch_size=split.per_device_train_batch_size,
+        gradient_accumulation_steps=split.gradient_accumulation_steps,
+        effective_batch_size=split.effective_batch_size,
+        gradient_checkpointing=split.gradient_checkpointing,
+    )
+    return replace(settings, trainer=trainer)
+
+
+def check_split(trainer: TrainerSettings) -> list[Problem]:
+    """What of the three settings contradicts another, or would be ignored."""
+    rows, passes, total = (
+        trainer.per_device_train_batch_size,
+        trainer.gradient_accumulation_steps,
+        trainer.effective_batch_size,
+    )
+    key = f"trainer.per_device_train_batch_size={rows}"
+    if isinstance(rows, str) and rows != AUTO:
+        return [Problem(key, "It is neither a whole number nor auto.", "trainer.per_device_train_batch_size=auto")]
+    if any(isinstance(n, int) and n < 1 for n in (rows, passes, total)):
+        return []  # refused as numbers
+    freed = "trainer.gradient_accumulation_steps=null"
+    if rows == AUTO:
+        if passes is None:
+            return []
+        why = "auto chooses both, so that the number of passes would be ignored."
+        fix = f"{freed}   with trainer.effective_batch_size={total or EFFECTIVE}"
+        return [Problem(f"{key} trainer.gradient_accumulation_steps={passes}", why, fix)]
+    if total is None:
+        return []
+    what = f"{key} trainer.effective_batch_size={total}"
+    if passes is not None and rows * passes != total:
+        why = f"{rows} rows x {passes} passes are {rows * passes} rows a step, not {total}."
+        fix = f"{freed}   follows the effective batch size\ntrainer.effective_batch_size={rows * passes}"
+        return [Problem(f"{what} trainer.gradient_accumulation_steps={passes}", why, fix)]
+    if total % rows:
+        best = max(n for n in range(1, min(rows, total) + 1) if total % n == 0)
+        why = f"{total} rows cannot be made of passes of {rows}."
+        fix = f"trainer.per_device_train_batch_size={best}\ntrainer.effective_batch_size={max(1, round(total / rows)) * rows}"
+        return [Problem(what, why, fix)]
+    return []

@@ -1,0 +1,274 @@
+"""How much GPU memory a run will take at its peak, estimated from the model's shape before a weight is loaded.
+
+    weights + adapter, gradients and optimiser + what the forward pass keeps for the backward pass + the largest passing need
+
+The sizes of the weights are exact: the model is built on torch's meta device, which holds shapes and no numbers. What a forward
+pass keeps is counted from the layers' code, a Llama-like decoder layer (RMSNorm, attention, gated MLP), so that other kinds
+are estimated less well and mixtures of experts not at all. `scripts/bench/memory_table.py` holds the estimate against a GPU.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sft.batch import Split, candidates, split_of
+from sft.settings import Dtype, Gpu, Settings
+
+GIB = 2**30
+CAPACITY = {Gpu.t4: 14.74, Gpu.l4: 22.16, Gpu.a100_40: 39.56, Gpu.a100_80: 79.15, Gpu.h100: 79.11, Gpu.h200: 139.8}
+"""GiB that torch reports as `total_memory`; a little less than the number on the box."""
+CONTEXT = 0.6
+"""GiB that CUDA, cuBLAS and the kernels take outside of torch's own count."""
+FRAGMENTATION = 1.02
+"""torch reserves more than tensors hold: 6.29 for 6.21 GiB and 15.79 for 15.74 in the README's comparison."""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""A weight in nf4: 4 bits, an 8-bit scale for 64 weights, a 32-bit one for 256 of those (double quantisation, section 3 of
+QLoRA, arXiv 2305.14314)."""
+OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0, "paged_adamw": 0,
+                   "sgd": 0, "adafactor": 0.1, "lion_8bit": 1, "lion_32bit": 4, "rmsprop": 4, "adagrad": 4}  # fmt: skip
+"""Bytes of optimiser state a trained weight; Adam's two float32 moments (8) for every optimiser not named."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Numbers of a model and its adapter that memory depends on. Widths are in values, not bytes."""
+
+    parameters: int
+    """All weights of the model, without an adapter."""
+    packed: int
+    """Those in linear layers other than the output one: what 4-bit and 8-bit loading packs."""
+    trained: int
+    """Weights of the adapter (of the whole model without one) and of `lora.modules_to_save`."""
+    adapted_inputs: int
+    """Widths of the inputs of all layers with an adapter, added up over the model."""
+    largest: int
+    """Weights of the largest packed layer."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    query_size: int
+    """Width of all query heads together."""
+    key_value_size: int
+    """Width of all key heads together; the value heads' is the same."""
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """How a model of some shape is loaded and trained."""
+
+    backend: str = "unsloth"
+    """`unsloth` or `transformers`."""
+    bits: int = 16
+    """Of a packed weight: 4, 8 or 16; 32 in float32."""
+    full: bool = False
+    """Whether every weight is trained."""
+    checkpointing: bool = True
+    optim: str = "adamw_torch"
+    adapter_bytes: int = 4
+    """Of an adapter's weight and gradient; PEFT and Unsloth keep both in float32."""
+    dropout: bool = False
+    eager: bool = False
+    """Whether attention keeps a score for each pair of tokens."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory by what it is for, in GiB."""
+
+    weights: float
+    trained: float
+    """Adapter or trained weights, their gradients and the optimiser."""
+    activations: float
+    """What is kept from the forward pass, and the largest need of a single layer or of the loss on top of it."""
+
+    @property
+    def allocated(self) -> float:
+        """Held by tensors: `torch.cuda.max_memory_allocated`."""
+        return self.weights + self.trained + self.activations
+
+    @property
+    def reserved(self) -> float:
+        """Taken from the GPU by torch: `torch.cuda.max_memory_reserved`."""
+        return self.allocated * FRAGMENTATION
+
+    @property
+    def needed(self) -> float:
+        """What has to be free on the GPU."""
+        return self.reserved + CONTEXT
+
+
+def estimate(shape: Shape, load: Load, rows: int, length: int) -> Estimate:
+    """The peak of training with `rows` rows of `length` tokens in one forward pass."""
+    tokens, layers, hidden = rows * length, shape.num_hidden_layers, shape.hidden_size
+    value = 4 if load.bits == 32 else 2  # bytes of an activation
+    weights = _weight_bytes(shape, load, value)
+    if load.full:
+        trained = shape.trained * value * 2 if "8bit" not in load.optim else shape.trained * 2  # moments in the weights' type
+        trained += shape.trained * value  # gradients; the weights themselves are counted above
+    else:
+        trained = shape.trained * (2 * load.adapter_bytes + _optimizer_bytes(load))
+    layer = kept_by_layer(shape, load, value) + (_eager_bytes(shape, length, value) if load.eager else 0)
+    passing = value * (4 * shape.intermediate_size + 2 * hidden)  # gradients inside one layer
+    if load.checkpointing:
+        # Unsloth moves the layers' inputs to the CPU's memory while they wait.
+        kept, passing = (0 if load.backend == "unsloth" else layers * value * hidden), passing + layer
+    else:
+        kept = layers * layer
+    kept += 4 * value * hidden  # the embeddings, the last norm, and the gradients at both ends
+    activations = tokens * kept + max(tokens * passing, loss_bytes(shape, load, tokens))
+    if load.bits in (4, 8):
+        activations += value * shape.largest  # one packed layer at a time is unpacked to be multiplied
+    return Estimate(weights / GIB, trained / GIB, activations / GIB)
+
+
+def _weight_bytes(shape: Shape, load: Load, value: int) -> float:
+    """Packed weights by their bits; embeddings, output layer and norms as they are.
+
+    bitsandbytes leaves the embeddings and the output layer alone (`get_keys_to_not_convert` in transformers), and PEFT's
+    `prepare_model_for_kbit_training`, which is called with the backend transformers, turns them to float32.
+    """
+    others = shape.parameters - shape.packed
+    if load.bits == 4:
+        return shape.packed * NF4_BYTES + others * (2 if load.backend == "unsloth" else 4)
+    if load.bits == 8:
+        return shape.packed + others * (2 if load.backend == "unsloth" else 4)
+    return shape.parameters * value
+
+
+def _optimizer_bytes(load: Load) -> float:
+    # Moments have their weight's type, but for the 8-bit kinds.
+    return OPTIMIZER_BYTES.get(load.optim, 2 * load.adapter_bytes)
+
+
+def kept_by_layer(shape: Shape, load: Load, value: int = 2) -> float:
+    """Bytes a token that one decoder layer keeps for its backward pass; the base weights are frozen.
+
+    transformers (modeling_llama.py), each norm: its input in float32. Attention: queries, keys, values, the result. MLP: gate,
+    its activation, up, and their product. The inputs of layers with an adapter are kept besides; under mixed precision PEFT
+    makes a copy for each of them. That is 45 hidden_size for Llama 3 8B without such copies, 53 with them.
+    Unsloth's fused kernels keep the norms' inputs, queries, keys, values and the result, the inputs of the two blocks, gate and
+    up: 27 hidden_size for Llama 3 8B.
+    """
+    hidden, inner, heads = shape.hidden_size, shape.intermediate_size, 2 * shape.query_size + 2 * shape.key_value_size
+    if load.backend == "unsloth":
+        kept = value * (4 * hidden + heads + 2 * inner)
+    else:
+        copies = load.adapter_bytes == 4 and value == 2 and not load.full
+        inputs = shape.adapted_inputs / shape.num_hidden_layers if copies else 2 * hidden + inner
+        kept = 8 * hidden + value * (heads + 3 * inner + inputs)
+    if load.dropout:  # a copy and a mask for each adapter's input
+        kept += (value + 1) * shape.adapted_inputs / shape.num_hidden_layers
+    return kept
+
+
+def _eager_bytes(shape: Shape, length: int, value: int) -> float:
+    """Scores and their softmax of one token with all others of its row: float32 inside, the activations' type around."""
+    return shape.num_attention_heads * length * (4 + 2 * value)
+
+
+def loss_bytes(shape: Shape, load: Load, tokens: int) -> float:
+    """The logits and their cross entropy.
+
+    transformers: the log-softmax and two gradients, all float32 and as wide as the vocabulary (ForCausalLMLoss in
+    loss_utils.py): 12 bytes a value. Unsloth makes the logits a chunk at a time, as many tokens as 4 GiB hold at 16 bytes a
+    value (fused_losses/cross_entropy_loss.py in unsloth_zoo); compiled, a chunk takes about 3 bytes a value.
+    """
+    if load.backend != "unsloth":
+        return 12 * tokens * shape.vocab_size
+    chunk = 4 * GIB / (16 * shape.vocab_size)
+    return 3 * min(tokens, chunk) * shape.vocab_size
+
+
+def fitting_split(shape: Shape, settings: Settings, load: Load, lengths: list[int], capacity: float) -> tuple[Split, Estimate]:
+    """The most rows a pass that fit into `capacity` GiB, and checkpointing only if these rows do not fit without it.
+
+    `lengths` are those of the longest rows, longest first. Where not even one row fits, one with checkpointing is returned.
+    """
+    wanted = settings.trainer.gradient_checkpointing
+    found: tuple[Split, Estimate] | None = None
+    for rows in candidates(settings.trainer):
+        for checkpointing in [False, True] if wanted is None else [wanted]:
+            guess = estimate(shape, replace(load, checkpointing=checkpointing), 1, tokens_at_once(load, rows, lengths))
+            found = split_of(settings.trainer, rows, checkpointing), guess
+            if guess.needed <= capacity:
+                return found
+    assert found is not None  # one row is always a candidate
+    return found
+
+
+def tokens_at_once(load: Load, rows: int, lengths: list[int]) -> int:
+    """Tokens of the largest possible pass: padded to its longest row, or laid end to end by Unsloth.
+
+    `lengths` are those of the longest rows, longest first.
+    """
+    lengths = lengths[:rows]
+    return sum(lengths) if load.backend == "unsloth" else lengths[0] * rows
+
+
+# ----------------------------------------------------------------------------------------------------- from settings
+
+
+def load_of(settings: Settings, backend: str, gpu: bool) -> Load:
+    """How these settings load and train their model; `gpu` says whether there is one."""
+    model, wanted = settings.model, settings.trainer.gradient_checkpointing
+    bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else 16
+    if bits == 16 and (model.dtype == Dtype.float32 or (model.dtype == Dtype.auto and not gpu)):
+        bits = 32
+    return Load(
+        backend=backend,
+        bits=bits,
+        full=not settings.lora.enabled,
+        checkpointing=gpu if wanted is None else wanted,
+        optim=settings.trainer.optim,
+        dropout=settings.lora.enabled and settings.lora.lora_dropout > 0,
+        eager=model.attn_implementation.value == "eager",
+    )
+
+
+def read_shape(settings: Settings, where: str) -> Shape | None:
+    """The shape of the model at `where`, a folder or hub id, with the adapter of `settings`; reads its config.json alone.
+
+    None for a mixture of experts, which this does not estimate. Raises what transformers does for a config that cannot be had.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trusted = settings.model.trust_remote_code  # said either way: unsaid, transformers asks on the terminal
+    config = AutoConfig.from_pretrained(where, revision=settings.model.revision, trust_remote_code=trusted)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    return shape_of(model, config, settings)
+
+
+def shape_of(model: Any, config: Any, settings: Settings) -> Shape | None:
+    """The shape of a model on the meta device."""
+    import torch
+
+    text, lora = config.get_text_config(), settings.lora
+    if getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None):
+        return None
+    output = model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output}
+    parameters = sum(p.numel() for p in model.parameters())
+    everything = lora.target_modules == ["all-linear"]
+    adapted = [m for n, m in linear.items() if everything or any(n == t or n.endswith(f".{t}") for t in lora.target_modules)]
+    trained = sum(lora.r * (m.in_features + m.out_features) + (m.out_features if lora.use_dora else 0) for m in adapted)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in lora.modules_to_save:
+            trained += sum(p.numel() for p in module.parameters())
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Shape(
+        parameters=parameters,
+        packed=sum(m.weight.numel() for m in linear.values()),
+        trained=trained if lora.enabled else parameters,
+        adapted_inputs=sum(m.in_features for m in adapted) if lora.enabled else 0,
+        largest=max(m.weight.numel() for m in linear.values()),
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=text.num_attention_heads,
+        query_size=head * text.num_attention_heads,
+        key_value_size=head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+        vocab_size=text.vocab_size,
+    )

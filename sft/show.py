@@ -1,0 +1,49 @@
+"""What a look before training prints: tokenised rows with the learnt part marked, and the lines of the check."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from sft.render import IGNORED
+
+STYLES = {"ok": "green", "warning": "yellow", "refused": "bold red"}
+
+
+def terminal() -> Console:
+    """A console on standard output that neither wraps nor colours by itself."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def show_examples(console: Console, facts: dict[str, Any], tokenizer: Any) -> None:
+    """Print the first rows. A terminal gets colours; in a pipe the learnt tokens are bracketed."""
+    colours = console.is_terminal
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    for number, example in enumerate(facts["examples"], 1):
+        console.print(f"\n[bold]Row {number}[/bold]  {len(example['input_ids'])} tokens\n")
+        line, learnt_before = Text(), False
+        for piece, label in zip(example["tokens"], example["labels"], strict=True):
+            learnt = label != IGNORED
+            if not colours and learnt != learnt_before:
+                line.append("⟦" if learnt else "⟧")
+            style = ("bold green" if learnt else "dim") + (" reverse" if piece in special else "")
+            line.append(piece, style if colours else "")
+            learnt_before = learnt
+        line.append("⟧" if learnt_before and not colours else "")
+        console.print(line)
+    learnt = "green" if colours else "in ⟦⟧"
+    console.print(f"\nLearnt tokens are {learnt}; the others are only read.")
+
+
+def show_lines(console: Console, lines: list[Any]) -> None:
+    """Print the lines of a check (`part`, `state`, `text`, `fix`), each part under its name."""
+    part = None
+    for line in lines:
+        if line.part != part:
+            part = line.part
+            console.print(Text(f"\n{part}", "bold"))
+        for number, text in enumerate(line.text.splitlines()):
+            state = Text(f"  {line.state if not number else '':<8} ", STYLES[line.state])
+            console.print(state + Text(text))
+        for fix in line.fix.splitlines():
+            console.print(Text(f"           hint: {fix}", "dim"))

@@ -1,0 +1,95 @@
+"""A forward or backward pass that runs out of memory is made again with fewer rows at a time; the step stays the same.
+
+The loss of a step is a sum over its learnt tokens divided by their number, so that it can be had from any pieces. The step is
+made again from its first pass: a backward pass that broke off has left a part of its gradients behind.
+"""
+
+import gc
+import logging
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class SmallerPasses:
+    """Watches the passes of a trainer's steps."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.rows: int | None = None
+        """Rows that go through the model at a time from now on; None as long as whole passes fit."""
+        self._step, self._passes = -1, []
+
+    def train(self, train: Callable[..., Any], model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
+        """The loss of one pass, its gradients added up as `train(model, inputs, items)` does it.
+
+        `items` is the number of learnt tokens in the whole step. Raises torch.OutOfMemoryError where a single row does not fit,
+        or where the loss is a mean that cannot be had from pieces (`items` is None).
+        """
+        if self._step != self.trainer.state.global_step:
+            self._step, self._passes = self.trainer.state.global_step, []
+        self._passes.append(inputs)
+        loss = self._attempt(train, model, self._passes[-1:], items)
+        while loss is None:
+            self._make_room(model)
+            loss = self._attempt(train, model, self._passes, items)
+        return loss
+
+    def _attempt(self, train: Callable[..., Any], model: Any, passes: list[dict], items: Any) -> Any:
+        """The loss of the last of `passes`, each made in pieces; None if one ran out of memory."""
+        import torch
+
+        rows = []
+        try:
+            for inputs in passes:
+                loss = None
+                for piece in self._pieces(inputs):
+                    rows = piece
+                    found = train(model, self._collated(piece, inputs), items)
+                    loss = found if loss is None else loss + found
+            return loss
+        except torch.OutOfMemoryError as error:
+            count = len(rows) if isinstance(rows, list) else len(cut(rows))
+            if count <= 1 or items is None:
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold what has to be given back
+            self.rows = count // 2
+        log.warning(
+            "Step %d: %d rows at a time do not fit into the memory; it is made again with %d, and so are the next ones.",
+            self._step + 1, count, self.rows,
+        )  # fmt: skip
+        return None
+
+    def _pieces(self, inputs: dict[str, Any]) -> list[Any]:
+        """A pass as it is, or lists of at most `self.rows` of its rows."""
+        if self.rows is None:
+            return [inputs]
+        rows = cut(inputs)
+        if len(rows) <= self.rows:
+            return [inputs]
+        return [rows[at : at + self.rows] for at in range(0, len(rows), self.rows)]
+
+    def _collated(self, piece: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model takes: the trainer's own way of putting rows together, padded or laid end to end."""
+        return self.trainer.data_collator(piece) if isinstance(piece, list) else inputs
+
+    def _make_room(self, model: Any) -> None:
+        import torch
+
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def cut(inputs: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """The rows of a pass: padded ones by their mask, those laid end to end where positions start again."""
+    ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs.get("attention_mask")
+    if mask is not None:
+        spans = [(i, 0, int(n)) for i, n in enumerate(mask.sum(-1).tolist())]
+    else:
+        starts = (inputs["position_ids"].flatten() == 0).nonzero().flatten().tolist()
+        spans = [(0, a, b) for a, b in zip(starts, [*starts[1:], ids.shape[-1]], strict=True)]
+    return [{"input_ids": ids[i, a:b].tolist(), "labels": labels[i, a:b].tolist()} for i, a, b in spans]

