@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from sft.command_line import stop_on_refusal
 from sft.settings import register
-from sft.sweep import exit_codes
+from sft.sweep import exit_codes, summarise
 
 CONFIG_DIR = Path(__file__).parent / "conf"
 
@@ -34,5 +34,7 @@ if __name__ == "__main__":
     try:
         train()
     except KeyboardInterrupt:
-        sys.exit(130)
+        exit_codes.append(130)
+    finally:
+        summarise()
     sys.exit(max(exit_codes, default=0))

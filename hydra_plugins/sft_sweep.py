@@ -1,13 +1,14 @@
 """Where Hydra looks for sweepers and launchers. What these do is told in sft/sweep/launch.py."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 class SweepSweeper(BasicSweeper):
@@ -36,3 +37,38 @@ class SweepLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run a batch of jobs; one result a job, also for those that were skipped."""
         return self.sweep.launch([list(overrides) for overrides in job_overrides])
+
+
+class SlurmSweepLauncher(SweepLauncher):
+    """The same sweep with its jobs in Slurm: hydra/launcher=submitit_slurm."""
+
+    def __init__(self, **options: Any):
+        self.options = _plain(options)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Find or make the sweep's folder."""
+        from sft.sweep.launch import Sweep
+        from sft.sweep.slurm_jobs import SlurmJobs
+
+        def make(sweep: Sweep) -> SlurmJobs:
+            return SlurmJobs(self.options, sweep.folder, hydra_context, config)
+
+        self.sweep = Sweep(hydra_context, task_function, config, make)
+
+
+class RaySweepLauncher(SweepLauncher):
+    """The same sweep with its jobs as Ray tasks: hydra/launcher=ray."""
+
+    def __init__(self, ray: DictConfig):
+        self.options = _plain(ray)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Find or make the sweep's folder."""
+        from sft.sweep.launch import Sweep
+        from sft.sweep.ray_tasks import RayTasks
+
+        self.sweep = Sweep(hydra_context, task_function, config, lambda _: RayTasks(self.options, hydra_context, config))
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.create(options), resolve=True)

@@ -224,7 +224,13 @@ def environment() -> dict[str, Any]:
         else None,
         "platform": platform.platform(),
     }
-    return {"versions": versions, "hardware": hardware, "git_commit": _git_commit()}
+    return {"versions": versions, "hardware": hardware, "place": _place(), "git_commit": _git_commit()}
+
+
+def _place() -> dict[str, str]:
+    """Where the run is: the host, and what a cluster gave it."""
+    given = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID") if os.environ.get(name)}
+    return {"host": socket.gethostname(), **given}
 
 
 def _cpu_name() -> str:

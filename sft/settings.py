@@ -7,6 +7,7 @@ The docstring under a field is its only documentation: `docs/settings.md` is gen
 import ast
 import re
 import sys
+import warnings
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -435,6 +436,8 @@ def register() -> None:
     sweeper = {"_target_": "hydra_plugins.sft_sweep.SweepSweeper", "max_batch_size": None, "params": None}
     ConfigStore.instance().store("sft", sweeper, group="hydra/sweeper")
     ConfigStore.instance().store("sft", {"_target_": "hydra_plugins.sft_sweep.SweepLauncher"}, group="hydra/launcher")
+    # conf/hydra/launcher/ has files with the names of the launchers they are for, whose types they are checked against.
+    warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     OmegaConf.register_new_resolver("pick", _pick, replace=True)
     OmegaConf.register_new_resolver("job_label", _job_label, replace=True)
 

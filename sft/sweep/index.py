@@ -37,6 +37,8 @@ class Job:
     """`waiting`, `running`, `finished`, `diverged` (ended, but its held-out loss is not a number), `stopped` (cut, to be
     continued) or `failed`."""
     reason: str | None = None
+    place: str | None = None
+    """Its id in the queue of the cluster that has it."""
     attempts: int = 0
     seconds: float = 0.0
     """Wall time of all attempts that came to an end, in seconds."""

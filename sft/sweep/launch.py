@@ -3,11 +3,13 @@
 choose_folder -> plan -> run each job -> leaderboard after each -> summary
 """
 
+import math
 import os
 import pickle
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +21,7 @@ from sft import runtime, shared
 from sft.command_line import command_text, to_settings
 from sft.errors import Refusal, refuse
 from sft.settings import Isolation, OnFailure, Settings
-from sft.sweep import exit_codes, leaderboard
+from sft.sweep import elsewhere, exit_codes, leaderboard, summaries
 from sft.sweep.index import (
     DIVERGED,
     DONE,
@@ -40,9 +42,15 @@ from sft.sweep.summary import track_summary
 
 
 class Sweep:
-    """The sweep that one command runs."""
+    """The sweep that one command runs, in this process or on the cluster that `make_cluster(sweep)` gives."""
 
-    def __init__(self, hydra_context: Any, task_function: Any, config: DictConfig):
+    def __init__(
+        self,
+        hydra_context: Any,
+        task_function: Any,
+        config: DictConfig,
+        make_cluster: Callable[["Sweep"], elsewhere.Cluster] | None = None,
+    ):
         self.loader, self.context, self.task, self.config = hydra_context.config_loader, hydra_context, task_function, config
         self.settings = _settings_of(config)
         self.swept = _swept_keys(config)
@@ -52,33 +60,40 @@ class Sweep:
         config.hydra.sweep.dir = str(self.folder)
         self.index = load_index(self.folder) or SweepIndex(self.folder, identity, created_at=runtime.now())
         self.composed: dict[int, bytes] = {}
+        self.planned: list[Job] = []
         self.index.command = command_text()
         self.index.reconcile()
         os.environ.setdefault("WANDB_RUN_GROUP", self.folder.name)
+        self.cluster = make_cluster(self) if make_cluster else None
+        summaries.append(self.summarise)
 
     def launch(self, batch: list[list[str]]) -> list[JobReturn]:
         """Run the jobs of `batch` that are not done; (overrides of each job) -> (result of each job)."""
         setup_globals()
         planned = self._plan(batch)
         jobs = _unique(planned)
+        self.planned = _unique([*self.planned, *jobs])
         todo = [job for job in jobs if job.status not in DONE]
         self.index.save()
         _say(f"Sweep  {_short(self.folder)}: {len(jobs)} jobs, {len(jobs) - len(todo)} done before, {len(todo)} to run")
-        shared.keep(self.settings.sweep.isolation == Isolation.shared)
-        try:
-            for position, job in enumerate(todo, 1):
-                _say(
-                    f"Job    {position}/{len(todo)}  {job.folder}" + (f"  (attempt {job.attempts + 1})" if job.attempts else "")
-                )
-                self._run(job)
-                if job.status in (FAILED, DIVERGED) and self.settings.sweep.on_failure == OnFailure.stop:
-                    _say(f"Sweep  stopped after {job.folder} (sweep.on_failure=stop); repeat the command to go on.")
-                    break
-        finally:
-            shared.keep(False)
-            self._summarise(planned)
-        exit_codes.extend(1 for job in planned if job.status == DIVERGED)
+        good = self._run_here(todo) if self.cluster is None else self._run_elsewhere(todo, batch, planned)
+        exit_codes.extend(1 for job in jobs if job.status == DIVERGED)
+        if not good:
+            _say("Sweep  stopped after a failure (sweep.on_failure=stop); repeat the command to go on.")
+            raise SystemExit(max(exit_codes, default=1))
         return [_result(job, self.folder) for job in planned]
+
+    def summarise(self) -> None:
+        """Print and track the table, when all is over."""
+        counts = Counter(job.status for job in self.planned)
+        if not counts:
+            return
+        leaderboard.refresh(self.folder)
+        leaderboard.show(self.folder)
+        _say(f"Sweep  {', '.join(f'{count} {status}' for status, count in counts.items())}")
+        track_summary(self.folder, self.settings)
+        for name in ("leaderboard.csv", "report.html"):
+            _say(f"       {_short(self.folder / name)}")
 
     def _plan(self, batch: list[list[str]]) -> list[Job]:
         """The index's job for each member of the batch; equal settings are one job."""
@@ -90,8 +105,51 @@ class Sweep:
             config = self.loader.load_sweep_config(self.config, overrides)
             job = self.index.add(_settings_of(config), shown, varying)
             planned.append(job)
-            self.composed.setdefault(job.number, pickle.dumps(config))  # a tenth of a config's size, and made in no time
+            if self.cluster is None:  # elsewhere they are composed anew
+                self.composed.setdefault(job.number, pickle.dumps(config))  # a tenth of a config's size, and made in no time
         return planned
+
+    def _run_here(self, todo: list[Job]) -> bool:
+        """The jobs one after the other in this process; False if a failure ended that."""
+        shared.keep(self.settings.sweep.isolation == Isolation.shared)
+        try:
+            for position, job in enumerate(todo, 1):
+                again = f"  (attempt {job.attempts + 1})" if job.attempts else ""
+                _say(f"Job    {position}/{len(todo)}  {job.folder}{again}")
+                self._run(job)
+                if self._ends_sweep(job):
+                    return False
+        finally:
+            shared.keep(False)
+        return True
+
+    def _run_elsewhere(self, todo: list[Job], batch: list[list[str]], planned: list[Job]) -> bool:
+        """All jobs at once through the cluster; False if a failure ended that."""
+        stopped = []
+
+        def changed(job: Job) -> bool:
+            self.index.save()
+            leaderboard.refresh(self.folder)
+            told = f": {job.reason}" if job.reason else ""
+            _say(f"Job    {job.folder} {job.status}{told}")
+            if job.place is None:
+                exit_codes.append(elsewhere.exit_code(job))
+            stopped.extend([job] if self._ends_sweep(job) else [])
+            return not stopped
+
+        try:
+            overrides = {job.number: words for job, words in zip(planned, batch, strict=True)}
+            places = elsewhere.hand_over(self.cluster, todo, overrides, self.folder)
+        except Refusal as refusal:
+            _exit_with(refusal)
+        for place, job in places.items():
+            _say(f"Job    {job.folder}  ({self.cluster.name} {place})")
+        self.index.save()
+        elsewhere.watch(self.cluster, places, self.folder, changed)
+        return not stopped
+
+    def _ends_sweep(self, job: Job) -> bool:
+        return job.status in (FAILED, DIVERGED) and self.settings.sweep.on_failure == OnFailure.stop
 
     def _run(self, job: Job) -> None:
         """One job through Hydra's own run_job, which writes `.hydra`, sets up the log, and calls the task."""
@@ -112,15 +170,6 @@ class Sweep:
             if job.status != FINISHED:
                 _say(f"       {job.folder} {job.status}: {job.reason}")
             leaderboard.refresh(self.folder)
-
-    def _summarise(self, planned: list[Job]) -> None:
-        counts = Counter(job.status for job in _unique(planned))
-        leaderboard.refresh(self.folder)
-        leaderboard.show(self.folder)
-        _say(f"Sweep  {', '.join(f'{count} {status}' for status, count in counts.items())}")
-        track_summary(self.folder, self.settings)
-        for name in ("leaderboard.csv", "report.html"):
-            _say(f"       {_short(self.folder / name)}")
 
 
 # -------------------------------------------------------------------------------------------------------- the plan
@@ -186,10 +235,10 @@ def _ending(folder: Path) -> tuple[str, str | None]:
 
 
 def _result(job: Job, folder: Path) -> JobReturn:
-    """What a sweeper gets to see: the held-out loss. Without the configs, which it would keep until the end."""
+    """What a sweeper gets to see: the held-out loss, infinite if it diverged. Without the configs, which it would keep."""
     value = read_run(folder / job.folder).get("metrics", {}).get("eval_loss") if job.status == FINISHED else None
     result = JobReturn(overrides=[f"{k}={v}" for k, v in job.overrides.items()], status=JobStatus.COMPLETED)
-    result.return_value = value
+    result.return_value = math.inf if job.status == DIVERGED else value
     return result
 
 
