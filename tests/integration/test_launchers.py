@@ -38,10 +38,11 @@ def slurm(tmp_path_factory):
 
 
 @pytest.fixture
-def ray():
+def ray(monkeypatch):
     """Ray with two made-up GPUs."""
     if not installed("hydra_ray_launcher"):
         pytest.skip('needs the extra: pip install -e ".[ray]"')
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     return "hydra/launcher=ray", "+hydra.launcher.ray.init.num_gpus=2", "+hydra.launcher.ray.init.num_cpus=2"
 
 
