@@ -12,7 +12,30 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class SweepSweeper(BasicSweeper):
-    """Hydra's own grid, with settings that go together, and without composing every job once more than is needed."""
+    """Hydra's own grid, with settings that go together, and without composing every job once more than is needed.
+
+    With a `sampler` it is a search by Hydra's own Optuna sweeper instead.
+    """
+
+    def __init__(
+        self, max_batch_size: int | None, params: DictConfig | None, sampler: Any = None, n_trials: int = 20, n_jobs: int = 1
+    ):
+        super().__init__(max_batch_size, params)
+        self.sampler, self.n_trials, self.n_jobs = sampler, n_trials, n_jobs
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Set up the grid or the search, and the launcher with it."""
+        given = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
+        if self.sampler is None:
+            return super().setup(**given)
+        from sft.sweep.search import make_search
+
+        self.search = make_search(self.sampler, self.n_trials, self.n_jobs, self.params)
+        self.search.setup(**given)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the grid, or the search."""
+        return super().sweep(arguments) if self.sampler is None else self.search.sweep(arguments)
 
     def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         """The batches of jobs: one of all, or several of at most `max_batch_size`."""

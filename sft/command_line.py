@@ -32,7 +32,8 @@ from sft.errors import Problem, Refusal, first_line
 from sft.keys import find_field, plain_type, stray_keys, unknown_key
 from sft.resume import check_folder, recorded_run, working_folder
 from sft.settings import Settings
-from sft.sweep.pairs import check_pairs
+from sft.sweep.means import check_means, runs_elsewhere
+from sft.sweep.pairs import check_pairs, list_values
 from sft.validate import check_settings
 
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
@@ -77,19 +78,21 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
     with initialize_config_dir(str(config_dir.resolve()), job_name="train", version_base="1.3"):
         search_path, options = _search_path(args), _group_options(config_dir, args)
         overrides = _parse_overrides(args.overrides, problems)
-        preset = _preset_sweep(config_name, search_path, overrides)
+        means = _sweep_means(config_name, search_path, overrides)
+        preset = _preset_sweep(means)
         overrides = [o for o in _parse_overrides(preset, problems) if o.key_or_group not in _keys(overrides)] + overrides
         if not (args.multirun or preset):
             swept = [o for o in overrides if o.is_sweep_override() and _is_known(o.key_or_group)]
             problems += [_needs_sweep(o) for o in swept]
             overrides = [o for o in overrides if o not in swept]
         good = [o for o in overrides if _check_override(o, options, problems)]
-        hardware = hardware and not args.cfg
+        trains = hardware and not args.cfg
+        hardware = trains and not runs_elsewhere(means)
         folder = None if args.multirun or preset or args.cfg else _run_folder(good)
         for job in _jobs_to_check(good):
             problems += _check_job(config_name, search_path + job, hardware, folder)
-        if hardware:
-            problems += _check_writable(folder or Path("outputs"))
+        if trains:
+            problems += check_means(means, good, bool(args.multirun or preset)) + _check_writable(folder or Path("outputs"))
         if (args.multirun or preset) and any(o.key_or_group == "preflight.mode" and o.value() == "only" for o in good):
             why = "A sweep has many jobs, and the check alone looks at one."
             problems.append(Problem("-m preflight.mode=only", why, "leave -m and the swept values out"))
@@ -182,24 +185,29 @@ def _keys(overrides: list[Override]) -> set[str]:
     return {o.key_or_group for o in overrides}
 
 
-def _preset_sweep(config_name: str, search_path: list[str], overrides: list[Override]) -> list[str]:
-    """What a `sweep=` or `experiment=` preset sweeps over by itself, as overrides; nothing where it runs one job."""
-    chosen = [o.input_line for o in overrides if o.key_or_group in ("sweep", "experiment") and not o.is_sweep_override()]
+def _sweep_means(config_name: str, search_path: list[str], overrides: list[Override]) -> DictConfig | None:
+    """What was chosen of `sweep`, `experiment` and Hydra's own settings, composed; None where nothing was, or it cannot be."""
+    chosen = [o for o in overrides if o.key_or_group in ("sweep", "experiment") or o.key_or_group.startswith("hydra")]
     if not chosen:
-        return []
+        return None
+    lines = [o.input_line for o in chosen if not o.is_sweep_override()]
     try:
-        config = compose(config_name, overrides=search_path + chosen, return_hydra_config=True)
+        return compose(config_name, overrides=search_path + lines, return_hydra_config=True).hydra
     except (HydraException, OmegaConfBaseException, yaml.YAMLError):
-        return []  # the checks below say what is wrong
-    if config.hydra.mode != RunMode.MULTIRUN:
+        return None  # the checks below say what is wrong
+
+
+def _preset_sweep(means: DictConfig | None) -> list[str]:
+    """What a `sweep=` or `experiment=` preset sweeps over by itself, as overrides; nothing where it runs one job."""
+    if means is None or means.mode != RunMode.MULTIRUN:
         return []
-    return [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    return [f"{key}={value}" for key, value in (means.sweeper.get("params") or {}).items()]
 
 
 def _check_pairs(config_name: str, search_path: list[str], overrides: list[Override]) -> list[Problem]:
     """Problems of `sweep.paired`, whether a preset or the command line sets it."""
     chosen = [o.input_line for o in overrides if o.key_or_group.startswith("sweep") or o.key_or_group == "experiment"]
-    counts = {o.key_or_group: len(list(o.sweep_string_iterator())) for o in overrides if o.is_sweep_override()}
+    counts = {o.key_or_group: len(list_values(o)) for o in overrides if o.is_sweep_override()}
     if not counts or not chosen:
         return []
     try:
@@ -319,7 +327,9 @@ def _check_override(override: Override, options: dict[str, list[str]], problems:
         error = _type_error(text)
         if error:
             shown = text.replace("\n", "\\n")
-            problems.append(Problem(shown, error, _example(cls, name, key)))
+            whole = override.is_interval_sweep() and plain_type(cls, name) is int
+            fix = f"{key}=int({line.partition('=')[2]})" if whole else _example(cls, name, key)
+            problems.append(Problem(shown, error, fix))
             return False
     return values is not None
 
@@ -329,7 +339,7 @@ def _values(override: Override, problems: list[Problem]) -> list[Any] | None:
     if not override.is_sweep_override():
         return [override.value()]
     try:
-        return list(override.sweep_string_iterator())
+        return list_values(override)
     except HydraException as error:
         why = f"Its values cannot be listed: {first_line(error)}."
         problems.append(Problem(_one_line(override), why, f"{override.key_or_group}=a,b,c   or range(1,4) or choice(a,b)"))
@@ -417,7 +427,7 @@ def _check_option(override: Override, known: list[str], problems: list[Problem])
 
 def _jobs_to_check(overrides: list[Override]) -> list[list[str]]:
     """One job with the first value of every sweep, and one more for each further option of a group or added key."""
-    swept = {i: list(o.sweep_string_iterator()) for i, o in enumerate(overrides) if o.is_sweep_override()}
+    swept = {i: list_values(o) for i, o in enumerate(overrides) if o.is_sweep_override()}
     base = _first_job(overrides)
     jobs = [base]
     for i, values in swept.items():
@@ -427,7 +437,7 @@ def _jobs_to_check(overrides: list[Override]) -> list[list[str]]:
 
 
 def _first_job(overrides: list[Override]) -> list[str]:
-    swept = {i: list(o.sweep_string_iterator()) for i, o in enumerate(overrides) if o.is_sweep_override()}
+    swept = {i: list_values(o) for i, o in enumerate(overrides) if o.is_sweep_override()}
     first = {i: f"{overrides[i].input_line.partition('=')[0]}={values[0]}" for i, values in swept.items() if values}
     return [first.get(i, o.input_line) for i, o in enumerate(overrides)]
 
@@ -435,7 +445,7 @@ def _first_job(overrides: list[Override]) -> list[str]:
 def _check_swept_values(config_name: str, search_path: list[str], overrides: list[Override], hardware: bool) -> list[Problem]:
     """Problems of the further values of swept settings, set on the first job: composing one for each would take minutes."""
     swept = [o for o in overrides if o.is_sweep_override() and o.key_or_group not in schema.GROUPS and not o.is_add()]
-    if not any(len(list(o.sweep_string_iterator())) > 1 for o in swept):
+    if not any(len(list_values(o)) > 1 for o in swept):
         return []
     try:
         base = compose(config_name, overrides=search_path + _first_job(overrides))
@@ -443,7 +453,7 @@ def _check_swept_values(config_name: str, search_path: list[str], overrides: lis
         return []  # _check_job says what is wrong
     problems: list[Problem] = []
     for override in swept:
-        for text in list(override.sweep_string_iterator())[1:]:
+        for text in list_values(override)[1:]:
             config = copy.deepcopy(base)
             value = OverridesParser.create().parse_override(f"{override.key_or_group}={text}").value()
             OmegaConf.update(config, override.key_or_group, value, merge=False)

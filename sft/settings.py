@@ -434,6 +434,7 @@ def register() -> None:
     ConfigStore.__deepcopy__ = lambda store, memo: store
     # Hydra takes sweepers and launchers from the package hydra_plugins alone.
     sweeper = {"_target_": "hydra_plugins.sft_sweep.SweepSweeper", "max_batch_size": None, "params": None}
+    sweeper |= {"sampler": None, "n_trials": 20, "n_jobs": 1}  # of a search: conf/sweep/tpe.yaml
     ConfigStore.instance().store("sft", sweeper, group="hydra/sweeper")
     ConfigStore.instance().store("sft", {"_target_": "hydra_plugins.sft_sweep.SweepLauncher"}, group="hydra/launcher")
     # conf/hydra/launcher/ has files with the names of the launchers they are for, whose types they are checked against.

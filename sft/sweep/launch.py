@@ -141,6 +141,7 @@ class Sweep:
             overrides = {job.number: words for job, words in zip(planned, batch, strict=True)}
             places = elsewhere.hand_over(self.cluster, todo, overrides, self.folder)
         except Refusal as refusal:
+            self.planned.clear()  # there is nothing to summarise
             _exit_with(refusal)
         for place, job in places.items():
             _say(f"Job    {job.folder}  ({self.cluster.name} {place})")

@@ -1,10 +1,20 @@
-"""A grid of jobs from swept settings, some of which may go together instead of in every combination."""
+"""The values of swept settings, and a grid of jobs from them; some may go together instead of in every combination."""
 
 import itertools
 
 from hydra.core.override_parser.types import Override
 
 from sft.errors import Problem
+
+
+def list_values(override: Override) -> list[str]:
+    """The values of a swept setting; of an interval, which a search draws from, its two ends.
+
+    Raises HydraException where they cannot be listed.
+    """
+    if override.is_interval_sweep():
+        return [str(override.value().start), str(override.value().end)]
+    return list(override.sweep_string_iterator())
 
 
 def expand(overrides: list[Override], paired: list[str]) -> list[list[str]]:

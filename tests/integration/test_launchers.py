@@ -38,10 +38,11 @@ def slurm(tmp_path_factory):
 
 
 @pytest.fixture
-def ray():
+def ray(monkeypatch):
     """Ray with two made-up GPUs."""
     if not installed("hydra_ray_launcher"):
         pytest.skip('needs the extra: pip install -e ".[ray]"')
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     return "hydra/launcher=ray", "+hydra.launcher.ray.init.num_gpus=2", "+hydra.launcher.ray.init.num_cpus=2"
 
 
@@ -130,8 +131,9 @@ def test_a_cancelled_slurm_job_is_a_row_and_goes_on_when_the_command_is_repeated
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_ray_job_whose_process_is_killed_goes_on_and_ctrl_c_saves(place, ray):  # noqa: F811
-    command = ("-m", *LONG, *ray, "lora.r=2,4", "hydra.sweep.dir=s")
+@pytest.mark.parametrize("launcher", ["slurm", "ray"])
+def test_jobs_save_at_ctrl_c_and_go_on_when_the_command_is_repeated(place, request, launcher):  # noqa: F811
+    command = ("-m", *LONG, *request.getfixturevalue(launcher), "lora.r=2,4", "hydra.sweep.dir=s")
     folders = [place / "s" / "0_r=2", place / "s" / "1_r=4"]
     process = start(place, *command)
     wait_for(lambda: all(steps_of(folder) > 6 for folder in folders), process, place)
@@ -144,3 +146,13 @@ def test_a_ray_job_whose_process_is_killed_goes_on_and_ctrl_c_saves(place, ray):
         assert run_of(folder)["sessions"][1]["from"].startswith("checkpoint-")
         assert sweep(place, *LONG, f"lora.r={(2, 4)[number]}", f"hydra.run.dir=solo{number}") == 0
         assert curve(place / f"solo{number}") == curve(folder)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_ray_job_whose_process_is_killed_is_started_again(place, ray):  # noqa: F811
+    """The first time a job with 3 rows a step kills its process: tests/integration/test_sweep.py."""
+    command = ("-m", *QUICK, *ray, "trainer.per_device_train_batch_size=3,1", "hydra.sweep.dir=s")
+    assert sweep(place, *command) == 0, log_of(place)[-3000:]
+    assert (place / "was_killed").exists()
+    assert [(job["status"], job["attempts"]) for job in jobs_of(place / "s")] == [("finished", 1), ("finished", 1)]

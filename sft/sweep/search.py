@@ -1,0 +1,32 @@
+"""Random or Bayesian search through Hydra's own Optuna sweeper: `sweep=random`, `sweep=tpe`.
+
+The sampler has a fixed seed and hears the same losses, so the same command proposes the same settings again, and what
+finished is found by them. Nothing is stored besides.
+"""
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+
+def make_search(sampler: Any, n_trials: int, n_jobs: int, params: DictConfig | None) -> Any:
+    """Hydra's sweeper for the lowest held-out loss of `n_trials` jobs, of which `n_jobs` are proposed at a time.
+
+    A job that failed is one without a value and ends nothing; one that diverged is infinitely bad.
+    """
+    import optuna
+    from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return OptunaSweeper(
+        sampler=sampler,
+        direction="minimize",
+        storage=None,
+        study_name=None,
+        n_trials=n_trials,
+        n_jobs=n_jobs,
+        max_failure_rate=1.0,
+        search_space=None,
+        custom_search_space=None,
+        params=params,
+    )
