@@ -32,7 +32,7 @@ from sft.errors import Problem, Refusal, first_line
 from sft.keys import find_field, plain_type, stray_keys, unknown_key
 from sft.resume import check_folder, recorded_run, working_folder
 from sft.settings import Settings
-from sft.sweep.means import check_means, runs_elsewhere
+from sft.sweep.means import check_interval, check_means, is_search, runs_elsewhere
 from sft.sweep.pairs import check_pairs, list_values
 from sft.validate import check_settings
 
@@ -85,6 +85,9 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
             swept = [o for o in overrides if o.is_sweep_override() and _is_known(o.key_or_group)]
             problems += [_needs_sweep(o) for o in swept]
             overrides = [o for o in overrides if o not in swept]
+        if not is_search(means):
+            problems += [check_interval(o) for o in overrides if o.is_interval_sweep()]
+            overrides = [o for o in overrides if not o.is_interval_sweep()]
         good = [o for o in overrides if _check_override(o, options, problems)]
         trains = hardware and not args.cfg
         hardware = trains and not runs_elsewhere(means)

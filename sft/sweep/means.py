@@ -18,6 +18,18 @@ def runs_elsewhere(means: DictConfig | None) -> bool:
     return launcher == SLURM or (launcher == RAY and means.launcher.ray.init.get("address") is not None)
 
 
+def is_search(means: DictConfig | None) -> bool:
+    """Whether a sampler chooses the jobs, in place of a grid."""
+    return means is not None and means.sweeper.get("sampler") is not None
+
+
+def check_interval(override: Override) -> Problem:
+    """The problem of an interval in a grid."""
+    why = "A grid cannot try every value of an interval; a search draws from it."
+    fix = f"sweep=tpe '{override.input_line}'   or   {override.key_or_group}=a,b,c"
+    return Problem(override.input_line, why, fix)
+
+
 def check_means(means: DictConfig | None, overrides: list[Override], sweeping: bool) -> list[Problem]:
     """Problems of the chosen launcher and search: not installed, not on this machine, not for this sweep.
 
@@ -63,13 +75,8 @@ def _check_gpus(ray: DictConfig) -> list[Problem]:
 
 
 def _check_search(means: DictConfig | None, overrides: list[Override]) -> list[Problem]:
-    sampler, problems = None if means is None else means.sweeper.get("sampler"), []
-    if sampler is None:
-        for override in overrides:
-            if override.is_interval_sweep():
-                why = "A grid cannot try every value of an interval; a search draws from it."
-                fix = f"sweep=tpe '{override.input_line}'   or   {override.key_or_group}=a,b,c"
-                problems.append(Problem(override.input_line, why, fix))
+    problems = []
+    if not is_search(means):
         return problems
     if not _installed("hydra_optuna_sweeper"):
         why = "A search needs hydra_optuna_sweeper, which is not installed."

@@ -4,6 +4,7 @@ The sampler has a fixed seed and hears the same losses, so the same command prop
 finished is found by them. Nothing is stored besides.
 """
 
+import logging
 from typing import Any
 
 from omegaconf import DictConfig
@@ -14,6 +15,7 @@ def make_search(sampler: Any, n_trials: int, n_jobs: int, params: DictConfig | N
 
     A job that failed is one without a value and ends nothing; one that diverged is infinitely bad.
     """
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it names each of its plugins
     import optuna
     from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 

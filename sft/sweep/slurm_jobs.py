@@ -3,6 +3,7 @@
 A job that Slurm takes off its node, or that reaches its time limit, saves, is queued again and goes on from where it was.
 """
 
+import logging
 import signal
 import subprocess
 from collections.abc import Iterable
@@ -16,6 +17,8 @@ from sft.errors import refuse
 from sft.sweep.elsewhere import make_task, run_here
 from sft.sweep.index import FAILED, STOPPED, Job
 
+log = logging.getLogger(__name__)
+
 CUT = ("CANCELLED", "PREEMPTED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "REVOKED")
 """States of a Slurm job that was taken off its node, which says nothing against its settings."""
 
@@ -24,6 +27,8 @@ class SlurmJobs:
     """Submits jobs with the settings of `hydra.launcher`, which are those of Hydra's own submitit launcher."""
 
     name = "Slurm job"
+    answers = True
+    """Whether Slurm did when it was asked last."""
 
     def __init__(self, options: dict[str, Any], folder: Path, hydra_context: Any, config: DictConfig):
         from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
@@ -69,7 +74,10 @@ class SlurmJobs:
         queue = subprocess.run(
             ["squeue", "--me", "--array", "--noheader", "--format=%i"], capture_output=True, text=True, check=False
         )
-        return places if queue.returncode else places & set(queue.stdout.split())
+        if queue.returncode and self.answers:
+            log.warning("Slurm does not answer (%s); waiting until it does.", queue.stderr.strip())
+        self.answers = not queue.returncode
+        return places & set(queue.stdout.split()) if self.answers else places
 
     def stop(self, places: Iterable[str]) -> None:
         """Cancel them. Slurm sends SIGTERM first, on which a run saves and stops."""

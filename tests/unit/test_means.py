@@ -213,7 +213,7 @@ def test_a_failure_and_an_interruption_stop_the_others(jobs, tmp_path):
 
 def test_slurm_is_asked_for_ended_jobs_and_believed_only_when_it_answers(monkeypatch):
     class Answer:
-        returncode, stdout = 0, "7_0\n7_2\n12\n"
+        returncode, stdout, stderr = 0, "7_0\n7_2\n12\n", "no route"
 
     monkeypatch.setattr("subprocess.run", lambda *words, **options: Answer)
     slurm = SlurmJobs.__new__(SlurmJobs)
