@@ -5,6 +5,7 @@ Imports neither torch nor transformers nor Unsloth; names that upstream knows ar
 
 import ast
 import difflib
+import functools
 import importlib.util
 import math
 import os
@@ -20,7 +21,7 @@ from sft import settings as schema
 from sft.batch import check_split
 from sft.budget import moment_of
 from sft.errors import Problem
-from sft.settings import Backend, Dtype, LoraSettings, PreflightMode, Settings, TrackingMode
+from sft.settings import Backend, Dtype, GgufSettings, LoraSettings, PreflightMode, Settings, TrackingMode
 
 TEXT_FORMATS = (".json", ".jsonl", ".csv", ".parquet")
 ANSWER_ROLES = ("output", "completion")
@@ -409,9 +410,10 @@ def _check_extra(extra: dict[str, Any]) -> list[Problem]:
 
 def _check_export(settings: Settings) -> list[Problem]:
     export, problems = settings.export, []
+    named = export.gguf.quantizations if export.gguf.quantizations != GgufSettings().quantizations else []
     for key, values, known in (
         ("export.formats", export.formats, ["adapter", "merged_16bit", "merged_4bit", "gguf"]),
-        ("export.gguf.quantizations", export.gguf.quantizations, _gguf_types()),
+        ("export.gguf.quantizations", named, _gguf_types() if named else []),
     ):
         for value in values:
             if known and value not in known:
@@ -435,6 +437,7 @@ def _check_export(settings: Settings) -> list[Problem]:
     return problems
 
 
+@functools.cache
 def _gguf_types() -> list[str]:
     """llama.cpp's file types in small letters, read from the source of the package `gguf`, which would import numpy."""
     found = importlib.util.find_spec("gguf")
@@ -532,6 +535,7 @@ def gpu_present() -> bool:
         return False
 
 
+@functools.cache
 def _enum_values(file: str, enum: str) -> list[str]:
     """Values of an enum in transformers, read from its source so that nothing heavy is imported."""
     found = importlib.util.find_spec("transformers")
@@ -543,6 +547,7 @@ def _enum_values(file: str, enum: str) -> list[str]:
     return [n.value.value for n in body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)]
 
 
+@functools.cache
 def _sft_config_options() -> set[str]:
     """Names of all fields of TRL's SFTConfig and transformers' TrainingArguments, read from their sources."""
     names = set()

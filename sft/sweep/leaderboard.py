@@ -110,14 +110,18 @@ def best_run(sweep: Path | str | None = None) -> Path:
 
 
 def varying_keys(jobs: list[Job]) -> list[str]:
-    """The override keys whose value is not the same in all jobs, in the order they were first typed."""
+    """The override keys whose value is not the same in all jobs, in the order they were first typed.
+
+    What every job takes from another setting by the same words, as in `lora.lora_alpha=${lora.r}`, varies only with that.
+    """
     keys = dict.fromkeys(key for job in jobs for key in job.overrides)
-    return [key for key in keys if len({str(_value(job, key)) for job in jobs}) > 1]
+    typed = [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
+    return [key for key in typed if len({str(_value(job, key)) for job in jobs}) > 1]
 
 
 def _value(job: Job, key: str) -> Any:
     """A job's value of a setting; of a group the option that was chosen."""
-    if key in job.overrides:
+    if key in job.overrides and "${" not in job.overrides[key]:
         return _plain(job.overrides[key])
     if key in GROUPS:
         return "default"

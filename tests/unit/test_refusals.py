@@ -74,7 +74,7 @@ def test_train_py_refuses_at_once_and_leaves_nothing_behind(tmp_path, argv, word
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert done.returncode == 2 and done.stdout == "" and words in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == [], "no outputs/ folder"
-    assert seconds < 1.5, "of processor time, so that a busy machine does not matter; 0.4 s is usual"
+    assert seconds < 2.5, "of processor time, which a busy machine stretches too; 0.9 s is usual"
 
 
 def test_settings_are_checked_without_torch():

@@ -4,7 +4,11 @@ import csv
 import json
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import OmegaConf, open_dict
 
 from sft import report, runtime
 from sft.errors import Refusal
@@ -12,9 +16,10 @@ from sft.runs import find_run
 from sft.settings import Settings
 from sft.sweep import leaderboard
 from sft.sweep.index import SweepIndex, SweepLock, identify, judge, load_index, make_label
+from sft.sweep.launch import compose_job, preset_values
 from sft.sweep.pairs import check_pairs, expand
 from sft.sweep.report import write_sweep_report
-from tests.conftest import make_settings
+from tests.conftest import ROOT, make_settings
 
 
 @pytest.fixture
@@ -133,6 +138,34 @@ def test_a_grid_is_every_combination_and_pairs_go_together():
     assert grid("lora.r=1,2", "lora.r=3") == [["lora.r=3"]], "the last one counts, as for presets that are overridden"
 
 
+JOBS = (
+    ("lora.r=8", "trainer.learning_rate=1e-4", "dataset.keep={a:1}", "+trainer.extra.bf16=false"),
+    ("lora.r=16", "trainer.learning_rate=2e-4", "dataset.keep={a:1}", "+trainer.extra.bf16=false"),
+    ("lora.r=16", "trainer.learning_rate=2e-4", "dataset.keep={b:[2,3]}", "+trainer.extra.bf16=false"),
+    ("lora.r=16", "trainer.learning_rate=2e-4", "dataset.keep={b:[2,3]}", "+trainer.extra.fp16=false"),
+    ("lora=r64", "dataset.path=null", "lora.target_modules=[q_proj]"),
+    ("lora=r64", "dataset.path='a b.json'", "lora.target_modules=[k_proj,v_proj]"),
+    ("lora=r8", "dataset.path='a b.json'", "lora.target_modules=[k_proj,v_proj]"),
+    ("lora.lora_alpha=32", "lora.r=8"),
+    ("lora.lora_alpha=64", "lora.r=4"),
+)
+
+
+def test_a_job_set_on_a_copy_is_the_job_that_hydra_composes():
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        loader, composed, anew = GlobalHydra.instance().config_loader(), {}, 0
+        master = loader.load_configuration("config", ["sweep=rank", "model=tiny_random"], RunMode.MULTIRUN)
+        for job in JOBS:
+            before = len(composed)
+            ours, hydras = compose_job(loader, master, list(job), composed), loader.load_sweep_config(master, list(job))
+            anew += len(composed) - before
+            with open_dict(hydras):
+                for config in (ours, hydras):
+                    del config.hydra.run, config.hydra.sweep  # the time of day is in them
+            assert OmegaConf.to_yaml(ours) == OmegaConf.to_yaml(hydras), job
+    assert anew == 6, "values alone need no composing"
+
+
 def test_pairs_that_do_not_fit_are_refused():
     assert "has no list" in check_pairs(["lora.r", "seed"], {"lora.r": 2})[0].why
     assert "lora.r has 2, seed has 3" in check_pairs(["lora.r", "seed"], {"lora.r": 2, "seed": 3})[0].why
@@ -200,6 +233,25 @@ def test_a_best_value_on_the_edge_asks_for_the_next_grid(sweep, key, losses, fol
     board = leaderboard.read_leaderboard(sweep([(f"{key}={value}", loss) for value, loss in losses.items()]))
     beyond = [command for command in board.next_commands if "seed=" not in command]
     assert (following in beyond[0]) if following else beyond == []
+
+
+def test_what_a_preset_sets_is_in_the_command_that_repeats_a_job(sweep):
+    jobs = [(f"lora.lora_alpha=${{lora.r}} lora.r={r} lora.lora_dropout=0.1", loss) for r, loss in ((8, 2.0), (16, 1.9))]
+    board = leaderboard.read_leaderboard(sweep(jobs))
+    assert board.keys == ["lora.r"]
+    again, beyond = board.next_commands
+    assert "'lora.lora_alpha=${lora.r}' lora.r=16" in again and "'lora.lora_alpha=${lora.r}' lora.r=32,64" in beyond
+
+
+def test_the_values_of_a_preset_are_read_from_its_file():
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        values = {
+            name: preset_values(loader, loader.load_configuration("config", [f"sweep={name}"], RunMode.MULTIRUN))
+            for name in ("none", "lr", "lr_by_rank", "seeds")
+        }
+    alpha = {"lora.lora_alpha": "${lora.r}"}
+    assert values == {"none": {}, "lr": {}, "lr_by_rank": alpha, "seeds": {"dataset.seed": "3407"}}
 
 
 def test_unequal_budgets_and_other_held_out_rows_are_said(sweep):
