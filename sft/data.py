@@ -5,11 +5,11 @@
 Both backends train on exactly what comes out of here, and `scripts/preview.py` shows the same.
 """
 
-import array
 import functools
 import hashlib
 import itertools
 import json
+from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -79,7 +79,10 @@ def _only_one(folder: Path) -> FileLock:
 
 def _hash_rows(rows) -> str:
     """Hash of tokens and labels, by which two held-out losses are known to be of the same rows."""
-    return hashlib.sha256(json.dumps([rows["input_ids"][:], rows["labels"][:]]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for batch in rows.select_columns(["input_ids", "labels"]).iter(BATCH):
+        digest.update(json.dumps([batch["input_ids"], batch["labels"]]).encode())
+    return digest.hexdigest()[:16]
 
 
 def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: Path) -> dict[str, Any]:
@@ -137,11 +140,11 @@ COUNTED = ("truncated_rows", "dropped_rows", "rows_without_labels", "rows_withou
 class Split:
     """What is known of the rows of one split besides their tokens, which are in a file."""
 
-    lengths: list[int] = field(default_factory=list)
+    lengths: array = field(default_factory=lambda: array("q"))
     """Tokens of each row read, before anything is cut or left out."""
-    digests: list[int] = field(default_factory=list)
+    digests: array = field(default_factory=lambda: array("Q"))
     """A hash of the tokens of each row kept."""
-    numbers: list[int] = field(default_factory=list)
+    numbers: array = field(default_factory=lambda: array("q"))
     """Its number in the data."""
     tokens: int = 0
     """Of the rows kept."""
@@ -166,12 +169,12 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
                         ("question", pa.string()), ("reference", pa.string()), ("row", pa.int64())])  # fmt: skip
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while batch := list(itertools.islice(entries, BATCH)):
-            split.lengths += [len(e["input_ids"]) for e in batch]
+            split.lengths.extend(len(e["input_ids"]) for e in batch)
             split.too_long += sum(len(e["input_ids"]) > limit for e in batch)
             kept = _fit_length(batch, settings, split.counts)
             _audit(kept, split.counts, tokenizer.bos_token_id, stop_ids)
             for e in kept:
-                tokens = array.array("i", e["input_ids"]).tobytes()
+                tokens = array("i", e["input_ids"]).tobytes()
                 split.digests.append(int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest()))
                 split.numbers.append(e["row"])
                 split.tokens += len(e["input_ids"])
@@ -201,11 +204,17 @@ def _find_duplicates(train: Split, held_out: Split | None) -> dict[str, Any]:
 
     `rows` names the first of the former as [row held out, row trained on], by their numbers in the data.
     """
-    first: dict[int, int] = {}
-    for digest, number in zip(train.digests, train.numbers, strict=True):
-        first.setdefault(digest, number)
-    pairs = [(n, first[d]) for d, n in zip(held_out.digests, held_out.numbers, strict=True) if d in first] if held_out else []
-    return {"held_out": len(pairs), "train": len(train.digests) - len(first), "rows": [list(pair) for pair in pairs[:5]]}
+    import numpy as np
+
+    digests, numbers = np.asarray(train.digests, dtype=np.uint64), np.asarray(train.numbers)
+    known, first = np.unique(digests, return_index=True)  # sorted, with the first row of each
+    count, pairs = 0, []
+    if held_out and len(held_out.digests):
+        wanted = np.asarray(held_out.digests, dtype=np.uint64)
+        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        copies = np.flatnonzero(known[at] == wanted)
+        count, pairs = len(copies), [[held_out.numbers[i], int(numbers[first[at[i]]])] for i in copies[:5]]
+    return {"held_out": count, "train": len(digests) - len(known), "rows": pairs}
 
 
 def _tokenise(rows, index: list[int], render, tokenizer, stop_ids: set[int]) -> Iterator[dict]:
@@ -363,7 +372,8 @@ def readable(ids: list[int], tokenizer) -> list[str]:
 def _recipe(settings: Settings, tokenizer, stop_ids: set[int], sources: list[dict | None]) -> str:
     """Hash of everything that shapes the tokens: rows, settings, tokenizer and this code."""
     code = [
-        (Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("data.py", "render.py", "rows.py", "columns.py")
+        (Path(__file__).parent / name).read_text(encoding="utf-8")
+        for name in ("data.py", "render.py", "rows.py", "files.py", "columns.py")
     ]
     parts = [
         [source and source["hash"] for source in sources],

@@ -1,12 +1,14 @@
 """Reading rows, naming the line of every mistake, and choosing which rows are used."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sft import files
 from sft.errors import Refusal
 from sft.rows import choose_indices, hub_unreachable, read_rows, select
 from sft.settings import DatasetSettings
@@ -96,6 +98,47 @@ def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
 def test_the_shipped_rows_are_read():
     rows, source = read_rows(DatasetSettings(), "train")
     assert len(rows) > 50 and source["name"] == "twists"
+
+
+# ------------------------------------------------------------------------------------------- a row at a time
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_rows_are_found_wherever_the_file_is_cut(tmp_path, monkeypatch, suffix, chunk):
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    rows = [{"q": f'{n} 问\r\n,"[{{' * (n % 4), "a": "é" * (n % 5) + "]}"} for n in range(40)]
+    read = read_rows(DatasetSettings(path=str(write_rows(tmp_path, suffix, rows))), "train")[0]
+    assert isinstance(read, files.FileRows) and [read[i] for i in reversed(range(40))] == rows[::-1]
+    assert list(read.column_names) == ["q", "a"]
+
+
+def test_a_list_is_read_a_row_at_a_time_however_it_is_set(tmp_path):
+    texts = ['[{"a":1},{"b":[2,{"c":null}]}]', ' [\n{"a" : 1}\n ,\t{"b":[2,{"c":null}]}\n]\n\n']
+    for text in texts:
+        read = read_rows(DatasetSettings(path=str(write(tmp_path / "x.json", text))), "train")[0]
+        assert isinstance(read, files.FileRows) and list(read) == json.loads(text)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_memory_does_not_grow_with_the_rows(tmp_path, suffix):
+    def peak(count: int) -> int:
+        path = write_rows(tmp_path, suffix, [{"q": f"{n} " + "q" * 500, "a": "a" * 500} for n in range(count)])
+        tracemalloc.start()
+        rows = read_rows(DatasetSettings(path=str(path)), "train")[0]
+        assert sum(len(row["q"]) + len(row["a"]) for row in rows) > 1000 * count
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    few, many = peak(4000), peak(16000)  # 4 and 16 MB of text
+    assert many - few < 24 * 12000 and many < 8_000_000, f"{few:,} and {many:,} bytes"
+
+
+def test_json_that_cannot_be_read_is_refused(tmp_path):
+    for name in ("x.json", "x.jsonl"):
+        for value in ("1" * 5000, "[" * 100_000):
+            assert "that cannot be read" in refusal_of(write(tmp_path / name, '{"a": 1, "b": ' + value + "}"))
 
 
 # --------------------------------------------------------------------------------------------------- json, jsonl
@@ -236,7 +279,8 @@ def test_shuffling_follows_the_seed():
     rows = [{"a": str(i)} for i in range(50)]
     data = DatasetSettings()
     assert choose_indices(rows, data, 1) == choose_indices(rows, data, 1) != choose_indices(rows, data, 2)
-    assert sorted(choose_indices(rows, data, 1)) == choose_indices(rows, DatasetSettings(shuffle=False), 1) == list(range(50))
+    in_order = list(choose_indices(rows, DatasetSettings(shuffle=False), 1))
+    assert sorted(choose_indices(rows, data, 1)) == in_order == list(range(50))
 
 
 @pytest.mark.parametrize(
