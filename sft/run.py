@@ -30,6 +30,7 @@ from sft.loop import Loop
 from sft.origins import find_origins
 from sft.records import read_json
 from sft.settings import Isolation, PreflightMode, Settings
+from sft.smaller_passes import give_back
 from sft.tracking import Tracking
 from sft.validate import check_settings, resolve_backend
 
@@ -269,6 +270,8 @@ def _train(
     settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop, budget, checkpoint
 ) -> tuple[str, str | None]:
     """Load, attach, sample, train, sample, save: (status, reason)."""
+    import torch
+
     tracking = recorder.tracking
     with record.timed("load"), budget.measured("load"):
         model, source = shared.load_model(settings, backend)
@@ -290,7 +293,13 @@ def _train(
     def take_samples(step: int) -> None:
         if not prompts:
             return
-        lines = samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, stop.check)
+        try:
+            lines = samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, stop.check)
+        except torch.OutOfMemoryError as error:  # answers are looked at; nothing that is trained depends on them
+            traceback.clear_frames(error.__traceback__)
+            give_back()
+            log.warning("Step %d: no answers, for which the memory was too small; training goes on.", step)
+            return
         for line in lines:
             runtime.append_jsonl(folder / "samples.jsonl", line)
         share = samples.eos_share(lines)

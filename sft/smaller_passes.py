@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from sft.render import IGNORED
+
 log = logging.getLogger(__name__)
 
 
@@ -20,6 +22,8 @@ class SmallerPasses:
         self.trainer = trainer
         self.rows: int | None = None
         """Rows that go through the model at a time from now on; None as long as whole passes fit."""
+        self.evaluated_rows: int | None = None
+        """The same for held-out rows."""
         self._step, self._passes = -1, []
 
     def train(self, train: Callable[..., Any], model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
@@ -37,6 +41,32 @@ class SmallerPasses:
             loss = self._attempt(train, model, self._passes, items)
         return loss
 
+    def evaluate(self, predict: Callable[[dict], Any], inputs: dict[str, Any]) -> list[tuple[Any, Any]]:
+        """(mean loss, learnt tokens) of a batch of held-out rows, or of each of the pieces in which it fits into the memory.
+
+        Raises torch.OutOfMemoryError where a single row does not fit.
+        """
+        import torch
+
+        while True:
+            results, rows = [], []
+            try:
+                for piece in self._pieces(inputs, self.evaluated_rows):
+                    rows = piece
+                    batch = self._collated(piece, inputs)
+                    learnt = (batch["labels"][:, 1:] != IGNORED).sum()  # the first token of a row is predicted by nothing
+                    results.append((predict(batch), learnt))
+                return results
+            except torch.OutOfMemoryError as error:
+                count = len(rows) if isinstance(rows, list) else len(cut(rows))
+                if count <= 1:
+                    raise
+                traceback.clear_frames(error.__traceback__)
+                self.evaluated_rows = count // 2
+            del results
+            give_back()
+            log.warning("Evaluation: %d rows at a time do not fit into the memory; from now on %d.", count, self.evaluated_rows)
+
     def _attempt(self, train: Callable[..., Any], model: Any, passes: list[dict], items: Any) -> Any:
         """The loss of the last of `passes`, each made in pieces; None if one ran out of memory."""
         import torch
@@ -45,7 +75,7 @@ class SmallerPasses:
         try:
             for inputs in passes:
                 loss = None
-                for piece in self._pieces(inputs):
+                for piece in self._pieces(inputs, self.rows):
                     rows = piece
                     found = train(model, self._collated(piece, inputs), items)
                     loss = found if loss is None else loss + found
@@ -62,26 +92,31 @@ class SmallerPasses:
         )  # fmt: skip
         return None
 
-    def _pieces(self, inputs: dict[str, Any]) -> list[Any]:
-        """A pass as it is, or lists of at most `self.rows` of its rows."""
-        if self.rows is None:
+    def _pieces(self, inputs: dict[str, Any], most: int | None) -> list[Any]:
+        """A pass as it is, or lists of at most `most` of its rows."""
+        if most is None:
             return [inputs]
         rows = cut(inputs)
-        if len(rows) <= self.rows:
+        if len(rows) <= most:
             return [inputs]
-        return [rows[at : at + self.rows] for at in range(0, len(rows), self.rows)]
+        return [rows[at : at + most] for at in range(0, len(rows), most)]
 
     def _collated(self, piece: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the model takes: the trainer's own way of putting rows together, padded or laid end to end."""
         return self.trainer.data_collator(piece) if isinstance(piece, list) else inputs
 
     def _make_room(self, model: Any) -> None:
-        import torch
-
         model.zero_grad(set_to_none=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
+
+
+def give_back() -> None:
+    """Let go of what a pass that broke off has left behind."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def cut(inputs: dict[str, Any]) -> list[dict[str, list[int]]]:

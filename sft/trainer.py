@@ -10,7 +10,6 @@ from sft.bad_steps import BadSteps
 from sft.data import Prepared
 from sft.loop import Loop, resumable
 from sft.models import torch_dtype, uses_checkpointing
-from sft.render import IGNORED
 from sft.runtime import append_jsonl, peak_allocated_gib, peak_memory_gib
 from sft.settings import Settings
 from sft.smaller_passes import SmallerPasses
@@ -74,10 +73,11 @@ def build_trainer(
             return super().training_step(model, inputs, *args, **kwargs)
 
         def prediction_step(self, model, inputs, *args, **kwargs):
-            learnt = (inputs["labels"][:, 1:] != IGNORED).sum()  # the first token of a row is predicted by nothing
-            result = super().prediction_step(model, inputs, *args, **kwargs)
-            self.eval_sum, self.eval_tokens = self.eval_sum + result[0].double() * learnt, self.eval_tokens + learnt
-            return result
+            predict = super().prediction_step
+            results = self.smaller.evaluate(lambda batch: predict(model, batch, *args, **kwargs)[0], inputs)
+            for loss, learnt in results:
+                self.eval_sum, self.eval_tokens = self.eval_sum + loss.double() * learnt, self.eval_tokens + learnt
+            return results[0][0], None, None
 
         def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
             self.eval_sum, self.eval_tokens = 0.0, 0

@@ -89,3 +89,26 @@ def test_a_single_row_that_does_not_fit_ends_the_run_and_says_what_helps(short, 
     assert (result.status, result.exit_code) == ("failed", 1)
     assert record_of(tmp_path / "run")["error"]["type"] == "OutOfMemoryError"
     assert "not even one row at a time fits: trainer.gradient_checkpointing=true" in caplog.text
+
+
+def test_held_out_rows_that_do_not_fit_are_evaluated_in_pieces(short, tmp_path, monkeypatch, caplog):
+    job = ("dataset.eval_fraction=0.5", "trainer.per_device_eval_batch_size=4", "trainer.eval_steps=2", "trainer.max_steps=2")
+    run(short(*job, "trainer.per_device_train_batch_size=2"), tmp_path / "whole")
+    original = trl.SFTTrainer.prediction_step
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        if len(inputs["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("planted")
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trl.SFTTrainer, "prediction_step", prediction_step)
+    assert run(short(*job, "trainer.per_device_train_batch_size=2"), tmp_path / "pieces").status == "finished"
+    losses = [[line["eval_loss"] for line in lines_of(tmp_path / name) if "eval_loss" in line] for name in ("whole", "pieces")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[0]) == 2
+    assert caplog.text.count("Evaluation: ") == 2, "from 4 rows to 2, and to 1, once and for all"
+
+
+def test_answers_that_do_not_fit_cost_no_training(short, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("sft.samples.generate", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("planted")))
+    result = run(short("samples.num_held_out=0", "samples.prompts=[why?]"), tmp_path / "run")
+    assert result.status == "finished" and "Step 0: no answers" in caplog.text and "Step 4: no answers" in caplog.text
