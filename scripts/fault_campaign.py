@@ -15,9 +15,12 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +38,7 @@ SHAPES = {
     "last": ("trainer.load_best_model_at_end=false", "trainer.save_steps=3", "trainer.lr_scheduler_type=cosine"),
     "full": ("lora=none", "lora.lora_dropout=0.0", "trainer.learning_rate=1e-3"),
     "blind": ("dataset.eval_fraction=0", "trainer.save_steps=1"),
+    "export": ("trainer.max_steps=2", "export.formats=[adapter,merged_16bit,gguf]", "export.gguf.quantizations=[f16,q8_0]"),
 }
 
 
@@ -85,8 +89,46 @@ def prepare(work: Path) -> None:
     import sft.run
 
     sft.report.vl_convert.javascript_bundle = lambda *args: ""  # two of a run's seven seconds, and the same each time
+    sft.run.subprocess = types.SimpleNamespace(Popen=ForkedExport, TimeoutExpired=subprocess.TimeoutExpired)
 
     write_rows(work)
+
+
+class ForkedExport:
+    """What run() starts as `python -m sft.export RUN`, forked instead, so that its imports are paid for once too."""
+
+    def __init__(self, command: list[str], env: dict[str, str]):
+        self.returncode: int | None = None
+        self.child = os.fork()
+        if not self.child:
+            code = 99
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.closerange(3, 256)  # as Popen does: the lock of the run's folder is among them
+            try:
+                from sft.export.__main__ import main as export
+
+                code = export(Path(command[-1]))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        """Its exit code, once it has ended."""
+        if self.returncode is None:
+            self.returncode = wait(self.child, 0.002)
+        return self.returncode
+
+    def wait(self, timeout: float) -> None:
+        """Until it ends, or raise TimeoutExpired."""
+        if self.returncode is None:
+            self.returncode = wait(self.child, timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("export", timeout)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        os.kill(self.child, signal.SIGTERM)
 
 
 def write_rows(work: Path) -> str:
@@ -121,8 +163,6 @@ def start(folder: Path, shape: str) -> int:
 
         code = run(settings_of(folder.parent, shape), folder).exit_code
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         os._exit(code)
@@ -189,10 +229,12 @@ def compare(whole: Path, other: Path) -> list[str]:
         problems.append(f"run.json: metrics are {numbers[1]}, not {numbers[0]}")
     if weights_hash(whole) != weights_hash(other):
         problems.append("the weights differ")
+    if export_hashes(whole) != export_hashes(other):
+        problems.append(f"the exports differ: {export_hashes(other)}, not {export_hashes(whole)}")
     if not (other / "report.html").is_file():
         problems.append("no report")
-    found = [*other.iterdir(), *(other / "checkpoints").iterdir()]
-    left = [str(p.relative_to(other)) for p in found if p.name[0] == "." and p.name != ".hydra"]
+    found = [*other.iterdir(), *(other / "checkpoints").iterdir(), *(other / "export").rglob("*")]
+    left = [str(p.relative_to(other)) for p in found if p.name[0] == "." and p.name not in (".hydra", ".gitattributes")]
     return problems + ([f"left behind: {left}"] if left else [])
 
 
@@ -206,6 +248,16 @@ def weights_hash(folder: Path) -> str:
     """Hash of the final weights' bytes."""
     (file,) = [*folder.glob("adapter/adapter_model.safetensors"), *folder.glob("model/model.safetensors")]
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def export_hashes(folder: Path) -> dict[str, str]:
+    """Hash of each exported file of weights or of a tokenizer, and the status of each artifact."""
+    kinds = (".safetensors", ".gguf", "tokenizer.json", "config.json", "Modelfile")
+    files = [p for p in sorted((folder / "export").rglob("*")) if p.name.endswith(kinds)]
+    hashes = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()[:12] for p in files}
+    report = folder / "export" / "verify.json"
+    artifacts = json.loads(report.read_text(encoding="utf-8"))["artifacts"] if report.is_file() else {}
+    return hashes | {name: facts["status"] for name, facts in artifacts.items()}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,24 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder's lock inside the block. The system lets go of it when the process ends, however it ends.
+def locked(folder: Path, taken: Problem | None = None, seconds: float = 0) -> Iterator[None]:
+    """Hold a folder's lock inside the block. The system lets go of it when the process ends, however it ends.
 
-    Raises Refusal, at once, if another process holds it.
+    Raises Refusal with `taken` if another process holds it for `seconds` more; at once for a run folder.
     """
     import fcntl
 
-    descriptor = os.open(folder, os.O_RDONLY)  # the folder itself: run.json is another file after each writing
+    descriptor, limit = os.open(folder, os.O_RDONLY), time.monotonic() + seconds  # run.json is another file after each writing
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refusal([_taken(folder)]) from None
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= limit:
+                        raise Refusal([taken or _taken(folder)]) from None
+                    time.sleep(0.1)
         except OSError as error:  # some network file systems
             log.warning("%s cannot be locked (%s): start no second run in it.", folder, error.strerror)
         yield

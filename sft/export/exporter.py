@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sft import durable, runtime
+from sft import durable, resume, runtime
 from sft.errors import ExportError, HubError, Problem, Refusal, first_line
 from sft.export import card, gguf, hub, merge, modelfile, proof, verify
 from sft.records import read_json, read_lines
@@ -50,10 +50,19 @@ def export_run(folder: Path, settings: Settings, weights: Path | None = None) ->
     Returns the contents of export/verify.json, where every artifact has a status: `ok`, `failed` or `error`. Raises
     Refusal before anything is made, if something is known to be missing.
     """
-    wanted = settings.export
     problems = check_export(folder, settings)
     if problems:
         raise Refusal(problems)
+    place = folder / "export"
+    place.mkdir(exist_ok=True)
+    why = "Another process is exporting this run."
+    taken = Problem(f"run={folder}", why, "wait until it ends, or stop it with Ctrl-C")
+    with resume.locked(place, taken, seconds=5):  # one whose run was killed a moment ago is on its way out
+        return _export(folder, settings, weights)
+
+
+def _export(folder: Path, settings: Settings, weights: Path | None) -> dict[str, Any]:
+    wanted = settings.export
     _clear_leftovers(folder / "export")
     trained = read_trained(folder, settings, weights)
     with_merged = {"merged_16bit", "merged_4bit", "gguf"} & set(wanted.formats)
@@ -74,7 +83,10 @@ def export_run(folder: Path, settings: Settings, weights: Path | None = None) ->
                 runtime.release_memory()
                 model = merge.load_trained(settings, trained.weights, quantised=False)
             model = merge.merge(model)
-            merge.save(model, trained.tokenizer, trained.stop_ids, merged, _source(trained))
+            try:
+                merge.save(model, trained.tokenizer, trained.stop_ids, merged, _source(trained))
+            except OSError as error:
+                raise ExportError(f"the merged weights could not be saved: {error}") from error
         del model
         runtime.release_memory()
         if "adapter" in wanted.formats:

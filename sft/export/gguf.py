@@ -109,6 +109,7 @@ def _llama_cpp(job: dict[str, Any]) -> dict:
 
 
 def _run(command: list[str], what: str, environment: dict[str, str] | None = None) -> None:
+    command = [command[0], str(Path(__file__).with_name("program.py")), *command[1:]]
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", **(environment or {})}
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env={**os.environ, **quiet})
     if done.returncode:
