@@ -42,6 +42,8 @@ lint: $(VENV)/.testing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python scripts/settings_table.py --check
+	$(VENV)/bin/python scripts/make_notebook.py --check
 
 docs: $(VENV)/.testing
 	$(VENV)/bin/python scripts/settings_table.py
+	$(VENV)/bin/python scripts/make_notebook.py
