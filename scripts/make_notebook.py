@@ -164,11 +164,11 @@ assert _exit_code == 0, "Refused: see above for what to change." """.rstrip(),
     Text(
         """## Train
 
-One command. The interrupt button stops it after the step and saves. On a machine without a GPU it is stopped after the first
-step, as if the session had ended, so that the cell after it has something to go on with.""",
+One command. If you interrupt it, the next cell goes on from the last checkpoint. On a machine without a GPU it is stopped
+after the first step, as if the session had ended, so that the next cell has something to go on with.""",
         """## 训练
 
-一条命令。点击中断按钮，会在当前这一步之后保存并停止。没有 GPU 时，第一步之后就会停下，相当于会话断开，
+一条命令。如果中断了它，下一个单元格会从最后一个检查点继续。没有 GPU 时，第一步之后就会停下，相当于会话断开，
 这样下一个单元格才有东西可以继续。""",
     ),
     Code(
