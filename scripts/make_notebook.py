@@ -137,7 +137,7 @@ if COLAB:
     PYTHON = "/content/env/bin/python"
     WHAT = ".[unsloth]" if GPU else "."
     !pip install --quiet uv
-    !uv venv --quiet --allow-existing --seed /content/env
+    !uv venv --quiet --allow-existing --seed --python 3.12 /content/env
     !uv pip install --quiet --python {PYTHON} --editable "{WHAT}"
     assert _exit_code == 0, "The install failed: see above."
     if EXPORT in ("gguf", "all"):

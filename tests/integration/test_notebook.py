@@ -3,12 +3,17 @@
 import base64
 import json
 import os
+import shlex
 import shutil
 import struct
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from scripts import make_notebook
+from sft.command_line import read_settings
 from tests.conftest import ROOT
 
 COPIED = ("conf", "hydra_plugins", "scripts", "sft", "train.py", "setup.cfg")
@@ -35,6 +40,55 @@ def test_both_languages_have_the_same_code():
         for name in make_notebook.LANGUAGES.values()
     )
     assert english == chinese and len(english) > 8
+
+
+def test_what_it_would_type_in_colab_with_a_gpu(tmp_path, monkeypatch):
+    """Every cell run in order, with the machine and the shell acted: the Drive, the install, the commands, the token."""
+    pytest.importorskip("IPython", reason="IPython is not installed: pip install -e '.[dev]'")
+    from IPython.core.inputtransformer2 import TransformerManager
+    from IPython.utils.text import DollarFormatter
+
+    typed, mounted, cells = [], [], {}
+
+    def system(line: str) -> None:
+        typed.append(DollarFormatter().format(line, **cells))
+        cells["_exit_code"] = 0
+        if typed[-1].startswith("git clone"):
+            (tmp_path / "sft-lora").mkdir()
+
+    drive = SimpleNamespace(mount=mounted.append, flush_and_unmount=lambda: mounted.append("flushed"))
+    secrets = SimpleNamespace(get=lambda name: f"the secret {name}")
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=drive, userdata=secrets))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    monkeypatch.setattr("IPython.display.display", lambda _: None)
+    monkeypatch.setattr("IPython.display.Image", lambda _: None)
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.chdir(tmp_path)
+
+    cells["get_ipython"] = lambda: SimpleNamespace(system=system)
+    sources = ["".join(cell["source"]) for cell in read("colab.ipynb")["cells"] if cell["cell_type"] == "code"]
+    filled_in = {'HUB = ""': 'HUB = "me/my-model"', "OWNER": "me"}
+    for number, source in enumerate(sources):
+        if number == 2:
+            with pytest.raises(AssertionError, match="Write the address"):
+                exec(TransformerManager().transform_cell(source), cells | {"PROJECT": "https://github.com/OWNER/sft-lora"})
+        for old, new in filled_in.items() if number == 0 else ():
+            source = source.replace(old, new)
+        exec(TransformerManager().transform_cell(source), cells)
+
+    assert mounted == ["/content/drive", "flushed"] and os.environ["HF_TOKEN"] == "the secret HF_TOKEN"
+    assert not any("secret" in line for line in typed)
+    python, run = "/content/env/bin/python", "/content/drive/MyDrive/sft/first"
+    trained = f"{python} train.py model=llama3_8b dataset=ruozhiba trainer.max_steps=60 trainer.save_steps=15"
+    assert sum(line.startswith(trained) and line.split()[-1] == f"hydra.run.dir={run}" for line in typed) == 2  # and again
+    assert f"{python} scripts/export.py run={run} export=gguf" in typed
+    assert f"{python} scripts/export.py run={run} push=true export.hub.repo=me/my-model" in typed
+    assert f'uv pip install --quiet --python {python} --editable ".[unsloth]"' in typed
+    for line in typed:
+        program, *words = shlex.split(line)[1:]
+        if program == "train.py":
+            assert read_settings(ROOT / "conf", [w for w in words if not w.startswith("hydra.")], hardware=False)
 
 
 @pytest.mark.slow
