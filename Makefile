@@ -50,4 +50,4 @@ docs: $(VENV)/.testing
 
 # The pages of docs/ in site/, with warnings as errors. To read them with a search: python -m http.server -d site
 site: $(VENV)/.testing
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
