@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test test-long lint docs
+.PHONY: setup demo test test-long lint docs site
 
 setup: $(VENV)/.installed
 
@@ -22,7 +22,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml scripts/install_gguf.py
 
 # Unsloth's CPU backend needs none of its dependencies beyond what is there already. For a GPU: pip install -e ".[unsloth]"
 $(VENV)/.testing: $(VENV)/.installed
-	$(PIP) install -q -e ".[dev]"
+	$(PIP) install -q -e ".[dev,docs]"
 	$(PIP) install -q --no-deps unsloth==2026.10.9 unsloth_zoo==2026.10.9
 	touch $@
 
@@ -42,6 +42,12 @@ lint: $(VENV)/.testing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python scripts/settings_table.py --check
+	$(VENV)/bin/python scripts/make_notebook.py --check
 
 docs: $(VENV)/.testing
 	$(VENV)/bin/python scripts/settings_table.py
+	$(VENV)/bin/python scripts/make_notebook.py
+
+# The pages of docs/ in site/, with warnings as errors. To read them with a search: python -m http.server -d site
+site: $(VENV)/.testing
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict

@@ -7,6 +7,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 SETUP = Path(__file__).resolve().parent.parent / "setup.cfg"
+TOOLS = ("dev", "docs")
+"""Extras that no run uses."""
 
 
 def pinned() -> list[Requirement]:
@@ -19,10 +21,11 @@ def pinned() -> list[Requirement]:
         parser.read(SETUP, encoding="utf-8")
         texts = parser["options"]["install_requires"].splitlines()
         for name, extra in parser["options.extras_require"].items():
-            texts += extra.splitlines() if name != "dev" else []
+            texts += extra.splitlines() if name not in TOOLS else []
     else:
         try:
-            texts = [text.partition(";")[0] for text in metadata.requires("sft-lora") or [] if 'extra == "dev"' not in text]
+            needed = [t for t in metadata.requires("sft-lora") or [] if not any(f'extra == "{tool}"' in t for tool in TOOLS)]
+            texts = [text.partition(";")[0] for text in needed]
         except metadata.PackageNotFoundError:
             texts = []
     return [Requirement(text) for text in texts if text.strip() and not text.lstrip().startswith("#")]
