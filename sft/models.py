@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import embedded
-from sft.errors import refuse
+from sft.errors import first_line, refuse
 from sft.rows import hub_unreachable
 from sft.runtime import hub_reachable
 from sft.settings import Attention, Dtype, ModelSettings, Settings
@@ -167,7 +167,10 @@ def _read_chat_template(value: str) -> str:
         raise refuse(
             f"model.chat_template={value}", "Neither chatml, nor Jinja text, nor a file.", "model.chat_template=chatml"
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise refuse(f"model.chat_template={value}", f"The file cannot be read: {first_line(error)}") from error
 
 
 def _load_failed(model: ModelSettings, error: OSError):
