@@ -204,6 +204,8 @@ def _check_model(settings: Settings) -> list[Problem]:
             why = "The folder holds no config.json, so it is not a saved model."
             fix = f"model.name={folder / inside[0]}" if inside else "name the folder with config.json and the weights in it"
             problems.append(Problem(f"model.name={model.name}", why, fix))
+        elif any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+            problems.append(pickle_problem(model.name))
     elif model.name != "tiny_random" and not re.fullmatch(r"[\w.-]+/[\w.-]+", model.name):
         parent = folder.parent if folder.parent.is_dir() else Path(".")
         close = difflib.get_close_matches(folder.name, [p.name for p in parent.iterdir() if p.is_dir()], 1)
@@ -211,6 +213,13 @@ def _check_model(settings: Settings) -> list[Problem]:
         fix = f"model.name={parent / close[0]}" if close else "model.name=Qwen/Qwen3-4B-Base   for example"
         problems.append(Problem(f"model.name={model.name}", why, fix))
     return problems
+
+
+def pickle_problem(name: str) -> Problem:
+    """The problem of a model whose weights are there only in Python's own format (pytorch_model.bin)."""
+    why = "Its weights are no safetensors. Files such as pytorch_model.bin can run code when they are read, so they never are."
+    fix = "https://huggingface.co/spaces/safetensors/convert makes model.safetensors of a model on the hub"
+    return Problem(f"model.name={name}", why, fix)
 
 
 def _check_lora(settings: Settings) -> list[Problem]:

@@ -13,7 +13,7 @@ from sft import runtime
 
 def main(folder: Path) -> int:
     """Export and verify; 1 if an artifact failed, 2 if it was refused."""
-    handlers = [runtime.ConsoleHandler(), logging.FileHandler(folder / "train.log", encoding="utf-8")]
+    handlers = [runtime.ConsoleHandler(), runtime.LogFile(folder / "train.log", encoding="utf-8")]
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
     runtime.prepare_environment()
     runtime.quiet_libraries()
