@@ -127,6 +127,7 @@ def _load_unsloth(settings: Settings, where: str) -> Any:
         load_in_8bit=model.load_in_8bit,
         full_finetuning=not settings.lora.enabled,
         trust_remote_code=model.trust_remote_code,
+        use_safetensors=True,  # as in _load_transformers
         use_gradient_checkpointing=unsloth_checkpointing(settings),
         **attention,
     )

@@ -437,7 +437,7 @@ def _job_name(choices: dict[str, str], folder: Path) -> str:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, Refusal):
-        return "; ".join(f"{p.what}: {p.why}" for p in error.problems)
+        return without_passwords("; ".join(f"{p.what}: {p.why}" for p in error.problems))
     text = without_passwords(str(error)).strip().splitlines()
     told = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     # transformers wraps what goes wrong at an import several times; only the innermost error says what it was.

@@ -217,7 +217,7 @@ def _check_model(settings: Settings) -> list[Problem]:
 
 def pickle_problem(name: str) -> Problem:
     """The problem of a model whose weights are there only in Python's own format (pytorch_model.bin)."""
-    why = "Its weights are no safetensors. Files such as pytorch_model.bin can run code when they are read, so they never are."
+    why = "It has no weights as safetensors. Files such as pytorch_model.bin can run code when read, so they never are."
     fix = "https://huggingface.co/spaces/safetensors/convert makes model.safetensors of a model on the hub"
     return Problem(f"model.name={name}", why, fix)
 

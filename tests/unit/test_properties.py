@@ -37,6 +37,8 @@ TIMES = 10 if os.environ.get("SFT_TEST_LONG") else 1
 WHOLE, BROKEN, PARQUET = 1000 * TIMES, 1000 * TIMES, 100 * TIMES
 VALUES, LINES_CHECKED = 2700 * TIMES, 300 * TIMES
 
+pytestmark = pytest.mark.timeout(300 * TIMES)
+
 
 def for_all(count: int, strategy: st.SearchStrategy, check) -> None:
     """Call `check` with `count` inputs of the strategy, the same ones each time."""

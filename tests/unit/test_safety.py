@@ -138,8 +138,8 @@ def test_a_model_that_is_only_a_pickle_is_refused(folder, marker):
         file.unlink()
     write_pickle(folder / "pytorch_model.bin", marker)
     (problem,) = [p for p in check_settings(settings_of(folder)) if "model.name" in p.what]
-    assert "no safetensors" in problem.why and "can run code" in problem.why
-    with pytest.raises(Refusal, match="no safetensors"):
+    assert "no weights as safetensors" in problem.why and "can run code" in problem.why
+    with pytest.raises(Refusal, match="no weights as safetensors"):
         models.load_model(settings_of(folder), "transformers")
     with pytest.raises(OSError, match="safetensors"):
         merge.load_merged(folder, torch.float32)
