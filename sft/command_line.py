@@ -78,6 +78,10 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
     with initialize_config_dir(str(config_dir.resolve()), job_name="train", version_base="1.3"):
         search_path, options = _search_path(args), _group_options(config_dir, args)
         overrides = _parse_overrides(args.overrides, problems)
+        for plain in [o for o in overrides if o.key_or_group in ("hydra.sweeper", "hydra.launcher") and not _is_table(o)]:
+            fix = plain.key_or_group.replace(".", "/") + "=sft"
+            problems.append(Problem(_one_line(plain), f"{plain.key_or_group} holds several settings, not a single one.", fix))
+            overrides.remove(plain)
         means = _sweep_means(config_name, search_path, overrides)
         preset = _preset_sweep(means)
         overrides = [o for o in _parse_overrides(preset, problems) if o.key_or_group not in _keys(overrides)] + overrides
@@ -197,6 +201,10 @@ def _group_options(config_dir: Path, args: Any) -> dict[str, list[str]]:
     """The options of each group: those of conf/ and those that --config-dir adds."""
     folders = [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]
     return {g: sorted({file.stem for folder in folders for file in (folder / g).glob("*.yaml")}) for g in schema.GROUPS}
+
+
+def _is_table(override: Override) -> bool:
+    return isinstance(override._value, dict)
 
 
 def _keys(overrides: list[Override]) -> set[str]:

@@ -471,6 +471,12 @@ def test_flags_that_cannot_be_read_are_refused_without_a_usage_text(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("key", ["hydra.sweeper", "hydra.launcher"])
+def test_a_single_value_for_a_table_of_hydras(key):
+    problem = problem_of(f"{key}=x")
+    assert "several settings" in problem.why and problem.fix == key.replace(".", "/") + "=sft"
+
+
 def test_an_empty_word():
     assert "is empty" in problem_of("").why and "is empty" in problem_of(" ").why
 
