@@ -11,6 +11,7 @@ import math
 import os
 import re
 import string
+import warnings
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -260,7 +261,8 @@ def _check_dataset(settings: Settings) -> list[Problem]:
     for group in ("keep", "drop"):
         for column, pattern in getattr(data, group).items():
             try:
-                re.compile(pattern)
+                with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of brackets that may mean more one day
+                    re.compile(pattern)
             except re.error as error:
                 fix = f"dataset.{group}.{column}={re.escape(pattern)}   for these very characters"
                 problems.append(Problem(f"dataset.{group}.{column}={pattern}", f"Not a regular expression: {error}.", fix))

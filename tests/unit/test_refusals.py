@@ -477,6 +477,10 @@ def test_a_single_value_for_a_table_of_hydras(key):
     assert "several settings" in problem.why and problem.fix == key.replace(".", "/") + "=sft"
 
 
+def test_a_filter_with_a_bracket_in_brackets_is_taken_without_a_warning():
+    accepted('dataset.keep.output="[[a]"')
+
+
 def test_an_empty_word():
     assert "is empty" in problem_of("").why and "is empty" in problem_of(" ").why
 
