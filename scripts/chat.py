@@ -18,8 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
-from sft.chat import Speaker, find_target, shown  # noqa: E402
+from sft.chat import Speaker, find_target  # noqa: E402
 from sft.errors import ExportError, Problem, Refusal  # noqa: E402
+from sft.printable import shown  # noqa: E402
 
 OPTIONS = ("run", "against", "prompt", "max_new_tokens", "temperature")
 
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
         print(refusal, file=sys.stderr)
         return 2
     except ExportError as error:
-        print(f"Failed: {error}", file=sys.stderr)
+        print(shown(f"Failed: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print()
@@ -115,7 +116,7 @@ def talk(speakers: list[Speaker], options: dict) -> None:
             except KeyboardInterrupt:
                 print("  (stopped)")
             except Refusal as refusal:  # the chat template does not take these turns
-                print("\n".join(problem.why for problem in refusal.problems) + " /reset forgets what was said.")
+                print(shown("\n".join(problem.why for problem in refusal.problems)) + " /reset forgets what was said.")
             # A question that not all have answered is not kept, so that they are asked the same.
             turns = min(len(history) for history in histories) // 2 * 2
             histories = [history[:turns] for history in histories]

@@ -43,11 +43,11 @@ def main(argv: list[str]) -> int:
         print(refusal, file=sys.stderr)
         return 2
     except ExportError as error:
-        print(f"Failed: {error}", file=sys.stderr)
+        print(runtime.safe(f"Failed: {error}"), file=sys.stderr)
         return 1
     failures = exporter.failures(report)
     for line in failures:
-        print(f"Failed: {line}", file=sys.stderr)
+        print(runtime.safe(f"Failed: {line}"), file=sys.stderr)
     return 1 if failures else 0
 
 

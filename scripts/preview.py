@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 from sft.command_line import read_settings  # noqa: E402
 from sft.errors import Refusal  # noqa: E402
+from sft.printable import shown  # noqa: E402
 from sft.runtime import prepare_environment, quiet_libraries  # noqa: E402
 from sft.settings import Settings  # noqa: E402
 
@@ -42,15 +43,15 @@ def show(settings: Settings) -> None:
     facts = data.prepare(settings, tokenizer, stop_ids).facts
     show_examples(terminal(), facts, tokenizer)
     rows, lengths = facts["rows"], facts["lengths"]["train"]
-    print(f"Source    {facts['source']}: {rows['train']} rows to train on, {rows.get('eval', 0)} held out")
-    print(f"Shape     {facts['shape']}, template {facts['template']}")
+    print(shown(f"Source    {facts['source']}: {rows['train']} rows to train on, {rows.get('eval', 0)} held out"))
+    print(shown(f"Shape     {facts['shape']}, template {facts['template']}"))
     print(f"Tokens    median {lengths['p50']}, 90% under {lengths['p90']}, longest {lengths['max']};", end=" ")
     print(f"{facts['trained_tokens']:,} of {facts['train_tokens']:,} are learnt")
     print(f"End mark  {' or '.join(facts['stop_tokens'])}; BOS {facts['bos_token']}; padding {facts['pad_token']}")
     for key in ("truncated_rows", "dropped_rows", "rows_without_labels", "rows_without_eos"):
         print(f"{key.replace('_', ' '):<20} {facts[key]}")
     for warning in facts["warnings"]:
-        print(f"warning: {warning}")
+        print(shown(f"warning: {warning}"))
 
 
 if __name__ == "__main__":

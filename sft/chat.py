@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,6 @@ from sft.errors import ExportError, refuse
 from sft.records import read_json
 from sft.runs import find_run, settings_of
 from sft.settings import Settings, Shape
-
-TURNING = "\u061c\u200e\u200f\u2028\u2029\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""Unicode's marks of direction, and its line and paragraph ends."""
 
 
 @dataclass
@@ -78,7 +74,7 @@ class Speaker:
 
         self.target, self.settings = target, target.settings
         kept = target.folder / ("adapter" if self.settings.lora.enabled else "model")
-        self.tokenizer = AutoTokenizer.from_pretrained(kept)
+        self.tokenizer = AutoTokenizer.from_pretrained(kept, trust_remote_code=self.settings.model.trust_remote_code)
         preflight = read_json(target.folder / "preflight.json")
         self.shape = Shape(preflight["shape"])
         self.stop_ids = sorted(self.tokenizer.convert_tokens_to_ids(preflight["stop_tokens"]))
@@ -205,13 +201,3 @@ class _Writer:
             self.say(text[self.said :])
             self.said = len(text)
         return text
-
-
-def shown(text: str) -> str:
-    """Text for a terminal: control characters, which could move the cursor or change a title, are shown and not sent.
-
-    So are the marks that turn the direction of a line around. Wide spaces and joiners, as Chinese and emoji have them, stay.
-    """
-    return "".join(
-        repr(c)[1:-1] if (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t") or c in TURNING else c for c in text
-    )

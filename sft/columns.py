@@ -158,6 +158,8 @@ def _read_turns(value: Any, column: str) -> list[Turn]:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"column {column!r} has to hold a list of turns; as JSON it has the fault: {error.msg}") from None
+        except RecursionError:
+            raise ValueError(f"column {column!r} is nested too deeply to be read") from None
     if not isinstance(value, list) or not value:
         raise ValueError(f"column {column!r} has to hold a list of turns; this is {str(value)[:40]!r}")
     turns = []
@@ -201,8 +203,12 @@ def as_text(value: Any) -> str:
     """A cell as text: null is blank, a list or object is JSON."""
     if value is None:
         return ""
-    # Parquet columns can hold dates and bytes, which JSON does not know.
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)  # parquet columns can hold dates and bytes
+    except RecursionError:
+        raise ValueError("a value is nested too deeply to be written as text") from None
 
 
 def _names(rows: Sequence[dict]) -> set[str]:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -34,7 +34,7 @@ from sft.resume import check_folder, recorded_run, working_folder
 from sft.settings import Settings
 from sft.sweep.means import check_interval, check_means, is_search, runs_elsewhere
 from sft.sweep.pairs import check_pairs, list_values
-from sft.validate import check_settings
+from sft.validate import check_settings, why_lost
 
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
 # Options whose names only look like a secret's.
@@ -78,6 +78,10 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
     with initialize_config_dir(str(config_dir.resolve()), job_name="train", version_base="1.3"):
         search_path, options = _search_path(args), _group_options(config_dir, args)
         overrides = _parse_overrides(args.overrides, problems)
+        for plain in [o for o in overrides if o.key_or_group in ("hydra.sweeper", "hydra.launcher") and not _is_table(o)]:
+            fix = plain.key_or_group.replace(".", "/") + "=sft"
+            problems.append(Problem(_one_line(plain), f"{plain.key_or_group} holds several settings, not a single one.", fix))
+            overrides.remove(plain)
         means = _sweep_means(config_name, search_path, overrides)
         preset = _preset_sweep(means)
         overrides = [o for o in _parse_overrides(preset, problems) if o.key_or_group not in _keys(overrides)] + overrides
@@ -145,7 +149,16 @@ def command_text() -> str:
 
 def _parse_flags(argv: list[str]) -> Any:
     """Hydra's own reading of the command line. Raises Refusal for what it would answer with its usage text."""
-    args, unknown = get_args_parser().parse_known_args(argv)
+    parser = get_args_parser()
+
+    def fail(message: str) -> NoReturn:
+        secrets = [_secret(text) for text in argv if _looks_secret(text.lstrip("-"))]
+        what = shlex.join(argv).replace("\n", "\\n")
+        fix = "python train.py --hydra-help   lists the flags; settings are written key=value"
+        raise Refusal(secrets or [Problem(what, f"It cannot be read: {message}.", fix)])
+
+    parser.error = fail  # else it prints its usage and exits
+    args, unknown = parser.parse_known_args(argv)
     problems = []
     for text in unknown:
         bare = text.lstrip("-")
@@ -156,12 +169,12 @@ def _parse_flags(argv: list[str]) -> Any:
             problems.append(Problem(text, "There is no such flag; settings are written without dashes.", fix))
         else:
             why = "Overrides on both sides of a flag are not read."
-            problems.append(Problem(text, why, "put the flags first: python train.py -m key=value key=value"))
+            problems.append(Problem(text or '""', why, "put the flags first: python train.py -m key=value key=value"))
     if args.config_path:
         why = "It would take the place of the project's own settings."
         problems.append(Problem(f"--config-path {args.config_path}", why, f"--config-dir {args.config_path}   adds to them"))
-    if args.config_dir and not Path(args.config_dir).is_dir():
-        fix = f"looked for {Path(args.config_dir).resolve()}"
+    if args.config_dir and (why_lost(args.config_dir) or not Path(args.config_dir).is_dir()):
+        fix = f"looked for {os.path.abspath(args.config_dir)}"
         problems.append(Problem(f"--config-dir {args.config_dir}", "There is no such folder.", fix))
     if problems:
         raise Refusal(problems)
@@ -188,6 +201,10 @@ def _group_options(config_dir: Path, args: Any) -> dict[str, list[str]]:
     """The options of each group: those of conf/ and those that --config-dir adds."""
     folders = [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]
     return {g: sorted({file.stem for folder in folders for file in (folder / g).glob("*.yaml")}) for g in schema.GROUPS}
+
+
+def _is_table(override: Override) -> bool:
+    return isinstance(override._value, dict)
 
 
 def _keys(overrides: list[Override]) -> set[str]:
@@ -245,6 +262,8 @@ def _not_an_override(text: str, error: HydraException) -> Problem:
     """The problem of a text that Hydra cannot read; mostly quotes that the shell took away."""
     key, equals, _ = text.partition("=")
     shown = text.replace("\n", "\\n")
+    if not text.strip():
+        return Problem(f'"{shown}"', "A word of the command line is empty.", "leave it out: an unset variable may stand there")
     if not equals:
         return Problem(shown, "A setting needs a value.", f"{key.lstrip('-')}=<value>")
     if key[:1] in "'\"":
@@ -358,11 +377,13 @@ def _values(override: Override, problems: list[Problem]) -> list[Any] | None:
 def _run_folder(overrides: list[Override]) -> Path | None:
     """The folder that `hydra.run.dir` names, where it is known before Hydra fills it in."""
     named = [o.value() for o in overrides if o.key_or_group == "hydra.run.dir"]
-    return Path(named[-1]).expanduser() if named and isinstance(named[-1], str) and "${" not in named[-1] else None
+    return Path(os.path.expanduser(named[-1])) if named and isinstance(named[-1], str) and "${" not in named[-1] else None
 
 
 def _check_writable(folder: Path) -> list[Problem]:
     """The problem of a run folder that cannot be written, asked of the nearest folder that is there. Leaves no trace."""
+    if lost := why_lost(str(folder)):
+        return [Problem(f"hydra.run.dir={folder}", lost, "hydra.run.dir=outputs/<name>")]
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
@@ -382,6 +403,8 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
     folder = text.partition("=")[2]
     if folder in ("", "null"):
         raise Refusal([Problem(text, "It names no folder.", "resume=outputs/<run>")])
+    if lost := why_lost(folder):
+        raise Refusal([Problem(text.replace("\n", "\\n"), lost, "resume=outputs/<run>")])
     place = Path(folder).expanduser().resolve()
     settings, record = recorded_run(place)
     with working_folder(record):

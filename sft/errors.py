@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from sft.printable import shown, without_passwords
+
 
 class SftError(Exception):
     """Base of every error this project raises on purpose."""
@@ -40,14 +42,17 @@ class ExportError(SftError):
 
 
 def format_problems(problems: list[Problem]) -> str:
-    """Lay problems out one under the other: what was set, why it cannot work, and a `hint:` line with the fix."""
+    """Lay problems out one under the other: what was set, why it cannot work, and a `hint:` line with the fix.
+
+    The text is safe to print: control characters that came with a file's name or a row are shown as such.
+    """
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     lines = [f"Refused: {count}; nothing was trained."]
     for number, problem in enumerate(problems, 1):
         lines += ["", f"  {number}. {problem.what}", *(f"     {line}" for line in problem.why.splitlines())]
         if problem.fix:
             lines += [f"     hint: {line}" for line in problem.fix.splitlines()]
-    return "\n".join(lines)
+    return without_passwords(shown("\n".join(lines)))
 
 
 def refuse(what: str, why: str, fix: str = "") -> Refusal:
@@ -56,10 +61,10 @@ def refuse(what: str, why: str, fix: str = "") -> Refusal:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """The first line of an error's message, or its type where it has none; without the password of an address in it."""
+    return (without_passwords(str(error)).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an error's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1][:300]
+    """The last line of an error's message, in the same way."""
+    return (without_passwords(str(error)).strip() or type(error).__name__).splitlines()[-1][:300]

@@ -1,15 +1,17 @@
 """The tokenizer, the model and its backend: found, checked and loaded."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sft import embedded
-from sft.errors import refuse
+from sft.errors import Problem, Refusal, first_line, refuse
 from sft.rows import hub_unreachable
 from sft.runtime import hub_reachable
 from sft.settings import Attention, Dtype, ModelSettings, Settings
-from sft.validate import resolve_backend
+from sft.validate import pickle_problem, resolve_backend
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +58,8 @@ def load_tokenizer(model: ModelSettings) -> tuple[Any, set[int]]:
 
     where, _ = locate(model, weights=False)
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    try:
+    with _loading(model):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    except OSError as error:
-        raise _load_failed(model, error) from error
     if not tokenizer.is_fast:
         raise refuse(f"model.name={model.name}", "Its tokenizer is a slow one, which cannot say which token stands where.")
     if model.chat_template:
@@ -83,10 +83,8 @@ def load_model(settings: Settings, backend: str) -> tuple[Any, str]:
     """The model in memory, on the GPU where there is one, and the source of its weights for the record."""
     model = settings.model
     where, source = locate(model)
-    try:
+    with _loading(model):
         loaded = _load_unsloth(settings, where) if backend == "unsloth" else _load_transformers(settings, where)
-    except OSError as error:
-        raise _load_failed(model, error) from error
     commit = getattr(loaded.config, "_commit_hash", None)
     return loaded, f"{source} at {commit}" if commit and source.startswith("hub") else source
 
@@ -129,6 +127,7 @@ def _load_unsloth(settings: Settings, where: str) -> Any:
         load_in_8bit=model.load_in_8bit,
         full_finetuning=not settings.lora.enabled,
         trust_remote_code=model.trust_remote_code,
+        use_safetensors=True,  # as in _load_transformers
         use_gradient_checkpointing=unsloth_checkpointing(settings),
         **attention,
     )
@@ -140,7 +139,8 @@ def _load_transformers(settings: Settings, where: str) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     model = settings.model
-    options: dict[str, Any] = {"dtype": torch_dtype(model), "revision": model.revision}
+    # Weights in Python's own format can run code when they are read; safetensors cannot.
+    options: dict[str, Any] = {"dtype": torch_dtype(model), "revision": model.revision, "use_safetensors": True}
     if model.attn_implementation != Attention.auto:
         options["attn_implementation"] = model.attn_implementation.value
     if model.load_in_4bit and "bnb-4bit" not in where:
@@ -167,7 +167,35 @@ def _read_chat_template(value: str) -> str:
         raise refuse(
             f"model.chat_template={value}", "Neither chatml, nor Jinja text, nor a file.", "model.chat_template=chatml"
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise refuse(f"model.chat_template={value}", f"The file cannot be read: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _loading(model: ModelSettings) -> Iterator[None]:
+    """Turn what transformers raises where a model cannot be had into a Refusal."""
+    try:
+        yield
+    except OSError as error:
+        raise _load_failed(model, error) from error
+    except ValueError as error:
+        if not asks_for_code(error):
+            raise
+        raise Refusal([code_problem(model)]) from error
+
+
+def asks_for_code(error: Exception) -> bool:
+    """Whether transformers raised this because a model brings code that it was not allowed to run."""
+    return "trust_remote_code" in str(error)
+
+
+def code_problem(model: ModelSettings) -> Problem:
+    """The problem of a model that brings code of its own while `model.trust_remote_code` is off."""
+    why = "It brings Python code of its own, which would run on this machine with your rights. None of it was run."
+    fix = "model.trust_remote_code=true   runs it; set it only for a repository that you have read"
+    return Problem(f"model.name={model.name}", why, fix)
 
 
 def _load_failed(model: ModelSettings, error: OSError):
@@ -176,6 +204,8 @@ def _load_failed(model: ModelSettings, error: OSError):
     if "gated" in text.lower() or "401" in text or "403" in text:
         fix = f"accept its licence at https://huggingface.co/{model.name}, then: hf auth login   or set HF_TOKEN"
         return refuse(what, "The model is gated or private, and this machine has no access to it.", fix)
+    if "safetensors" in text:
+        return Refusal([pickle_problem(model.name)])
     if hub_reachable() and ("not a valid model" in text or "404" in text or "Repository Not Found" in text):
         return refuse(what, "The hub has no such model.", "check the owner and the name at https://huggingface.co/models")
     return hub_unreachable(what, error, "model.name=/path/to/the/model")

@@ -166,6 +166,10 @@ def read_shape(found: Found, settings: Settings) -> memory.Shape | None:
         why = "it is a mixture of experts, whose memory is not estimated"
     except Exception as error:  # not reachable, unknown to this transformers, code of its own: the load will say so itself
         shape, why = None, first_line(error)
+        if models.asks_for_code(error):
+            problem = models.code_problem(settings.model)
+            found.refuse("Model", [problem] if problem not in found.problems else [])  # the tokenizer may have said so
+            return None
     if shape is None:
         found.warn("Memory", f"The size of {settings.model.name} is not known beforehand: {why}.")
     return shape

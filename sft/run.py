@@ -28,6 +28,7 @@ from sft.export import exporter, proof
 from sft.keys import leaf_keys
 from sft.loop import Loop
 from sft.origins import find_origins
+from sft.printable import without_passwords
 from sft.records import read_json
 from sft.settings import Isolation, PreflightMode, Settings
 from sft.smaller_passes import give_back
@@ -213,7 +214,8 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
             status, reason = "stopped", f"{interrupt or 'interrupted'}, at once; {kept}"
         except Exception as error:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
             status, reason = "failed", _reason(error)
-            record.facts["error"] = {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+            told = {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+            record.facts["error"] = {key: without_passwords(text) for key, text in told.items()}
             _tell_failure(error, folder)
         metrics = recorder.final
         tracking.finish(status, metrics)
@@ -444,8 +446,8 @@ def _job_name(choices: dict[str, str], folder: Path) -> str:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, Refusal):
-        return "; ".join(f"{p.what}: {p.why}" for p in error.problems)
-    text = str(error).strip().splitlines()
+        return without_passwords("; ".join(f"{p.what}: {p.why}" for p in error.problems))
+    text = without_passwords(str(error)).strip().splitlines()
     told = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     # transformers wraps what goes wrong at an import several times; only the innermost error says what it was.
     root = error
@@ -462,7 +464,7 @@ def _tell_failure(error: BaseException, folder: Path) -> None:
     for hint in _hints(error):
         log.error("hint: %s", hint)
     with contextlib.suppress(OSError), open(folder / "train.log", "a", encoding="utf-8") as file:
-        file.write("".join(traceback.format_exception(error)))
+        file.write(runtime.safe("".join(traceback.format_exception(error))))
 
 
 def _hints(error: BaseException) -> list[str]:

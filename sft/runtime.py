@@ -24,12 +24,18 @@ from urllib.parse import urlsplit
 
 from sft.durable import sync_file
 from sft.embedded import cache_dir
+from sft.printable import shown, without_passwords
 from sft.settings import Settings
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "unsloth", "unsloth_zoo",
             "bitsandbytes", "hydra-core", "omegaconf", "wandb", "huggingface_hub")  # fmt: skip
+
+
+def safe(text: str) -> str:
+    """A text for the terminal or the log: no control characters, no password of an address."""
+    return without_passwords(shown(text))
 
 
 class ConsoleHandler(logging.StreamHandler):
@@ -40,11 +46,15 @@ class ConsoleHandler(logging.StreamHandler):
 
         mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         with contextlib.suppress(ValueError, OSError):  # a closed terminal must not end a run
-            tqdm.write(mark + self.format(record), file=sys.stderr)
+            tqdm.write(safe(mark + self.format(record)), file=sys.stderr)
 
 
 class LogFile(logging.FileHandler):
     """train.log. A line that the disk does not take is lost in silence: the run says itself what is wrong with the disk."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line as a terminal may show it: `cat` and `tail -f` would send on what rows and file names hold."""
+        return safe(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Do nothing, in place of a traceback a line on the terminal."""

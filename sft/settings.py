@@ -145,7 +145,8 @@ class ModelSettings:
     attn_implementation: Attention = Attention.auto
     """Attention kernel; `auto` leaves the choice to the backend."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for repositories you have read."""
+    """Run Python code that comes with the model, on this machine and with your rights; without it such a model is refused.
+    Only for repositories you have read."""
 
 
 @dataclass

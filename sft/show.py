@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from sft.printable import shown
 from sft.render import IGNORED
 
 STYLES = {"ok": "green", "warning": "yellow", "refused": "bold red"}
@@ -27,7 +28,7 @@ def show_examples(console: Console, facts: dict[str, Any], tokenizer: Any) -> No
             if not colours and learnt != learnt_before:
                 line.append("⟦" if learnt else "⟧")
             style = ("bold green" if learnt else "dim") + (" reverse" if piece in special else "")
-            line.append(piece, style if colours else "")
+            line.append(shown(piece), style if colours else "")
             learnt_before = learnt
         line.append("⟧" if learnt_before and not colours else "")
         console.print(line)
@@ -44,6 +45,6 @@ def show_lines(console: Console, lines: list[Any]) -> None:
             console.print(Text(f"\n{part}", "bold"))
         for number, text in enumerate(line.text.splitlines()):
             state = Text(f"  {line.state if not number else '':<8} ", STYLES[line.state])
-            console.print(state + Text(text))
+            console.print(state + Text(shown(text)))
         for fix in line.fix.splitlines():
-            console.print(Text(f"           hint: {fix}", "dim"))
+            console.print(Text(shown(f"           hint: {fix}"), "dim"))

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import string
+import warnings
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -125,9 +126,9 @@ def _check_numbers(settings: Settings) -> list[Problem]:
         ("dataset.max_rows", d.max_rows is None or d.max_rows >= 1, "at least 1, or null"),
         ("dataset.max_eval_rows", d.max_eval_rows is None or d.max_eval_rows >= 1, "at least 1, or null"),
         ("lora.r", lora.r >= 1 or not lora.enabled, "at least 1; lora=none trains without an adapter"),
-        ("lora.lora_alpha", lora.lora_alpha > 0, "above 0"),
+        ("lora.lora_alpha", 0 < lora.lora_alpha < math.inf, "a number above 0"),
         ("lora.lora_dropout", 0 <= lora.lora_dropout < 1, "at least 0 and below 1"),
-        ("trainer.num_train_epochs", t.num_train_epochs > 0, "above 0"),
+        ("trainer.num_train_epochs", 0 < t.num_train_epochs < math.inf, "a number above 0"),
         ("trainer.max_steps", t.max_steps >= 1 or t.max_steps == -1, "at least 1, or -1 for num_train_epochs to decide"),
         ("trainer.per_device_train_batch_size", isinstance(t.per_device_train_batch_size, str)
          or t.per_device_train_batch_size >= 1, "at least 1, or auto"),
@@ -136,22 +137,23 @@ def _check_numbers(settings: Settings) -> list[Problem]:
          "at least 1, or null"),
         ("trainer.effective_batch_size", t.effective_batch_size is None or t.effective_batch_size >= 1, "at least 1, or null"),
         ("trainer.learning_rate", t.learning_rate > 0 and math.isfinite(t.learning_rate), "above 0, such as 2e-4"),
-        ("trainer.warmup_steps", t.warmup_steps >= 0, "at least 0"),
-        ("trainer.weight_decay", t.weight_decay >= 0, "at least 0"),
-        ("trainer.max_grad_norm", t.max_grad_norm >= 0, "at least 0 (0 does not clip)"),
+        ("trainer.warmup_steps", 0 <= t.warmup_steps < math.inf, "a number of at least 0"),
+        ("trainer.weight_decay", 0 <= t.weight_decay < math.inf, "a number of at least 0"),
+        ("trainer.max_grad_norm", 0 <= t.max_grad_norm < math.inf, "a number of at least 0 (0 does not clip)"),
         ("trainer.logging_steps", t.logging_steps >= 1, "at least 1"),
         ("trainer.eval_steps", _is_step_count(t.eval_steps), "a whole number of steps, or a share between 0 and 1"),
         ("trainer.save_steps", _is_step_count(t.save_steps), "a whole number of steps, or a share between 0 and 1"),
         ("samples.every_steps", _is_step_count(s.every_steps), "a whole number of steps, or a share between 0 and 1"),
         ("trainer.save_total_limit", t.save_total_limit >= 1, "at least 1"),
-        ("trainer.max_hours", t.max_hours is None or t.max_hours > 0, "above 0, or null"),
+        ("trainer.max_hours", t.max_hours is None or 0 < t.max_hours < math.inf, "a number above 0, or null"),
         ("trainer.max_bad_steps", t.max_bad_steps >= 0, "at least 0"),
         ("trainer.early_stopping_patience", t.early_stopping_patience is None or t.early_stopping_patience >= 1,
          "at least 1, or null"),
+        ("trainer.early_stopping_threshold", math.isfinite(t.early_stopping_threshold), "a number"),
         ("samples.num_held_out", s.num_held_out >= 0, "at least 0"),
         ("samples.max_new_tokens", s.max_new_tokens >= 1, "at least 1"),
         ("export.num_prompts", settings.export.num_prompts >= 0, "at least 0"),
-        ("export.max_loss_increase", settings.export.max_loss_increase > 0, "above 0"),
+        ("export.max_loss_increase", 0 < settings.export.max_loss_increase < math.inf, "a number above 0"),
         ("dataset.seed", d.seed is None or 0 <= d.seed < 2**32, "between 0 and 4294967295, or null"),
         ("seed", 0 <= settings.seed < 2**32, "between 0 and 4294967295"),
     ]  # fmt: skip
@@ -189,6 +191,11 @@ def _check_model(settings: Settings) -> list[Problem]:
     if model.load_in_4bit and model.load_in_8bit:
         fix = "model.load_in_8bit=false   or   model.load_in_4bit=false"
         problems.append(Problem("model.load_in_4bit=true model.load_in_8bit=true", "Weights are loaded one way only.", fix))
+    lost = why_lost(model.name)
+    if lost:
+        return [*problems, Problem(f"model.name={_short(model.name)}", lost, _default("model.name"))]
+    if model.chat_template and "{" not in model.chat_template and (lost_file := why_lost(model.chat_template)):
+        problems.append(Problem(f"model.chat_template={_short(model.chat_template)}", lost_file, "model.chat_template=chatml"))
     folder = Path(model.name).expanduser()
     if not model.name:
         pass  # refused as blank
@@ -198,6 +205,8 @@ def _check_model(settings: Settings) -> list[Problem]:
             why = "The folder holds no config.json, so it is not a saved model."
             fix = f"model.name={folder / inside[0]}" if inside else "name the folder with config.json and the weights in it"
             problems.append(Problem(f"model.name={model.name}", why, fix))
+        elif any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+            problems.append(pickle_problem(model.name))
     elif model.name != "tiny_random" and not re.fullmatch(r"[\w.-]+/[\w.-]+", model.name):
         parent = folder.parent if folder.parent.is_dir() else Path(".")
         close = difflib.get_close_matches(folder.name, [p.name for p in parent.iterdir() if p.is_dir()], 1)
@@ -205,6 +214,13 @@ def _check_model(settings: Settings) -> list[Problem]:
         fix = f"model.name={parent / close[0]}" if close else "model.name=Qwen/Qwen3-4B-Base   for example"
         problems.append(Problem(f"model.name={model.name}", why, fix))
     return problems
+
+
+def pickle_problem(name: str) -> Problem:
+    """The problem of a model whose weights are there only in Python's own format (pytorch_model.bin)."""
+    why = "It has no weights as safetensors. Files such as pytorch_model.bin can run code when read, so they never are."
+    fix = "https://huggingface.co/spaces/safetensors/convert makes model.safetensors of a model on the hub"
+    return Problem(f"model.name={name}", why, fix)
 
 
 def _check_lora(settings: Settings) -> list[Problem]:
@@ -245,7 +261,8 @@ def _check_dataset(settings: Settings) -> list[Problem]:
     for group in ("keep", "drop"):
         for column, pattern in getattr(data, group).items():
             try:
-                re.compile(pattern)
+                with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of brackets that may mean more one day
+                    re.compile(pattern)
             except re.error as error:
                 fix = f"dataset.{group}.{column}={re.escape(pattern)}   for these very characters"
                 problems.append(Problem(f"dataset.{group}.{column}={pattern}", f"Not a regular expression: {error}.", fix))
@@ -270,7 +287,25 @@ def _check_columns(data) -> list[Problem]:
     return problems
 
 
+def why_lost(path_text: str) -> str:
+    """Why the system cannot even look a path up; an empty text where it can."""
+    try:
+        Path(path_text).expanduser().exists()
+    except RuntimeError:
+        return "There is no such user, whose home folder ~ would stand for."
+    except OSError as error:
+        return f"The system cannot look it up: {error.strerror}."
+    return ""
+
+
+def _short(text: str) -> str:
+    """A value on one line, cut where it is long."""
+    return (text if len(text) < 60 else text[:57] + "...").replace("\n", "\\n")
+
+
 def _check_path(path_text: str) -> list[Problem]:
+    if lost := why_lost(path_text):
+        return [Problem(f"dataset.path={_short(path_text)}", lost, "dataset.path=my_data.jsonl   for example")]
     path = Path(path_text).expanduser()
     if not path.exists():
         folder = path.parent if path.parent.is_dir() else Path(".")
@@ -294,7 +329,7 @@ def _check_path(path_text: str) -> list[Problem]:
 
 def _check_template(data) -> list[Problem]:
     template = data.template
-    shown = (template if len(template) < 60 else template[:57] + "...").replace("\n", "\\n")
+    shown = _short(template)
     if not template:
         return []  # refused as blank
     if template in ("auto", "chat", "alpaca", "plain"):
@@ -343,7 +378,7 @@ def _check_trainer(settings: Settings) -> list[Problem]:
     if trainer.stop_at:
         try:
             moment_of(trainer.stop_at, datetime.now().astimezone())
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             fix = "trainer.stop_at=17:30   or   'trainer.stop_at=\"2026-12-31 17:30\"'"
             problems.append(Problem(f"trainer.stop_at={trainer.stop_at}", f"It is no moment: {error}.", fix))
     if trainer.early_stopping_patience and not wants_evaluation(settings):
@@ -359,9 +394,10 @@ def _check_trainer(settings: Settings) -> list[Problem]:
         )
     if trainer.load_best_model_at_end and wants_evaluation(settings):
         every_eval, every_save = trainer.eval_steps, trainer.save_steps
+        known = _is_step_count(every_eval) and _is_step_count(every_save)  # else refused as such
         same_kind = (every_eval < 1) == (every_save < 1)
-        ratio = every_save / every_eval
-        if not same_kind or abs(ratio - round(ratio)) > 1e-6 or ratio < 1 - 1e-6:
+        ratio = every_save / every_eval if known else 1.0
+        if known and (not same_kind or abs(ratio - round(ratio)) > 1e-6 or ratio < 1 - 1e-6):
             why = "To keep the best weights, every checkpoint has to fall on an evaluation."
             fix = f"trainer.save_steps={_shown(every_eval)}   or   trainer.load_best_model_at_end=false"
             problems.append(

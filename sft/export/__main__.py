@@ -15,7 +15,7 @@ from sft.export.program import end_with_parent
 def main(folder: Path) -> int:
     """Export and verify; 1 if an artifact failed, 2 if it was refused."""
     end_with_parent()
-    handlers = [runtime.ConsoleHandler(), logging.FileHandler(folder / "train.log", encoding="utf-8")]
+    handlers = [runtime.ConsoleHandler(), runtime.LogFile(folder / "train.log", encoding="utf-8")]
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
     runtime.prepare_environment()
     runtime.quiet_libraries()

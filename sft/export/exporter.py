@@ -196,7 +196,7 @@ def read_trained(folder: Path, settings: Settings, weights: Path | None) -> Trai
     weights = weights or folder / ("adapter" if settings.lora.enabled else "model")
     try:
         rows = proof.read_rows(folder)
-        tokenizer = AutoTokenizer.from_pretrained(weights)
+        tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=settings.model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ExportError(f"the run folder is not whole: {first_line(error)}") from error
     stop_ids = sorted(tokenizer.convert_tokens_to_ids(preflight["stop_tokens"]))
@@ -367,7 +367,7 @@ def _prove_folder(trained, report, reference, name: str, place: Path, limit: flo
     def prove() -> None:
         from transformers import AutoTokenizer, GenerationConfig
 
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trained.settings.model.trust_remote_code)
         ends = GenerationConfig.from_pretrained(place).eos_token_id
         questions = [row.question for row in trained.rows[: trained.settings.export.num_prompts]]
         checks = verify.compare_tokens(

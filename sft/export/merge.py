@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import durable
+from sft.errors import refuse
 from sft.settings import Settings
 
 
@@ -22,6 +23,8 @@ def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> A
         return _load_folder(weights, models.torch_dtype(settings.model))
     from peft import PeftModel
 
+    if not (weights / "adapter_model.safetensors").is_file():  # PEFT would take adapter_model.bin, which can run code
+        raise refuse(f"run={weights.parent}", f"{weights.name}/ holds no adapter_model.safetensors.", "train it again")
     base, _ = models.load_model(settings, "transformers")
     if not quantised and getattr(base, "is_quantized", False):
         base = base.dequantize()
@@ -97,7 +100,7 @@ def save_4bit(merged: Path, place: Path) -> None:
     model = _load_folder(merged, "auto", quantise=True)
     with durable.new_folder(place, manifest=False) as work:
         model.save_pretrained(work, max_shard_size="5GB")
-        AutoTokenizer.from_pretrained(merged).save_pretrained(work)
+        AutoTokenizer.from_pretrained(merged, trust_remote_code=False).save_pretrained(work)
 
 
 def load_merged(folder: Path, dtype: Any) -> Any:
@@ -109,7 +112,7 @@ def _load_folder(folder: Path, dtype: Any, quantise: bool = False) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if torch.cuda.is_available():
         options["device_map"] = {"": 0}
     if quantise:

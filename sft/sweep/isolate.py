@@ -76,7 +76,7 @@ def _result(folder: Path, context: Any, code: int) -> Any:
     name = signal.Signals(-code).name if code < 0 else ""
     reason = f"killed by {name}" if name else f"the process ended with exit code {code}"
     reason += f" ({HINTS[name]})" if name in HINTS else ""
-    print(f"Failed: {reason}", file=sys.stderr, flush=True)
+    print(runtime.safe(f"Failed: {reason}"), file=sys.stderr, flush=True)
     facts = {"name": context.name, "overrides": list(context.overrides), **run}
     facts |= {"status": "failed", "reason": reason, "ended_at": runtime.now()}
     folder.mkdir(parents=True, exist_ok=True)

@@ -292,7 +292,7 @@ def _exit_with(refusal: Refusal) -> NoReturn:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(runtime.safe(text), file=sys.stderr, flush=True)
 
 
 def _short(path: Path) -> str:

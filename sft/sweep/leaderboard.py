@@ -15,6 +15,7 @@ from statistics import mean, variance
 from typing import Any, TextIO
 
 from sft.errors import refuse
+from sft.printable import shown
 from sft.report import number
 from sft.settings import GROUPS, Settings
 from sft.sweep.index import FINISHED, Job, SweepIndex, find_sweeps, flatten, load_index, read_run
@@ -339,13 +340,14 @@ def show(folder: Path, file: TextIO | None = None) -> None:
     """Print the table and the remarks to `file` (stderr if none), as wide as the terminal. Raises Refusal without a sweep."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     board = read_leaderboard(folder)
     file = file or sys.stderr
     console = Console(file=file, highlight=False, soft_wrap=True, width=None if file.isatty() else 160)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("#", *(key.rsplit(".", 1)[-1] for key in board.keys), "held-out", "tokens/s", "time", "status"):
-        table.add_column(title, justify="left" if title == "status" else "right", overflow="fold")
+        table.add_column(Text(shown(title)), justify="left" if title == "status" else "right", overflow="fold")
     for row in board.rows:
         loss = "" if row.eval_loss is None else f"{row.eval_loss:.4f}"
         speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
@@ -353,10 +355,10 @@ def show(folder: Path, file: TextIO | None = None) -> None:
         status = row.job.status if not row.note else row.note if row.job.status == FINISHED else f"{row.job.status}: {row.note}"
         style = "bold green" if row.rank == 1 else "" if row.rank else "dim"
         cells = [str(row.rank or ""), *(_text(row.values[key]) for key in board.keys), loss, speed, time, status]
-        table.add_row(*cells, style=style)
+        table.add_row(*(Text(shown(cell)) for cell in cells), style=style)  # a Text, because brackets are no markup here
     console.print(table)
     commands = iter(board.next_commands)
     for text in board.remarks:
-        console.print(f"note: {text}", markup=False)
+        console.print(shown(f"note: {text}"), markup=False)
         if text.endswith(":") and (command := next(commands, None)):
-            console.print(f"  {command}", markup=False)
+            console.print(shown(f"  {command}"), markup=False)

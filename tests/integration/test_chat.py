@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from sft.chat import _Writer, find_target, shown
+from sft.chat import _Writer, find_target
 from sft.errors import Refusal
 from sft.export import gguf
+from sft.printable import shown
 from sft.run import run
 from tests.conftest import ROOT, SMALL, make_settings
 

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from scripts import chat
-from sft.chat import Speaker, shown
+from sft.chat import Speaker
 from sft.models import CHATML
+from sft.printable import shown
 from sft.render import encode, render_row
 from sft.settings import DatasetSettings, Settings, Shape
 from tests.unit.test_render import LLAMA3, MISTRAL, QWEN3

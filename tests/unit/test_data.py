@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sft import data as module
+from sft.columns import as_text
 from sft.data import prepare, readable
 from sft.errors import Refusal
 from sft.models import CHATML
@@ -210,6 +211,16 @@ def test_a_row_at_fault_is_named_with_its_number(run, make_tokenizer):
     picky = make_tokenizer("{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + CHATML)
     text = refusal_of(run, [good], template="chat", eval_fraction=0.0, system_prompt="Be brief.", tokenizer=picky)
     assert "row 1 of the data" in text and "dataset.system_prompt=null" in text
+
+
+def test_rows_that_are_nested_too_deeply_are_refused_with_their_number(run):
+    deep = "x"
+    for _ in range(3000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        as_text(deep)
+    text = refusal_of(run, [{"messages": "[" * 100_000}], template="chat", eval_fraction=0.0)
+    assert "row 1 of the data" in text and "column 'messages' is nested too deeply" in text
 
 
 def test_half_of_an_emoji_is_refused_with_its_row(tmp_path, loaded_tokenizer):

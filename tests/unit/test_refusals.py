@@ -442,6 +442,49 @@ def test_a_system_prompt_that_no_template_would_show():
     accepted('dataset.template="{system} {instruction} {output}"', "dataset.system_prompt=Brief")
 
 
+@pytest.mark.parametrize("override", ["trainer.eval_steps=0", "trainer.eval_steps=inf", "trainer.save_steps=inf"])
+def test_no_step_count_is_refused_as_such_alone(override):
+    assert "a whole number of steps" in problem_of(override).why
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["trainer.num_train_epochs", "trainer.warmup_steps", "trainer.weight_decay", "trainer.max_grad_norm", "trainer.max_hours",
+     "lora.lora_alpha", "export.max_loss_increase"],
+)  # fmt: skip
+def test_values_without_end_are_refused(key):
+    for value in ("inf", "nan"):
+        assert "It has to be a number" in problem_of(f"{key}={value}").why
+
+
+@pytest.mark.parametrize("key", ["model.name", "dataset.path", "model.chat_template", "hydra.run.dir", "resume"])
+def test_paths_that_the_system_cannot_look_up(key):
+    assert "name too long" in problem_of(f"{key}={'x' * 300}").why
+    if key not in ("hydra.run.dir", "resume"):
+        assert "no such user" in problem_of(f'{key}="~no_such_user/x"').why
+
+
+def test_flags_that_cannot_be_read_are_refused_without_a_usage_text(capsys):
+    assert "invalid choice" in problem_of("--cfg", "jobs").why
+    assert "expected one argument" in problem_of("--config-dir").why
+    assert SECRET not in str(refusal_of(f"-model.token={SECRET}"))
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("key", ["hydra.sweeper", "hydra.launcher"])
+def test_a_single_value_for_a_table_of_hydras(key):
+    problem = problem_of(f"{key}=x")
+    assert "several settings" in problem.why and problem.fix == key.replace(".", "/") + "=sft"
+
+
+def test_a_filter_with_a_bracket_in_brackets_is_taken_without_a_warning():
+    accepted('dataset.keep.output="[[a]"')
+
+
+def test_an_empty_word():
+    assert "is empty" in problem_of("").why and "is empty" in problem_of(" ").why
+
+
 # ------------------------------------------------------------------------------------------------------ secrets
 
 SECRET = "hf_" + "aB3" * 10

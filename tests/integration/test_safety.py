@@ -1,0 +1,127 @@
+"""What a run leaves behind holds no secret, whatever it was told; and a checkpoint that was tampered with runs no code."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sft import durable, embedded
+from sft.run import run
+from sft.settings import Settings
+from tests.conftest import ROOT, SMALL, make_settings
+from tests.unit.test_safety import write_pickle
+
+# -------------------------------------------------------------------------------------------------------------- secrets
+
+PLANTED = {
+    "HF_TOKEN": "hf_PLANTEDinTheEnvironment1",
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef0badcafe",
+    "OPENAI_API_KEY": "sk-planted-elsewhere-in-the-environment",
+    "netrc": "plantedInNetrc0123456789",
+    "login": "hf_PLANTEDinTheLoginFile22",
+    "endpoint": "plantedInTheEndpoint",
+    "proxy": "plantedInTheProxy",
+    "override": "hf_PLANTEDonTheCommandLine3",
+}
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """The environment of a machine with secrets in every place, all of whose files are in `tmp_path`."""
+    home, kept = tmp_path / "home", tmp_path / "planted"
+    for place in (home, kept, tmp_path / "tmp", tmp_path / "cache"):
+        place.mkdir()
+    (tmp_path / "cache" / "models").symlink_to(embedded.local_model("tiny_random").parent)  # made once
+    hosts = ("api.wandb.ai", "huggingface.co", "127.0.0.1")
+    (kept / "netrc").write_text("".join(f"machine {h} login user password {PLANTED['netrc']}\n" for h in hosts))
+    (kept / "token").write_text(PLANTED["login"])
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"instruction": "q {i}", "output": "a {i}"}}\n' for i in range(24)))
+    proxy = f"http://me:{PLANTED['proxy']}@127.0.0.1:9"
+    return {
+        **{name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_HOME", "XDG_CACHE_HOME")},
+        **{name: value for name, value in PLANTED.items() if name.isupper()},
+        "HOME": str(home), "SFT_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path / "tmp"), "HF_HOME": str(home / "hf"),
+        "NETRC": str(kept / "netrc"), "HF_TOKEN_PATH": str(kept / "token"), "WANDB_MODE": "offline",
+        "HF_ENDPOINT": f"http://me:{PLANTED['endpoint']}@127.0.0.1:9", "HTTP_PROXY": proxy, "HTTPS_PROXY": proxy,
+    }  # fmt: skip
+
+
+def train(cwd: Path, environment: dict, *overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "train.py"), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=280)
+
+
+def find_planted(place: Path, *printed: str) -> list[str]:
+    """Where a planted value stands: in which file below `place`, or in what was printed."""
+    values = {name: value.encode() for name, value in PLANTED.items()}
+    files = [p for p in place.rglob("*") if p.is_file() and "planted" not in p.relative_to(place).parts]
+    assert files
+    contents = [(str(p), p.read_bytes()) for p in files] + [("printed", text.encode()) for text in printed]
+    return [f"{name} in {where}" for where, content in contents for name, value in values.items() if value in content]
+
+
+@pytest.mark.slow
+def test_no_secret_of_the_machine_reaches_anything_that_a_run_writes_or_prints(tmp_path, machine):
+    """The rows are the user's own: what stands in them is shown, as anything else in them."""
+    job = (*SMALL, "trainer=debug", "tracking=wandb", "export=adapter", "dataset=local", "dataset.path=rows.jsonl")
+    done = train(tmp_path, machine, *job, "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for made in ("run/train.log", "run/report.html", "run/export/adapter/README.md", "cache/tokens"):
+        assert (tmp_path / made).exists(), made
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+    assert find_planted(tmp_path, done.stdout, done.stderr) == []
+    (tmp_path / "run" / "leak.txt").write_text(PLANTED["proxy"])
+    assert find_planted(tmp_path) == [f"proxy in {tmp_path / 'run' / 'leak.txt'}"], "what is looked for would be found"
+
+
+def test_no_secret_is_in_a_refusal_or_in_what_it_leaves(tmp_path, machine):
+    machine = {name: value for name, value in machine.items() if not name.endswith("_PROXY")}
+    word = PLANTED["override"]
+    for overrides in (
+        ("model.name=some-owner/some-model",),
+        ("dataset.name=some-owner/some-data",),
+        (f"tracking.name={word}", f"model.name={word}", f"+trainer.extra.hub_token={word}"),
+        ("-m", f"lora.r=8,{word}", f"-model.name={word}"),
+    ):
+        done = train(tmp_path, machine, *SMALL, *overrides)
+        assert done.returncode == 2, done.stderr[-3000:]
+        assert find_planted(tmp_path, done.stdout, done.stderr) == []
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def job(*overrides: str) -> Settings:
+    return make_settings(*SMALL, "trainer.max_steps=3", "trainer.eval_steps=1", "trainer.save_steps=1", *overrides)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that its time limit stopped after a step, with a checkpoint to go on from."""
+    folder = tmp_path_factory.mktemp("safety") / "run"
+    assert run(job("trainer.max_hours=0.000001"), folder).status == "stopped"
+    assert list((folder / "checkpoints").glob("checkpoint-*"))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin"])
+def test_a_checkpoint_with_a_hostile_pickle_runs_no_code(tmp_path, stopped, name):
+    folder, marker = tmp_path / "run", tmp_path / "code_was_run"
+    shutil.copytree(stopped, folder)
+    (checkpoint,) = (folder / "checkpoints").glob("checkpoint-*")
+    if name == "adapter_model.bin":
+        (checkpoint / "adapter_model.safetensors").unlink()
+    write_pickle(checkpoint / name, marker)
+    durable.write_manifest(checkpoint)
+    result = run(job(), folder)
+    assert result.status == "failed" and not marker.exists()
+    log = (folder / "train.log").read_text(encoding="utf-8")
+    assert "Weights only load failed" in log
+
+
+def test_a_checkpoint_as_it_was_goes_on(tmp_path, stopped):
+    shutil.copytree(stopped, tmp_path / "run")
+    assert run(job(), tmp_path / "run").status == "finished", "else the tests above would prove nothing"
