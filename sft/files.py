@@ -261,8 +261,11 @@ def _read_parquet(path: Path) -> Sequence[dict]:
     """Copied once into an Arrow file in the cache, which is mapped into memory."""
     from datasets import Dataset
     from pyarrow import ArrowException
+    from pyarrow.parquet import read_metadata
 
     try:
+        if not read_metadata(path).num_rows:
+            return []
         return Dataset.from_parquet(str(path), cache_dir=str(embedded.cache_dir() / "parquet"))
     except (ArrowException, OSError, ValueError, RuntimeError) as error:
         raise refuse(str(path), f"Not a readable parquet file: {last_line(error)}") from error

@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import re
+import warnings
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from sft import embedded
 from sft.columns import as_text
 from sft.errors import first_line, refuse
 from sft.files import read_file
+from sft.printable import without_passwords
 from sft.settings import DatasetSettings
 
 
@@ -45,7 +47,7 @@ def _read_hub(data: DatasetSettings, split: str) -> tuple[Sequence[dict], dict[s
 def hub_unreachable(what: str, error: Exception, local: str):
     """The refusal of a download that failed, naming the mirror variable and the local way."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    why = f"The hub at {endpoint} could not be reached: {first_line(error)}"
+    why = f"The hub at {without_passwords(endpoint)} could not be reached: {first_line(error)}"
     fix = "HF_ENDPOINT=https://hf-mirror.com python train.py ...   where only a mirror can be reached"
     fix += f"\n{local}   for a local copy"
     return refuse(what, why, fix)
@@ -74,11 +76,21 @@ def select(rows: Sequence[dict], data: DatasetSettings, seed: int, counts: dict)
 def choose_indices(rows: Sequence[dict], data: DatasetSettings, seed: int) -> Sequence[int]:
     """Indices of the rows that pass the filters, shuffled by `seed` where `dataset.shuffle` says so; 8 bytes a row."""
     index = array("q", range(len(rows)))
-    rules = [(c, re.compile(p, re.S), True) for c, p in data.keep.items()]
-    rules += [(c, re.compile(p, re.S), False) for c, p in data.drop.items()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of brackets in brackets
+        rules = [(column, re.compile(pattern, re.S), True) for column, pattern in data.keep.items()]
+        rules += [(column, re.compile(pattern, re.S), False) for column, pattern in data.drop.items()]
     if rules:
-        kept = ((i, rows[i]) for i in index)
-        index = array("q", (i for i, row in kept if all(bool(p.search(as_text(row.get(c)))) == want for c, p, want in rules)))
+        index = array("q", (i for i in index if _passes(rows[i], i, rules)))
     if data.shuffle:
         random.Random(seed).shuffle(index)
     return index
+
+
+def _passes(row: dict, i: int, rules: list[tuple[str, re.Pattern, bool]]) -> bool:
+    try:
+        return all(bool(pattern.search(as_text(row.get(column)))) == wanted for column, pattern, wanted in rules)
+    except ValueError as error:
+        raise refuse(
+            f"row {i + 1} of the data", f"It cannot be filtered: {first_line(error)}.", "mend or remove the row"
+        ) from error

@@ -397,7 +397,8 @@ def _check_trainer(settings: Settings) -> list[Problem]:
         known = _is_step_count(every_eval) and _is_step_count(every_save)  # else refused as such
         same_kind = (every_eval < 1) == (every_save < 1)
         ratio = every_save / every_eval if known else 1.0
-        if known and (not same_kind or abs(ratio - round(ratio)) > 1e-6 or ratio < 1 - 1e-6):
+        whole = math.isfinite(ratio) and abs(ratio - round(ratio)) <= 1e-6 and ratio >= 1 - 1e-6
+        if known and not (same_kind and whole):
             why = "To keep the best weights, every checkpoint has to fall on an evaluation."
             fix = f"trainer.save_steps={_shown(every_eval)}   or   trainer.load_best_model_at_end=false"
             problems.append(

@@ -312,6 +312,9 @@ def _mangle(case) -> bytes:
 
 PIECES = [
     b"\x00",
+    b"9" * 5000,
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
     b"\xff",
     b"\xef\xbb\xbf",
     b"\xed\xa0\xbd",
