@@ -14,8 +14,8 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 import vl_convert  # noqa: E402
 
-from sft.printable import shown  # noqa: E402
 from sft.errors import Refusal, refuse  # noqa: E402
+from sft.printable import shown  # noqa: E402
 from sft.records import merge_steps, read_json, read_lines  # noqa: E402
 from sft.report import CHARTS, group_samples, make_chart  # noqa: E402
 from sft.runs import find_run  # noqa: E402
