@@ -12,7 +12,6 @@ import pytest
 
 from sft.chat import _Writer, find_target
 from sft.errors import Refusal
-from sft.export import gguf
 from sft.printable import shown
 from sft.run import run
 from tests.conftest import ROOT, SMALL, make_settings
@@ -21,7 +20,7 @@ from tests.conftest import ROOT, SMALL, make_settings
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat") / "run"
-    made = [] if gguf.missing_parts() else ["export=gguf", "export.gguf.quantizations=[f16]"]
+    made = ["export=gguf", "export.gguf.quantizations=[f16]"]
     # Trained to say other things than a line break, and to stop.
     settings = make_settings(*SMALL, *made, "lora=none", "trainer.max_steps=15", "trainer.learning_rate=1e-2",
                              "trainer.eval_steps=15", "trainer.save_steps=15", "dataset.max_rows=12",
@@ -47,8 +46,6 @@ def plain(completion: str) -> str:
 def test_an_answer_is_that_of_samples_jsonl(trained, where):
     place = trained
     if where == "gguf":
-        if gguf.missing_parts():
-            pytest.skip("llama.cpp's parts are not installed")
         place = trained / "export" / "gguf" / "model-f16.gguf"
     sample = last_sample(trained)
     done = chat(f"run={place}", f"prompt={sample['question']}", "max_new_tokens=8")
