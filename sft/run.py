@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sft import durable, lora, models, preflight, resume, runtime, samples, shared
+from sft import durable, fast, lora, models, preflight, resume, runtime, samples, shared
 from sft import trainer as training
 from sft.batch import Split, with_split
 from sft.budget import TimeBudget
@@ -311,7 +311,8 @@ def _train(
         tracking.samples(lines)
 
     loop = Loop(folder, stop, recorder, budget, take_samples, checkpoint)
-    trainer = training.build_trainer(model, tokenizer, prepared, settings, loop)
+    trainer = training.build_trainer(model, tokenizer, prepared, settings, loop, backend)
+    record.update(speed=asdict(trainer.fast))
     resume.take_up(folder, checkpoint, recorder)
     if checkpoint is None:
         with budget.measured("samples"):
@@ -320,7 +321,7 @@ def _train(
     with record.timed("train"):
         trainer.train()
     _keep_best(trainer, recorder)
-    with trainer.compute_loss_context_manager():  # what an export of these weights is held against
+    with trainer.compute_loss_context_manager(), fast.uncompiled():  # what an export of these weights is held against
         recorder.final["proof_loss"] = round(proof.row_losses(model, proof.read_rows(folder))[0], 6)
     with contextlib.suppress(runtime.Interrupted):
         if not stop.failure:
