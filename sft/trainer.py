@@ -159,7 +159,8 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool, choice:
         learning_rate=t.learning_rate,
         lr_scheduler_type=t.lr_scheduler_type,
         warmup_steps=t.warmup_steps,
-        optim=t.optim,
+        # The same optimiser in one kernel, which is told on the device to leave a bad step out; nothing waits for the GPU.
+        optim="adamw_torch_fused" if gpu and t.optim == "adamw_torch" else t.optim,
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
         logging_steps=t.logging_steps,

@@ -4,8 +4,8 @@
     python scripts/bench/peer.py trl --model DIR --data rows.json --out result.json --rows 8 --passes 1 --load-in-4bit
 
 LoRA r 16 on seven projections, the Alpaca prompt, loss on the whole text, rows in the order of the same seed. Writes
-"seconds", "tokens" and "losses" of whole steps, from the end of one to the end of the next, "first_step" and "saved", the seconds
-from the command to the end of the first step and to the saved adapter, and "peak_reserved_gib".
+"seconds", "tokens" and "losses" of whole steps, from the end of one to the end of the next, "first_step" and "saved", the
+seconds from the command to the end of the first step and to the saved adapter, and "peak_reserved_gib".
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
     with open(args.data, encoding="utf-8") as file:
         rows = json.load(file)
     texts = [PROMPT.format(row["instruction"], "", row["output"]) + tokenizer.eos_token for row in rows]
-    ends, losses, tokens = [], [], []
+    ends, losses, tokens, seen = [], [], [], [0]
 
     class Watch(TrainerCallback):
         def on_step_end(self, *_, **__):
@@ -59,7 +59,7 @@ def main() -> None:
         def on_log(self, args, state, control, logs=None, **_):
             if "loss" in (logs or {}):
                 losses.append(float(logs["loss"]))
-                tokens.append(float(logs.get("num_tokens", 0)))
+                tokens.append(seen[0])
 
     arguments = SFTConfig(
         dataset_text_field="text",
@@ -82,6 +82,14 @@ def main() -> None:
     )
     dataset = Dataset.from_dict({"text": texts})
     trainer = SFTTrainer(model=model, processing_class=tokenizer, train_dataset=dataset, callbacks=[Watch()], args=arguments)
+    step = trainer.training_step
+
+    def counted(model, inputs, *rest, **named):
+        mask = inputs.get("attention_mask")
+        seen[0] += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        return step(model, inputs, *rest, **named)
+
+    trainer.training_step = counted
     trainer.train()
     model.save_pretrained(args.out + ".adapter")
     result = {
