@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sft import settings as schema
+from sft.distributed import is_first, launched
 from sft.errors import Problem, Refusal, first_line
 from sft.keys import find_field, plain_type, stray_keys, unknown_key
 from sft.resume import check_folder, recorded_run, working_folder
@@ -46,8 +47,11 @@ SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9-]{16,}|wandb_v1
 def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: bool = True) -> None:
     """Run `check_command_line`; on a refusal print it to stderr and exit with 2.
 
-    `resume=<run folder>` in sys.argv becomes what Hydra needs to work in that folder.
+    `resume=<run folder>` in sys.argv becomes what Hydra needs to work in that folder. Of several processes that torchrun has
+    started, one comes back from here: the others follow it.
     """
+    if argv is None:
+        _leave_to_first()
     try:
         check_command_line(config_dir, sys.argv[1:] if argv is None else argv, hardware)
         if argv is None and len(sys.argv) > 1 and sys.argv[1].startswith("resume="):
@@ -57,6 +61,22 @@ def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: b
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _leave_to_first() -> None:
+    """Under torchrun: go over to following the first process, which reads the command line and speaks for all.
+
+    Returns in the first process, and in a run of one. Where the command only asks for something, the others have nothing to do.
+    """
+    if launched() and not is_first():
+        args, _ = get_args_parser().parse_known_args()
+        if args.help or args.hydra_help or args.info or args.shell_completion or args.cfg:
+            raise SystemExit(0)
+        from sft.run import follow
+
+        code = follow()
+        sys.stderr.flush()
+        os._exit(code)  # without waiting for threads that wait for the others
 
 
 def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True) -> None:
@@ -100,6 +120,10 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
             problems += _check_job(config_name, search_path + job, hardware, folder)
         if trains:
             problems += check_means(means, good, bool(args.multirun or preset)) + _check_writable(folder or Path("outputs"))
+        if (args.multirun or preset) and launched():
+            why = "torchrun has started the processes of one run, and a sweep has many."
+            fix = "python train.py -m distributed.num_processes=2 ...   starts them for each run of the sweep"
+            problems.append(Problem("torchrun train.py -m", why, fix))
         if (args.multirun or preset) and any(o.key_or_group == "preflight.mode" and o.value() == "only" for o in good):
             why = "A sweep has many jobs, and the check alone looks at one."
             problems.append(Problem("-m preflight.mode=only", why, "leave -m and the swept values out"))

@@ -153,7 +153,7 @@ def _load_transformers(settings: Settings, where: str) -> Any:
     if model.load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if torch.cuda.is_available():
-        options["device_map"] = {"": 0}
+        options["device_map"] = {"": torch.cuda.current_device()}  # each process has its own
     return AutoModelForCausalLM.from_pretrained(where, trust_remote_code=model.trust_remote_code, **options)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from sft import checkpoints, durable
 from sft.errors import Problem, Refusal, refuse
-from sft.runtime import config_hash, jsonable
+from sft.runtime import AROUND, config_hash, jsonable
 from sft.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -130,9 +130,11 @@ def find_checkpoint(folder: Path, before: dict[str, Any] | None, data_hash: str)
 def take_up(folder: Path, checkpoint: Path | None, recorder: Any) -> None:
     """Bring the run's lines and final numbers to where they were at the checkpoint, or to nothing without one."""
     kept = checkpoints.read_state(checkpoint) if checkpoint else {}
-    checkpoints.cut_back(folder, kept.get("bytes", {}))
+    if recorder.writes:
+        checkpoints.cut_back(folder, kept.get("bytes", {}))
     if kept:
         recorder.restore(kept)
+    if kept and recorder.writes:
         recorder.tracking.remember(read_lines(folder / "samples.jsonl"))
         log.info("Resume from step %s", checkpoint.name.rpartition("-")[2])
 
@@ -158,7 +160,7 @@ def _taken(folder: Path) -> Problem:
 def _differences(record: dict[str, Any], settings: Settings) -> str:
     """The settings that differ, as `lora.r is 8 there and 16 here`; at most three are named."""
     there, here = _flat(record.get("settings") or {}), _flat(jsonable(settings))
-    keys = [k for k in here if k.partition(".")[0] not in ("tracking", "resume", "preflight") and there.get(k) != here[k]]
+    keys = [k for k in here if k.partition(".")[0] not in AROUND and there.get(k) != here[k]]
     told = [f"{key} is {json.dumps(there.get(key))} there and {json.dumps(here[key])} here" for key in keys[:3]]
     return ", ".join(told) + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
 

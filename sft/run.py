@@ -10,15 +10,15 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from sft import durable, lora, models, preflight, resume, runtime, samples, shared
+from sft import distributed, durable, lora, models, preflight, resume, runtime, samples, shared
 from sft import trainer as training
 from sft.batch import Split, with_split
 from sft.budget import TimeBudget
@@ -30,10 +30,10 @@ from sft.loop import Loop
 from sft.origins import find_origins
 from sft.printable import without_passwords
 from sft.records import read_json
-from sft.settings import Isolation, PreflightMode, Settings
+from sft.settings import Isolation, PreflightMode, Settings, Tracker
 from sft.smaller_passes import give_back
 from sft.tracking import Tracking
-from sft.validate import check_settings, resolve_backend
+from sft.validate import check_settings, processes_of, resolve_backend
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ class Context:
     tags: tuple[str, ...] = ()
     origins: dict[str, str] = field(default_factory=dict)
     """Where the value of each setting comes from."""
+    logging: dict[str, Any] | None = None
+    """Hydra's logging of this job, for the process that a run of several ones speaks through."""
 
 
 def run_job(config: DictConfig) -> RunResult:
@@ -76,7 +78,8 @@ def run_job(config: DictConfig) -> RunResult:
     name = _job_name(choices, folder) if sweeping else _run_name(choices, overrides)
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     origins = find_origins(dict(hydra.runtime.choices), overrides, folders)
-    context = Context(name, command_text(), overrides, tuple(choices.values()), origins)
+    told = OmegaConf.to_container(hydra.job_logging, resolve=True)
+    context = Context(name, command_text(), overrides, tuple(choices.values()), origins, told)
 
     stack = contextlib.ExitStack()
 
@@ -85,6 +88,7 @@ def run_job(config: DictConfig) -> RunResult:
         settings = to_settings(config)
         if settings.resume:
             settings, context = _recorded(folder, stack)
+            context.logging = told
         problems = check_settings(settings)
         if problems:
             raise Refusal(problems)
@@ -152,8 +156,10 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
     failure is recorded and returned.
     """
     context = context or Context()
+    if processes_of(settings) > 1 and not distributed.launched():
+        return distributed.start(settings, folder, context)  # which come back to this function, in their own processes
     folder.mkdir(parents=True, exist_ok=True)
-    with resume.locked(folder):
+    with distributed.together(lambda: (settings, folder.absolute(), os.getcwd())), resume.locked(folder):
         problems = resume.check_folder(folder, settings, locked=True)
         if problems:
             raise Refusal(problems)
@@ -161,6 +167,7 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
         if before and not before.get("config_hash"):
             before = None  # it failed before anything began
         record = _start_record(settings, folder, context, before)
+        distributed.watch(record)
         try:
             return _run(settings, folder, context, record, before)
         except (Refusal, KeyboardInterrupt) as ending:
@@ -182,13 +189,15 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
 def _run(settings: Settings, folder: Path, context: Context, record: runtime.RunRecord, before: dict | None) -> RunResult:
     budget = TimeBudget(settings.trainer, exporter.count_artifacts(settings.export))
     runtime.prepare_environment()
-    stop = runtime.StopRequest()
+    stop = distributed.stop_request()
     with stop.listening():
         log.info("Run    %s", os.path.relpath(folder))
         backend = models.import_backend(settings)
         runtime.quiet_libraries()
         runtime.seed_everything(settings.seed)
         split = Split(**before["split"]) if before and before.get("split") else None
+        if split and split.gradient_accumulation_steps % processes_of(settings):
+            split = None  # decided for another number of processes
         found = preflight.examine(settings, folder, backend, context.origins, split)
         if found.problems:
             raise Refusal(found.problems)
@@ -198,7 +207,8 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
         proof.write_rows(folder, prepared)
         checkpoint = resume.find_checkpoint(folder, before, facts["data_hash"])
         _record_data(record, facts, checkpoint)
-        record.update(split=asdict(found.split))
+        record.update(split=asdict(found.split), processes=distributed.world_size())
+        distributed.broadcast((settings, checkpoint, facts["data_hash"]))
         tracking = Tracking()
         recorder = training.Recorder(folder, tracking)
         try:
@@ -212,15 +222,48 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
             saved = any((folder / "checkpoints").glob("checkpoint-*"))
             kept = "checkpoints/ has the last state" if saved else "nothing was saved yet"
             status, reason = "stopped", f"{interrupt or 'interrupted'}, at once; {kept}"
-        except Exception as error:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
+        except Exception as raised:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
+            error = distributed.find_cause(raised)
             status, reason = "failed", _reason(error)
-            told = {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+            trace = "".join([traceback.format_exc(), *getattr(error, "__notes__", ())])
+            told = {"type": type(error).__name__, "message": str(error), "traceback": trace}
             record.facts["error"] = {key: without_passwords(text) for key, text in told.items()}
             _tell_failure(error, folder)
         metrics = recorder.final
         tracking.finish(status, metrics)
         record.facts |= {"metrics": metrics, "tracking": tracking.facts}
         return _finish(settings, folder, record, status, reason, metrics, stop)
+
+
+def follow() -> int:
+    """The same run as seen by any process but the first: it trains with it and writes nothing; returns the exit code.
+
+    Returns only on an error, which the first process is told; else the process ends when the first one does.
+    """
+    logging.disable(logging.CRITICAL)  # one speaks for all
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        distributed.join()
+        settings, folder, place = distributed.broadcast(None)
+        os.chdir(place)
+        budget = TimeBudget(settings.trainer)
+        runtime.prepare_environment()
+        backend = models.import_backend(settings)
+        runtime.quiet_libraries()
+        runtime.seed_everything(settings.seed)
+        settings, checkpoint, data_hash = distributed.broadcast(None)  # as decided by the checks, which the first one makes
+        tokenizer, stop_ids = shared.load_tokenizer(settings)
+        prepared = shared.prepare_data(settings, tokenizer, stop_ids)
+        if prepared.facts["data_hash"] != data_hash:
+            raise RuntimeError("its rows are others than those of rank 0: the data differ on its machine")
+        settings = replace(settings, tracking=replace(settings.tracking, tracker=Tracker.none))
+        record, recorder = runtime.NoRecord(), training.Recorder(folder, Tracking())
+        stop = distributed.stop_request()
+        _train(settings, folder, Context(), backend, tokenizer, stop_ids, prepared, record, recorder, stop, budget, checkpoint)
+        distributed.wait_for_end()
+    except BaseException as error:
+        distributed.report(error)
+    return 1
 
 
 def _start_record(settings: Settings, folder: Path, context: Context, before: dict | None) -> runtime.RunRecord:
@@ -296,7 +339,7 @@ def _train(
         if not prompts:
             return
         try:
-            lines = samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, stop.check)
+            lines = samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, stop.check_here)
         except torch.OutOfMemoryError as error:  # answers are looked at; nothing that is trained depends on them
             traceback.clear_frames(error.__traceback__)
             give_back()
@@ -310,6 +353,7 @@ def _train(
         recorder.add({"step": step, "eos_share": share})
         tracking.samples(lines)
 
+    take_samples = distributed.alone(take_samples)
     loop = Loop(folder, stop, recorder, budget, take_samples, checkpoint)
     trainer = training.build_trainer(model, tokenizer, prepared, settings, loop)
     resume.take_up(folder, checkpoint, recorder)
@@ -320,14 +364,16 @@ def _train(
     with record.timed("train"):
         trainer.train()
     _keep_best(trainer, recorder)
-    with trainer.compute_loss_context_manager():  # what an export of these weights is held against
-        recorder.final["proof_loss"] = round(proof.row_losses(model, proof.read_rows(folder))[0], 6)
+    if distributed.is_first():
+        with trainer.compute_loss_context_manager():  # what an export of these weights is held against
+            recorder.final["proof_loss"] = round(proof.row_losses(model, proof.read_rows(folder))[0], 6)
     with contextlib.suppress(runtime.Interrupted):
         if not stop.failure:
             stop.check()
             take_samples(trainer.state.global_step)
-    name = save_weights(model, tokenizer, settings, folder)
-    record.update(artifacts={name: name})
+    if distributed.is_first():
+        name = save_weights(model, tokenizer, settings, folder)
+        record.update(artifacts={name: name})
     if stop.failure:
         return "failed", stop.failure
     if stop.wanted:
@@ -413,8 +459,9 @@ def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) 
     record.update()  # the export holds the saved weights against what the record says of the training
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**distributed.plain_environment(), "PYTHONPATH": path}
     with record.timed("export"):
-        child = subprocess.Popen([sys.executable, "-m", "sft.export", str(folder)], env={**os.environ, "PYTHONPATH": path})
+        child = subprocess.Popen([sys.executable, "-m", "sft.export", str(folder)], env=environment)
         while child.poll() is None:
             if stop.signal:
                 child.terminate()
@@ -445,6 +492,8 @@ def _job_name(choices: dict[str, str], folder: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, distributed.RankLost):
+        return without_passwords(str(error))
     if isinstance(error, Refusal):
         return without_passwords("; ".join(f"{p.what}: {p.why}" for p in error.problems))
     text = without_passwords(str(error)).strip().splitlines()
