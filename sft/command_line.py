@@ -37,6 +37,8 @@ from sft.sweep.means import check_interval, check_means, is_search, runs_elsewhe
 from sft.sweep.pairs import check_pairs, list_values
 from sft.validate import check_settings, why_lost
 
+PROCESSES = "distributed.num_processes="
+"""The one setting that may stand beside `resume=`."""
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
 # Options whose names only look like a secret's.
 NOT_SECRET = ("trainer.extra.eos_token", "trainer.extra.pad_token", "dataset.keep.", "dataset.drop.")
@@ -54,10 +56,12 @@ def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: b
         _leave_to_first()
     try:
         check_command_line(config_dir, sys.argv[1:] if argv is None else argv, hardware)
-        if argv is None and len(sys.argv) > 1 and sys.argv[1].startswith("resume="):
-            folder = Path(sys.argv[1].partition("=")[2]).expanduser().resolve()
+        named = [word for word in sys.argv[1:] if word.startswith("resume=")] if argv is None else []
+        if named:
+            folder = Path(named[0].partition("=")[2]).expanduser().resolve()
             place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-            sys.argv[1:] = [f"resume='{place}'", f"hydra.run.dir='{place}'", "hydra.output_subdir=null"]
+            others = [word for word in sys.argv[1:] if word.startswith(PROCESSES)]
+            sys.argv[1:] = [f"resume='{place}'", f"hydra.run.dir='{place}'", "hydra.output_subdir=null", *others]
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         raise SystemExit(2) from None
@@ -420,7 +424,8 @@ def _check_writable(folder: Path) -> list[Problem]:
 def _check_resume(argv: list[str], hardware: bool) -> None:
     """Refuse `resume=<run folder>` that does not stand alone, or whose run cannot go on."""
     text = next(a for a in argv if a.startswith("resume="))
-    others = [a for a in argv if a != text]
+    counts = [a for a in argv if a.startswith(PROCESSES)]
+    others = [a for a in argv if a != text and a not in counts]
     if others:
         why = f"A run goes on with its own settings, so that {shlex.join(others)} would be ignored."
         raise Refusal([Problem(shlex.join(argv), why, f"{shlex.quote(text)}   alone")])
@@ -430,7 +435,7 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
     if lost := why_lost(folder):
         raise Refusal([Problem(text.replace("\n", "\\n"), lost, "resume=outputs/<run>")])
     place = Path(folder).expanduser().resolve()
-    settings, record = recorded_run(place)
+    settings, record = recorded_run(place, counts[-1].removeprefix(PROCESSES) if counts else None)
     with working_folder(record):
         problems = check_settings(settings, hardware) + _check_writable(place)
     if problems:

@@ -33,7 +33,7 @@ from typing import Any
 
 from sft import runtime
 from sft.errors import Refusal
-from sft.resume import read_record
+from sft.records import read_json
 from sft.settings import Settings
 from sft.validate import processes_of
 
@@ -72,7 +72,7 @@ class Group:
     """Why the run cannot go on: the first rank that ended without rank 0's leave."""
     news: threading.Event = field(default_factory=threading.Event)
     record: Any = None
-    """run.json, for the case that the main thread waits for a dead rank without end."""
+    """Rank 0's run.json, and for the others its folder: to be closed where nobody else can."""
     over: bool = False
     """Whether rank 0 has ended the run, so that a line may close."""
 
@@ -139,8 +139,8 @@ def start(settings: Settings, folder: Path, context: Any) -> Any:
             except ChildFailedError as error:
                 failed = error.get_first_failure()
         told = pickle.loads(answer.read_bytes()) if answer.exists() else None
-    if failed is None and isinstance(told, Refusal):
-        raise told
+    if failed is None and isinstance(told, list):
+        raise Refusal(told)
     if failed is None and isinstance(told, KeyboardInterrupt):
         raise told
     if failed is None and told is not None:
@@ -165,8 +165,10 @@ def work(job: Path) -> int:
         logging.config.dictConfig(context.logging)
     try:
         told: Any = run.run(settings, folder, context)
-    except (Refusal, KeyboardInterrupt) as ending:
-        told = ending
+    except Refusal as refusal:
+        told = refusal.problems
+    except KeyboardInterrupt as interrupt:
+        told = interrupt
     work = job.with_name("answer.part")
     work.write_bytes(pickle.dumps(told))
     work.rename(job.with_name("answer"))
@@ -207,7 +209,10 @@ def together(job: Callable[[], Any]) -> Iterator[None]:
 
 
 def watch(record: Any) -> None:
-    """Close this record as failed if another rank is gone and the main thread hangs because of it."""
+    """Close this record as failed if another rank is gone and the main thread hangs because of it.
+
+    Another rank than 0 gives the run folder, whose record it closes if rank 0 is gone.
+    """
     if _group:
         _group.record = record
 
@@ -310,7 +315,11 @@ def _hear_first(group: Group, reader: Any) -> None:
     text = b""
     with contextlib.suppress(OSError):
         text = reader.readline()
-    sys.stderr.flush()
+    if text != b"over\n" and group.rank == 1 and group.record:  # the ranks after it would say the same
+        run = read_json(group.record / "run.json")
+        if run.get("status") == "running":
+            ending = {"status": "failed", "reason": "rank 0: its process is gone, without a word", "ended_at": runtime.now()}
+            runtime.write_json(group.record / "run.json", {**run, **ending})
     os._exit(0 if text == b"over\n" else 1)
 
 
@@ -363,7 +372,7 @@ def _failed(folder: Path, context: Any, rank: int, failure: Any) -> Any:
     """The result of a run one of whose ranks was lost. run.json gets the signal's name, which only the launcher knows."""
     from sft.run import RunResult
 
-    run = read_record(folder) or {}
+    run = read_json(folder / "run.json")
     code = failure.exitcode if failure else 1
     reason = run.get("reason")
     if code < 0 or run.get("status") != "failed":
@@ -578,6 +587,14 @@ def training_options() -> dict[str, Any]:
         return {}
     # Every trained weight is used in every pass, so that nothing has to be searched for those that are not.
     return {"ddp_find_unused_parameters": False}
+
+
+def name_device(args: Any) -> None:
+    """Call the CPU by its plain name: accelerate gives it the rank's number (`cpu:1`), under which torch.load reads nothing."""
+    if _group and args.device.type == "cpu":
+        import torch
+
+        args.__dict__["_setup_devices"] = torch.device("cpu")  # where `args.device` is kept
 
 
 def spread_random_state(seed: int) -> None:

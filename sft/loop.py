@@ -105,9 +105,11 @@ def resumable(base: type) -> type:
             self.bad_steps.guard(grad_norm)
             return grad_norm
 
-        def _run_epoch(self, *args, **kwargs):
+        def _run_epoch(self, *, epoch, train_dataloader, **kwargs):
             if not self.control.should_training_stop:  # a run that had ended, but for its last lines
-                super()._run_epoch(*args, **kwargs)
+                if distributed.world_size() > 1:
+                    train_dataloader.set_epoch(epoch)  # transformers sets it where it cannot arrive, if passes are skipped
+                super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
         def _maybe_log_save_evaluate(self, *args, **kwargs):
             loop, control = self.loop, self.control

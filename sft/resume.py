@@ -76,8 +76,11 @@ def check_folder(folder: Path, settings: Settings, locked: bool = False) -> list
     return [] if locked else _check_lock(folder)
 
 
-def recorded_run(folder: Path) -> tuple[Settings, dict[str, Any]]:
-    """Settings and record of the run in `folder`, to go on with them. Raises Refusal if there is nothing to go on with."""
+def recorded_run(folder: Path, processes: str | None = None) -> tuple[Settings, dict[str, Any]]:
+    """Settings and record of the run in `folder`, to go on with them. Raises Refusal if there is nothing to go on with.
+
+    `processes` is another `distributed.num_processes` than before, as typed. Under torchrun it has no say.
+    """
     from omegaconf import OmegaConf
 
     from sft.command_line import to_settings
@@ -100,6 +103,10 @@ def recorded_run(folder: Path) -> tuple[Settings, dict[str, Any]]:
     settings = to_settings(OmegaConf.create(record["settings"]))
     if record.get("config_hash") != config_hash(settings):
         log.warning("The settings of %s were written by another version of this project.", folder)
+    if processes is not None:
+        settings.distributed.num_processes = int(processes) if processes.isdigit() else processes
+    elif "RANK" in os.environ:
+        settings.distributed.num_processes = 1
     return settings, record
 
 

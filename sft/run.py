@@ -22,7 +22,7 @@ from sft import distributed, durable, lora, models, preflight, resume, runtime, 
 from sft import trainer as training
 from sft.batch import Split, with_split
 from sft.budget import TimeBudget
-from sft.command_line import command_text, to_settings
+from sft.command_line import PROCESSES, command_text, to_settings
 from sft.errors import Refusal, SaveFailed, first_line
 from sft.export import exporter, proof
 from sft.keys import leaf_keys
@@ -87,7 +87,8 @@ def run_job(config: DictConfig) -> RunResult:
         nonlocal context
         settings = to_settings(config)
         if settings.resume:
-            settings, context = _recorded(folder, stack)
+            counts = [o.removeprefix(PROCESSES) for o in overrides if o.startswith(PROCESSES)]
+            settings, context = _recorded(folder, stack, *counts[-1:])
             context.logging = told
         problems = check_settings(settings)
         if problems:
@@ -246,6 +247,7 @@ def follow() -> int:
         distributed.join()
         settings, folder, place = distributed.broadcast(None)
         os.chdir(place)
+        distributed.watch(folder)
         budget = TimeBudget(settings.trainer)
         runtime.prepare_environment()
         backend = models.import_backend(settings)
@@ -302,9 +304,9 @@ def _record_data(record: runtime.RunRecord, facts: dict, checkpoint: Path | None
     )
 
 
-def _recorded(folder: Path, stack: contextlib.ExitStack) -> tuple[Settings, Context]:
+def _recorded(folder: Path, stack: contextlib.ExitStack, processes: str | None = None) -> tuple[Settings, Context]:
     """Settings and context of the run in `folder`, for `resume=`; until `stack` closes, the run works where it began."""
-    settings, record = resume.recorded_run(folder)
+    settings, record = resume.recorded_run(folder, processes)
     stack.enter_context(resume.working_folder(record))
     named = (record.get("name", "run"), record.get("command", ""), record.get("overrides", ()), record.get("tags", ()))
     origins = dict.fromkeys(leaf_keys(), "run.json")

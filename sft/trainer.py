@@ -109,6 +109,7 @@ def build_trainer(
         eval_dataset=_model_columns(data.eval, tokenizer, settings) if data.eval is not None else None,
         processing_class=tokenizer,
     )
+    distributed.name_device(trainer.args)
     trainer.loop = loop
     trainer.bad_steps = BadSteps(trainer, data.train, settings.trainer.max_bad_steps)
     trainer.smaller = SmallerPasses(trainer)

@@ -1,10 +1,15 @@
 """Runs of several processes are the run of one: the same rows a step, losses, answers and weights; and they end as one."""
 
+import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -82,3 +87,73 @@ def test_a_loss_that_each_process_divides_by_its_own_tokens_is_found_different(w
     fault = "trainer.extra.average_tokens_across_devices=false"  # refused on the command line
     run(make_settings(*JOB, f"dataset.path={work / 'rows.jsonl'}", TWO, fault), work / "fault")
     assert any("step 1" in line for line in differences(whole, work / "fault"))
+
+
+def cut_back(finished: Path, folder: Path) -> None:
+    """Make `folder` of a finished run, as if it had been killed in its second epoch, after step 4."""
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    record = {**record_of(folder), "status": "running"}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_a_run_goes_on_in_another_number_of_processes(work, whole):
+    """From one to two processes with the command typed again, and from two to one with `resume=`."""
+    cut_back(whole, work / "from one")
+    assert run(make_settings(*JOB, f"dataset.path={work / 'rows.jsonl'}", TWO), work / "from one").status == "finished"
+    assert differences(whole, work / "from one") == [] and record_of(work / "from one")["processes"] == 2
+
+    checkpoint = work / "from one" / "checkpoints" / "checkpoint-6"  # which two processes have written
+    assert {p.name for p in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    shutil.rmtree(work / "from one" / "checkpoints" / "checkpoint-4")
+    cut_back(work / "from one", work / "from two")
+    shutil.copytree(checkpoint, work / "from two" / "checkpoints" / "checkpoint-6")
+    done = train(work, "resume=from two", "distributed.num_processes=1")
+    assert done.returncode == 0 and "Resume from step 6" in done.stderr, done.stderr[-3000:]
+    assert differences(whole, work / "from two") == [] and record_of(work / "from two")["processes"] == 1
+
+
+def start_and_wait(cwd: Path, folder: str, *overrides: str, torchrun: bool = False) -> tuple[subprocess.Popen, dict]:
+    """A long run that has made its second step, and its ranks' processes by their number."""
+    job = (*JOB, "dataset.path=rows.jsonl", "trainer.num_train_epochs=99", "trainer.eval_steps=90", "trainer.save_steps=90")
+    command = command_of(*job, f"hydra.run.dir={folder}", *overrides, torchrun=torchrun)
+    with open(cwd / f"{folder}.err", "w", encoding="utf-8") as errors:
+        process = subprocess.Popen(command, cwd=cwd, stderr=errors)
+    lines, limit = cwd / folder / "metrics.jsonl", time.monotonic() + 100
+    while time.monotonic() < limit and not (lines.exists() and '"step": 2' in lines.read_text(encoding="utf-8")):
+        assert process.poll() is None, (cwd / f"{folder}.err").read_text(encoding="utf-8")[-3000:]
+        time.sleep(0.05)
+    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    return process, ranks
+
+
+@pytest.mark.parametrize(("torchrun", "rank"), [(False, "1"), (True, "0")])
+def test_a_rank_that_is_killed_ends_the_run_with_its_reason(work, torchrun, rank):
+    name = f"killed-{rank}"
+    process, ranks = start_and_wait(work, name, *(() if torchrun else (TWO,)), torchrun=torchrun)
+    ranks[rank].kill()
+    assert process.wait(60) == 1
+    record = record_of(work / name)
+    assert record["status"] == "failed" and record["ended_at"]
+    assert record["reason"].startswith(f"rank {rank}") and ("SIGKILL" in record["reason"] or torchrun)
+    assert not [child for child in ranks.values() if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_ctrl_c_stops_all_processes_after_the_step_and_saves(work):
+    process, _ = start_and_wait(work, "stopped", TWO)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    record, errors = record_of(work / "stopped"), (work / "stopped.err").read_text(encoding="utf-8")
+    assert record["status"] == "stopped" and record["reason"].startswith("SIGINT at step")
+    assert errors.count("SIGINT: stopping after this step") == 1 and "Traceback" not in errors
+    step = record["reason"].rsplit(" ", 1)[1]
+    assert (work / "stopped" / "checkpoints" / f"checkpoint-{step}" / "manifest.json").is_file()
+
+
+def test_one_process_refuses_for_all(work):
+    """A mistake on the command line under torchrun, and one that only the rows show."""
+    done = train(work, "lora.rr=8", torchrun=True)
+    assert done.returncode == 1 and done.stderr.count("Refused") == 1 and "exitcode  : 2" in done.stderr
+    done = train(work, *JOB, TWO, "dataset.path=rows.jsonl", "model.max_seq_length=8", "hydra.run.dir=refused")
+    assert done.returncode == 2 and done.stderr.count("Refused") == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert not (work / "refused").exists()
