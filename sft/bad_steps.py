@@ -46,6 +46,8 @@ class BadSteps:
 
         trainer, loss, batches = self.trainer, self.loss, self.batches
         self.loss, self.batches = 0.0, []
+        if hasattr(grad_norm, "full_tensor"):  # of gradients that the processes share
+            grad_norm = grad_norm.full_tensor()
         bad = distributed.any_of(~torch.isfinite(loss + torch.as_tensor(grad_norm, device=loss.device)))
         if getattr(trainer.accelerator, "scaler", None) is not None:
             return

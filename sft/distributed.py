@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from sft import runtime
-from sft.errors import Refusal
+from sft.errors import Refusal, refuse
 from sft.records import read_json
-from sft.settings import Settings
+from sft.settings import Settings, Strategy
 from sft.validate import processes_of
 
 log = logging.getLogger(__name__)
@@ -464,8 +464,11 @@ def stop_request() -> runtime.StopRequest:
     return SharedStop() if _group else runtime.StopRequest()
 
 
-def alone(action: Callable[[int], None]) -> Callable[[int], None]:
-    """`action`, done by rank 0 while the others wait for it; Interrupted there is raised on all."""
+def alone(action: Callable[[int], None], settings: Settings) -> Callable[[int], None]:
+    """`action`, done by rank 0 while the others wait for it; Interrupted there is raised on all.
+
+    Where each rank has only a share of the weights, all of them do it.
+    """
 
     def act(step: int) -> None:
         signal_ = None
@@ -477,7 +480,7 @@ def alone(action: Callable[[int], None]) -> Callable[[int], None]:
         if signal_ := broadcast(signal_):
             raise runtime.Interrupted(signal_)
 
-    return act if _group else action
+    return act if _group and not shards(settings) else action
 
 
 @contextlib.contextmanager
@@ -581,10 +584,29 @@ def passes_of_rank(passes: int) -> int:
     return passes // world_size()
 
 
-def training_options() -> dict[str, Any]:
+def shards(settings: Settings) -> bool:
+    """Whether each process has only a share of the weights, so that a forward pass needs all of them."""
+    return _group is not None and settings.distributed.strategy == Strategy.fsdp
+
+
+def check_checkpoint(checkpoint: Path | None, settings: Settings) -> None:
+    """Raise Refusal if processes with shares of the weights would go on from a checkpoint without, or the other way round."""
+    shared = checkpoint is not None and (checkpoint / "pytorch_model_fsdp.bin").exists()
+    if checkpoint is not None and shared != shards(settings):
+        was, now = ("fsdp", "ddp") if shared else ("ddp", "fsdp")
+        why = f"{checkpoint.name.replace('-', ' ')} was written with distributed.strategy={was}, in another form."
+        fix = "distributed.strategy=fsdp distributed.num_processes=2" if shared else "distributed.strategy=ddp"
+        raise refuse(f"distributed.strategy={now}" if world_size() > 1 else "one process", why, fix)
+
+
+def training_options(settings: Settings, checkpointing: bool) -> dict[str, Any]:
     """What transformers' TrainingArguments need besides, where there are several processes."""
     if _group is None:
         return {}
+    if shards(settings):
+        # Whole weights in a checkpoint, not shares, so that another number of processes can go on from it.
+        options = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "activation_checkpointing": checkpointing}
+        return {"fsdp": True, "fsdp_config": options, "gradient_checkpointing": False}
     # Every trained weight is used in every pass, so that nothing has to be searched for those that are not.
     return {"ddp_find_unused_parameters": False}
 
@@ -593,8 +615,11 @@ def name_device(args: Any) -> None:
     """Call the CPU by its plain name: accelerate gives it the rank's number (`cpu:1`), under which torch.load reads nothing."""
     if _group and args.device.type == "cpu":
         import torch
+        from accelerate.state import DistributedType, PartialState
 
         args.__dict__["_setup_devices"] = torch.device("cpu")  # where `args.device` is kept
+        if args.fsdp:  # torch shards on the CPU too, but accelerate asks it to only where it sees GPUs
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def spread_random_state(seed: int) -> None:

@@ -57,6 +57,8 @@ class Loop:
     """What is still to do at the step that has ended: `evaluate`, `samples`."""
     save_due: bool = False
     """Whether a checkpoint belongs to that step, a stop aside."""
+    begin: Callable[[], None] | None = None
+    """What comes before the first step of a run but needs the model as it is trained."""
 
 
 def resumable(base: type) -> type:

@@ -207,6 +207,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
         settings = with_split(settings, found.split)
         proof.write_rows(folder, prepared)
         checkpoint = resume.find_checkpoint(folder, before, facts["data_hash"])
+        distributed.check_checkpoint(checkpoint, settings)
         _record_data(record, facts, checkpoint)
         record.update(split=asdict(found.split), processes=distributed.world_size())
         distributed.broadcast((settings, checkpoint, facts["data_hash"]))
@@ -336,16 +337,22 @@ def _train(
     record.update(tracking=tracking.facts)
 
     prompts = samples.choose_prompts(prepared, settings, tokenizer)
+    sharded = distributed.shards(settings)
 
     def take_samples(step: int) -> None:
         if not prompts:
             return
         try:
-            lines = samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, stop.check_here)
+            check = stop.check if sharded else stop.check_here
+            lines = samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check)
         except torch.OutOfMemoryError as error:  # answers are looked at; nothing that is trained depends on them
+            if sharded:
+                raise  # the other processes wait for this one
             traceback.clear_frames(error.__traceback__)
             give_back()
             log.warning("Step %d: no answers, for which the memory was too small; training goes on.", step)
+            return
+        if not recorder.writes:
             return
         for line in lines:
             runtime.append_jsonl(folder / "samples.jsonl", line)
@@ -355,26 +362,32 @@ def _train(
         recorder.add({"step": step, "eos_share": share})
         tracking.samples(lines)
 
-    take_samples = distributed.alone(take_samples)
-    loop = Loop(folder, stop, recorder, budget, take_samples, checkpoint)
-    trainer = training.build_trainer(model, tokenizer, prepared, settings, loop)
-    resume.take_up(folder, checkpoint, recorder)
-    if checkpoint is None:
+    take_samples = distributed.alone(take_samples, settings)
+
+    def begin() -> None:
         with budget.measured("samples"):
             take_samples(0)
+
+    loop = Loop(folder, stop, recorder, budget, take_samples, checkpoint)
+    loop.begin = begin if sharded else None
+    trainer = training.build_trainer(model, tokenizer, prepared, settings, loop)
+    resume.take_up(folder, checkpoint, recorder)
+    if checkpoint is None and not sharded:
+        begin()
     stop.training = True
     with record.timed("train"):
         trainer.train()
     _keep_best(trainer, recorder)
-    if distributed.is_first():
+    if distributed.is_first() or sharded:
         with trainer.compute_loss_context_manager():  # what an export of these weights is held against
             recorder.final["proof_loss"] = round(proof.row_losses(model, proof.read_rows(folder))[0], 6)
     with contextlib.suppress(runtime.Interrupted):
         if not stop.failure:
             stop.check()
             take_samples(trainer.state.global_step)
+    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
     if distributed.is_first():
-        name = save_weights(model, tokenizer, settings, folder)
+        name = save_weights(model, tokenizer, settings, folder, weights)
         record.update(artifacts={name: name})
     if stop.failure:
         return "failed", stop.failure
@@ -399,13 +412,16 @@ def _keep_best(trainer, recorder) -> None:
         final.pop("eval_loss", None)
 
 
-def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path) -> str:
-    """Save the adapter to adapter/ (the whole model to model/ without one), complete or not at all; returns the name."""
+def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path, weights: dict[str, Any] | None = None) -> str:
+    """Save the adapter to adapter/ (the whole model to model/ without one), complete or not at all; returns the name.
+
+    `weights` are those of the whole model, where this process has only a share of them.
+    """
     name = "adapter" if settings.lora.enabled else "model"
     with _told(name), durable.new_folder(folder / name, manifest=False) as work:
         embeds = {"embed_tokens", "lm_head"} & {*settings.lora.modules_to_save, *settings.lora.target_modules}
         options = {"save_embedding_layers": bool(embeds)} if settings.lora.enabled else {}
-        model.save_pretrained(str(work), **options)
+        model.save_pretrained(str(work), **options, **({"state_dict": weights} if weights is not None else {}))
         tokenizer.save_pretrained(work)
         (work / "README.md").unlink(missing_ok=True)  # PEFT's model card, with nothing of this run in it
     return name

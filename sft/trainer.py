@@ -102,14 +102,15 @@ def build_trainer(
             sampler = super()._get_eval_sampler(eval_dataset)
             return distributed.share_rows(sampler, len(data.eval), self.args.per_device_eval_batch_size)
 
+    args = training_arguments(settings, loop.folder, has_eval=data.eval is not None)
+    distributed.name_device(args)
     trainer = Trainer(
         model=model,
-        args=training_arguments(settings, loop.folder, has_eval=data.eval is not None),
+        args=args,
         train_dataset=_model_columns(data.train, tokenizer, settings),
         eval_dataset=_model_columns(data.eval, tokenizer, settings) if data.eval is not None else None,
         processing_class=tokenizer,
     )
-    distributed.name_device(trainer.args)
     trainer.loop = loop
     trainer.bad_steps = BadSteps(trainer, data.train, settings.trainer.max_bad_steps)
     trainer.smaller = SmallerPasses(trainer)
@@ -131,7 +132,7 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool) -> Any:
     t, gpu = settings.trainer, torch.cuda.is_available()
     dtype = torch_dtype(settings.model)
     keep_best = has_eval and (t.load_best_model_at_end or bool(t.early_stopping_patience))
-    return SFTConfig(
+    options = dict(
         output_dir=str(folder / "checkpoints"),
         seed=settings.seed,
         num_train_epochs=t.num_train_epochs,
@@ -167,8 +168,8 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool) -> Any:
         padding_free=None if gpu and resolve_backend(settings) == "unsloth" else False,
         remove_unused_columns=False,
         report_to="none",
-        **{**distributed.training_options(), **t.extra},
     )
+    return SFTConfig(**(options | distributed.training_options(settings, uses_checkpointing(settings)) | t.extra))
 
 
 def steps_between(every: float, total: int) -> int:
@@ -195,6 +196,8 @@ def _run_callback(trainer, settings: Settings) -> Any:
     class RunCallback(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             distributed.spread_random_state(settings.seed)
+            if loop.begin and loop.checkpoint is None:
+                loop.begin()
             trainer.restore()
 
         def on_prediction_step(self, args, state, control, **kwargs):

@@ -114,9 +114,19 @@ def _check_distributed(settings: Settings) -> list[Problem]:
     if count > 1 and "RANK" in os.environ and isinstance(wanted, int) and wanted not in (1, started):
         why = f"torchrun has started {started} processes on this machine, so that {wanted} would be ignored."
         problems.append(Problem(what, why, f"leave it out   or   torchrun --nproc-per-node {wanted} train.py ..."))
-    if count == 1 and strategy == Strategy.fsdp:
+    if count == 1 and strategy == Strategy.fsdp and wanted != "auto":  # how many that is, this machine says
         why = "A single process has nothing to share the weights out among."
         problems.append(Problem("distributed.strategy=fsdp", why, "distributed=none   or   distributed.num_processes=2"))
+    if strategy == Strategy.fsdp:
+        for bits in ("4bit", "8bit"):
+            if getattr(settings.model, f"load_in_{bits}"):
+                why = f"{bits[0]}-bit weights are not shared out: each GPU would hold all of them."
+                fix = f"model.load_in_{bits}=false   or   distributed.strategy=ddp"
+                problems.append(Problem(f"distributed.strategy=fsdp model.load_in_{bits}=true", why, fix))
+        if settings.model.backend == Backend.unsloth:
+            why = "Unsloth's kernels take whole weights, and each process has a share of them."
+            fix = "model.backend=transformers   or   distributed.strategy=ddp"
+            problems.append(Problem("distributed.strategy=fsdp model.backend=unsloth", why, fix))
     if count > 1:
         problems += [
             Problem(
@@ -568,6 +578,9 @@ def _check_hardware(settings: Settings) -> list[Problem]:
     if wanted == "auto" and not gpu:
         why = "auto counts the GPUs, and none is found here."
         problems.append(Problem("distributed.num_processes=auto", why, "distributed=none   or   distributed.num_processes=2"))
+    elif wanted == "auto" and here == 1 and settings.distributed.strategy == Strategy.fsdp:
+        why = "One GPU is found here, and a single process has nothing to share the weights out among."
+        problems.append(Problem("distributed.strategy=fsdp", why, "distributed=none"))
     if gpu and isinstance(wanted, int) and wanted > here:
         why = f"Each process needs a GPU of its own, and {here} {'is' if here == 1 else 'are'} found here."
         problems.append(Problem(f"distributed.num_processes={wanted}", why, f"distributed.num_processes={here}"))
@@ -603,6 +616,8 @@ def resolve_backend(settings: Settings) -> str:
     """`unsloth` or `transformers`: what `model.backend` comes to on this machine."""
     if settings.model.backend != Backend.auto:
         return settings.model.backend.value
+    if settings.distributed.strategy == Strategy.fsdp:
+        return "transformers"
     if settings.preflight.gpu:  # on another machine, which has what is advised for it
         return "transformers" if settings.lora.use_dora else "unsloth"
     usable = gpu_present() and importlib.util.find_spec("unsloth") is not None and not settings.lora.use_dora

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from scripts.fault_campaign import BASE, MEASURED, write_rows
+from sft.errors import Refusal
 from sft.run import run
 from tests.conftest import ROOT, make_settings
 from tests.integration.test_bad_numbers import lines_of, quick_report, record_of  # noqa: F401
@@ -26,18 +27,18 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def differences(one: Path, two: Path) -> list[str]:
-    """What differs between two finished runs by more than the order of a sum in float32 makes."""
+    """What differs between two finished runs by more than the order of a sum in float32 makes: 1e-5, or that share of it."""
     found, (ours, theirs) = [], (lines_of(one), lines_of(two))
     if [line.keys() for line in ours] != [line.keys() for line in theirs]:
         return ["the lines of metrics.jsonl have other keys"]
     for a, b in zip(ours, theirs, strict=True):
-        apart = {key: (a[key], b[key]) for key in a.keys() - MEASURED if abs(a[key] - b[key]) > 1e-5}
+        apart = {key: (a[key], b[key]) for key in a.keys() - MEASURED if abs(a[key] - b[key]) > 1e-5 * max(1, abs(a[key]))}
         found += [f"step {a['step']}: {apart}"] if apart else []
     if (one / "samples.jsonl").read_bytes() != (two / "samples.jsonl").read_bytes():
         found.append("samples.jsonl")
-    ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
+    ours, theirs = (load_file(next(folder.glob("[am]*/*model.safetensors"))) for folder in (one, two))
     far = max(float(numpy.abs(ours[name] - theirs[name]).max()) for name in ours)
-    return found + ([f"the adapters are {far} apart"] if far > 1e-5 else [])
+    return found + ([f"the weights are {far} apart"] if far > 1e-5 else [])
 
 
 def command_of(*words: str, torchrun: bool = False) -> list[str]:
@@ -157,3 +158,19 @@ def test_one_process_refuses_for_all(work):
     done = train(work, *JOB, TWO, "dataset.path=rows.jsonl", "model.max_seq_length=8", "hydra.run.dir=refused")
     assert done.returncode == 2 and done.stderr.count("Refused") == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert not (work / "refused").exists()
+
+
+def test_processes_with_a_share_of_the_weights_each_are_the_run_of_one(work, monkeypatch):
+    """Full fine-tuning through FSDP2, cut back to its second epoch and gone on with; one process cannot read its checkpoint."""
+    monkeypatch.setattr("sft.report.vl_convert.javascript_bundle", lambda *args: "")
+    full = (*JOB, "lora=none", "trainer.learning_rate=1e-3", f"dataset.path={work / 'rows.jsonl'}")
+    shared = (*full, TWO, "distributed.strategy=fsdp")
+    assert run(make_settings(*full), work / "full").status == "finished"
+    assert run(make_settings(*shared), work / "fsdp").status == "finished"
+    assert differences(work / "full", work / "fsdp") == []
+
+    cut_back(work / "fsdp", work / "fsdp cut")
+    with pytest.raises(Refusal, match=r"written with distributed\.strategy=fsdp"):
+        run(make_settings(*full), work / "fsdp cut")
+    assert run(make_settings(*shared), work / "fsdp cut").status == "finished"
+    assert differences(work / "full", work / "fsdp cut") == []
