@@ -9,6 +9,7 @@ import statistics
 from typing import Any
 
 from sft import distributed
+from sft.flat import cut
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class BadSteps:
     def add(self, loss: Any, inputs: dict[str, Any]) -> None:
         """Note the loss and the tokens of one forward pass; both stay on the device."""
         self.loss = self.loss + loss
-        self.batches.append((inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")))
+        self.batches.append(inputs)
 
     def guard(self, grad_norm: Any) -> None:
         """Keep a bad step from the weights. Call it right before the optimiser's step.
@@ -95,7 +96,7 @@ class BadSteps:
         column = self.rows.data.column("input_ids")
         lengths = pc.list_value_length(column).to_numpy()
         names = []
-        for row in (row for batch in batches for row in rows_of(*batch)):
+        for row in (row["input_ids"] for batch in batches for row in cut(batch)):
             same = [i for i in (lengths == len(row)).nonzero()[0] if column[i].as_py() == row]
             names += [f"row {self.rows[int(i)]['row']}" for i in same[:1]]
         names = [name for part in distributed.gathered(names) for name in part]
@@ -113,11 +114,3 @@ def rises_steadily(losses: list[float]) -> bool:
     means = [statistics.fmean(window) for window in windows]
     error = (2 / WINDOW * statistics.fmean(map(statistics.variance, windows))) ** 0.5
     return all(a < b for a, b in itertools.pairwise(means)) and means[-1] - means[0] > 4 * error
-
-
-def rows_of(ids: Any, mask: Any, positions: Any) -> list[list[int]]:
-    """The rows of a batch without padding: padded ones by their mask, those laid end to end where positions start again."""
-    if mask is not None:
-        return [row[:length] for row, length in zip(ids.tolist(), mask.sum(-1).tolist(), strict=True)]
-    flat, starts = ids.flatten().tolist(), (positions.flatten() == 0).nonzero().flatten().tolist()
-    return [flat[a:b] for a, b in zip(starts, [*starts[1:], len(flat)], strict=True)]

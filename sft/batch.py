@@ -46,6 +46,12 @@ def effective_batch_size(trainer: TrainerSettings) -> int:
     )
 
 
+def planned_steps(trainer: TrainerSettings, rows: int) -> int:
+    """Optimiser steps that a run over `rows` training rows takes, if nothing stops it."""
+    each = -(-rows // effective_batch_size(trainer))
+    return trainer.max_steps if trainer.max_steps > 0 else -int(-trainer.num_train_epochs * each // 1)
+
+
 def split_of(trainer: TrainerSettings, rows: int | None = None, checkpointing: bool | None = None) -> Split:
     """The split of these settings; `rows` is what was chosen for `auto`."""
     rows = rows or trainer.per_device_train_batch_size

@@ -554,21 +554,6 @@ def with_filler(dataset: Any, token: int) -> Any:
     return concatenate_datasets([dataset, filler])
 
 
-def count_tokens(inputs: dict[str, Any]) -> Any:
-    """Tokens of a pass without padding, on its device. Rows of one token are fillers: a row to learn from has two or more."""
-    import torch
-
-    mask = inputs.get("attention_mask")
-    if _group is None:  # rows laid end to end have no mask, and no padding either
-        return inputs["input_ids"].numel() if mask is None else mask.sum()
-    if mask is not None:
-        lengths = mask.sum(-1)
-        return (lengths * (lengths > 1)).sum()
-    starts = inputs["position_ids"].flatten() == 0
-    fillers = starts & torch.cat([starts[1:], starts.new_ones(1)])
-    return inputs["input_ids"].numel() - fillers.sum()
-
-
 def epochs_done(epoch: float, rows: int, rows_a_pass: int) -> float:
     """Passes over the rows so far, from transformers' number of them, which counts a last pass of fillers as a pass."""
     if _group is None or not epoch:

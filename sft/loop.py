@@ -31,6 +31,12 @@ class Clock:
         """Go on counting; nothing happens if it already counts."""
         self._since = self._since or time.perf_counter()
 
+    def lap(self) -> None:
+        """Bring `seconds` up to now and go on counting, so that what lies between two steps is part of them."""
+        if self._since is not None:
+            self.stop()
+            self.start()
+
     def stop(self) -> None:
         """Stop counting until the next start. On a GPU it waits for the work that is still queued."""
         if self._since is not None:

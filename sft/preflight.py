@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import memory, models, origins, shared, speeds, versions
-from sft.batch import CPU_ROWS, Split, candidates, effective_batch_size, is_auto, split_of
+from sft.batch import CPU_ROWS, Split, candidates, effective_batch_size, is_auto, planned_steps, split_of
 from sft.data import Prepared
 from sft.errors import Problem, Refusal, first_line
 from sft.export import exporter, gguf, hub
@@ -252,7 +252,7 @@ def check_length(found: Found, settings: Settings, backend: str, shape: memory.S
         return
     facts, trainer, split = found.prepared.facts, settings.trainer, found.split
     each = -(-facts["rows"]["train"] // split.effective_batch_size)
-    steps = trainer.max_steps if trainer.max_steps > 0 else -int(-trainer.num_train_epochs * each // 1)
+    steps = planned_steps(trainer, facts["rows"]["train"])
     epochs = steps / each
     tokens = int(facts["train_tokens"] * epochs)
     found.facts["plan"] = {"steps": steps, "epochs": round(epochs, 3), "tokens": tokens}

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sft import distributed, durable, lora, models, preflight, resume, runtime, samples, shared
+from sft import distributed, durable, fast, lora, models, preflight, resume, runtime, samples, shared
 from sft import trainer as training
 from sft.batch import Split, with_split
 from sft.budget import TimeBudget
@@ -370,7 +370,8 @@ def _train(
 
     loop = Loop(folder, stop, recorder, budget, take_samples, checkpoint)
     loop.begin = begin if sharded else None
-    trainer = training.build_trainer(model, tokenizer, prepared, settings, loop)
+    trainer = training.build_trainer(model, tokenizer, prepared, settings, loop, backend)
+    record.update(speed=asdict(trainer.fast))
     resume.take_up(folder, checkpoint, recorder)
     if checkpoint is None and not sharded:
         begin()
@@ -379,7 +380,7 @@ def _train(
         trainer.train()
     _keep_best(trainer, recorder)
     if distributed.is_first() or sharded:
-        with trainer.compute_loss_context_manager():  # what an export of these weights is held against
+        with trainer.compute_loss_context_manager(), fast.uncompiled():  # what an export of these weights is held against
             recorder.final["proof_loss"] = round(proof.row_losses(model, proof.read_rows(folder))[0], 6)
     with contextlib.suppress(runtime.Interrupted):
         if not stop.failure:

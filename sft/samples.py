@@ -103,7 +103,8 @@ def _answering(model: Any, settings: Settings, backend: str) -> Iterator[None]:
 
     was_training = model.training
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    # Nothing is compiled for the lengths of answers.
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         if backend == "unsloth":
             from unsloth import FastLanguageModel
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sft.distributed import world_size
+from sft.flat import cut
 from sft.render import IGNORED
 
 log = logging.getLogger(__name__)
@@ -119,14 +120,3 @@ def give_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def cut(inputs: dict[str, Any]) -> list[dict[str, list[int]]]:
-    """The rows of a pass: padded ones by their mask, those laid end to end where positions start again."""
-    ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs.get("attention_mask")
-    if mask is not None:
-        spans = [(i, 0, int(n)) for i, n in enumerate(mask.sum(-1).tolist())]
-    else:
-        starts = (inputs["position_ids"].flatten() == 0).nonzero().flatten().tolist()
-        spans = [(0, a, b) for a, b in zip(starts, [*starts[1:], ids.shape[-1]], strict=True)]
-    return [{"input_ids": ids[i, a:b].tolist(), "labels": labels[i, a:b].tolist()} for i, a, b in spans]

@@ -1,13 +1,16 @@
 """TRL's SFTTrainer over our tokens, and the one callback that records, samples and stops."""
 
+import contextlib
 import logging
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sft import distributed
+from sft import distributed, fast, flat
 from sft.bad_steps import BadSteps
+from sft.batch import planned_steps
 from sft.data import Prepared
 from sft.loop import Loop, resumable
 from sft.models import torch_dtype, uses_checkpointing
@@ -54,6 +57,7 @@ def build_trainer(
     data: Prepared,
     settings: Settings,
     loop: Loop,
+    backend: str,
 ) -> Any:
     """An SFTTrainer for `data`, which is already tokenised and masked; it goes on from `loop.checkpoint` if there is one.
 
@@ -61,8 +65,13 @@ def build_trainer(
     last one: those belong to the caller, who knows which weights are kept.
     """
     import torch
+    import transformers
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
     from trl import SFTTrainer
+
+    choice = fast.choose(
+        model, settings, data, tokenizer.pad_token_id, backend, planned_steps(settings.trainer, len(data.train))
+    )
 
     class Trainer(resumable(SFTTrainer)):
         """Counts the non-padding tokens it trains on, and evaluates to the mean over tokens.
@@ -72,8 +81,28 @@ def build_trainer(
         """
 
         def training_step(self, model, inputs, *args, **kwargs):
-            self.tokens_seen = self.tokens_seen + distributed.count_tokens(inputs)
-            return super().training_step(model, inputs, *args, **kwargs)
+            self.tokens_seen = self.tokens_seen + flat.count_tokens(inputs)
+            known = inputs["input_ids"].shape[-1] in choice.lengths
+            with contextlib.nullcontext() if known or not choice.lengths else fast.uncompiled():
+                return super().training_step(model, inputs, *args, **kwargs)
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if not flat.is_flat(inputs):
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            # Past TRL's own, which waits for the GPU three times a pass to count what is never shown.
+            return transformers.Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+
+        def floating_point_ops(self, inputs):
+            return 0  # a walk over all weights at every pass, for a number that nothing reads
+
+        def get_eval_dataloader(self, *args, **kwargs):
+            usual = self.data_collator
+            if choice.padding_free:  # evaluation is not compiled
+                self.data_collator = replace(usual, lengths=(), rows=0)
+            try:
+                return super().get_eval_dataloader(*args, **kwargs)
+            finally:
+                self.data_collator = usual
 
         def prediction_step(self, model, inputs, *args, **kwargs):
             predict = super().prediction_step
@@ -87,7 +116,8 @@ def build_trainer(
             self.eval_sum, self.eval_tokens = 0.0, 0
             across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
             try:  # each process takes the mean of its own rows
-                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+                with fast.uncompiled() if choice.lengths else contextlib.nullcontext():
+                    output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             finally:
                 self.args.average_tokens_across_devices = across
             mean = distributed.total(self.eval_sum) / distributed.total(self.eval_tokens)
@@ -102,7 +132,7 @@ def build_trainer(
             sampler = super()._get_eval_sampler(eval_dataset)
             return distributed.share_rows(sampler, len(data.eval), self.args.per_device_eval_batch_size)
 
-    args = training_arguments(settings, loop.folder, has_eval=data.eval is not None)
+    args = training_arguments(settings, loop.folder, data.eval is not None, choice)
     distributed.name_device(args)
     trainer = Trainer(
         model=model,
@@ -111,6 +141,11 @@ def build_trainer(
         eval_dataset=_model_columns(data.eval, tokenizer, settings) if data.eval is not None else None,
         processing_class=tokenizer,
     )
+    trainer.fast = choice
+    if choice.padding_free:
+        longest = max(len(ids) for split in (data.train, data.eval) if split is not None for ids in split["input_ids"])
+        rows = settings.trainer.per_device_train_batch_size if choice.lengths else 0
+        trainer.data_collator = flat.EndToEnd(tokenizer.pad_token_id, longest, choice.lengths, rows)
     trainer.loop = loop
     trainer.bad_steps = BadSteps(trainer, data.train, settings.trainer.max_bad_steps)
     trainer.smaller = SmallerPasses(trainer)
@@ -124,7 +159,7 @@ def build_trainer(
     return trainer
 
 
-def training_arguments(settings: Settings, folder: Path, has_eval: bool) -> Any:
+def training_arguments(settings: Settings, folder: Path, has_eval: bool, choice: fast.Fast) -> Any:
     """The SFTConfig of these settings; every value is plain, none is a config node."""
     import torch
     from trl import SFTConfig
@@ -164,6 +199,8 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool) -> Any:
         dataloader_pin_memory=gpu,
         max_length=settings.model.max_seq_length,
         dataset_kwargs={"skip_prepare_dataset": True},
+        # The head's loss of sft/flat.py needs no patch; else TRL's default.
+        **({"loss_type": "nll"} if choice.padding_free else {}),
         # None lets Unsloth lay rows end to end, which its GPU kernels keep apart; everything else pads them.
         padding_free=None if gpu and resolve_backend(settings) == "unsloth" else False,
         remove_unused_columns=False,
@@ -208,7 +245,7 @@ def _run_callback(trainer, settings: Settings) -> Any:
             clock.start()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            clock.stop()
+            clock.lap()
             line = {"step": state.global_step, "epoch": epochs(state)}
             line |= {k: logs[k] for k in ("loss", "eval_loss", "learning_rate", "grad_norm") if k in logs}
             if "loss" in logs:

@@ -56,7 +56,7 @@ DECIDED_ELSEWHERE = {
 }
 # SFTConfig options that cannot act on rows which are tokenised and masked before TRL sees them.
 WITHOUT_EFFECT = {
-    "resume_from_checkpoint", "packing", "eval_packing", "packing_strategy", "padding_free", "dataset_kwargs",
+    "resume_from_checkpoint", "packing", "eval_packing", "packing_strategy", "dataset_kwargs",
     "dataset_num_proc", "truncation_mode",
     "eos_token", "pad_token", "remove_unused_columns", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy",
     "hub_private_repo", "hub_always_push", "hub_revision", "include_num_input_tokens_seen", "shuffle_dataset",

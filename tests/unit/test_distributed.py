@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sft import distributed
+from sft import distributed, flat
 from sft.batch import check_split
 from sft.settings import TrainerSettings
 from sft.validate import check_settings
@@ -26,16 +26,19 @@ def test_fillers_make_equal_shares(rows, fillers):
 
 def test_without_other_processes_everything_is_left_as_it_is():
     inputs = {"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}
-    assert int(distributed.count_tokens(inputs)) == 4
+    assert int(flat.count_tokens(inputs)) == 4
     assert distributed.share_rows("sampler", 3, 2) == "sampler" and distributed.gathered(5) == [5]
     assert distributed.with_filler("rows", 0) == "rows" and distributed.epochs_done(0.7, 9, 2) == 0.7
 
 
 def test_fillers_are_no_tokens(group):
     padded = {"input_ids": torch.ones(3, 3), "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])}
-    assert int(distributed.count_tokens(padded)) == 5
+    assert int(flat.count_tokens(padded)) == 5
     laid = {"input_ids": torch.ones(1, 7), "position_ids": torch.tensor([[0, 1, 2, 0, 0, 1, 0]])}
-    assert int(distributed.count_tokens(laid)) == 5
+    assert int(flat.count_tokens(laid)) == 5
+    rows = [{"input_ids": [1] * n, "labels": [-100] * n} for n in (3, 1, 2, 1)]
+    assert int(flat.count_tokens(flat.EndToEnd(0, 3)(rows))) == 5
+    assert int(flat.count_tokens(flat.EndToEnd(0, 9, lengths=(16,), rows=6)(rows))) == 5
 
 
 def test_epochs_are_counted_by_rows_and_not_by_fillers(group):

@@ -1,0 +1,188 @@
+"""What makes a run fast without changing what it computes, and whether this run can have it.
+
+Rows laid end to end (sft/flat.py) where the model's attention allows it, which is tried on the first rows before it is
+believed; decoder layers compiled where the run is long enough to repay that.
+"""
+
+import contextlib
+import logging
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sft import distributed, flat
+from sft.embedded import cache_dir
+from sft.errors import refuse
+from sft.settings import Settings
+
+log = logging.getLogger(__name__)
+
+OWN_LOSS = ("loss_type", "label_smoothing_factor", "use_liger_kernel", "neftune_noise_alpha", "packing", "padding_free",
+            "completion_only_loss", "assistant_only_loss", "chunk_size", "group_by_length")  # fmt: skip
+"""Options of `trainer.extra` that change the loss or what a batch is; they keep TRL's own way."""
+TOLERANCE = {4: 1e-4, 2: 1e-2}
+"""Share by which the loss of the first rows may differ, by the bytes of an activation."""
+NUM_LENGTHS = 4
+"""Lengths that kernels are compiled for. Each took about 25 s the first time on an H100's slow host, 2026-11-25."""
+REPAID_BY = 1_500_000
+"""Tokens of training from which compiling pays: it saves about a third of the step where the host is the limit."""
+
+
+@dataclass(frozen=True)
+class Fast:
+    """What was decided for a run."""
+
+    padding_free: bool = False
+    why_not: str = ""
+    """Why rows are padded."""
+    lengths: tuple[int, ...] = ()
+    """Lengths of a pass that decoder layers are compiled for; none if they are not compiled."""
+
+
+def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend: str, steps: int) -> Fast:
+    """Decide for a loaded model with its adapter on, and prepare it.
+
+    Raises Refusal where `trainer.padding_free=true` or `trainer.torch_compile=true` cannot be had.
+    """
+    wanted, compiling = settings.trainer.padding_free, settings.trainer.torch_compile
+    why_not = "trainer.padding_free=false" if wanted is False else _obstacle(model, settings, backend)
+    base = base_of(model)
+    if not why_not:
+        flat.install(base)
+        reasons = distributed.gathered(_difference(model, data.train, pad_token_id))
+        why_not = next(filter(None, reasons), "")
+    if why_not:
+        if wanted:
+            raise refuse("trainer.padding_free=true", why_not, "trainer.padding_free=null   pads where it has to")
+        if compiling:
+            why = f"It needs rows without padding: {why_not}"
+            raise refuse("trainer.torch_compile=true", why, "trainer.torch_compile=null")
+        if wanted is None and backend == "transformers":
+            log.info("Speed  rows are padded: %s", why_not)
+        return Fast(why_not=why_not)
+    rows = settings.trainer.per_device_train_batch_size
+    lengths = [len(ids) for ids in data.train["input_ids"]]
+    tokens = steps * settings.trainer.effective_batch_size * sum(lengths) / len(lengths)
+    if compiling or (compiling is None and base.device.type == "cuda" and tokens >= REPAID_BY):
+        chosen = choose_lengths(lengths, rows)
+        if settings.model.load_in_4bit:
+            from sft.nf4 import open_layers
+
+            open_layers(base)
+        compile_layers(base)
+        log.info("Speed  rows end to end; layers compiled for passes of %s tokens", ", ".join(map(str, chosen)))
+        return Fast(True, lengths=chosen)
+    return Fast(True)
+
+
+def base_of(model: Any) -> Any:
+    """The causal language model under an adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def choose_lengths(lengths: list[int], rows: int, count: int = NUM_LENGTHS) -> tuple[int, ...]:
+    """At most `count` lengths, multiples of 64, that passes of `rows` rows drawn from `lengths` are filled up to.
+
+    They part a thousand drawn passes into equally many; the longest of a hundred or so stays without a length of its own.
+    """
+    draw = random.Random(0)
+    sums = sorted(sum(draw.choices(lengths, k=rows)) for _ in range(1000))
+    ends = [sums[min(len(sums) - 1, round(0.995 * len(sums) * (i + 1) / count))] for i in range(count)]
+    return tuple(sorted({-(-n // 64) * 64 for n in ends}))
+
+
+def compile_layers(base: Any) -> None:
+    """Compile each decoder layer at its first use, once for all layers of a kind and length."""
+    import torch
+
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))  # what was compiled stays on the disk
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * NUM_LENGTHS)
+    base.enable_input_require_grads()  # else the first layer, whose input needs no gradient, is another kind
+    for layer in decoder_layers(base):
+        layer.compile(dynamic=False)
+
+
+def decoder_layers(base: Any) -> list[Any]:
+    """The layers of a transformers model that repeat."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside the block compiled layers run as they were written: for lengths that nothing was compiled for."""
+    import torch
+
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _obstacle(model: Any, settings: Settings, backend: str) -> str:
+    """Why rows cannot be laid end to end, as far as it shows without running the model; empty if nothing does."""
+    import torch
+
+    base, config = base_of(model), base_of(model).config.get_text_config()
+    if backend != "transformers":
+        return "model.backend=unsloth has a way of its own"
+    if distributed.shards(settings):
+        return "distributed.strategy=fsdp wraps the layers"
+    own = [key for key in OWN_LOSS if settings.trainer.extra.get(key)]
+    if own:
+        return f"trainer.extra.{own[0]} has a loss or a batch of its own"
+    if settings.model.attn_implementation.value != "auto":
+        return f"model.attn_implementation={settings.model.attn_implementation.value} is asked for"
+    if getattr(config, "attention_dropout", 0):
+        return "the model drops attention weights while it learns"
+    head = base.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return "its output layer is not a plain one"
+    if not getattr(base, "_supports_attention_backend", False):
+        return f"{type(base).__name__} takes no attention of another's making"
+    if base.device.type == "cuda":
+        if torch.cuda.get_device_capability(base.device) < (8, 0):
+            return "the GPU has no attention kernel for rows of various lengths (compute capability 8.0 or higher)"
+        from sft.models import torch_dtype
+
+        if torch_dtype(settings.model) == torch.float32:
+            return "attention over rows of various lengths needs 16 bits on a GPU"
+    return ""
+
+
+def _difference(model: Any, data: Any, pad_token_id: int) -> str:
+    """Hold the loss of a few rows end to end against the mean that the model's own forward pass gives for each row alone."""
+    import torch
+
+    rows = sorted((data[i] for i in range(min(8, len(data)))), key=lambda row: len(row["input_ids"]))[:3]
+    rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
+    longest = max(len(row["input_ids"]) for row in rows)
+    inputs = {
+        key: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for key, value in flat.EndToEnd(pad_token_id, longest)(rows).items()
+    }
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=_half(model)):
+            whole = model(**inputs).loss.item()
+            total = learnt = 0
+            for row in rows:
+                ids, labels = (torch.tensor([row[key]], device=model.device) for key in ("input_ids", "labels"))
+                count = int((labels[:, 1:] != flat.IGNORED).sum())
+                if count:
+                    total, learnt = total + model(input_ids=ids, labels=labels).loss.item() * count, learnt + count
+    except Exception as error:  # whatever the model's code raises for arguments that it does not know
+        log.debug("rows end to end", exc_info=True)
+        return f"its forward pass does not take them ({type(error).__name__})"
+    finally:
+        model.train(training)
+    alone = total / max(learnt, 1)
+    if not abs(whole - alone) <= TOLERANCE[2 if _half(model) else 4] * max(1.0, abs(alone)):
+        return f"the loss of the first rows would be {whole:.5f}, not {alone:.5f}"
+    return ""
+
+
+def _half(model: Any) -> bool:
+    return any(p.element_size() == 2 for p in base_of(model).get_output_embeddings().parameters())
