@@ -17,6 +17,7 @@ from sft import checkpoints, durable
 from sft.errors import Problem, Refusal, refuse
 from sft.runtime import config_hash, jsonable
 from sft.settings import Settings
+from sft.trust import check_trust
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,12 @@ def check_folder(folder: Path, settings: Settings, locked: bool = False) -> list
     return [] if locked else _check_lock(folder)
 
 
-def recorded_run(folder: Path) -> tuple[Settings, dict[str, Any]]:
-    """Settings and record of the run in `folder`, to go on with them. Raises Refusal if there is nothing to go on with."""
+def recorded_run(folder: Path, trusted: bool = False) -> tuple[Settings, dict[str, Any]]:
+    """Settings and record of the run in `folder`, to go on with them.
+
+    Raises Refusal if there is nothing to go on with, or the run needs code of its model that the command line does not allow
+    (`trusted`).
+    """
     from omegaconf import OmegaConf
 
     from sft.command_line import to_settings
@@ -98,6 +103,7 @@ def recorded_run(folder: Path) -> tuple[Settings, dict[str, Any]]:
     if problems:
         raise Refusal(problems)
     settings = to_settings(OmegaConf.create(record["settings"]))
+    check_trust(settings, what, trusted)
     if record.get("config_hash") != config_hash(settings):
         log.warning("The settings of %s were written by another version of this project.", folder)
     return settings, record

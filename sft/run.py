@@ -33,6 +33,7 @@ from sft.records import read_json
 from sft.settings import Isolation, PreflightMode, Settings
 from sft.smaller_passes import give_back
 from sft.tracking import Tracking
+from sft.trust import WORD, with_word
 from sft.validate import check_settings, resolve_backend
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def run_job(config: DictConfig) -> RunResult:
         nonlocal context
         settings = to_settings(config)
         if settings.resume:
-            settings, context = _recorded(folder, stack)
+            settings, context = _recorded(folder, stack, settings.model.trust_remote_code)
         problems = check_settings(settings)
         if problems:
             raise Refusal(problems)
@@ -259,9 +260,9 @@ def _record_data(record: runtime.RunRecord, facts: dict, checkpoint: Path | None
     )
 
 
-def _recorded(folder: Path, stack: contextlib.ExitStack) -> tuple[Settings, Context]:
+def _recorded(folder: Path, stack: contextlib.ExitStack, trusted: bool) -> tuple[Settings, Context]:
     """Settings and context of the run in `folder`, for `resume=`; until `stack` closes, the run works where it began."""
-    settings, record = resume.recorded_run(folder)
+    settings, record = resume.recorded_run(folder, trusted)
     stack.enter_context(resume.working_folder(record))
     named = (record.get("name", "run"), record.get("command", ""), record.get("overrides", ()), record.get("tags", ()))
     origins = dict.fromkeys(leaf_keys(), "run.json")
@@ -397,7 +398,7 @@ def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResul
     else:
         log.info("Done   %s%s", status, f": {reason}" if reason else "")
     if status == "stopped":
-        log.info("       go on with: python train.py resume=%s", os.path.relpath(folder))
+        log.info("       go on with: %s", with_word(f"python train.py resume={os.path.relpath(folder)}", settings))
     for name, place in artifacts.items():
         log.info("       %-8s %s", name, os.path.relpath(folder / place))
     good = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
@@ -413,8 +414,10 @@ def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) 
     record.update()  # the export holds the saved weights against what the record says of the training
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = [WORD] if record.facts["settings"]["model"]["trust_remote_code"] else []  # this command has it from its user
     with record.timed("export"):
-        child = subprocess.Popen([sys.executable, "-m", "sft.export", str(folder)], env={**os.environ, "PYTHONPATH": path})
+        command = [sys.executable, "-m", "sft.export", *words, str(folder)]
+        child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
         while child.poll() is None:
             if stop.signal:
                 child.terminate()
@@ -429,7 +432,8 @@ def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) 
     for line in failures:
         log.error("export: %s", line)
     if failures:
-        log.error("hint: python scripts/export.py run=%s export.formats=[...]   exports again", os.path.relpath(folder))
+        again = f"python scripts/export.py run={os.path.relpath(folder)} export.formats=[...]"
+        log.error("hint: %s   exports again", " ".join([again, *words]))
     return failures
 
 
