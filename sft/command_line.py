@@ -35,6 +35,7 @@ from sft.resume import check_folder, recorded_run, working_folder
 from sft.settings import Settings
 from sft.sweep.means import check_interval, check_means, is_search, runs_elsewhere
 from sft.sweep.pairs import check_pairs, list_values
+from sft.trust import WORD
 from sft.validate import check_settings, why_lost
 
 PROCESSES = "distributed.num_processes="
@@ -49,8 +50,9 @@ SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9-]{16,}|wandb_v1
 def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: bool = True) -> None:
     """Run `check_command_line`; on a refusal print it to stderr and exit with 2.
 
-    `resume=<run folder>` in sys.argv becomes what Hydra needs to work in that folder. Of several processes that torchrun has
-    started, one comes back from here: the others follow it.
+    `resume=<run folder>` in sys.argv becomes what Hydra needs to work in that folder; a number of processes and the word that
+    allows a model's own code stay beside it. Of several processes that torchrun has started, one comes back from here: the
+    others follow it.
     """
     if argv is None:
         _leave_to_first()
@@ -60,7 +62,7 @@ def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: b
         if named:
             folder = Path(named[0].partition("=")[2]).expanduser().resolve()
             place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-            others = [word for word in sys.argv[1:] if word.startswith(PROCESSES)]
+            others = [word for word in sys.argv[1:] if word == WORD or word.startswith(PROCESSES)]
             sys.argv[1:] = [f"resume='{place}'", f"hydra.run.dir='{place}'", "hydra.output_subdir=null", *others]
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
@@ -143,8 +145,8 @@ def read_settings(config_dir: Path, argv: list[str], hardware: bool = True) -> S
     args = _parse_flags(argv)
     if args.multirun:
         raise Refusal([Problem("-m", "A sweep has many jobs, and this command looks at one.", "leave -m out")])
-    if any(text.startswith("resume=") for text in args.overrides):
-        return recorded_run(Path(args.overrides[0].partition("=")[2]).expanduser())[0]
+    if folders := [text.partition("=")[2] for text in args.overrides if text.startswith("resume=")]:
+        return recorded_run(Path(folders[0]).expanduser(), WORD in argv)[0]
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
         return to_settings(compose(args.config_name or "config", overrides=_search_path(args) + args.overrides))
 
@@ -422,10 +424,10 @@ def _check_writable(folder: Path) -> list[Problem]:
 
 
 def _check_resume(argv: list[str], hardware: bool) -> None:
-    """Refuse `resume=<run folder>` that does not stand alone, or whose run cannot go on."""
+    """Refuse `resume=<run folder>` that does not stand alone (but for the word of sft.trust), or whose run cannot go on."""
     text = next(a for a in argv if a.startswith("resume="))
     counts = [a for a in argv if a.startswith(PROCESSES)]
-    others = [a for a in argv if a != text and a not in counts]
+    others = [a for a in argv if a not in (text, WORD, *counts)]
     if others:
         why = f"A run goes on with its own settings, so that {shlex.join(others)} would be ignored."
         raise Refusal([Problem(shlex.join(argv), why, f"{shlex.quote(text)}   alone")])
@@ -435,7 +437,7 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
     if lost := why_lost(folder):
         raise Refusal([Problem(text.replace("\n", "\\n"), lost, "resume=outputs/<run>")])
     place = Path(folder).expanduser().resolve()
-    settings, record = recorded_run(place, counts[-1].removeprefix(PROCESSES) if counts else None)
+    settings, record = recorded_run(place, WORD in argv, counts[-1].removeprefix(PROCESSES) if counts else None)
     with working_folder(record):
         problems = check_settings(settings, hardware) + _check_writable(place)
     if problems:

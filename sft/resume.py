@@ -17,6 +17,7 @@ from sft import checkpoints, durable
 from sft.errors import Problem, Refusal, refuse
 from sft.runtime import AROUND, config_hash, jsonable
 from sft.settings import Settings
+from sft.trust import check_trust
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +77,11 @@ def check_folder(folder: Path, settings: Settings, locked: bool = False) -> list
     return [] if locked else _check_lock(folder)
 
 
-def recorded_run(folder: Path, processes: str | None = None) -> tuple[Settings, dict[str, Any]]:
-    """Settings and record of the run in `folder`, to go on with them. Raises Refusal if there is nothing to go on with.
+def recorded_run(folder: Path, trusted: bool = False, processes: str | None = None) -> tuple[Settings, dict[str, Any]]:
+    """Settings and record of the run in `folder`, to go on with them.
 
-    `processes` is another `distributed.num_processes` than before, as typed. Under torchrun it has no say.
+    Raises Refusal if there is nothing to go on with, or the run needs code of its model that the command line does not allow
+    (`trusted`). `processes` is another `distributed.num_processes` than before, as typed. Under torchrun it has no say.
     """
     from omegaconf import OmegaConf
 
@@ -101,6 +103,7 @@ def recorded_run(folder: Path, processes: str | None = None) -> tuple[Settings, 
     if problems:
         raise Refusal(problems)
     settings = to_settings(OmegaConf.create(record["settings"]))
+    check_trust(settings, what, trusted)
     if record.get("config_hash") != config_hash(settings):
         log.warning("The settings of %s were written by another version of this project.", folder)
     if processes is not None:

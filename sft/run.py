@@ -33,6 +33,7 @@ from sft.records import read_json
 from sft.settings import Isolation, PreflightMode, Settings, Tracker
 from sft.smaller_passes import give_back
 from sft.tracking import Tracking
+from sft.trust import WORD, with_word
 from sft.validate import check_settings, processes_of, resolve_backend
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def run_job(config: DictConfig) -> RunResult:
         settings = to_settings(config)
         if settings.resume:
             counts = [o.removeprefix(PROCESSES) for o in overrides if o.startswith(PROCESSES)]
-            settings, context = _recorded(folder, stack, *counts[-1:])
+            settings, context = _recorded(folder, stack, settings.model.trust_remote_code, *counts[-1:])
             context.logging = told
         problems = check_settings(settings)
         if problems:
@@ -305,9 +306,11 @@ def _record_data(record: runtime.RunRecord, facts: dict, checkpoint: Path | None
     )
 
 
-def _recorded(folder: Path, stack: contextlib.ExitStack, processes: str | None = None) -> tuple[Settings, Context]:
+def _recorded(
+    folder: Path, stack: contextlib.ExitStack, trusted: bool, processes: str | None = None
+) -> tuple[Settings, Context]:
     """Settings and context of the run in `folder`, for `resume=`; until `stack` closes, the run works where it began."""
-    settings, record = resume.recorded_run(folder, processes)
+    settings, record = resume.recorded_run(folder, trusted, processes)
     stack.enter_context(resume.working_folder(record))
     named = (record.get("name", "run"), record.get("command", ""), record.get("overrides", ()), record.get("tags", ()))
     origins = dict.fromkeys(leaf_keys(), "run.json")
@@ -462,7 +465,7 @@ def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResul
     else:
         log.info("Done   %s%s", status, f": {reason}" if reason else "")
     if status == "stopped":
-        log.info("       go on with: python train.py resume=%s", os.path.relpath(folder))
+        log.info("       go on with: %s", with_word(f"python train.py resume={os.path.relpath(folder)}", settings))
     for name, place in artifacts.items():
         log.info("       %-8s %s", name, os.path.relpath(folder / place))
     good = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
@@ -479,8 +482,9 @@ def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) 
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**distributed.plain_environment(), "PYTHONPATH": path}
+    words = [WORD] if record.facts["settings"]["model"]["trust_remote_code"] else []  # this command has it from its user
     with record.timed("export"):
-        child = subprocess.Popen([sys.executable, "-m", "sft.export", str(folder)], env=environment)
+        child = subprocess.Popen([sys.executable, "-m", "sft.export", *words, str(folder)], env=environment)
         while child.poll() is None:
             if stop.signal:
                 child.terminate()
@@ -495,7 +499,8 @@ def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) 
     for line in failures:
         log.error("export: %s", line)
     if failures:
-        log.error("hint: python scripts/export.py run=%s export.formats=[...]   exports again", os.path.relpath(folder))
+        again = f"python scripts/export.py run={os.path.relpath(folder)} export.formats=[...]"
+        log.error("hint: %s   exports again", " ".join([again, *words]))
     return failures
 
 

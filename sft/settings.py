@@ -153,7 +153,7 @@ class ModelSettings:
     """Attention kernel; `auto` leaves the choice to the backend."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model, on this machine and with your rights; without it such a model is refused.
-    Only for repositories you have read."""
+    Only for repositories you have read. Said anew beside `resume=` and by whoever chats with such a run or exports it."""
 
 
 @dataclass
@@ -445,7 +445,8 @@ class Settings:
     seed: int = 3407
     """Seed of the shuffling, the adapter's start and dropout."""
     resume: str | None = None
-    """Run folder to go on with, in place and with its own settings. Stands alone on the command line."""
+    """Run folder to go on with, in place and with its own settings. Stands alone on the command line, but for
+    `model.trust_remote_code=true` where the run has that."""
 
 
 GROUPS = ("model", "dataset", "lora", "trainer", "export", "tracking", "distributed", "experiment", "sweep")
