@@ -54,6 +54,8 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
         reasons = distributed.gathered(_difference(model, data.train, pad_token_id))
         why_not = next(filter(None, reasons), "")
     if why_not:
+        if (wanted or compiling) and not distributed.is_first():
+            distributed.wait_for_end()  # all found the same; the first process refuses for all
         if wanted:
             raise refuse("trainer.padding_free=true", why_not, "trainer.padding_free=null   pads where it has to")
         if compiling:
