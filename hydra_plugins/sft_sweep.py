@@ -35,7 +35,11 @@ class SweepSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the grid, or the search."""
-        return super().sweep(arguments) if self.sampler is None else self.search.sweep(arguments)
+        if self.sampler is None:
+            return super().sweep(arguments)
+        from sft.sweep.search import search
+
+        return search(self.search, arguments)
 
     def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         """The batches of jobs: one of all, or several of at most `max_batch_size`."""

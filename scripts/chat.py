@@ -7,8 +7,8 @@
     python scripts/chat.py run=outputs/<run> against=base                     two answers side by side: the base's too
     python scripts/chat.py run=outputs/<run> against=outputs/<another run>    or those of another run
 
-Further: max_new_tokens=256, temperature=0 (greedy, as in samples.jsonl). In the chat: /reset forgets what was said, /quit or
-Ctrl-D ends, Ctrl-C stops an answer. Exit codes: 0 ended, 1 failed, 2 refused.
+Further: max_new_tokens=256, temperature=0 (greedy, as in samples.jsonl), model.trust_remote_code=true for a run that has that.
+In the chat: /reset forgets what was said, /quit or Ctrl-D ends, Ctrl-C stops an answer. Exit codes: 0, 1 failed, 2 refused.
 """
 
 import difflib
@@ -21,8 +21,9 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 from sft.chat import Speaker, find_target  # noqa: E402
 from sft.errors import ExportError, Problem, Refusal  # noqa: E402
 from sft.printable import shown  # noqa: E402
+from sft.trust import WORD  # noqa: E402
 
-OPTIONS = ("run", "against", "prompt", "max_new_tokens", "temperature")
+OPTIONS = ("run", "against", "prompt", "max_new_tokens", "temperature", "model.trust_remote_code")
 
 
 def main(argv: list[str]) -> int:
@@ -32,10 +33,11 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         options = read_options(argv)
-        targets = [find_target(options["run"])]
+        trusted = "model.trust_remote_code" in options
+        targets = [find_target(options["run"], trusted)]
         if "against" in options:
             other = f"base:{targets[0].folder}" if options["against"] == "base" else options["against"]
-            targets.append(find_target(other))
+            targets.append(find_target(other, trusted))
         speakers = load(targets)
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
@@ -69,6 +71,8 @@ def read_options(argv: list[str]) -> dict:
             close = difflib.get_close_matches(key, OPTIONS, 1, 0.4)
             fix = f"{close[0]}={value or '...'}" if close else 'run=outputs/<run> prompt="..."'
             problems.append(Problem(text, f"A chat takes {', '.join(f'{o}=' for o in OPTIONS)}.", fix))
+        elif key == "model.trust_remote_code" and text.lstrip("-") != WORD:
+            problems.append(Problem(text, "It is said, or left out.", WORD))
         options[key] = value
     for key, kind, low, default in (("max_new_tokens", int, 1, "256"), ("temperature", float, 0, "0")):
         try:

@@ -6,7 +6,8 @@
     python scripts/export.py run=outputs/<run> export=all export.hub.repo=me/my-model
     python scripts/export.py run=outputs/<run> push=true export.hub.repo=me/my-model      what is exported already
 
-Takes run= and the overrides of the export group. Exit codes: 0 all hold, 1 one failed, 2 refused.
+Takes run= and the overrides of the export group, and model.trust_remote_code=true for a run that was trained with it.
+Exit codes: 0 all hold, 1 one failed, 2 refused.
 """
 
 import logging
@@ -21,6 +22,7 @@ from sft.command_line import read_settings  # noqa: E402
 from sft.errors import ExportError, Problem, Refusal  # noqa: E402
 from sft.runs import find_run, settings_of  # noqa: E402
 from sft.settings import Settings  # noqa: E402
+from sft.trust import WORD, with_word  # noqa: E402
 
 OWN = ("run", "push")
 
@@ -57,7 +59,7 @@ def read_request(argv: list[str]) -> tuple[Path, Path | None, Settings, bool]:
     Raises Refusal for every mistake that can be known before a weight is read.
     """
     own = dict(a.split("=", 1) for a in argv if a.split("=", 1)[0] in OWN and "=" in a)
-    others = [a for a in argv if a.split("=", 1)[0] not in OWN]
+    others = [a for a in argv if a.split("=", 1)[0] not in OWN and a != WORD]
     problems = [
         Problem(a, "An export takes run=, push= and the settings of the export group.", "export=gguf   for example")
         for a in others
@@ -69,7 +71,7 @@ def read_request(argv: list[str]) -> tuple[Path, Path | None, Settings, bool]:
         raise Refusal(problems)
     asked = read_settings(ROOT / "conf", others, hardware=False).export
     folder, weights = find_run(own["run"])
-    settings, record = settings_of(folder)
+    settings, record = settings_of(folder, WORD in argv)
     settings.export = asked
     if weights is not None and weights.parent.name != "checkpoints":
         why = "It is neither a run nor a checkpoint of one."
@@ -82,7 +84,11 @@ def read_request(argv: list[str]) -> tuple[Path, Path | None, Settings, bool]:
     if not settings.lora.enabled and "adapter" in asked.formats:
         problems.append(Problem("export.formats: adapter", "This run trained the whole model.", "export=merged_16bit"))
     if weights is None and not (folder / ("adapter" if settings.lora.enabled else "model")).is_dir():
-        fix = f"python train.py resume={own['run']}" if record.get("status") != "finished" else "train it again"
+        fix = (
+            with_word(f"python train.py resume={own['run']}", settings)
+            if record.get("status") != "finished"
+            else "train it again"
+        )
         problems.append(Problem(f"run={own['run']}", f"Its weights are not there (status {record.get('status')}).", fix))
     if problems:
         raise Refusal(problems)

@@ -18,10 +18,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
 from pathlib import Path
+
+import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -79,6 +82,8 @@ def prepare(work: Path) -> None:
     from sft.settings import register
 
     os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", WANDB_MODE="offline")
+    # tqdm's own lock is one semaphore for all forks: a process killed while it holds it would stop every later one.
+    tqdm.tqdm.set_lock(threading.RLock())
     prepare_environment()
     register()
     import peft  # noqa: F401

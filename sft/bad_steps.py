@@ -8,6 +8,7 @@ import logging
 import statistics
 from typing import Any
 
+from sft import distributed
 from sft.flat import cut
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,9 @@ class BadSteps:
 
         trainer, loss, batches = self.trainer, self.loss, self.batches
         self.loss, self.batches = 0.0, []
-        bad = ~torch.isfinite(loss + torch.as_tensor(grad_norm, device=loss.device))
+        if hasattr(grad_norm, "full_tensor"):  # of gradients that the processes share
+            grad_norm = grad_norm.full_tensor()
+        bad = distributed.any_of(~torch.isfinite(loss + torch.as_tensor(grad_norm, device=loss.device)))
         if getattr(trainer.accelerator, "scaler", None) is not None:
             return
         self._open.append((trainer.state.global_step + 1, bad, batches))
@@ -96,6 +99,7 @@ class BadSteps:
         for row in (row["input_ids"] for batch in batches for row in cut(batch)):
             same = [i for i in (lengths == len(row)).nonzero()[0] if column[i].as_py() == row]
             names += [f"row {self.rows[int(i)]['row']}" for i in same[:1]]
+        names = [name for part in distributed.gathered(names) for name in part]
         return ", ".join(names) or "rows that could not be found again"
 
 

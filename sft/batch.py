@@ -2,6 +2,7 @@
 
 `per_device_train_batch_size` rows go through the model at a time, `gradient_accumulation_steps` times a step. The product
 decides what is learnt: the loss of a step is a sum over its learnt tokens divided by their number, however they are split.
+Several processes share the passes of a step out among them, so that the product stays what it is.
 """
 
 from dataclasses import dataclass, replace
@@ -57,10 +58,10 @@ def split_of(trainer: TrainerSettings, rows: int | None = None, checkpointing: b
     return Split(rows, effective_batch_size(trainer) // rows, checkpointing)
 
 
-def candidates(trainer: TrainerSettings) -> list[int]:
-    """Rows of a pass that make up the effective batch evenly, most first."""
+def candidates(trainer: TrainerSettings, processes: int = 1) -> list[int]:
+    """Rows of a pass that make up the effective batch evenly, in as many passes on each process, most first."""
     total = effective_batch_size(trainer)
-    return [n for n in range(total, 0, -1) if total % n == 0]
+    return [n for n in range(total, 0, -1) if total % (n * processes) == 0]
 
 
 def with_split(settings: Settings, split: Split) -> Settings:
@@ -75,8 +76,8 @@ def with_split(settings: Settings, split: Split) -> Settings:
     return replace(settings, trainer=trainer)
 
 
-def check_split(trainer: TrainerSettings) -> list[Problem]:
-    """What of the three settings contradicts another, or would be ignored."""
+def check_split(trainer: TrainerSettings, processes: int = 1) -> list[Problem]:
+    """What of the three settings contradicts another, would be ignored, or cannot be shared out evenly among the processes."""
     rows, passes, total = (
         trainer.per_device_train_batch_size,
         trainer.gradient_accumulation_steps,
@@ -90,12 +91,12 @@ def check_split(trainer: TrainerSettings) -> list[Problem]:
     freed = "trainer.gradient_accumulation_steps=null"
     if rows == AUTO:
         if passes is None:
-            return []
+            return _check_shares(trainer, 1, processes)
         why = "auto chooses both, so that the number of passes would be ignored."
         fix = f"{freed}   with trainer.effective_batch_size={total or EFFECTIVE}"
         return [Problem(f"{key} trainer.gradient_accumulation_steps={passes}", why, fix)]
     if total is None:
-        return []
+        return _check_shares(trainer, rows, processes)
     what = f"{key} trainer.effective_batch_size={total}"
     if passes is not None and rows * passes != total:
         why = f"{rows} rows x {passes} passes are {rows * passes} rows a step, not {total}."
@@ -106,4 +107,18 @@ def check_split(trainer: TrainerSettings) -> list[Problem]:
         why = f"{total} rows cannot be made of passes of {rows}."
         fix = f"trainer.per_device_train_batch_size={best}\ntrainer.effective_batch_size={max(1, round(total / rows)) * rows}"
         return [Problem(what, why, fix)]
-    return []
+    return _check_shares(trainer, rows, processes)
+
+
+def _check_shares(trainer: TrainerSettings, rows: int, processes: int) -> list[Problem]:
+    """Why the rows of a step cannot be dealt out in passes of `rows`, as many to each process."""
+    total = effective_batch_size(trainer)
+    if total % (rows * processes) == 0:
+        return []
+    smaller = next((n for n in range(rows, 0, -1) if total % (n * processes) == 0), None)
+    more = -(-total // (rows * processes)) * rows * processes
+    freed = "trainer.gradient_accumulation_steps=null "
+    fix = f"{freed}trainer.per_device_train_batch_size={smaller} trainer.effective_batch_size={total}\n" if smaller else ""
+    fix += f"{freed}trainer.effective_batch_size={more}   learns from more rows a step"
+    why = f"{total} rows a step cannot be shared out evenly among {processes} processes in passes of {rows}."
+    return [Problem(f"{processes} processes, {total} rows a step", why, fix)]

@@ -13,6 +13,7 @@ from sft.errors import ExportError, refuse
 from sft.records import read_json
 from sft.runs import find_run, settings_of
 from sft.settings import Settings, Shape
+from sft.trust import with_word
 
 
 @dataclass
@@ -29,10 +30,11 @@ class Target:
     settings: Settings
 
 
-def find_target(text: str) -> Target:
+def find_target(text: str, trusted: bool = False) -> Target:
     """Whom `run=<text>` names: a run, a checkpoint, an export of a run, or `base:<run>`, its model before training.
 
-    Raises Refusal, without reading a weight, if there is no such thing or it belongs to no run.
+    Raises Refusal, without reading a weight, if there is no such thing, it belongs to no run, or the run needs code of its
+    model that the command line does not allow (`trusted`).
     """
     kind, _, rest = text.partition(":")
     place = Path(rest if kind == "base" and rest else text).expanduser()
@@ -50,9 +52,9 @@ def find_target(text: str) -> Target:
         problems = missing_parts()
         if problems:
             raise refuse(f"run={text}", problems[0].why, problems[0].fix)
-        return Target(place.name, "gguf", owner, place, settings_of(owner)[0])
+        return Target(place.name, "gguf", owner, place, settings_of(owner, trusted)[0])
     folder, weights = find_run(str(place))
-    settings, record = settings_of(folder)
+    settings, record = settings_of(folder, trusted)
     if kind == "base" and rest:
         return Target(settings.model.name, "base", folder, None, settings)
     if weights is not None:
@@ -60,7 +62,7 @@ def find_target(text: str) -> Target:
         return Target(weights.name, "merged" if plain else "adapter", folder, weights, settings)
     kept = folder / ("adapter" if settings.lora.enabled else "model")
     if not kept.is_dir():
-        fix = f"python train.py resume={text}" if record.get("status") != "finished" else "train it again"
+        fix = with_word(f"python train.py resume={text}", settings) if record.get("status") != "finished" else "train it again"
         raise refuse(f"run={text}", f"Nothing was trained there yet (status {record.get('status')}).", fix)
     return Target(folder.name, "adapter", folder, kept, settings)
 

@@ -28,14 +28,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sft import settings as schema
+from sft.distributed import is_first, launched
 from sft.errors import Problem, Refusal, first_line
 from sft.keys import find_field, plain_type, stray_keys, unknown_key
 from sft.resume import check_folder, recorded_run, working_folder
 from sft.settings import Settings
 from sft.sweep.means import check_interval, check_means, is_search, runs_elsewhere
 from sft.sweep.pairs import check_pairs, list_values
+from sft.trust import WORD
 from sft.validate import check_settings, why_lost
 
+PROCESSES = "distributed.num_processes="
+"""The one setting that may stand beside `resume=`."""
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
 # Options whose names only look like a secret's.
 NOT_SECRET = ("trainer.extra.eos_token", "trainer.extra.pad_token", "dataset.keep.", "dataset.drop.")
@@ -46,17 +50,39 @@ SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9-]{16,}|wandb_v1
 def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: bool = True) -> None:
     """Run `check_command_line`; on a refusal print it to stderr and exit with 2.
 
-    `resume=<run folder>` in sys.argv becomes what Hydra needs to work in that folder.
+    `resume=<run folder>` in sys.argv becomes what Hydra needs to work in that folder; a number of processes and the word that
+    allows a model's own code stay beside it. Of several processes that torchrun has started, one comes back from here: the
+    others follow it.
     """
+    if argv is None:
+        _leave_to_first()
     try:
         check_command_line(config_dir, sys.argv[1:] if argv is None else argv, hardware)
-        if argv is None and len(sys.argv) > 1 and sys.argv[1].startswith("resume="):
-            folder = Path(sys.argv[1].partition("=")[2]).expanduser().resolve()
+        named = [word for word in sys.argv[1:] if word.startswith("resume=")] if argv is None else []
+        if named:
+            folder = Path(named[0].partition("=")[2]).expanduser().resolve()
             place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-            sys.argv[1:] = [f"resume='{place}'", f"hydra.run.dir='{place}'", "hydra.output_subdir=null"]
+            others = [word for word in sys.argv[1:] if word == WORD or word.startswith(PROCESSES)]
+            sys.argv[1:] = [f"resume='{place}'", f"hydra.run.dir='{place}'", "hydra.output_subdir=null", *others]
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _leave_to_first() -> None:
+    """Under torchrun: go over to following the first process, which reads the command line and speaks for all.
+
+    Returns in the first process, and in a run of one. Where the command only asks for something, the others have nothing to do.
+    """
+    if launched() and not is_first():
+        args, _ = get_args_parser().parse_known_args()
+        if args.help or args.hydra_help or args.info or args.shell_completion or args.cfg:
+            raise SystemExit(0)
+        from sft.run import follow
+
+        code = follow()
+        sys.stderr.flush()
+        os._exit(code)  # without waiting for threads that wait for the others
 
 
 def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True) -> None:
@@ -100,6 +126,10 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
             problems += _check_job(config_name, search_path + job, hardware, folder)
         if trains:
             problems += check_means(means, good, bool(args.multirun or preset)) + _check_writable(folder or Path("outputs"))
+        if (args.multirun or preset) and launched():
+            why = "torchrun has started the processes of one run, and a sweep has many."
+            fix = "python train.py -m distributed.num_processes=2 ...   starts them for each run of the sweep"
+            problems.append(Problem("torchrun train.py -m", why, fix))
         if (args.multirun or preset) and any(o.key_or_group == "preflight.mode" and o.value() == "only" for o in good):
             why = "A sweep has many jobs, and the check alone looks at one."
             problems.append(Problem("-m preflight.mode=only", why, "leave -m and the swept values out"))
@@ -115,8 +145,8 @@ def read_settings(config_dir: Path, argv: list[str], hardware: bool = True) -> S
     args = _parse_flags(argv)
     if args.multirun:
         raise Refusal([Problem("-m", "A sweep has many jobs, and this command looks at one.", "leave -m out")])
-    if any(text.startswith("resume=") for text in args.overrides):
-        return recorded_run(Path(args.overrides[0].partition("=")[2]).expanduser())[0]
+    if folders := [text.partition("=")[2] for text in args.overrides if text.startswith("resume=")]:
+        return recorded_run(Path(folders[0]).expanduser(), WORD in argv)[0]
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
         return to_settings(compose(args.config_name or "config", overrides=_search_path(args) + args.overrides))
 
@@ -394,9 +424,10 @@ def _check_writable(folder: Path) -> list[Problem]:
 
 
 def _check_resume(argv: list[str], hardware: bool) -> None:
-    """Refuse `resume=<run folder>` that does not stand alone, or whose run cannot go on."""
+    """Refuse `resume=<run folder>` that does not stand alone (but for the word of sft.trust), or whose run cannot go on."""
     text = next(a for a in argv if a.startswith("resume="))
-    others = [a for a in argv if a != text]
+    counts = [a for a in argv if a.startswith(PROCESSES)]
+    others = [a for a in argv if a not in (text, WORD, *counts)]
     if others:
         why = f"A run goes on with its own settings, so that {shlex.join(others)} would be ignored."
         raise Refusal([Problem(shlex.join(argv), why, f"{shlex.quote(text)}   alone")])
@@ -406,7 +437,7 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
     if lost := why_lost(folder):
         raise Refusal([Problem(text.replace("\n", "\\n"), lost, "resume=outputs/<run>")])
     place = Path(folder).expanduser().resolve()
-    settings, record = recorded_run(place)
+    settings, record = recorded_run(place, WORD in argv, counts[-1].removeprefix(PROCESSES) if counts else None)
     with working_folder(record):
         problems = check_settings(settings, hardware) + _check_writable(place)
     if problems:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sft import flat
+from sft import distributed, flat
 from sft.embedded import cache_dir
 from sft.errors import refuse
 from sft.settings import Settings
@@ -52,8 +52,11 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
     base = base_of(model)
     if not why_not:
         flat.install(base)
-        why_not = _difference(model, data.train, pad_token_id)
+        reasons = distributed.gathered(_difference(model, data.train, pad_token_id))
+        why_not = next(filter(None, reasons), "")
     if why_not:
+        if (wanted or compiling) and not distributed.is_first():
+            distributed.wait_for_end()  # all found the same; the first process refuses for all
         if wanted:
             raise refuse("trainer.padding_free=true", why_not, "trainer.padding_free=null   pads where it has to")
         if compiling:
@@ -135,6 +138,8 @@ def _obstacle(model: Any, settings: Settings, backend: str) -> str:
     base, config = base_of(model), base_of(model).config.get_text_config()
     if backend != "transformers":
         return "model.backend=unsloth has a way of its own"
+    if distributed.shards(settings):
+        return "distributed.strategy=fsdp wraps the layers"
     own = [key for key in OWN_LOSS if settings.trainer.extra.get(key)]
     if own:
         return f"trainer.extra.{own[0]} has a loss or a batch of its own"

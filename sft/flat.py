@@ -11,6 +11,7 @@ import types
 from dataclasses import dataclass
 from typing import Any
 
+from sft.distributed import world_size
 from sft.linear_loss import linear_cross_entropy
 from sft.render import IGNORED
 
@@ -66,8 +67,8 @@ class EndToEnd:
             "cu_seq_lens_k": cu_seq_lens,
             "max_length_q": self.longest,
             "max_length_k": self.longest,
-            "learnt": torch.tensor(learnt),
-            "targets": torch.tensor([labels[i + 1] for i in learnt]),
+            "learnt": torch.tensor(learnt, dtype=torch.long),
+            "targets": torch.tensor([labels[i + 1] for i in learnt], dtype=torch.long),
         }
 
 
@@ -93,11 +94,26 @@ def cut(inputs: dict[str, Any]) -> list[dict[str, list[int]]]:
 
 
 def count_tokens(inputs: dict[str, Any]) -> Any:
-    """Tokens of a pass without padding, as a number or still on the device."""
-    if is_flat(inputs):
-        return inputs["cu_seq_lens_q"][-2]
+    """Tokens of a pass without padding, as a number or still on the device.
+
+    With several processes rows of one token are fillers and not counted: a row to learn from has two or more.
+    """
+    import torch
+
     mask = inputs.get("attention_mask")  # rows that Unsloth lays end to end have none, and no padding either
-    return inputs["input_ids"].numel() if mask is None else mask.sum()
+    if world_size() == 1:
+        if is_flat(inputs):
+            return inputs["cu_seq_lens_q"][-2]
+        return inputs["input_ids"].numel() if mask is None else mask.sum()
+    if mask is not None:
+        lengths = mask.sum(-1)
+    elif is_flat(inputs):
+        lengths = inputs["cu_seq_lens_q"][:-1].diff()
+    else:
+        starts = inputs["position_ids"].flatten() == 0
+        fillers = starts & torch.cat([starts[1:], starts.new_ones(1)])
+        return inputs["input_ids"].numel() - fillers.sum()
+    return (lengths * (lengths > 1)).sum()
 
 
 def install(base: Any) -> None:

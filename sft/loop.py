@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft import checkpoints, durable
+from sft import checkpoints, distributed, durable
 from sft.bad_steps import BadSteps
 from sft.budget import TimeBudget
 from sft.runtime import Interrupted, StopRequest
@@ -63,6 +63,8 @@ class Loop:
     """What is still to do at the step that has ended: `evaluate`, `samples`."""
     save_due: bool = False
     """Whether a checkpoint belongs to that step, a stop aside."""
+    begin: Callable[[], None] | None = None
+    """What comes before the first step of a run but needs the model as it is trained."""
 
 
 def resumable(base: type) -> type:
@@ -85,7 +87,7 @@ def resumable(base: type) -> type:
             if self.loop.checkpoint is None:
                 return
             kept = checkpoints.read_state(self.loop.checkpoint)
-            self.tokens_seen = kept["tokens"]
+            self.tokens_seen = kept["tokens"] if distributed.is_first() else 0
             self.loop.clock.seconds, self.loop.clock.logged = kept["seconds"], kept["logged"]
             self._tr_loss += kept["loss_since_log"]
             self._globalstep_last_logged = kept["last_log"]
@@ -111,9 +113,11 @@ def resumable(base: type) -> type:
             self.bad_steps.guard(grad_norm)
             return grad_norm
 
-        def _run_epoch(self, *args, **kwargs):
+        def _run_epoch(self, *, epoch, train_dataloader, **kwargs):
             if not self.control.should_training_stop:  # a run that had ended, but for its last lines
-                super()._run_epoch(*args, **kwargs)
+                if distributed.world_size() > 1:
+                    train_dataloader.set_epoch(epoch)  # transformers sets it where it cannot arrive, if passes are skipped
+                super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
         def _maybe_log_save_evaluate(self, *args, **kwargs):
             loop, control = self.loop, self.control
@@ -127,6 +131,7 @@ def resumable(base: type) -> type:
             if not control.should_training_stop:
                 loop.stop.out_of_time |= loop.budget.used_up()
                 loop.save_due |= loop.budget.wants_measuring
+            loop.stop.agree()
             if loop.due or loop.save_due or loop.stop.wanted:
                 self.end_step()
 
@@ -173,10 +178,10 @@ def resumable(base: type) -> type:
             folder, step = self.loop.folder, self.state.global_step
             self.store_flos()
             kept = {
-                "tokens": int(self.tokens_seen),
+                "tokens": int(distributed.total(self.tokens_seen)),
                 "seconds": self.loop.clock.seconds,
                 "logged": self.loop.clock.logged,
-                "loss_since_log": self._tr_loss.item(),
+                "loss_since_log": distributed.total(self._tr_loss) / distributed.world_size(),
                 "last_log": self._globalstep_last_logged,
                 "patience_counter": max((c.early_stopping_patience_counter for c in _early_stopping(self)), default=0),
                 "bad_steps": self.bad_steps.count,
@@ -186,13 +191,15 @@ def resumable(base: type) -> type:
                 **self.loop.recorder.state(),
             }
             self.state.best_model_checkpoint = self._best_checkpoint()
-            with checkpoints.writing(folder, step, kept) as work:
+            with distributed.shared_folder(checkpoints.writing(folder, step, kept)) as work:
                 self.save_model(str(work), _internal_call=True)
                 self._save_optimizer_and_scheduler(str(work))
                 self._save_scaler(str(work))
                 self._save_rng_state(str(work))
-                self.state.save_to_json(str(work / "trainer_state.json"))
-            checkpoints.prune(folder, self.args.save_total_limit, self.state.best_global_step)
+                if distributed.is_first():
+                    self.state.save_to_json(str(work / "trainer_state.json"))
+            if distributed.is_first():
+                checkpoints.prune(folder, self.args.save_total_limit, self.state.best_global_step)
 
         def _best_checkpoint(self) -> str | None:
             """The checkpoint of the best step, which is this one or is there; the run folder may have moved since."""

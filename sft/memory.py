@@ -180,14 +180,16 @@ def loss_bytes(shape: Shape, load: Load, tokens: int) -> float:
     return 3 * min(tokens, chunk) * shape.vocab_size
 
 
-def fitting_split(shape: Shape, settings: Settings, load: Load, lengths: list[int], capacity: float) -> tuple[Split, Estimate]:
+def fitting_split(
+    shape: Shape, settings: Settings, load: Load, lengths: list[int], capacity: float, processes: int = 1
+) -> tuple[Split, Estimate]:
     """The most rows a pass that fit into `capacity` GiB, and checkpointing only if these rows do not fit without it.
 
     `lengths` are those of the longest rows, longest first. Where not even one row fits, one with checkpointing is returned.
     """
     wanted = settings.trainer.gradient_checkpointing
     found: tuple[Split, Estimate] | None = None
-    for rows in candidates(settings.trainer):
+    for rows in candidates(settings.trainer, processes):
         for checkpointing in [False, True] if wanted is None else [wanted]:
             guess = estimate(shape, replace(load, checkpointing=checkpointing), 1, tokens_at_once(load, rows, lengths))
             found = split_of(settings.trainer, rows, checkpointing), guess

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft import embedded
+from sft import distributed, embedded
 from sft.errors import Problem, Refusal, first_line, refuse
 from sft.rows import hub_unreachable
 from sft.runtime import hub_reachable
@@ -152,8 +152,8 @@ def _load_transformers(settings: Settings, where: str) -> Any:
         )
     if model.load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    if torch.cuda.is_available():
-        options["device_map"] = {"": 0}
+    if torch.cuda.is_available() and not distributed.shards(settings):  # else each process takes its share from main memory
+        options["device_map"] = {"": torch.cuda.current_device()}  # each process has its own
     return AutoModelForCausalLM.from_pretrained(where, trust_remote_code=model.trust_remote_code, **options)
 
 

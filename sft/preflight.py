@@ -21,7 +21,7 @@ from sft.export import exporter, gguf, hub
 from sft.runtime import write_json
 from sft.settings import PreflightMode, Settings, Tracker, TrackingMode
 from sft.tracking import choose_mode, has_api_key
-from sft.validate import warnings_for
+from sft.validate import processes_of, warnings_for
 
 log = logging.getLogger(__name__)
 
@@ -188,14 +188,16 @@ def check_memory(found: Found, settings: Settings, backend: str, shape: memory.S
         load = replace(load, checkpointing=split.gradient_checkpointing)
     checkpointing = "with" if load.checkpointing else "without"
     rows, passes = split.per_device_train_batch_size, split.gradient_accumulation_steps
+    processes = processes_of(settings)
     text = f"{rows} rows x {passes} passes a step, {checkpointing} gradient checkpointing"
+    text += f", on {processes} processes" if processes > 1 else ""
     if auto:
         found.ok("Memory", f"auto: {text}" + (", as the run began" if reused else ""))
     found.facts["batch"] = {**asdict(split), "effective_batch_size": split.effective_batch_size}
     if shape is None or not whole:
         return
     guess = memory.estimate(shape, load, 1, memory.tokens_at_once(load, rows, longest))
-    needed = guess.needed if capacity else guess.allocated + PROCESS_GIB
+    needed = guess.needed if capacity else (guess.allocated + PROCESS_GIB) * processes  # which share this machine's memory
     found.facts["memory"] = {
         **{k: round(v, 3) for k, v in asdict(guess).items()},
         "allocated_gib": round(guess.allocated, 3), "reserved_gib": round(guess.reserved, 3), "needed_gib": round(needed, 3),
@@ -225,9 +227,9 @@ def _decide(settings, load, shape, longest: list[int], capacity: float | None) -
     if not is_auto(trainer):
         return split_of(trainer, checkpointing=trainer.gradient_checkpointing)
     if shape is None or capacity is None:
-        rows = next(n for n in candidates(trainer) if n <= CPU_ROWS)
+        rows = next(n for n in candidates(trainer, processes_of(settings)) if n <= CPU_ROWS)
         return split_of(trainer, rows, trainer.gradient_checkpointing)
-    return memory.fitting_split(shape, settings, load, longest, CLOSE * capacity)[0]
+    return memory.fitting_split(shape, settings, load, longest, CLOSE * capacity, processes_of(settings))[0]
 
 
 def _fix_memory(settings: Settings, load: memory.Load, shape: memory.Shape, longest: list[int], limit: float) -> str:

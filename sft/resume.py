@@ -15,8 +15,9 @@ from typing import Any
 
 from sft import checkpoints, durable
 from sft.errors import Problem, Refusal, refuse
-from sft.runtime import config_hash, jsonable
+from sft.runtime import AROUND, config_hash, jsonable
 from sft.settings import Settings
+from sft.trust import check_trust
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,12 @@ def check_folder(folder: Path, settings: Settings, locked: bool = False) -> list
     return [] if locked else _check_lock(folder)
 
 
-def recorded_run(folder: Path) -> tuple[Settings, dict[str, Any]]:
-    """Settings and record of the run in `folder`, to go on with them. Raises Refusal if there is nothing to go on with."""
+def recorded_run(folder: Path, trusted: bool = False, processes: str | None = None) -> tuple[Settings, dict[str, Any]]:
+    """Settings and record of the run in `folder`, to go on with them.
+
+    Raises Refusal if there is nothing to go on with, or the run needs code of its model that the command line does not allow
+    (`trusted`). `processes` is another `distributed.num_processes` than before, as typed. Under torchrun it has no say.
+    """
     from omegaconf import OmegaConf
 
     from sft.command_line import to_settings
@@ -98,8 +103,13 @@ def recorded_run(folder: Path) -> tuple[Settings, dict[str, Any]]:
     if problems:
         raise Refusal(problems)
     settings = to_settings(OmegaConf.create(record["settings"]))
+    check_trust(settings, what, trusted)
     if record.get("config_hash") != config_hash(settings):
         log.warning("The settings of %s were written by another version of this project.", folder)
+    if processes is not None:
+        settings.distributed.num_processes = int(processes) if processes.isdigit() else processes
+    elif "RANK" in os.environ:
+        settings.distributed.num_processes = 1
     return settings, record
 
 
@@ -130,9 +140,11 @@ def find_checkpoint(folder: Path, before: dict[str, Any] | None, data_hash: str)
 def take_up(folder: Path, checkpoint: Path | None, recorder: Any) -> None:
     """Bring the run's lines and final numbers to where they were at the checkpoint, or to nothing without one."""
     kept = checkpoints.read_state(checkpoint) if checkpoint else {}
-    checkpoints.cut_back(folder, kept.get("bytes", {}))
+    if recorder.writes:
+        checkpoints.cut_back(folder, kept.get("bytes", {}))
     if kept:
         recorder.restore(kept)
+    if kept and recorder.writes:
         recorder.tracking.remember(read_lines(folder / "samples.jsonl"))
         log.info("Resume from step %s", checkpoint.name.rpartition("-")[2])
 
@@ -158,7 +170,7 @@ def _taken(folder: Path) -> Problem:
 def _differences(record: dict[str, Any], settings: Settings) -> str:
     """The settings that differ, as `lora.r is 8 there and 16 here`; at most three are named."""
     there, here = _flat(record.get("settings") or {}), _flat(jsonable(settings))
-    keys = [k for k in here if k.partition(".")[0] not in ("tracking", "resume", "preflight") and there.get(k) != here[k]]
+    keys = [k for k in here if k.partition(".")[0] not in AROUND and there.get(k) != here[k]]
     told = [f"{key} is {json.dumps(there.get(key))} there and {json.dumps(here[key])} here" for key in keys[:3]]
     return ", ".join(told) + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
 

@@ -10,19 +10,19 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from sft import durable, fast, lora, models, preflight, resume, runtime, samples, shared
+from sft import distributed, durable, fast, lora, models, preflight, resume, runtime, samples, shared
 from sft import trainer as training
 from sft.batch import Split, with_split
 from sft.budget import TimeBudget
-from sft.command_line import command_text, to_settings
+from sft.command_line import PROCESSES, command_text, to_settings
 from sft.errors import Refusal, SaveFailed, first_line
 from sft.export import exporter, proof
 from sft.keys import leaf_keys
@@ -30,10 +30,11 @@ from sft.loop import Loop
 from sft.origins import find_origins
 from sft.printable import without_passwords
 from sft.records import read_json
-from sft.settings import Isolation, PreflightMode, Settings
+from sft.settings import Isolation, PreflightMode, Settings, Tracker
 from sft.smaller_passes import give_back
 from sft.tracking import Tracking
-from sft.validate import check_settings, resolve_backend
+from sft.trust import WORD, with_word
+from sft.validate import check_settings, processes_of, resolve_backend
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class Context:
     tags: tuple[str, ...] = ()
     origins: dict[str, str] = field(default_factory=dict)
     """Where the value of each setting comes from."""
+    logging: dict[str, Any] | None = None
+    """Hydra's logging of this job, for the process that a run of several ones speaks through."""
 
 
 def run_job(config: DictConfig) -> RunResult:
@@ -76,7 +79,8 @@ def run_job(config: DictConfig) -> RunResult:
     name = _job_name(choices, folder) if sweeping else _run_name(choices, overrides)
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     origins = find_origins(dict(hydra.runtime.choices), overrides, folders)
-    context = Context(name, command_text(), overrides, tuple(choices.values()), origins)
+    told = OmegaConf.to_container(hydra.job_logging, resolve=True)
+    context = Context(name, command_text(), overrides, tuple(choices.values()), origins, told)
 
     stack = contextlib.ExitStack()
 
@@ -84,7 +88,9 @@ def run_job(config: DictConfig) -> RunResult:
         nonlocal context
         settings = to_settings(config)
         if settings.resume:
-            settings, context = _recorded(folder, stack)
+            counts = [o.removeprefix(PROCESSES) for o in overrides if o.startswith(PROCESSES)]
+            settings, context = _recorded(folder, stack, settings.model.trust_remote_code, *counts[-1:])
+            context.logging = told
         problems = check_settings(settings)
         if problems:
             raise Refusal(problems)
@@ -152,8 +158,10 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
     failure is recorded and returned.
     """
     context = context or Context()
+    if processes_of(settings) > 1 and not distributed.launched():
+        return distributed.start(settings, folder, context)  # which come back to this function, in their own processes
     folder.mkdir(parents=True, exist_ok=True)
-    with resume.locked(folder):
+    with distributed.together(lambda: (settings, folder.absolute(), os.getcwd())), resume.locked(folder):
         problems = resume.check_folder(folder, settings, locked=True)
         if problems:
             raise Refusal(problems)
@@ -161,6 +169,7 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
         if before and not before.get("config_hash"):
             before = None  # it failed before anything began
         record = _start_record(settings, folder, context, before)
+        distributed.watch(record)
         try:
             return _run(settings, folder, context, record, before)
         except (Refusal, KeyboardInterrupt) as ending:
@@ -182,13 +191,15 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
 def _run(settings: Settings, folder: Path, context: Context, record: runtime.RunRecord, before: dict | None) -> RunResult:
     budget = TimeBudget(settings.trainer, exporter.count_artifacts(settings.export))
     runtime.prepare_environment()
-    stop = runtime.StopRequest()
+    stop = distributed.stop_request()
     with stop.listening():
         log.info("Run    %s", os.path.relpath(folder))
         backend = models.import_backend(settings)
         runtime.quiet_libraries()
         runtime.seed_everything(settings.seed)
         split = Split(**before["split"]) if before and before.get("split") else None
+        if split and split.gradient_accumulation_steps % processes_of(settings):
+            split = None  # decided for another number of processes
         found = preflight.examine(settings, folder, backend, context.origins, split)
         if found.problems:
             raise Refusal(found.problems)
@@ -197,8 +208,10 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
         settings = with_split(settings, found.split)
         proof.write_rows(folder, prepared)
         checkpoint = resume.find_checkpoint(folder, before, facts["data_hash"])
+        distributed.check_checkpoint(checkpoint, settings)
         _record_data(record, facts, checkpoint)
-        record.update(split=asdict(found.split))
+        record.update(split=asdict(found.split), processes=distributed.world_size())
+        distributed.broadcast((settings, checkpoint, facts["data_hash"]))
         tracking = Tracking()
         recorder = training.Recorder(folder, tracking)
         try:
@@ -212,15 +225,49 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
             saved = any((folder / "checkpoints").glob("checkpoint-*"))
             kept = "checkpoints/ has the last state" if saved else "nothing was saved yet"
             status, reason = "stopped", f"{interrupt or 'interrupted'}, at once; {kept}"
-        except Exception as error:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
+        except Exception as raised:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
+            error = distributed.find_cause(raised)
             status, reason = "failed", _reason(error)
-            told = {"type": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+            trace = "".join([traceback.format_exc(), *getattr(error, "__notes__", ())])
+            told = {"type": type(error).__name__, "message": str(error), "traceback": trace}
             record.facts["error"] = {key: without_passwords(text) for key, text in told.items()}
             _tell_failure(error, folder)
         metrics = recorder.final
         tracking.finish(status, metrics)
         record.facts |= {"metrics": metrics, "tracking": tracking.facts}
         return _finish(settings, folder, record, status, reason, metrics, stop)
+
+
+def follow() -> int:
+    """The same run as seen by any process but the first: it trains with it and writes nothing; returns the exit code.
+
+    Returns only on an error, which the first process is told; else the process ends when the first one does.
+    """
+    logging.disable(logging.CRITICAL)  # one speaks for all
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        distributed.join()
+        settings, folder, place = distributed.broadcast(None)
+        os.chdir(place)
+        distributed.watch(folder)
+        budget = TimeBudget(settings.trainer)
+        runtime.prepare_environment()
+        backend = models.import_backend(settings)
+        runtime.quiet_libraries()
+        runtime.seed_everything(settings.seed)
+        settings, checkpoint, data_hash = distributed.broadcast(None)  # as decided by the checks, which the first one makes
+        tokenizer, stop_ids = shared.load_tokenizer(settings)
+        prepared = shared.prepare_data(settings, tokenizer, stop_ids)
+        if prepared.facts["data_hash"] != data_hash:
+            raise RuntimeError("its rows are others than those of rank 0: the data differ on its machine")
+        settings = replace(settings, tracking=replace(settings.tracking, tracker=Tracker.none))
+        record, recorder = runtime.NoRecord(), training.Recorder(folder, Tracking())
+        stop = distributed.stop_request()
+        _train(settings, folder, Context(), backend, tokenizer, stop_ids, prepared, record, recorder, stop, budget, checkpoint)
+        distributed.wait_for_end()
+    except BaseException as error:
+        distributed.report(error)
+    return 1
 
 
 def _start_record(settings: Settings, folder: Path, context: Context, before: dict | None) -> runtime.RunRecord:
@@ -259,9 +306,11 @@ def _record_data(record: runtime.RunRecord, facts: dict, checkpoint: Path | None
     )
 
 
-def _recorded(folder: Path, stack: contextlib.ExitStack) -> tuple[Settings, Context]:
+def _recorded(
+    folder: Path, stack: contextlib.ExitStack, trusted: bool, processes: str | None = None
+) -> tuple[Settings, Context]:
     """Settings and context of the run in `folder`, for `resume=`; until `stack` closes, the run works where it began."""
-    settings, record = resume.recorded_run(folder)
+    settings, record = resume.recorded_run(folder, trusted, processes)
     stack.enter_context(resume.working_folder(record))
     named = (record.get("name", "run"), record.get("command", ""), record.get("overrides", ()), record.get("tags", ()))
     origins = dict.fromkeys(leaf_keys(), "run.json")
@@ -291,16 +340,22 @@ def _train(
     record.update(tracking=tracking.facts)
 
     prompts = samples.choose_prompts(prepared, settings, tokenizer)
+    sharded = distributed.shards(settings)
 
     def take_samples(step: int) -> None:
         if not prompts:
             return
         try:
-            lines = samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, stop.check)
+            check = stop.check if sharded else stop.check_here
+            lines = samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check)
         except torch.OutOfMemoryError as error:  # answers are looked at; nothing that is trained depends on them
+            if sharded:
+                raise  # the other processes wait for this one
             traceback.clear_frames(error.__traceback__)
             give_back()
             log.warning("Step %d: no answers, for which the memory was too small; training goes on.", step)
+            return
+        if not recorder.writes:
             return
         for line in lines:
             runtime.append_jsonl(folder / "samples.jsonl", line)
@@ -310,25 +365,34 @@ def _train(
         recorder.add({"step": step, "eos_share": share})
         tracking.samples(lines)
 
+    take_samples = distributed.alone(take_samples, settings)
+
+    def begin() -> None:
+        with budget.measured("samples"):
+            take_samples(0)
+
     loop = Loop(folder, stop, recorder, budget, take_samples, checkpoint)
+    loop.begin = begin if sharded else None
     trainer = training.build_trainer(model, tokenizer, prepared, settings, loop, backend)
     record.update(speed=asdict(trainer.fast))
     resume.take_up(folder, checkpoint, recorder)
-    if checkpoint is None:
-        with budget.measured("samples"):
-            take_samples(0)
+    if checkpoint is None and not sharded:
+        begin()
     stop.training = True
     with record.timed("train"):
         trainer.train()
     _keep_best(trainer, recorder)
-    with trainer.compute_loss_context_manager(), fast.uncompiled():  # what an export of these weights is held against
-        recorder.final["proof_loss"] = round(proof.row_losses(model, proof.read_rows(folder))[0], 6)
+    if distributed.is_first() or sharded:
+        with trainer.compute_loss_context_manager(), fast.uncompiled():  # what an export of these weights is held against
+            recorder.final["proof_loss"] = round(proof.row_losses(model, proof.read_rows(folder))[0], 6)
     with contextlib.suppress(runtime.Interrupted):
         if not stop.failure:
             stop.check()
             take_samples(trainer.state.global_step)
-    name = save_weights(model, tokenizer, settings, folder)
-    record.update(artifacts={name: name})
+    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
+    if distributed.is_first():
+        name = save_weights(model, tokenizer, settings, folder, weights)
+        record.update(artifacts={name: name})
     if stop.failure:
         return "failed", stop.failure
     if stop.wanted:
@@ -352,13 +416,16 @@ def _keep_best(trainer, recorder) -> None:
         final.pop("eval_loss", None)
 
 
-def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path) -> str:
-    """Save the adapter to adapter/ (the whole model to model/ without one), complete or not at all; returns the name."""
+def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path, weights: dict[str, Any] | None = None) -> str:
+    """Save the adapter to adapter/ (the whole model to model/ without one), complete or not at all; returns the name.
+
+    `weights` are those of the whole model, where this process has only a share of them.
+    """
     name = "adapter" if settings.lora.enabled else "model"
     with _told(name), durable.new_folder(folder / name, manifest=False) as work:
         embeds = {"embed_tokens", "lm_head"} & {*settings.lora.modules_to_save, *settings.lora.target_modules}
         options = {"save_embedding_layers": bool(embeds)} if settings.lora.enabled else {}
-        model.save_pretrained(str(work), **options)
+        model.save_pretrained(str(work), **options, **({"state_dict": weights} if weights is not None else {}))
         tokenizer.save_pretrained(work)
         (work / "README.md").unlink(missing_ok=True)  # PEFT's model card, with nothing of this run in it
     return name
@@ -398,7 +465,7 @@ def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResul
     else:
         log.info("Done   %s%s", status, f": {reason}" if reason else "")
     if status == "stopped":
-        log.info("       go on with: python train.py resume=%s", os.path.relpath(folder))
+        log.info("       go on with: %s", with_word(f"python train.py resume={os.path.relpath(folder)}", settings))
     for name, place in artifacts.items():
         log.info("       %-8s %s", name, os.path.relpath(folder / place))
     good = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
@@ -414,8 +481,10 @@ def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) 
     record.update()  # the export holds the saved weights against what the record says of the training
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**distributed.plain_environment(), "PYTHONPATH": path}
+    words = [WORD] if record.facts["settings"]["model"]["trust_remote_code"] else []  # this command has it from its user
     with record.timed("export"):
-        child = subprocess.Popen([sys.executable, "-m", "sft.export", str(folder)], env={**os.environ, "PYTHONPATH": path})
+        child = subprocess.Popen([sys.executable, "-m", "sft.export", *words, str(folder)], env=environment)
         while child.poll() is None:
             if stop.signal:
                 child.terminate()
@@ -430,7 +499,8 @@ def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) 
     for line in failures:
         log.error("export: %s", line)
     if failures:
-        log.error("hint: python scripts/export.py run=%s export.formats=[...]   exports again", os.path.relpath(folder))
+        again = f"python scripts/export.py run={os.path.relpath(folder)} export.formats=[...]"
+        log.error("hint: %s   exports again", " ".join([again, *words]))
     return failures
 
 
@@ -446,6 +516,8 @@ def _job_name(choices: dict[str, str], folder: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, distributed.RankLost):
+        return without_passwords(str(error))
     if isinstance(error, Refusal):
         return without_passwords("; ".join(f"{p.what}: {p.why}" for p in error.problems))
     text = without_passwords(str(error)).strip().splitlines()

@@ -7,6 +7,7 @@ from typing import Any
 from sft.errors import refuse
 from sft.records import read_json
 from sft.settings import Settings
+from sft.trust import check_trust
 
 
 def find_run(text: str) -> tuple[Path, Path | None]:
@@ -33,8 +34,11 @@ def find_run(text: str) -> tuple[Path, Path | None]:
     raise refuse(f"run={text}", why, f"run={near / close[0]}" if close else "run=outputs/<run>")
 
 
-def settings_of(folder: Path) -> tuple[Settings, dict[str, Any]]:
-    """The settings that a run was made with, and its record. Raises Refusal if its run.json holds none."""
+def settings_of(folder: Path, trusted: bool = False) -> tuple[Settings, dict[str, Any]]:
+    """The settings that a run was made with, and its record.
+
+    Raises Refusal if its run.json holds none, or has code of a model run while the command line does not (`trusted`).
+    """
     from omegaconf import OmegaConf
 
     from sft.command_line import to_settings
@@ -42,4 +46,6 @@ def settings_of(folder: Path) -> tuple[Settings, dict[str, Any]]:
     record = read_json(folder / "run.json")
     if "settings" not in record:
         raise refuse(f"run={folder}", "Its run.json holds no settings: nothing was trained.", "run=outputs/<another run>")
-    return to_settings(OmegaConf.create(record["settings"])), record
+    settings = to_settings(OmegaConf.create(record["settings"]))
+    check_trust(settings, f"run={folder}", trusted)
+    return settings, record

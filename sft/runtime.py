@@ -142,6 +142,17 @@ class RunRecord:
             seconds[part] = round(seconds.get(part, 0.0) + time.monotonic() - start, 2)
 
 
+class NoRecord(RunRecord):
+    """The same for a process that writes nothing."""
+
+    def __init__(self) -> None:
+        self.facts = {}
+
+    def update(self, **facts: Any) -> None:
+        """Keep the facts."""
+        self.facts |= facts
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is the old one or the whole new one, also after a power cut."""
     write_text(path, json.dumps(jsonable(content), ensure_ascii=False, indent=2, allow_nan=False) + "\n")
@@ -195,9 +206,13 @@ def row_seed(settings: Settings) -> int:
     return settings.seed if settings.dataset.seed is None else settings.dataset.seed
 
 
+AROUND = ("tracking", "resume", "export", "sweep", "preflight", "distributed")
+"""Settings that do not shape the result."""
+
+
 def config_hash(settings: Settings) -> str:
-    """Hash of the resolved settings that shape the result: not tracking, the time limit, exports, checks, or sweeps."""
-    shaping = {k: v for k, v in jsonable(settings).items() if k not in ("tracking", "resume", "export", "sweep", "preflight")}
+    """Hash of the resolved settings that shape the result: not tracking, the time limit, exports, checks, sweeps, processes."""
+    shaping = {k: v for k, v in jsonable(settings).items() if k not in AROUND}
     shaping["dataset"]["seed"] = row_seed(settings)
     shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in ("max_hours", "stop_at", "max_bad_steps")}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
@@ -330,8 +345,15 @@ class StopRequest:
 
     def check(self) -> None:
         """Raise Interrupted if a signal came: for the middle of what can be done again later."""
+        self.check_here()
+
+    def check_here(self) -> None:
+        """The same, asked by this process alone where there are several."""
         if self.signal:
             raise Interrupted(self.signal)
+
+    def agree(self) -> None:
+        """Where there are several processes: take over what the first one knows. Asked once a step."""
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:

@@ -122,6 +122,13 @@ class Gpu(Enum):
     h200 = "h200"
 
 
+class Strategy(Enum):
+    """How several processes share a run."""
+
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
 @dataclass
 class ModelSettings:
     """The model that is fine-tuned, and how it is loaded."""
@@ -146,7 +153,7 @@ class ModelSettings:
     """Attention kernel; `auto` leaves the choice to the backend."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model, on this machine and with your rights; without it such a model is refused.
-    Only for repositories you have read."""
+    Only for repositories you have read. Said anew beside `resume=` and by whoever chats with such a run or exports it."""
 
 
 @dataclass
@@ -397,6 +404,18 @@ class SweepSettings:
 
 
 @dataclass
+class DistributedSettings:
+    """Several processes for one run, one a GPU. Without effect on what is learnt: a step has the same rows."""
+
+    num_processes: int | str = 1
+    """Processes on this machine, which train.py starts through torchrun; `auto`: one for each GPU. Under a torchrun of your own
+    leave it alone."""
+    strategy: Strategy = Strategy.ddp
+    """`ddp`: each process has the whole model (LoRA, also on a 4-bit base). `fsdp`: each has a share of its weights (full
+    fine-tuning, models that one GPU does not hold)."""
+
+
+@dataclass
 class PreflightSettings:
     """The check before a weight is loaded. Without effect on what is learnt."""
 
@@ -421,13 +440,16 @@ class Settings:
     """How the jobs of a sweep are run."""
     preflight: PreflightSettings = field(default_factory=PreflightSettings)
     """The check before a weight is loaded."""
+    distributed: DistributedSettings = field(default_factory=DistributedSettings)
+    """Several processes for one run."""
     seed: int = 3407
     """Seed of the shuffling, the adapter's start and dropout."""
     resume: str | None = None
-    """Run folder to go on with, in place and with its own settings. Stands alone on the command line."""
+    """Run folder to go on with, in place and with its own settings. Stands alone on the command line, but for
+    `model.trust_remote_code=true` where the run has that."""
 
 
-GROUPS = ("model", "dataset", "lora", "trainer", "export", "tracking", "experiment", "sweep")
+GROUPS = ("model", "dataset", "lora", "trainer", "export", "tracking", "distributed", "experiment", "sweep")
 
 
 def register() -> None:

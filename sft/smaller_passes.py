@@ -1,7 +1,8 @@
 """A forward or backward pass that runs out of memory is made again with fewer rows at a time; the step stays the same.
 
 The loss of a step is a sum over its learnt tokens divided by their number, so that it can be had from any pieces. The step is
-made again from its first pass: a backward pass that broke off has left a part of its gradients behind.
+made again from its first pass: a backward pass that broke off has left a part of its gradients behind. Not where several
+processes share the step: the others are in the middle of adding up their gradients with it.
 """
 
 import gc
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from sft.distributed import world_size
 from sft.flat import cut
 from sft.render import IGNORED
 
@@ -60,7 +62,7 @@ class SmallerPasses:
                 return results
             except torch.OutOfMemoryError as error:
                 count = len(rows) if isinstance(rows, list) else len(cut(rows))
-                if count <= 1:
+                if count <= 1 or world_size() > 1:
                     raise
                 traceback.clear_frames(error.__traceback__)
                 self.evaluated_rows = count // 2
@@ -83,7 +85,7 @@ class SmallerPasses:
             return loss
         except torch.OutOfMemoryError as error:
             count = len(rows) if isinstance(rows, list) else len(cut(rows))
-            if count <= 1 or items is None:
+            if count <= 1 or items is None or world_size() > 1:
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold what has to be given back
             self.rows = count // 2

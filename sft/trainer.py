@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sft import fast, flat
+from sft import distributed, fast, flat
 from sft.bad_steps import BadSteps
 from sft.batch import planned_steps
 from sft.data import Prepared
@@ -28,6 +28,7 @@ class Recorder:
 
     def __init__(self, folder: Path, tracking: Tracking):
         self.path, self.tracking = folder / "metrics.jsonl", tracking
+        self.writes = distributed.is_first()
         self.final: dict[str, Any] = {}
         self.eval_step: int | None = None
 
@@ -41,8 +42,9 @@ class Recorder:
 
     def add(self, metrics: dict[str, Any]) -> None:
         """Write one line of metrics."""
-        append_jsonl(self.path, metrics)
-        self.tracking.log(metrics)
+        if self.writes:
+            append_jsonl(self.path, metrics)
+            self.tracking.log(metrics)
         self.final |= {k: v for k, v in metrics.items() if k in ("loss", "eval_loss", "tokens", "memory_gib")}
         if "eval_loss" in metrics:
             self.eval_step = metrics["step"]
@@ -62,6 +64,7 @@ def build_trainer(
     `loop.take_samples(step)` is called at the steps that `samples.every_steps` names, but not before the first and after the
     last one: those belong to the caller, who knows which weights are kept.
     """
+    import torch
     import transformers
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
     from trl import SFTTrainer
@@ -105,21 +108,37 @@ def build_trainer(
             predict = super().prediction_step
             results = self.smaller.evaluate(lambda batch: predict(model, batch, *args, **kwargs)[0], inputs)
             for loss, learnt in results:
-                self.eval_sum, self.eval_tokens = self.eval_sum + loss.double() * learnt, self.eval_tokens + learnt
+                loss = torch.where(learnt > 0, loss.double(), 0.0)  # a pass of fillers alone has no mean
+                self.eval_sum, self.eval_tokens = self.eval_sum + loss * learnt, self.eval_tokens + learnt
             return results[0][0], None, None
 
         def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
             self.eval_sum, self.eval_tokens = 0.0, 0
-            with fast.uncompiled() if choice.lengths else contextlib.nullcontext():
-                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            output.metrics[f"{metric_key_prefix}_loss"] = float(self.eval_sum / self.eval_tokens)
+            across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+            try:  # each process takes the mean of its own rows
+                with fast.uncompiled() if choice.lengths else contextlib.nullcontext():
+                    output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            finally:
+                self.args.average_tokens_across_devices = across
+            mean = distributed.total(self.eval_sum) / distributed.total(self.eval_tokens)
+            output.metrics[f"{metric_key_prefix}_loss"] = mean
             return output
 
+        def _get_train_sampler(self, train_dataset=None):
+            sampler = super()._get_train_sampler(train_dataset)
+            return distributed.share_rows(sampler, len(data.train), self.args.per_device_train_batch_size)
+
+        def _get_eval_sampler(self, eval_dataset):
+            sampler = super()._get_eval_sampler(eval_dataset)
+            return distributed.share_rows(sampler, len(data.eval), self.args.per_device_eval_batch_size)
+
+    args = training_arguments(settings, loop.folder, data.eval is not None, choice)
+    distributed.name_device(args)
     trainer = Trainer(
         model=model,
-        args=training_arguments(settings, loop.folder, data.eval is not None, choice),
-        train_dataset=_model_columns(data.train, settings),
-        eval_dataset=_model_columns(data.eval, settings) if data.eval is not None else None,
+        args=args,
+        train_dataset=_model_columns(data.train, tokenizer, settings),
+        eval_dataset=_model_columns(data.eval, tokenizer, settings) if data.eval is not None else None,
         processing_class=tokenizer,
     )
     trainer.fast = choice
@@ -148,14 +167,14 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool, choice:
     t, gpu = settings.trainer, torch.cuda.is_available()
     dtype = torch_dtype(settings.model)
     keep_best = has_eval and (t.load_best_model_at_end or bool(t.early_stopping_patience))
-    return SFTConfig(
+    options = dict(
         output_dir=str(folder / "checkpoints"),
         seed=settings.seed,
         num_train_epochs=t.num_train_epochs,
         max_steps=t.max_steps,
         per_device_train_batch_size=t.per_device_train_batch_size,
         per_device_eval_batch_size=t.per_device_eval_batch_size,
-        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        gradient_accumulation_steps=distributed.passes_of_rank(t.gradient_accumulation_steps),
         learning_rate=t.learning_rate,
         lr_scheduler_type=t.lr_scheduler_type,
         warmup_steps=t.warmup_steps,
@@ -187,8 +206,8 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool, choice:
         padding_free=None if gpu and resolve_backend(settings) == "unsloth" else False,
         remove_unused_columns=False,
         report_to="none",
-        **t.extra,
     )
+    return SFTConfig(**(options | distributed.training_options(settings, uses_checkpointing(settings)) | t.extra))
 
 
 def steps_between(every: float, total: int) -> int:
@@ -196,8 +215,8 @@ def steps_between(every: float, total: int) -> int:
     return math.ceil(total * every) if every < 1 else int(every)
 
 
-def _model_columns(dataset: Any, settings: Settings) -> Any:
-    columns = dataset.select_columns(["input_ids", "labels"])
+def _model_columns(dataset: Any, tokenizer: Any, settings: Settings) -> Any:
+    columns = distributed.with_filler(dataset.select_columns(["input_ids", "labels"]), tokenizer.pad_token_id)
     # No row is longer: sft.data saw to it. Unsloth asks for this word before it lays rows end to end without padding.
     columns._unsloth_truncated_to = settings.model.max_seq_length
     return columns
@@ -208,8 +227,15 @@ def _run_callback(trainer, settings: Settings) -> Any:
 
     loop, clock, recorder = trainer.loop, trainer.loop.clock, trainer.loop.recorder
 
+    def epochs(state: Any) -> float:
+        rows, at_once = len(trainer.bad_steps.rows), trainer.args.per_device_train_batch_size
+        return round(distributed.epochs_done(state.epoch or 0.0, rows, at_once), 4)
+
     class RunCallback(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
+            distributed.spread_random_state(settings.seed)
+            if loop.begin and loop.checkpoint is None:
+                loop.begin()
             trainer.restore()
 
         def on_prediction_step(self, args, state, control, **kwargs):
@@ -221,7 +247,7 @@ def _run_callback(trainer, settings: Settings) -> Any:
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             clock.lap()
-            line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+            line = {"step": state.global_step, "epoch": epochs(state)}
             line |= {k: logs[k] for k in ("loss", "eval_loss", "learning_rate", "grad_norm") if k in logs}
             if "loss" in logs:
                 trainer._tr_loss.zero_()  # transformers takes it from itself, and what is no number stays none
@@ -231,11 +257,11 @@ def _run_callback(trainer, settings: Settings) -> Any:
                 trainer.bad_steps.watch(state.global_step, logs["loss"])
                 if trainer.smaller.rows:
                     line["rows_at_once"] = trainer.smaller.rows
-                tokens, seconds = int(trainer.tokens_seen), clock.seconds
+                tokens, seconds = int(distributed.total(trainer.tokens_seen)), clock.seconds
                 line["tokens"] = tokens
                 since = max(seconds - clock.logged["seconds"], 1e-9)
                 line["tokens_per_second"] = round((tokens - clock.logged["tokens"]) / since, 1)
-                line["memory_gib"] = peak_memory_gib()
+                line["memory_gib"] = max(distributed.gathered(peak_memory_gib()))
                 clock.logged = {"tokens": tokens, "seconds": seconds}
             if "eval_loss" in logs:
                 log.info("step %4d   held-out loss %.4f", state.global_step, logs["eval_loss"])
@@ -257,12 +283,13 @@ def _run_callback(trainer, settings: Settings) -> Any:
                 recorder.final["loss_rose_at"] = trainer.bad_steps.rose_at
             if trainer.smaller.rows:  # a pass ran out of memory
                 recorder.final["rows_at_once"] = trainer.smaller.rows
-            recorder.final["steps"], recorder.final["epochs"] = state.global_step, round(state.epoch or 0.0, 4)
+            recorder.final["steps"], recorder.final["epochs"] = state.global_step, epochs(state)
             allocated = peak_allocated_gib()
             if allocated:
                 recorder.final["memory_allocated_gib"] = allocated
+            tokens = distributed.total(trainer.tokens_seen)
             if clock.seconds:
-                recorder.final["tokens_per_second"] = round(int(trainer.tokens_seen) / clock.seconds, 1)
+                recorder.final["tokens_per_second"] = round(int(tokens) / clock.seconds, 1)
 
     return RunCallback()
 

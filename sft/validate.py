@@ -22,7 +22,7 @@ from sft import settings as schema
 from sft.batch import check_split
 from sft.budget import moment_of
 from sft.errors import Problem
-from sft.settings import Backend, Dtype, GgufSettings, LoraSettings, PreflightMode, Settings, TrackingMode
+from sft.settings import Backend, Dtype, GgufSettings, LoraSettings, PreflightMode, Settings, Strategy, TrackingMode
 
 TEXT_FORMATS = (".json", ".jsonl", ".csv", ".parquet")
 ANSWER_ROLES = ("output", "completion")
@@ -51,6 +51,8 @@ DECIDED_ELSEWHERE = {
     "logging_strategy": "trainer.logging_steps",
     "metric_for_best_model": "trainer.load_best_model_at_end",
     "greater_is_better": "trainer.load_best_model_at_end",
+    "fsdp": "distributed.strategy",
+    "fsdp_config": "distributed.strategy",
 }
 # SFTConfig options that cannot act on rows which are tokenised and masked before TRL sees them.
 WITHOUT_EFFECT = {
@@ -59,6 +61,10 @@ WITHOUT_EFFECT = {
     "eos_token", "pad_token", "remove_unused_columns", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy",
     "hub_private_repo", "hub_always_push", "hub_revision", "include_num_input_tokens_seen", "shuffle_dataset",
 }  # fmt: skip
+
+# SFTConfig options by which the processes of a run would see other rows than one process does, or another mean of the loss.
+ONE_PROCESS = {"accelerator_config", "auto_find_batch_size", "average_tokens_across_devices", "dataloader_drop_last",
+               "ignore_data_skip", "train_sampling_strategy"}  # fmt: skip
 
 HUB_NAME_LENGTH = 96 - len("-bnb-4bit")  # of a repository, before the longest suffix of sft/export/hub.py
 
@@ -72,7 +78,8 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_lora(settings),
         *_check_dataset(settings),
         *_check_trainer(settings),
-        *check_split(settings.trainer),
+        *check_split(settings.trainer, processes_of(settings) if is_process_count(settings) else 1),
+        *_check_distributed(settings),
         *_check_preflight(settings),
         *_check_extra(settings.trainer.extra),
         *_check_export(settings),
@@ -80,6 +87,55 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
     ]
     if hardware and settings.preflight.gpu is None:
         problems += _check_hardware(settings)
+    return problems
+
+
+def processes_of(settings: Settings) -> int:
+    """Processes that train together: those torchrun has started, else what the settings ask for."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    wanted = settings.distributed.num_processes
+    return max(1, gpu_count()) if wanted == "auto" else int(wanted)
+
+
+def is_process_count(settings: Settings) -> bool:
+    """Whether `distributed.num_processes` is one of the values it can have."""
+    wanted = settings.distributed.num_processes
+    return wanted == "auto" or (isinstance(wanted, int) and wanted >= 1)
+
+
+def _check_distributed(settings: Settings) -> list[Problem]:
+    wanted, strategy = settings.distributed.num_processes, settings.distributed.strategy
+    what, problems = f"distributed.num_processes={wanted}", []
+    if not is_process_count(settings):
+        return [Problem(what, "It has to be at least 1, or auto for one for each GPU.", "distributed.num_processes=2")]
+    count = processes_of(settings)
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if count > 1 and "RANK" in os.environ and isinstance(wanted, int) and wanted not in (1, started):
+        why = f"torchrun has started {started} processes on this machine, so that {wanted} would be ignored."
+        problems.append(Problem(what, why, f"leave it out   or   torchrun --nproc-per-node {wanted} train.py ..."))
+    if count == 1 and strategy == Strategy.fsdp and wanted != "auto":  # how many that is, this machine says
+        why = "A single process has nothing to share the weights out among."
+        problems.append(Problem("distributed.strategy=fsdp", why, "distributed=none   or   distributed.num_processes=2"))
+    if strategy == Strategy.fsdp:
+        for bits in ("4bit", "8bit"):
+            if getattr(settings.model, f"load_in_{bits}"):
+                why = f"{bits[0]}-bit weights are not shared out: each GPU would hold all of them."
+                fix = f"model.load_in_{bits}=false   or   distributed.strategy=ddp"
+                problems.append(Problem(f"distributed.strategy=fsdp model.load_in_{bits}=true", why, fix))
+        if settings.model.backend == Backend.unsloth:
+            why = "Unsloth's kernels take whole weights, and each process has a share of them."
+            fix = "model.backend=transformers   or   distributed.strategy=ddp"
+            problems.append(Problem("distributed.strategy=fsdp model.backend=unsloth", why, fix))
+    if count > 1:
+        problems += [
+            Problem(
+                f"trainer.extra.{name}={settings.trainer.extra[name]}",
+                f"The {count} processes would not train on the rows that one process does.",
+                f"leave trainer.extra.{name} out   or   distributed=none",
+            )
+            for name in sorted(ONE_PROCESS & set(settings.trainer.extra))
+        ]
     return problems
 
 
@@ -518,6 +574,16 @@ def _check_hub_repo(repo: str | None) -> list[Problem]:
 def _check_hardware(settings: Settings) -> list[Problem]:
     model, problems = settings.model, []
     gpu = gpu_present()
+    wanted, here = settings.distributed.num_processes, gpu_count()
+    if wanted == "auto" and not gpu:
+        why = "auto counts the GPUs, and none is found here."
+        problems.append(Problem("distributed.num_processes=auto", why, "distributed=none   or   distributed.num_processes=2"))
+    elif wanted == "auto" and here == 1 and settings.distributed.strategy == Strategy.fsdp:
+        why = "One GPU is found here, and a single process has nothing to share the weights out among."
+        problems.append(Problem("distributed.strategy=fsdp", why, "distributed=none"))
+    if gpu and isinstance(wanted, int) and wanted > here:
+        why = f"Each process needs a GPU of its own, and {here} {'is' if here == 1 else 'are'} found here."
+        problems.append(Problem(f"distributed.num_processes={wanted}", why, f"distributed.num_processes={here}"))
     for bits in ("4bit", "8bit"):
         if getattr(model, f"load_in_{bits}") and not gpu:
             why = f"{bits[0]}-bit weights need an NVIDIA GPU, and none is found here."
@@ -550,6 +616,8 @@ def resolve_backend(settings: Settings) -> str:
     """`unsloth` or `transformers`: what `model.backend` comes to on this machine."""
     if settings.model.backend != Backend.auto:
         return settings.model.backend.value
+    if settings.distributed.strategy == Strategy.fsdp:
+        return "transformers"
     if settings.preflight.gpu:  # on another machine, which has what is advised for it
         return "transformers" if settings.lora.use_dora else "unsloth"
     usable = gpu_present() and importlib.util.find_spec("unsloth") is not None and not settings.lora.use_dora
@@ -558,18 +626,23 @@ def resolve_backend(settings: Settings) -> str:
 
 def gpu_present() -> bool:
     """Whether an NVIDIA GPU can be used, asked of the driver without importing torch or starting CUDA."""
+    return gpu_count() > 0
+
+
+def gpu_count() -> int:
+    """How many NVIDIA GPUs can be used, asked in the same way."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
-        return False
+        return 0
     try:
         import pynvml
 
         pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
         pynvml.nvmlShutdown()
-        return count > 0
+        return min(count, len(visible.split(","))) if visible else count
     except Exception:  # no driver, no library, or no right to ask: every one of them means no usable GPU
-        return False
+        return 0
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """python -m sft.export RUN_FOLDER: the exports that run.json asks for, in a process of their own, at the end of a run.
 
+Before the folder stands model.trust_remote_code=true where the run was allowed it.
 A fresh process gives the training's memory back, is free of what Unsloth patched into the libraries, and survives nothing
 of the training but its files: what is measured is what was saved.
 """
@@ -10,9 +11,10 @@ from pathlib import Path
 
 from sft import runtime
 from sft.export.program import end_with_parent
+from sft.trust import WORD
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, trusted: bool = False) -> int:
     """Export and verify; 1 if an artifact failed, 2 if it was refused."""
     end_with_parent()
     handlers = [runtime.ConsoleHandler(), runtime.LogFile(folder / "train.log", encoding="utf-8")]
@@ -24,7 +26,7 @@ def main(folder: Path) -> int:
     from sft.runs import settings_of
 
     try:
-        report = exporter.export_run(folder, settings_of(folder)[0])
+        report = exporter.export_run(folder, settings_of(folder, trusted)[0])
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         return 2
@@ -35,4 +37,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[-1]), WORD in sys.argv))

@@ -3,6 +3,7 @@
 One model is in memory at a time. Whatever fails, the trained weights and the exports made before stay as they are.
 """
 
+import functools
 import logging
 import os
 import shutil
@@ -58,7 +59,10 @@ def export_run(folder: Path, settings: Settings, weights: Path | None = None) ->
     why = "Another process is exporting this run."
     taken = Problem(f"run={folder}", why, "wait until it ends, or stop it with Ctrl-C")
     with resume.locked(place, taken, seconds=5):  # one whose run was killed a moment ago is on its way out
-        return _export(folder, settings, weights)
+        try:
+            return _export(folder, settings, weights)
+        except OSError as error:  # a disk that is full or fails, outside of a single artifact
+            raise ExportError(f"the export could not go on: {first_line(error)}") from error
 
 
 def _export(folder: Path, settings: Settings, weights: Path | None) -> dict[str, Any]:
@@ -85,18 +89,19 @@ def _export(folder: Path, settings: Settings, weights: Path | None) -> dict[str,
             model = merge.merge(model)
             try:
                 merge.save(model, trained.tokenizer, trained.stop_ids, merged, _source(trained))
-            except OSError as error:
-                raise ExportError(f"the merged weights could not be saved: {error}") from error
+            except Exception as error:  # safetensors raises its own on a full disk
+                raise ExportError(f"the merged weights could not be saved: {first_line(error)}") from error
         del model
         runtime.release_memory()
         if "adapter" in wanted.formats:
             _attempt(report, "adapter", lambda: _copy_adapter(trained))
+        rounded = None
         if "merged_16bit" in wanted.formats:
-            _prove_folder(trained, report, reference, "merged_16bit", merged, None, begun)
+            rounded = _prove_folder(trained, report, reference, "merged_16bit", merged, None, begun)
         if "merged_4bit" in wanted.formats:
             _make_4bit(trained, report, reference, merged)
         if "gguf" in wanted.formats:
-            _make_gguf(trained, report, reference, merged)
+            _make_gguf(trained, report, reference, rounded, merged)
     finally:
         if merged.name.startswith("."):
             shutil.rmtree(merged, ignore_errors=True)
@@ -228,11 +233,18 @@ def _make_4bit(trained: Trained, report: dict, reference: proof.Measurement, mer
         _prove_folder(trained, report, reference, "merged_4bit", place, limit, begun)
 
 
-def _make_gguf(trained: Trained, report: dict, reference: proof.Measurement, merged: Path) -> None:
-    """One file a type; f16 is made for all of them, and kept if it was asked for."""
+def _make_gguf(
+    trained: Trained, report: dict, reference: proof.Measurement, rounded: proof.Measurement | None, merged: Path
+) -> None:
+    """One file a type; f16 is made for all of them, and kept if it was asked for.
+
+    `rounded` is what the merged 16-bit weights do in transformers, if that is known already.
+    """
     wanted, place = trained.settings.export, trained.folder / "export" / "gguf"
     kinds = wanted.gguf.quantizations
     whole = place / ("model-f16.gguf" if "f16" in kinds else ".model-f16.gguf")
+    if rounded is None and set(kinds) & set(gguf.HIGH_PRECISION):
+        rounded = _answers_of(trained, merged)
     try:
         for kind in sorted(kinds, key=lambda k: k != "f16"):
             name, file, begun = f"gguf/{kind}", place / f"model-{kind}.gguf", time.monotonic()
@@ -246,9 +258,8 @@ def _make_gguf(trained: Trained, report: dict, reference: proof.Measurement, mer
                     made = _attempt(report, name, lambda k=kind, f=file: gguf.quantise(whole, f, k))
             if made:
                 _write_modelfile(trained, report, file)
-                _attempt(
-                    report, name, lambda n=name, f=file, k=kind, b=begun: _prove_gguf(trained, report, reference, n, f, k, b)
-                )
+                proving = functools.partial(_prove_gguf, trained, report, reference, rounded, name, file, kind, begun)
+                _attempt(report, name, proving)
         if wanted.gguf.adapter:
             _make_gguf_adapter(trained, report, merged, whole)
     finally:
@@ -361,8 +372,11 @@ def _last_samples(trained: Trained) -> dict[int, str]:
     return {line["index"]: line["completion"] for line in lines if line["step"] == last}
 
 
-def _prove_folder(trained, report, reference, name: str, place: Path, limit: float | None, begun: float) -> None:
-    """Load a model folder afresh, compare it, and note the result."""
+def _prove_folder(
+    trained, report, reference, name: str, place: Path, limit: float | None, begun: float
+) -> proof.Measurement | None:
+    """Load a model folder afresh, compare it, and note the result; returns what it does, None if it could not be measured."""
+    measured = []
 
     def prove() -> None:
         from transformers import AutoTokenizer, GenerationConfig
@@ -383,6 +397,7 @@ def _prove_folder(trained, report, reference, name: str, place: Path, limit: flo
             ids if isinstance(ids, list) else [ids] if ids is not None else [], tokenizer.pad_token_id,
         )  # fmt: skip
         facts = {"peak_memory_gib": runtime.peak_memory_gib()}
+        measured.append(found)
         del model
         runtime.release_memory()
         numbers, compared = verify.compare_numbers(reference, found, trained.dtype, limit)
@@ -390,9 +405,29 @@ def _prove_folder(trained, report, reference, name: str, place: Path, limit: flo
         _note(trained, report, name, place, [*checks, *numbers], facts, begun)
 
     _attempt(report, name, prove)
+    return measured[0] if measured else None
 
 
-def _prove_gguf(trained, report, reference, name: str, file: Path, kind: str, begun: float) -> None:
+def _answers_of(trained: Trained, merged: Path) -> proof.Measurement | None:
+    """What the merged 16-bit weights answer in transformers; None, with a warning, where it cannot load them."""
+    rows, new = trained.rows[: trained.settings.export.num_prompts], trained.settings.samples.max_new_tokens
+    try:
+        model = merge.load_merged(merged, _torch_dtype(trained))
+    except Exception as error:  # such as a model that needs code of its own
+        log.warning("GGUF answers are not held against the merged weights, which did not load: %s", first_line(error))
+        return None
+    measured = proof.measure_torch(model, rows, len(rows), new, trained.stop_ids, trained.tokenizer.pad_token_id)
+    del model
+    runtime.release_memory()
+    return measured
+
+
+def _prove_gguf(trained, report, reference, rounded, name: str, file: Path, kind: str, begun: float) -> None:
+    """Measure a GGUF file in llama.cpp and note the result.
+
+    A lossless one holds the merged 16-bit weights, so that it is also held against these in transformers: between the two
+    lies no rounding of weights, only llama.cpp's arithmetic.
+    """
     wanted = trained.settings.export
     new = trained.settings.samples.max_new_tokens
     found = gguf.measure(file, trained.rows, wanted.num_prompts, new, trained.stop_ids, trained.texts)
@@ -408,8 +443,13 @@ def _prove_gguf(trained, report, reference, name: str, file: Path, kind: str, be
     held.chats = trained.tokens.chats if template == trained.tokens.chat_template else [template or ""]
     checks = verify.compare_tokens(trained.tokens, held, tokenizer.bos_token_id)
     limit = None if kind in gguf.HIGH_PRECISION else wanted.max_loss_increase
-    # llama.cpp keeps keys and values in 16 bits, so that its f16 is as exact as a 16-bit type of torch's.
+    # llama.cpp rounds what it multiplies f16 weights with to 16 bits, so that it is as exact as a 16-bit type of torch's.
     numbers, facts = verify.compare_numbers(reference, found["measurement"], "float16", limit)
+    if limit is None and rounded is not None:
+        tie = verify.TIE[trained.dtype]
+        check, answers = verify.compare_answers("answers_of_merged", rounded, found["measurement"], tie)
+        numbers.append(check)
+        facts |= {"as_merged": answers["answers_equal"], "partings_from_merged": answers["partings"]}
     _note(trained, report, name, file, [*checks, *numbers], facts, begun)
 
 

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,11 @@ def convert(merged: Path, target: Path, kind: str = "f16") -> None:
 def quantise(source: Path, target: Path, kind: str) -> None:
     """Quantise a GGUF file to llama.cpp's type `kind` (q4_k_m ...), complete or not at all. Raises ExportError."""
     with _beside(target) as work:
-        _llama_cpp({"do": "quantise", "source": str(source), "target": str(work), "kind": file_types()[kind]})
+        try:
+            _llama_cpp({"do": "quantise", "source": str(source), "target": str(work), "kind": file_types()[kind]})
+        except ExportError as error:  # of a full disk llama.cpp says `iostream error`
+            free = shutil.disk_usage(work.parent).free / 2**30
+            raise ExportError(f"{error} ({free:.2f} GiB of the disk are free)") from error
 
 
 def write_adapter(adapter: Path, merged: Path, whole: Path, target: Path) -> int:
@@ -114,7 +119,7 @@ def _run(command: list[str], what: str, environment: dict[str, str] | None = Non
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env={**os.environ, **quiet})
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if "error" in line.lower()]
+        errors = [line for line in lines if "error" in line.lower() and "RuntimeError: llama_model_quantize" not in line]
         reason = (errors or lines or [f"exit code {done.returncode}"])[-1].strip()
         raise ExportError(f"could not {what}: {reason[:300]}")
 

@@ -4,12 +4,13 @@ The format is llama.cpp's (docs/development in ggml-org/llama.cpp, and its loade
 `adapter.type` lora, `adapter.lora.alpha`, and for each weight two tensors, `<name>.lora_a` and `<name>.lora_b`.
 """
 
+import contextlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from sft.errors import ExportError
+from sft.errors import ExportError, first_line
 
 
 def write_adapter(adapter: Path, merged: Path, whole: Path, target: Path) -> int:
@@ -49,10 +50,15 @@ def write_adapter(adapter: Path, merged: Path, whole: Path, target: Path) -> int
             raise ExportError(f"llama.cpp's converter changes the layer {path}, so its adapter cannot be kept alone")
         writer.add_tensor(f"{name}.lora_a", matrices[f"{module}.lora_A.weight"].float().contiguous().numpy())
         writer.add_tensor(f"{name}.lora_b", matrices[f"{module}.lora_B.weight"].float()[order].contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    except OSError as error:  # numpy's says how many bytes were written, and not that the disk is full
+        raise ExportError(f"the adapter could not be written, as on a full disk: {first_line(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):  # what is left in its buffer does not fit either
+            writer.close()
     return len(modules)
 
 

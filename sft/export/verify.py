@@ -84,20 +84,10 @@ def compare_numbers(
     else:
         allowed = limit
         checks = [Check("loss", increase <= allowed, f"at most {trained.loss + allowed:.4f}", f"{found.loss:.4f}")]
-    equal, ties, wrong = 0, 0, []
-    for i, (a, b) in enumerate(zip(trained.answers, found.answers, strict=False)):
-        if a == b:
-            equal += 1
-        elif is_near_tie(a, b, trained.tops[i], TIE[dtype]):
-            ties += 1
-        else:
-            wrong.append(i)
-    compared = min(len(trained.answers), len(found.answers))
+    judged, answers = compare_answers("answers", trained, found, TIE[dtype])
+    compared = answers["answers"]
     if limit is None:
-        told = (
-            f"{equal} the same" + (f", {ties} after a near tie" if ties else "") + (f", {len(wrong)} others" if wrong else "")
-        )
-        checks.append(Check("answers", not wrong, f"{compared} the same, near ties aside", told))
+        checks.append(judged)
     if any(trained.finished[:compared]):
         told = f"{sum(trained.finished[:compared])} of {compared} end by themselves"
         checks.append(Check("ends_answers", any(found.finished), told, f"{sum(found.finished)} of {compared}"))
@@ -105,21 +95,39 @@ def compare_numbers(
         "loss": round(found.loss, 6),
         "loss_increase": round(increase, 6),
         "limit": allowed,
-        "answers": compared,
-        "answers_equal": equal,
-        "near_ties": ties,
+        **answers,
         "eos_share": round(found.eos_share, 4),
     }
     return checks, facts
 
 
-def is_near_tie(trained: list[int], found: list[int], tops: list[dict[int, float]], tie: float) -> bool:
-    """Whether two answers part at a place where the trained model found both tokens about equally likely."""
-    at = next((k for k, (a, b) in enumerate(zip(trained, found, strict=False)) if a != b), None)
-    if at is None or at >= len(tops):
-        return False  # one is the other's beginning: an end mark was lost, or came too early
-    scores = tops[at]
-    return found[at] in scores and scores[trained[at]] - scores[found[at]] <= tie
+def compare_answers(name: str, reference: Measurement, found: Measurement, tie: float) -> tuple[Check, dict[str, Any]]:
+    """(check, facts) of greedy answers: the same, or they part where the reference found both tokens about equally likely."""
+    compared = min(len(reference.answers), len(found.answers))
+    partings = find_partings(reference, found)
+    near = [parting["gap"] for parting in partings if parting["gap"] is not None and parting["gap"] <= tie]
+    equal, wrong = compared - len(partings), len(partings) - len(near)
+    ties = f", {len(near)} after a near tie (at most {max(near):.4f} nats apart)" if near else ""
+    told = f"{equal} the same{ties}" + (f", {wrong} others" if wrong else "")
+    facts = {"answers": compared, "answers_equal": equal, "near_ties": len(near), "partings": partings}
+    facts |= {"widest_tie": max(near)} if near else {}
+    return Check(name, not wrong, f"{compared} the same, near ties aside", told), facts
+
+
+def find_partings(reference: Measurement, found: Measurement) -> list[dict[str, Any]]:
+    """Where answers part: the number of the prompt, that of the first other token, and the gap there.
+
+    The gap is how much likelier, in nats, the reference found its own token than the other one. None where one answer is the
+    beginning of the other (an end mark was lost, or came too early), and where the other token was not among the likeliest.
+    """
+    partings = []
+    for i, (a, b) in enumerate(zip(reference.answers, found.answers, strict=False)):
+        if a != b:
+            at = next((k for k, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
+            scores = reference.tops[i][at] if at < min(len(a), len(b), len(reference.tops[i])) else {}
+            gap = round(scores[a[at]] - scores[b[at]], 6) if scores and b[at] in scores else None
+            partings.append({"prompt": i, "token": at, "gap": gap})
+    return partings
 
 
 def _pad(tokens: Tokens) -> str:

@@ -5,6 +5,7 @@ finished is found by them. Nothing is stored besides.
 """
 
 import logging
+import sys
 from typing import Any
 
 from omegaconf import DictConfig
@@ -32,3 +33,13 @@ def make_search(sampler: Any, n_trials: int, n_jobs: int, params: DictConfig | N
         custom_search_space=None,
         params=params,
     )
+
+
+def search(sweeper: Any, arguments: list[str]) -> None:
+    """Run a search to its end, also one whose jobs all failed: the table says why, and the exit code is theirs."""
+    try:
+        sweeper.sweep(arguments)
+    except ValueError as error:  # Optuna's, asked for the best of none
+        if "No trials are completed" not in str(error):
+            raise
+        print("Search no job has a held-out loss, so there are no best settings.", file=sys.stderr, flush=True)

@@ -1,6 +1,10 @@
 """Exports of a tiny run: every format holds, every planted fault is caught, and nothing half-made is left."""
 
+import contextlib
+import errno
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -9,6 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from scripts.export import main
+from scripts.fault_campaign import export_hashes
+from sft import runtime
 from sft.errors import ExportError, Refusal
 from sft.export import exporter, gguf, merge
 from sft.run import run
@@ -326,8 +333,6 @@ def test_a_checkpoint_is_exported_too(copied):
     ],
 )
 def test_mistakes_are_refused_before_anything_is_loaded(trained, options, told, capsys):
-    from scripts.export import main
-
     assert main([option.replace("{run}", str(trained)) for option in options]) == 2
     assert told in capsys.readouterr().err
 
@@ -354,6 +359,64 @@ def test_a_full_disk_is_told_before_anything_is_made(copied, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 10))
     with pytest.raises(Refusal, match="GiB are free"):
         export(copied)
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file grows beyond 100 kB in this process and those that it starts: every write of weights fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@needs_gguf
+@pytest.mark.parametrize(
+    ("module", "step", "words"),
+    [
+        (merge, "save", ["export=merged_16bit"]),
+        (merge, "save_4bit", ["export=merged_4bit"]),
+        (gguf, "convert", ["export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[f16]"]),
+        (gguf, "quantise", ["export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[q8_0]"]),
+        (
+            gguf,
+            "write_adapter",
+            ["export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[f16]", "export.gguf.adapter=true"],
+        ),
+        (runtime, "write_json", ["export=adapter"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_disk_that_fills_up_ends_an_export_in_a_line_and_the_next_one_completes(
+    trained, copied, monkeypatch, capfd, module, step, words
+):
+    """What is there under its own name is whole; the rest is absent, and nothing hidden is left."""
+    shutil.rmtree(copied / "export")
+    original = getattr(module, step)
+
+    def on_a_full_disk(*args, **options):
+        if step == "write_json":  # smaller than the limit
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with full_disk():
+            return original(*args, **options)
+
+    monkeypatch.setattr(module, step, on_a_full_disk)
+    assert main([f"run={copied}", *words]) == 1
+    told = capfd.readouterr().err
+    lines = [line for line in told.splitlines() if line.startswith("Failed: ")]
+    reasons = ("too large", "No space left", "GiB of the disk are free", "as on a full disk")
+    assert len(lines) == 1 and any(reason in lines[0] for reason in reasons), told[-3000:]
+    assert "Traceback" not in told
+    whole = export_hashes(trained)
+    files = {name: value for name, value in export_hashes(copied).items() if name.startswith("export/")}
+    assert files.items() <= whole.items()
+    assert not [p for p in (copied / "export").rglob("*") if p.name.startswith(".")]
+
+    monkeypatch.undo()
+    assert main([f"run={copied}", *words]) == 0
+    assert export_hashes(copied).items() <= whole.items() and len(export_hashes(copied)) > len(files)
 
 
 def test_a_run_without_its_rows_says_so(copied):

@@ -1,5 +1,8 @@
-"""What a run leaves behind holds no secret, whatever it was told; and a checkpoint that was tampered with runs no code."""
+"""What a run leaves behind holds no secret, whatever it was told; a checkpoint that was tampered with runs no code, and
+neither does a run folder that came from elsewhere.
+"""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,12 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from sft import durable, embedded
+from sft.command_line import to_settings
 from sft.run import run
+from sft.runtime import config_hash
 from sft.settings import Settings
 from tests.conftest import ROOT, SMALL, make_settings
-from tests.unit.test_safety import write_pickle
+from tests.unit.test_safety import add_code, change, write_pickle
 
 # -------------------------------------------------------------------------------------------------------------- secrets
 
@@ -125,3 +131,47 @@ def test_a_checkpoint_with_a_hostile_pickle_runs_no_code(tmp_path, stopped, name
 def test_a_checkpoint_as_it_was_goes_on(tmp_path, stopped):
     shutil.copytree(stopped, tmp_path / "run")
     assert run(job(), tmp_path / "run").status == "finished", "else the tests above would prove nothing"
+
+
+# ----------------------------------------------------------------------------------------------------- a stranger's folder
+
+WORD = "model.trust_remote_code=true"
+
+
+@pytest.fixture
+def strange(tmp_path, stopped):
+    """A run folder whose run.json allows code, with code in its model and its tokenizer; and what that code makes."""
+    folder, model, marker = tmp_path / "run", tmp_path / "model", tmp_path / "code_was_run"
+    shutil.copytree(stopped, folder)
+    shutil.copytree(embedded.local_model("tiny_random"), model)
+    add_code(model, marker, "config")
+    add_code(folder / "adapter", marker, "tokenizer")
+    settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+    settings["model"] |= {"name": str(model), "trust_remote_code": True}
+    change(folder / "run.json", settings=settings, config_hash=config_hash(to_settings(OmegaConf.create(settings))))
+    return folder, marker
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("train.py", ["resume={run}"]),
+        ("scripts/preview.py", ["resume={run}"]),
+        ("scripts/chat.py", ["run={run}", "prompt=hello"]),
+        ("scripts/chat.py", ["run={run}", "against=base", "prompt=hello"]),
+        ("scripts/export.py", ["run={run}", "export=merged_16bit"]),
+        ("-m", ["sft.export", "{run}"]),
+    ],
+    ids=["resume", "preview", "chat", "base", "export", "module"],
+)
+def test_a_run_folder_from_elsewhere_runs_no_code_unless_this_command_says_so(tmp_path, strange, program, words):
+    folder, marker = strange
+    program = program if program == "-m" else str(ROOT / program)
+    command = [sys.executable, program, *(word.replace("{run}", str(folder)) for word in words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert refused.returncode == 2 and WORD in refused.stderr and "Traceback" not in refused.stderr, refused.stderr[-3000:]
+    assert not marker.exists()
+    command.insert(-1 if program == "-m" else len(command), WORD)
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=200)
+    assert marker.exists(), "else this test would prove nothing"

@@ -29,3 +29,12 @@ def test_a_search_survives_failures_and_a_kill_and_proposes_the_same_again(place
     assert all(job["overrides"]["trainer.per_device_train_batch_size"] == "1" for job in finished)
     assert len((place / "s" / "leaderboard.csv").read_text(encoding="utf-8").splitlines()) == 7
     assert "best_value" in (place / "s" / "optimization_results.yaml").read_text(encoding="utf-8")
+
+
+def test_a_search_whose_jobs_all_fail_ends_with_its_table(place):  # noqa: F811
+    command = ("sweep=random", *QUICK, "hydra.sweeper.n_trials=2", "trainer.per_device_train_batch_size=5",
+               "lora.r=choice(2,4)", "hydra.sweep.dir=s")  # fmt: skip
+    assert sweep(place, *command) == 1, log_of(place)[-3000:]
+    assert {job["status"] for job in jobs_of(place / "s")} == {"failed"}
+    told = log_of(place).rpartition("Search no job has a held-out loss")[2]
+    assert "failed" in told and "leaderboard.csv" in told and "planted: 5 rows do not fit" in told and "Traceback" not in told

@@ -18,7 +18,7 @@ from sft.export.card import clean, code, fence, write_card
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ROW = {"status": "ok", "loss": 2.1, "loss_increase": 0.0003, "limit": 0.01, "answers_equal": 7, "near_ties": 1, "answers": 8,
-       "eos_share": 1.0, "size_bytes": 271_000_000, "seconds": 3.2, "failed": [],
+       "widest_tie": 0.0123, "eos_share": 1.0, "size_bytes": 271_000_000, "seconds": 3.2, "failed": [],
        "checks": [{"name": "loss", "ok": True, "expected": "2.1", "found": "2.1"}]}  # fmt: skip
 FAILED = {"status": "failed", "loss": 9.9, "failed": ["loss"],
           "checks": [{"name": "loss", "ok": False, "expected": "at most 2.11", "found": "9.9 in /home/me/y.gguf"}]}  # fmt: skip
@@ -184,7 +184,7 @@ def test_the_card_tells_the_whole_story(card):
     for words in (
         "fine-tuned on `twists`", "`7574b874`", "234 rows trained on, 26 held out", "| `lora.r` | `8` | `16` |",
         "2.9000 before, 2.1000 after", "| 0 | 3.0000 | 2.9000 |", "| 30 | 2.0000 | 2.1500 |", "Because.", "So that.", "Thus.",
-        "| `adapter` | passed | 2.1000 | +0.0003 | 0.01 | 7 of 8, near ties: 1 | 100% | 271.0 MB |",
+        "| `adapter` | passed | 2.1000 | +0.0003 | 0.01 | 7 of 8, near ties: 1 (at most 0.012 nats) | 100% | 271.0 MB |",
         "| base model | `apache-2.0` |",
         "AutoPeftModelForCausalLM", "`0123456789abcdef`", "| `torch` | `2.13.0` |", "held out of the training",
         "python train.py lora.r=8 dataset.path=rows.jsonl",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sft import validate
-from sft.command_line import check_command_line, read_settings
+from sft.command_line import check_command_line, read_settings, stop_on_refusal
 from sft.errors import Problem, Refusal
 from sft.resume import locked
 from sft.runtime import config_hash, jsonable
@@ -555,6 +555,33 @@ def test_the_same_run_may_go_on_in_its_folder_and_any_other_is_refused(tmp_path)
     (folder / "run.json").write_text(json.dumps({**record, "status": "finished"}))
     assert "finished" in problem_of("resume=mine").why
     assert "holds a run already" in problem_of("lora.r=8", "hydra.run.dir=mine").why
+
+
+def test_a_run_folder_cannot_have_code_of_a_model_run_by_its_own_word(tmp_path, monkeypatch):
+    """The word stands on the command line, on either side of resume=, and reaches the run; no other setting may join it."""
+    (tmp_path / "mine").mkdir()
+    settings = read_settings(CONF, ["model.trust_remote_code=true", "model.name=somebody/model", "model.backend=transformers"])
+    record = {"status": "running", "config_hash": config_hash(settings), "settings": jsonable(settings)}
+    (tmp_path / "mine" / "run.json").write_text(json.dumps(record))
+    problem = problem_of("resume=mine", hardware=False)
+    assert "somebody/model" in problem.why and problem.fix.startswith("model.trust_remote_code=true ")
+    assert "would be ignored" in problem_of("resume=mine", "model.trust_remote_code=false").why
+    assert "lora.r=16" in problem_of("resume=mine", "model.trust_remote_code=true", "lora.r=16").why
+    with pytest.raises(Refusal, match="somebody/model"):
+        read_settings(CONF, ["resume=mine"], hardware=False)
+    for words in (["resume=mine", "model.trust_remote_code=true"], ["model.trust_remote_code=true", "resume=mine"]):
+        accepted(*words)
+        assert read_settings(CONF, words, hardware=False).model.trust_remote_code
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        stop_on_refusal(CONF, hardware=False)
+        assert sys.argv[-1] == "model.trust_remote_code=true" and sys.argv[1] == f"resume='{tmp_path}/mine'"
+
+
+def test_help_beside_resume_is_help(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(sys, "argv", ["train.py", "resume=mine", "--help"])
+    stop_on_refusal(CONF)
+    assert sys.argv[1:] == ["resume=mine", "--help"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused():

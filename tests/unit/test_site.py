@@ -12,7 +12,15 @@ import pytest
 
 from tests.conftest import ROOT
 
-GUIDES = ("README.md", "CHANGELOG.md", "docs/sweep.md", "docs/launchers.md", "docs/preflight.md", "docs/export.md")
+GUIDES = (
+    "README.md",
+    "CHANGELOG.md",
+    "docs/sweep.md",
+    "docs/launchers.md",
+    "docs/preflight.md",
+    "docs/export.md",
+    "docs/trainer.md",
+)
 
 
 class Page(HTMLParser):

@@ -2,7 +2,8 @@
 
 import torch
 
-from sft.smaller_passes import cut
+from sft.flat import EndToEnd, count_tokens, cut
+from sft.linear_loss import linear_cross_entropy
 
 
 def test_rows_with_their_labels_come_back_from_padding_and_from_end_to_end():
@@ -12,3 +13,14 @@ def test_rows_with_their_labels_come_back_from_padding_and_from_end_to_end():
     assert cut({"input_ids": ids, "labels": labels, "attention_mask": mask}) == rows
     flat = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[-100, 6, 7, -100]])}
     assert cut(flat | {"position_ids": torch.tensor([[0, 1, 2, 0]])}) == rows
+    ours = EndToEnd(0, 4, lengths=(8,), rows=4)(rows)
+    assert cut(ours) == rows and int(count_tokens(ours)) == 4 and ours["input_ids"].shape == (1, 8)
+
+
+def test_a_pass_of_rows_without_anything_to_learn_has_a_loss_of_nothing():
+    passed = EndToEnd(0, 4)([{"input_ids": [0], "labels": [-100]}])
+    assert passed["learnt"].dtype == passed["targets"].dtype == torch.long and not len(passed["learnt"])
+    hidden, head = torch.ones(1, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True)
+    loss = linear_cross_entropy(hidden.index_select(0, passed["learnt"]), head, passed["targets"])
+    loss.backward()
+    assert loss.item() == 0 and not hidden.grad.any() and not head.grad.any()

@@ -1,0 +1,625 @@
+"""One run in several processes, one a GPU: who they are, what they agree on, and how they end. torchrun starts them.
+
+Rank 0 is the run. It checks, writes the run folder, tracks, takes the answers, saves, and hears the signals. The other ranks
+take over its settings, train on their share of each step's rows and write nothing; `run.follow` is their story. In a run of
+one process every function here gives back what it was given.
+
+    python train.py distributed.num_processes=2 ...     `start` starts torch's launcher, and the ranks begin in `work`
+    torchrun --nproc-per-node 2 train.py ...            rank 0 is train.py as ever; the others leave it for `run.follow`
+
+Every rank holds a line (a socket) to rank 0. What ends a rank is told over it, and a line that breaks off says that a process
+is gone, which a collective may wait for without end.
+"""
+
+import contextlib
+import json
+import logging.config
+import os
+import pickle
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from sft import runtime
+from sft.errors import Refusal, refuse
+from sft.records import read_json
+from sft.settings import Settings, Strategy
+from sft.validate import processes_of
+
+log = logging.getLogger(__name__)
+
+GRACE = 20.0
+"""Seconds that rank 0 has to notice by itself that another rank is gone, in which it still saves nothing but its record."""
+NEWS = 3.0
+"""Seconds in which the line tells what made a collective fail."""
+KILL = 60
+"""Seconds that the launcher leaves the other ranks after one has died."""
+WAIT = timedelta(days=7)
+"""How long a rank waits for what rank 0 does alone: answers, a checkpoint. A dead rank 0 is told by the line."""
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK",
+            "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE",
+            "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_ERROR_FILE")  # fmt: skip
+KILLERS = {"SIGKILL": "the system does this when memory runs out", "SIGSEGV": "a library broke down",
+           "SIGABRT": "a library gave up"}  # fmt: skip
+
+
+class RankLost(RuntimeError):
+    """Another rank of the run is gone. The message says which, and why as far as it could tell."""
+
+
+@dataclass
+class Group:
+    """The processes of this run, seen from one of them."""
+
+    rank: int
+    size: int
+    control: Any
+    """torch's process group for what is said on the CPU, whatever the gradients travel by."""
+    lines: list[Any] = field(default_factory=list)
+    """Rank 0: an open socket to each other rank. The others: the one to rank 0."""
+    lost: RankLost | None = None
+    """Why the run cannot go on: the first rank that ended without rank 0's leave."""
+    news: threading.Event = field(default_factory=threading.Event)
+    record: Any = None
+    """Rank 0's run.json, and for the others its folder: to be closed where nobody else can."""
+    over: bool = False
+    """Whether rank 0 has ended the run, so that a line may close."""
+
+
+_group: Group | None = None
+
+
+# --------------------------------------------------------------------------------------------------- who is who
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return _group.rank == 0 if _group else int(os.environ.get("RANK", "0")) == 0
+
+
+def world_size() -> int:
+    """Processes that train together, once they have joined."""
+    return _group.size if _group else 1
+
+
+def plain_environment() -> dict[str, str]:
+    """The environment without torchrun's variables, for a process of another kind."""
+    return {key: value for key, value in os.environ.items() if key not in TORCHRUN}
+
+
+# ------------------------------------------------------------------------------------------------ start, join, leave
+
+
+def start(settings: Settings, folder: Path, context: Any) -> Any:
+    """Run `settings` in processes of this machine, started by torch's launcher; returns and raises what `run` does.
+
+    Ctrl-C and SIGTERM go to rank 0 alone, which decides for all. A rank that was killed makes the run a failed one, with the
+    signal's name in run.json.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("torch.distributed", "torch.distributed.elastic", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # its report of a dead process repeats ours at length
+    count, failed = processes_of(settings), None
+    with tempfile.TemporaryDirectory(prefix="sft-ranks-") as place:
+        job, answer = Path(place, "job"), Path(place, "answer")
+        job.write_bytes(pickle.dumps((settings, folder, context, os.getcwd(), os.getpid())))
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            signals_to_handle="SIGHUP,SIGQUIT",  # SIGINT and SIGTERM are handled below
+            shutdown_timeout=KILL,
+        )
+        with _environment(count), _passing_on():
+            try:
+                elastic_launch(config, sys.executable)("-m", "sft.distributed", str(job))
+            except ChildFailedError as error:
+                failed = error.get_first_failure()
+        told = pickle.loads(answer.read_bytes()) if answer.exists() else None
+    if failed is None and isinstance(told, list):
+        raise Refusal(told)
+    if failed is None and isinstance(told, KeyboardInterrupt):
+        raise told
+    if failed is None and told is not None:
+        return told
+    return _failed(folder, context, *(failed or (0, None)))
+
+
+def work(job: Path) -> int:
+    """One rank that `start` has started: run its part of the job; returns the exit code.
+
+    Rank 0 leaves its result, or what it raised, in the file `answer` beside the job.
+    """
+    settings, folder, context, place, parent = pickle.loads(job.read_bytes())
+    os.chdir(place)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    from sft import run
+
+    if not is_first():
+        return run.follow()
+    if context.logging:
+        folder.mkdir(parents=True, exist_ok=True)  # train.log opens in it
+        logging.config.dictConfig(context.logging)
+    try:
+        told: Any = run.run(settings, folder, context)
+    except Refusal as refusal:
+        told = refusal.problems
+    except KeyboardInterrupt as interrupt:
+        told = interrupt
+    work = job.with_name("answer.part")
+    work.write_bytes(pickle.dumps(told))
+    work.rename(job.with_name("answer"))
+    return 1 if _group and _group.lost else 0
+
+
+def join() -> None:
+    """Meet the other ranks and open the lines. Nothing happens in a run of one process, or a second time.
+
+    Collectives work from here on. A line that breaks off ends a rank by itself, and rank 0 after GRACE seconds.
+    """
+    global _group
+    if not launched() or _group:
+        return
+    import torch
+    import torch.distributed as dist
+
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    _group = Group(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=WAIT))
+    _open_lines(_group)
+
+
+@contextlib.contextmanager
+def together(job: Callable[[], Any]) -> Iterator[None]:
+    """Rank 0's part of a run, between meeting the others and letting them go. `job()` is what the others are told to do."""
+    join()
+    if _group is None:
+        yield
+        return
+    broadcast(job())
+    try:
+        yield
+    finally:
+        _let_go(_group)
+
+
+def watch(record: Any) -> None:
+    """Close this record as failed if another rank is gone and the main thread hangs because of it.
+
+    Another rank than 0 gives the run folder, whose record it closes if rank 0 is gone.
+    """
+    if _group:
+        _group.record = record
+
+
+def find_cause(error: BaseException) -> BaseException:
+    """The lost rank behind an error of this one, where there is one: its line tells within seconds."""
+    if _group and _group.rank == 0:
+        _group.news.wait(NEWS)
+        return _group.lost or error
+    return error
+
+
+def wait_for_end() -> None:
+    """Wait, as any rank but the first, until rank 0 has ended the run; the line's thread ends the process then."""
+    threading.Event().wait()
+
+
+def report(error: BaseException) -> None:
+    """Tell rank 0 what ends this rank."""
+    text = str(error).strip().splitlines()
+    told = {
+        "reason": f"{type(error).__name__}: {text[0]}" if text else type(error).__name__,
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    if _group:
+        with contextlib.suppress(OSError):
+            _group.lines[0].sendall(json.dumps(told).encode() + b"\n")
+
+
+def _let_go(group: Group) -> None:
+    """End the run for all: the other ranks exit, their work being done or not."""
+    import torch.distributed as dist
+
+    global _group
+    group.over = True
+    for line in group.lines:
+        with contextlib.suppress(OSError):
+            line.sendall(b"over\n")
+            line.close()
+    if group.lost is None:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+        _group = None
+
+
+def _open_lines(group: Group) -> None:
+    """A socket from each rank to rank 0, and a thread that listens at each end."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if group.rank == 0:
+        host = "127.0.0.1" if local else ""
+        server = socket.create_server((host, 0), backlog=group.size)
+        server.settimeout(120)
+        word = secrets.token_hex(16)
+        broadcast((server.getsockname()[1], word))
+        while len(group.lines) < group.size - 1:
+            line, _ = server.accept()
+            line.settimeout(30)
+            reader = line.makefile("rb")
+            said, _, rank = reader.readline(64).decode(errors="replace").strip().partition(" ")
+            if not secrets.compare_digest(said, word):
+                line.close()  # somebody else's
+                continue
+            line.settimeout(None)
+            group.lines.append(line)
+            threading.Thread(target=_hear_rank, args=(group, int(rank), reader), daemon=True).start()
+        server.close()
+    else:
+        port, word = broadcast(None)
+        line = socket.create_connection(("127.0.0.1" if local else os.environ["MASTER_ADDR"], port), 120)
+        line.settimeout(None)
+        line.sendall(f"{word} {group.rank}\n".encode())
+        group.lines.append(line)
+        for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 hears them, and decides
+            signal.signal(number, signal.SIG_IGN)
+        threading.Thread(target=_hear_first, args=(group, line.makefile("rb")), daemon=True).start()
+    broadcast(None)  # all lines stand
+
+
+def _hear_rank(group: Group, rank: int, reader: Any) -> None:
+    """Rank 0: wait for the end of another rank. One that comes before rank 0's own ends the run."""
+    with contextlib.suppress(OSError):
+        text = reader.readline()
+    if group.over or group.lost:
+        return
+    told = json.loads(text) if text else {"reason": "its process is gone, without a word"}
+    group.lost = RankLost(f"rank {rank}: {told['reason']}")
+    group.lost.add_note(told.get("traceback", ""))
+    group.news.set()
+    time.sleep(GRACE)
+    if not group.over:  # the main thread waits in a collective that never ends
+        if group.record:
+            with contextlib.suppress(OSError):
+                group.record.close("failed", str(group.lost))
+        print(runtime.safe(f"Failed: {group.lost}"), file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _hear_first(group: Group, reader: Any) -> None:
+    """Another rank: end with rank 0, in the middle of whatever this rank waits for."""
+    text = b""
+    with contextlib.suppress(OSError):
+        text = reader.readline()
+    if text != b"over\n" and group.rank == 1 and group.record:  # the ranks after it would say the same
+        run = read_json(group.record / "run.json")
+        if run.get("status") == "running":
+            ending = {"status": "failed", "reason": "rank 0: its process is gone, without a word", "ended_at": runtime.now()}
+            runtime.write_json(group.record / "run.json", {**run, **ending})
+    os._exit(0 if text == b"over\n" else 1)
+
+
+def _end_with(parent: int) -> None:
+    """End this rank when the process that started it is gone: the same command may go on in the folder."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _environment(count: int) -> Iterator[None]:
+    """What the ranks inherit: where this project is, and their share of the cores."""
+    root = str(Path(__file__).resolve().parent.parent)
+    ours = {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    ours["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+    before = {key: os.environ.get(key) for key in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+@contextlib.contextmanager
+def _passing_on() -> Iterator[None]:
+    """Send Ctrl-C and SIGTERM on to rank 0; before it has started, they interrupt."""
+    import psutil
+
+    def pass_on(number: int, frame: Any) -> None:
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if child.environ().get("RANK") == "0":
+                    child.send_signal(number)
+                    return
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us handles signals
+        before = {s: signal.signal(s, pass_on) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _failed(folder: Path, context: Any, rank: int, failure: Any) -> Any:
+    """The result of a run one of whose ranks was lost. run.json gets the signal's name, which only the launcher knows."""
+    from sft.run import RunResult
+
+    run = read_json(folder / "run.json")
+    code = failure.exitcode if failure else 1
+    reason = run.get("reason")
+    if code < 0 or run.get("status") != "failed":
+        name = signal.Signals(-code).name if code < 0 else ""
+        reason = f"rank {rank} was killed by {name}" if name else f"rank {rank} ended with exit code {code}"
+        reason += f" ({KILLERS[name]})" if name in KILLERS else ""
+        print(runtime.safe(f"Failed: {reason}"), file=sys.stderr, flush=True)
+    facts = {"name": context.name, "overrides": list(context.overrides), **run}
+    folder.mkdir(parents=True, exist_ok=True)
+    runtime.write_json(folder / "run.json", {**facts, "status": "failed", "reason": reason, "ended_at": runtime.now()})
+    return RunResult("failed", 1, folder)
+
+
+# ------------------------------------------------------------------------------------------------------ agreements
+
+
+def broadcast(value: Any) -> Any:
+    """What rank 0 has; the others' values are not looked at."""
+    if _group is None:
+        return value
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=_group.control)
+    return box[0]
+
+
+def gathered(value: Any) -> list[Any]:
+    """The values of all ranks, in order."""
+    if _group is None:
+        return [value]
+    import torch.distributed as dist
+
+    values = [None] * _group.size
+    dist.all_gather_object(values, value, group=_group.control)
+    return values
+
+
+def total(value: Any) -> float:
+    """The sum over all ranks, the same to the last bit on each. Waits for the device."""
+    return sum(gathered(float(value))) if _group else float(value)
+
+
+def any_of(flag: Any) -> Any:
+    """Whether a boolean tensor is true on any rank; it stays on its device."""
+    if _group is None:
+        return flag
+    import torch
+    import torch.distributed as dist
+
+    number = flag.to(torch.int32)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.bool()
+
+
+class SharedStop(runtime.StopRequest):
+    """A stop that all ranks answer at the same step: rank 0 hears of it, and tells the others where they ask together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.agreed: str | None = None
+        """The signal that all ranks know of."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether training has to end after this step."""
+        return bool(self.agreed or self.out_of_time or self.failure)
+
+    def agree(self) -> None:
+        """Take over what rank 0 knows. Every rank has to call it."""
+        self.agreed, self.out_of_time = broadcast((self.signal, self.out_of_time))
+        self.signal = self.signal or self.agreed
+
+    def check(self) -> None:
+        """Raise Interrupted on all ranks if a signal came. Every rank has to call it."""
+        self.agree()
+        if self.agreed:
+            raise runtime.Interrupted(self.agreed)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        # The launcher sends SIGTERM when another rank has died. Then there is nothing to stop cleanly.
+        if number == signal.SIGTERM and _group and _group.news.wait(1.0):
+            return
+        super()._receive(number, frame)
+
+
+def stop_request() -> runtime.StopRequest:
+    """What hears of Ctrl-C and SIGTERM in this run."""
+    return SharedStop() if _group else runtime.StopRequest()
+
+
+def alone(action: Callable[[int], None], settings: Settings) -> Callable[[int], None]:
+    """`action`, done by rank 0 while the others wait for it; Interrupted there is raised on all.
+
+    Where each rank has only a share of the weights, all of them do it.
+    """
+
+    def act(step: int) -> None:
+        signal_ = None
+        if is_first():
+            try:
+                action(step)
+            except runtime.Interrupted as interrupt:
+                signal_ = str(interrupt)
+        if signal_ := broadcast(signal_):
+            raise runtime.Interrupted(signal_)
+
+    return act if _group and not shards(settings) else action
+
+
+@contextlib.contextmanager
+def shared_folder(writing: contextlib.AbstractContextManager[Path]) -> Iterator[Path]:
+    """The folder that `writing` gives to rank 0, for all ranks to write into; it counts when the last one is done."""
+    if _group is None:
+        with writing as work:
+            yield work
+    elif _group.rank == 0:
+        with writing as work:
+            broadcast(work)
+            yield work
+            gathered(None)
+        broadcast(None)
+    else:
+        yield broadcast(None)
+        gathered(None)
+        broadcast(None)
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+class SharedRows:
+    """A sampler whose rows fall into equal shares: those of `sampler`, in its order, then fillers up to a multiple.
+
+    accelerate deals out whole passes, one a rank in turn, so that a step has the rows it has with one process. Where the last
+    step of an epoch has too few for that, accelerate would repeat rows of the epoch's beginning; a filler has nothing to learn,
+    and counts for nothing.
+    """
+
+    def __init__(self, sampler: Any, rows: int, multiple: int):
+        """`rows` is the number of rows, and of the filler, which stands behind them."""
+        self.sampler, self.rows = sampler, rows
+        self.fillers = -rows % multiple
+
+    def __len__(self) -> int:
+        return self.rows + self.fillers
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.sampler
+        yield from [self.rows] * self.fillers
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle as of this epoch."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+
+def share_rows(sampler: Any, rows: int, rows_a_pass: int) -> Any:
+    """A trainer's sampler of `rows` rows in passes of `rows_a_pass`, by which all ranks make the same number of passes."""
+    if _group is None:
+        return sampler
+    from accelerate.data_loader import SeedableRandomSampler
+    from torch.utils.data import RandomSampler
+
+    if isinstance(sampler, RandomSampler):  # accelerate does the same with the sampler of a run of one process
+        import torch
+
+        sampler = SeedableRandomSampler(range(rows), data_seed=broadcast(torch.random.initial_seed()))
+    return SharedRows(range(rows) if sampler is None else sampler, rows, rows_a_pass * _group.size)
+
+
+def with_filler(dataset: Any, token: int) -> Any:
+    """The rows, and behind them one of a single token with nothing to learn."""
+    if _group is None or dataset is None:
+        return dataset
+    from datasets import Dataset, concatenate_datasets
+
+    filler = Dataset.from_dict({"input_ids": [[token]], "labels": [[-100]]}, features=dataset.features)
+    return concatenate_datasets([dataset, filler])
+
+
+def epochs_done(epoch: float, rows: int, rows_a_pass: int) -> float:
+    """Passes over the rows so far, from transformers' number of them, which counts a last pass of fillers as a pass."""
+    if _group is None or not epoch:
+        return epoch
+    whole, part = divmod(epoch, 1)
+    passes = -(-rows // rows_a_pass)
+    each = -(-passes // _group.size)
+    return whole + min(round(part * each) * _group.size, passes) / passes
+
+
+def passes_of_rank(passes: int) -> int:
+    """Forward passes that each rank makes of a step's."""
+    return passes // world_size()
+
+
+def shards(settings: Settings) -> bool:
+    """Whether each process has only a share of the weights, so that a forward pass needs all of them."""
+    return _group is not None and settings.distributed.strategy == Strategy.fsdp
+
+
+def check_checkpoint(checkpoint: Path | None, settings: Settings) -> None:
+    """Raise Refusal if processes with shares of the weights would go on from a checkpoint without, or the other way round."""
+    shared = checkpoint is not None and (checkpoint / "pytorch_model_fsdp.bin").exists()
+    if checkpoint is not None and shared != shards(settings):
+        was, now = ("fsdp", "ddp") if shared else ("ddp", "fsdp")
+        why = f"{checkpoint.name.replace('-', ' ')} was written with distributed.strategy={was}, in another form."
+        fix = "distributed.strategy=fsdp distributed.num_processes=2" if shared else "distributed.strategy=ddp"
+        raise refuse(f"distributed.strategy={now}" if world_size() > 1 else "one process", why, fix)
+
+
+def training_options(settings: Settings, checkpointing: bool) -> dict[str, Any]:
+    """What transformers' TrainingArguments need besides, where there are several processes."""
+    if _group is None:
+        return {}
+    if shards(settings):
+        # Whole weights in a checkpoint, not shares, so that another number of processes can go on from it.
+        options = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "activation_checkpointing": checkpointing}
+        return {"fsdp": True, "fsdp_config": options, "gradient_checkpointing": False}
+    # Every trained weight is used in every pass, so that nothing has to be searched for those that are not.
+    return {"ddp_find_unused_parameters": False}
+
+
+def name_device(args: Any) -> None:
+    """Call the CPU by its plain name: accelerate gives it the rank's number (`cpu:1`), under which torch.load reads nothing."""
+    if _group and args.device.type == "cpu":
+        import torch
+        from accelerate.state import DistributedType, PartialState
+
+        args.__dict__["_setup_devices"] = torch.device("cpu")  # where `args.device` is kept
+        if args.fsdp:  # torch shards on the CPU too, but accelerate asks it to only where it sees GPUs
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def spread_random_state(seed: int) -> None:
+    """Another dropout on each rank, once everything that has to be the same everywhere was drawn."""
+    if _group and _group.rank:
+        import torch
+
+        torch.manual_seed(seed + _group.rank)
+
+
+if __name__ == "__main__":
+    from sft import distributed  # not this file's own copy, which is named __main__
+
+    code = distributed.work(Path(sys.argv[1]))
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

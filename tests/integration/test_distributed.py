@@ -1,0 +1,177 @@
+"""Runs of several processes are the run of one: the same rows a step, losses, answers and weights; and they end as one."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from scripts.fault_campaign import BASE, MEASURED, write_rows
+from sft.errors import Refusal
+from sft.run import run
+from tests.conftest import ROOT, make_settings
+from tests.integration.test_bad_numbers import lines_of, quick_report, record_of  # noqa: F401
+
+# 11 rows in steps of 4, so that the last step of each of the two epochs has 3: one process gets a pass without a row.
+JOB = (*BASE, "dataset=local", "lora.lora_dropout=0", "trainer.gradient_accumulation_steps=null", "trainer.max_steps=-1",
+       "trainer.effective_batch_size=4", "trainer.num_train_epochs=2", "trainer.save_total_limit=9")  # fmt: skip
+TWO = "distributed.num_processes=2"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def differences(one: Path, two: Path) -> list[str]:
+    """What differs between two finished runs by more than the order of a sum in float32 makes."""
+    found, (ours, theirs) = [], (lines_of(one), lines_of(two))
+    if [line.keys() for line in ours] != [line.keys() for line in theirs]:
+        return ["the lines of metrics.jsonl have other keys"]
+    for a, b in zip(ours, theirs, strict=True):
+        near = {key: 1e-4 * a[key] if key == "grad_norm" else 1e-5 for key in a.keys() - MEASURED}
+        apart = {key: (a[key], b[key]) for key in near if abs(a[key] - b[key]) > near[key]}
+        found += [f"step {a['step']}: {apart}"] if apart else []
+    if (one / "samples.jsonl").read_bytes() != (two / "samples.jsonl").read_bytes():
+        found.append("samples.jsonl")
+    ours, theirs = (load_file(next(folder.glob("[am]*/*model.safetensors"))) for folder in (one, two))
+    far = max(float(numpy.abs(ours[name] - theirs[name]).max()) for name in ours)
+    return found + ([f"the weights are {far} apart"] if far > 1e-5 else [])
+
+
+def command_of(*words: str, torchrun: bool = False) -> list[str]:
+    return [sys.executable, *(TORCHRUN if torchrun else ()), str(ROOT / "train.py"), *words]
+
+
+def train(cwd: Path, *overrides: str, torchrun: bool = False) -> subprocess.CompletedProcess:
+    command = command_of(*overrides, torchrun=torchrun)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    write_rows(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(work) -> Path:
+    """The run of one process that the others are held against."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sft.report.vl_convert.javascript_bundle", lambda *args: "")
+        assert run(make_settings(*JOB, f"dataset.path={work / 'rows.jsonl'}"), work / "whole").status == "finished"
+    return work / "whole"
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_two_processes_are_the_run_of_one(work, whole, torchrun):
+    name = "torchrun" if torchrun else "two"
+    job = (*JOB, f"dataset.path={work / 'rows.jsonl'}", f"hydra.run.dir={name}", *(() if torchrun else (TWO,)))
+    done = train(work, *job, torchrun=torchrun)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert done.stderr.count("Model  embedded") == 1
+    two, record = work / name, record_of(work / name)
+    assert differences(whole, two) == []
+    assert record["processes"] == 2 and record["config_hash"] == record_of(whole)["config_hash"]
+    final = [{k: v for k, v in record_of(f)["metrics"].items() if k not in MEASURED} for f in (whole, two)]
+    assert final[0] == pytest.approx(final[1], abs=1e-5)
+    assert sorted(p.name for p in whole.iterdir()) == sorted(
+        p.name for p in two.iterdir() if p.name[0] != "." and p.name != "train.log"
+    )
+    assert not (work / "outputs").exists()
+
+
+def test_a_loss_that_each_process_divides_by_its_own_tokens_is_found_different(work, whole):
+    fault = "trainer.extra.average_tokens_across_devices=false"  # refused on the command line
+    run(make_settings(*JOB, f"dataset.path={work / 'rows.jsonl'}", TWO, fault), work / "fault")
+    assert any("step 1" in line for line in differences(whole, work / "fault"))
+
+
+def cut_back(finished: Path, folder: Path) -> None:
+    """Make `folder` of a finished run, as if it had been killed in its second epoch, after step 4."""
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    record = {**record_of(folder), "status": "running"}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_a_run_goes_on_in_another_number_of_processes(work, whole):
+    """From one to two processes with the command typed again, and from two to one with `resume=`."""
+    cut_back(whole, work / "from one")
+    assert run(make_settings(*JOB, f"dataset.path={work / 'rows.jsonl'}", TWO), work / "from one").status == "finished"
+    assert differences(whole, work / "from one") == [] and record_of(work / "from one")["processes"] == 2
+
+    checkpoint = work / "from one" / "checkpoints" / "checkpoint-6"  # which two processes have written
+    assert {p.name for p in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    shutil.rmtree(work / "from one" / "checkpoints" / "checkpoint-4")
+    cut_back(work / "from one", work / "from two")
+    shutil.copytree(checkpoint, work / "from two" / "checkpoints" / "checkpoint-6")
+    done = train(work, "resume=from two", "distributed.num_processes=1")
+    assert done.returncode == 0 and "Resume from step 6" in done.stderr, done.stderr[-3000:]
+    assert differences(whole, work / "from two") == [] and record_of(work / "from two")["processes"] == 1
+
+
+def start_and_wait(cwd: Path, folder: str, *overrides: str, torchrun: bool = False) -> tuple[subprocess.Popen, dict]:
+    """A long run that has made its second step, and its ranks' processes by their number."""
+    job = (*JOB, "dataset.path=rows.jsonl", "trainer.num_train_epochs=99", "trainer.eval_steps=90", "trainer.save_steps=90")
+    command = command_of(*job, f"hydra.run.dir={folder}", *overrides, torchrun=torchrun)
+    with open(cwd / f"{folder}.err", "w", encoding="utf-8") as errors:
+        process = subprocess.Popen(command, cwd=cwd, stderr=errors)
+    lines, limit = cwd / folder / "metrics.jsonl", time.monotonic() + 100
+    while time.monotonic() < limit and not (lines.exists() and '"step": 2' in lines.read_text(encoding="utf-8")):
+        assert process.poll() is None, (cwd / f"{folder}.err").read_text(encoding="utf-8")[-3000:]
+        time.sleep(0.05)
+    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    return process, ranks
+
+
+@pytest.mark.parametrize(("torchrun", "rank"), [(False, "1"), (True, "0")])
+def test_a_rank_that_is_killed_ends_the_run_with_its_reason(work, torchrun, rank):
+    name = f"killed-{rank}"
+    process, ranks = start_and_wait(work, name, *(() if torchrun else (TWO,)), torchrun=torchrun)
+    ranks[rank].kill()
+    assert process.wait(60) == 1
+    record = record_of(work / name)
+    assert record["status"] == "failed" and record["ended_at"]
+    assert record["reason"].startswith(f"rank {rank}") and ("SIGKILL" in record["reason"] or torchrun)
+    assert not [child for child in ranks.values() if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_ctrl_c_stops_all_processes_after_the_step_and_saves(work):
+    process, _ = start_and_wait(work, "stopped", TWO)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    record, errors = record_of(work / "stopped"), (work / "stopped.err").read_text(encoding="utf-8")
+    assert record["status"] == "stopped" and record["reason"].startswith("SIGINT at step")
+    assert errors.count("SIGINT: stopping after this step") == 1 and "Traceback" not in errors
+    step = record["reason"].rsplit(" ", 1)[1]
+    assert (work / "stopped" / "checkpoints" / f"checkpoint-{step}" / "manifest.json").is_file()
+
+
+def test_one_process_refuses_for_all(work):
+    """A mistake on the command line under torchrun, and one that only the rows show."""
+    done = train(work, "lora.rr=8", torchrun=True)
+    assert done.returncode == 1 and done.stderr.count("Refused") == 1 and "exitcode  : 2" in done.stderr
+    done = train(work, *JOB, TWO, "dataset.path=rows.jsonl", "model.max_seq_length=8", "hydra.run.dir=refused")
+    assert done.returncode == 2 and done.stderr.count("Refused") == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert not (work / "refused").exists()
+
+
+def test_processes_with_a_share_of_the_weights_each_are_the_run_of_one(work, monkeypatch):
+    """Full fine-tuning through FSDP2, cut back to its second epoch and gone on with; one process cannot read its checkpoint."""
+    monkeypatch.setattr("sft.report.vl_convert.javascript_bundle", lambda *args: "")
+    full = (*JOB, "lora=none", "trainer.learning_rate=1e-3", f"dataset.path={work / 'rows.jsonl'}")
+    shared = (*full, TWO, "distributed.strategy=fsdp")
+    assert run(make_settings(*full), work / "full").status == "finished"
+    assert run(make_settings(*shared), work / "fsdp").status == "finished"
+    assert differences(work / "full", work / "fsdp") == []
+
+    cut_back(work / "fsdp", work / "fsdp cut")
+    with pytest.raises(Refusal, match=r"written with distributed\.strategy=fsdp"):
+        run(make_settings(*full), work / "fsdp cut")
+    assert run(make_settings(*shared), work / "fsdp cut").status == "finished"
+    assert differences(work / "full", work / "fsdp cut") == []

@@ -1,0 +1,80 @@
+"""Shares of a step's rows, and what is refused of several processes."""
+
+import pytest
+import torch
+
+from sft import distributed, flat
+from sft.batch import check_split
+from sft.settings import TrainerSettings
+from sft.validate import check_settings
+from tests.conftest import make_settings
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """This process as the first of four."""
+    found = distributed.Group(0, 4, None)
+    monkeypatch.setattr(distributed, "_group", found)
+    return found
+
+
+@pytest.mark.parametrize(("rows", "fillers"), [(7, 1), (8, 0), (9, 7)])
+def test_fillers_make_equal_shares(rows, fillers):
+    shared = distributed.SharedRows(reversed(range(rows)), rows, 8)
+    assert list(shared) == [*reversed(range(rows)), *[rows] * fillers] and len(shared) == rows + fillers
+
+
+def test_without_other_processes_everything_is_left_as_it_is():
+    inputs = {"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}
+    assert int(flat.count_tokens(inputs)) == 4
+    assert distributed.share_rows("sampler", 3, 2) == "sampler" and distributed.gathered(5) == [5]
+    assert distributed.with_filler("rows", 0) == "rows" and distributed.epochs_done(0.7, 9, 2) == 0.7
+
+
+def test_fillers_are_no_tokens(group):
+    padded = {"input_ids": torch.ones(3, 3), "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])}
+    assert int(flat.count_tokens(padded)) == 5
+    laid = {"input_ids": torch.ones(1, 7), "position_ids": torch.tensor([[0, 1, 2, 0, 0, 1, 0]])}
+    assert int(flat.count_tokens(laid)) == 5
+    rows = [{"input_ids": [1] * n, "labels": [-100] * n} for n in (3, 1, 2, 1)]
+    assert int(flat.count_tokens(flat.EndToEnd(0, 3)(rows))) == 5
+    assert int(flat.count_tokens(flat.EndToEnd(0, 9, lengths=(16,), rows=6)(rows))) == 5
+
+
+def test_epochs_are_counted_by_rows_and_not_by_fillers(group):
+    # 11 rows in passes of 1 are 3 passes on each of 4 processes, the last of them with 3 rows.
+    assert [round(distributed.epochs_done(n / 3, 11, 1) * 11) for n in (0, 1, 2, 3, 4)] == [0, 4, 8, 11, 15]
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "fix"),
+    [
+        ({}, 8, "trainer.per_device_train_batch_size=1 trainer.effective_batch_size=8"),
+        ({"effective_batch_size": 6}, 4, "trainer.effective_batch_size=8 "),
+        ({"per_device_train_batch_size": "auto", "effective_batch_size": 3}, 2, "trainer.effective_batch_size=4 "),
+    ],
+)
+def test_a_step_that_cannot_be_shared_out_is_refused(options, processes, fix):
+    (problem,) = check_split(TrainerSettings(**options), processes)
+    assert f"among {processes} processes" in problem.why and fix in problem.fix
+    assert check_split(TrainerSettings(**options), 1) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (["distributed.num_processes=0"], "distributed.num_processes=0"),
+        (["distributed.num_processes=many"], "distributed.num_processes=many"),
+        (["distributed=ddp"], "distributed.num_processes=auto"),
+        (["distributed.strategy=fsdp"], "distributed.strategy=fsdp"),
+        (
+            ["distributed=fsdp", "distributed.num_processes=2", "model.backend=unsloth"],
+            "distributed.strategy=fsdp model.backend=unsloth",
+        ),
+        (["distributed.num_processes=2", "trainer.extra.dataloader_drop_last=true"], "trainer.extra.dataloader_drop_last=True"),
+        (["trainer.extra.fsdp=full_shard"], "trainer.extra.fsdp=full_shard"),
+    ],
+)
+def test_what_cannot_work_is_refused(overrides, what):
+    (problem,) = check_settings(make_settings("tracking=none", *overrides))
+    assert problem.what == what and problem.fix
