@@ -27,8 +27,8 @@ TOLERANCE = {4: 1e-4, 2: 1e-2}
 NUM_LENGTHS = 8
 """Lengths that kernels are compiled for. Each took 6 s the first time with an H100 (8B shape, 2026-11-25)."""
 REPAID_BY = 500_000
-"""Tokens of training from which compiling pays: on an H100 with an 8B shape in bfloat16 it saved 0.13 ms a token (4,185 tokens/s
-eager, about 9,000 compiled, 2026-11-25) and cost 6 s for each length."""
+"""Tokens of training from which compiling pays: on an H100 with an 8B shape in bfloat16 it saved 0.13 ms a token (4,185 a
+second eager, about 9,000 compiled, 2026-11-25) and cost 6 s for each length."""
 
 
 @dataclass(frozen=True)
