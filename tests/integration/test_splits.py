@@ -8,6 +8,7 @@ import trl
 
 from scripts.fault_campaign import BASE, write_rows
 from sft import checkpoints
+from sft.flat import cut
 from sft.run import run
 from tests.conftest import make_settings
 from tests.integration.test_bad_numbers import lines_of, quick_report, record_of  # noqa: F401
@@ -49,7 +50,7 @@ def plant(monkeypatch):
         calls = itertools.count(1)
 
         def training_step(self, model, inputs, *args, **kwargs):
-            rows = len(inputs["input_ids"])
+            rows = len(cut(inputs))
             loss = original(self, model, inputs, *args, **kwargs)
             if fails(next(calls), rows):
                 raise torch.OutOfMemoryError("planted")
@@ -97,7 +98,7 @@ def test_held_out_rows_that_do_not_fit_are_evaluated_in_pieces(short, tmp_path, 
     original = trl.SFTTrainer.prediction_step
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        if len(inputs["input_ids"]) > 1:
+        if len(cut(inputs)) > 1:
             raise torch.OutOfMemoryError("planted")
         return original(self, model, inputs, *args, **kwargs)
 
