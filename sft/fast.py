@@ -24,6 +24,8 @@ OWN_LOSS = ("loss_type", "label_smoothing_factor", "use_liger_kernel", "neftune_
 """Options of `trainer.extra` that change the loss or what a batch is; they keep TRL's own way."""
 TOLERANCE = {4: 1e-4, 2: 1e-2}
 """Share by which the loss of the first rows may differ, by the bytes of an activation."""
+HIDDEN = {4: 1e-4, 2: 5e-2}
+"""The same for the last hidden states of a row, as a share of their norm: kernels of two kinds round differently in 16 bits."""
 NUM_LENGTHS = 8
 """Lengths that kernels are compiled for. Each took 6 s the first time with an H100 (8B shape, 2026-11-25)."""
 REPAID_BY = 500_000
@@ -163,7 +165,11 @@ def _obstacle(model: Any, settings: Settings, backend: str) -> str:
 
 
 def _difference(model: Any, data: Any, pad_token_id: int) -> str:
-    """Hold the loss of a few rows end to end against the mean that the model's own forward pass gives for each row alone."""
+    """Hold a few rows end to end against what the model's own forward pass gives for each row alone; empty if they agree.
+
+    Their loss shows another normalisation or an output layer of the model's own; the hidden states of the second row and the
+    third, by far the more sensitive, show whether a token has seen another row.
+    """
     import torch
 
     rows = sorted((data[i] for i in range(min(8, len(data)))), key=lambda row: len(row["input_ids"]))[:3]
@@ -173,15 +179,21 @@ def _difference(model: Any, data: Any, pad_token_id: int) -> str:
         key: value.to(model.device) if isinstance(value, torch.Tensor) else value
         for key, value in flat.EndToEnd(pad_token_id, longest)(rows).items()
     }
-    training = model.training
+    training, base = model.training, base_of(model)
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=_half(model)):
             whole = model(**inputs).loss.item()
-            total = learnt = 0
-            for row in rows:
+            ends = inputs["cu_seq_lens_q"].tolist()
+            passed = {key: inputs[key] for key in inputs if key not in ("labels", "learnt", "targets")}
+            with flat.attention_of(base, flat.ATTENTION):
+                states = base.base_model(**passed, use_cache=False).last_hidden_state[0].float()
+            total = learnt = away = 0
+            for row, start in zip(rows, ends, strict=False):
                 ids, labels = (torch.tensor([row[key]], device=model.device) for key in ("input_ids", "labels"))
                 count = int((labels[:, 1:] != flat.IGNORED).sum())
+                own = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float()
+                away = max(away, float((states[start : start + len(own)] - own).norm() / own.norm()))
                 if count:
                     total, learnt = total + model(input_ids=ids, labels=labels).loss.item() * count, learnt + count
     except Exception as error:  # whatever the model's code raises for arguments that it does not know
@@ -192,6 +204,8 @@ def _difference(model: Any, data: Any, pad_token_id: int) -> str:
     alone = total / max(learnt, 1)
     if not abs(whole - alone) <= TOLERANCE[2 if _half(model) else 4] * max(1.0, abs(alone)):
         return f"the loss of the first rows would be {whole:.5f}, not {alone:.5f}"
+    if not away <= HIDDEN[2 if _half(model) else 4]:
+        return f"a row would not be what it is alone: its hidden states differ by {100 * away:.2f} %"
     return ""
 
 

@@ -5,7 +5,7 @@ pieces. Here the layer holds plain tensors: the packed weights as they are, and 
 (0.06 bytes a weight more than the double quantisation they come in). The values of the weights are the same to the bit.
 """
 
-import os
+import functools
 from typing import Any
 
 
@@ -17,7 +17,7 @@ def open_layers(base: Any) -> int:
 
     class OpenLinear4bit(bnb.nn.Linear4bit):
         def forward(self, x: Any) -> Any:
-            return multiply(x, self.packed, self.scales, self.code, self.rows, self.columns)
+            return multiply(x, self.packed, self.scales, self.rows, self.columns)
 
     layers = [
         m for m in base.modules()
@@ -31,53 +31,42 @@ def open_layers(base: Any) -> int:
             scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
         layer.packed = layer.weight.detach().as_subclass(torch.Tensor).view(-1)
         layer.scales = scales.float()
-        layer.code = state.code.float()
         layer.rows, layer.columns = state.shape
         layer.__class__ = OpenLinear4bit
     return len(layers)
 
 
-def multiply(x: Any, packed: Any, scales: Any, code: Any, rows: int, columns: int) -> Any:
+def multiply(x: Any, packed: Any, scales: Any, rows: int, columns: int) -> Any:
     """`x` [..., columns] times the transposed weight [rows, columns] that `packed` holds; `packed` gets no gradient."""
     import torch
 
-    global _Product
-    if _Product is None:
-        _Product = _make()
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _Product.apply(x, packed, scales, code, rows, columns)
+    return _product().apply(x, packed, scales, rows, columns)
 
 
-def _weight(packed: Any, scales: Any, code: Any, rows: int, columns: int, dtype: Any, pure: bool) -> Any:
+def _weight(packed: Any, scales: Any, rows: int, columns: int, dtype: Any) -> Any:
     import torch
 
-    if not pure:
-        return torch.ops.bitsandbytes.dequantize_4bit(packed, scales, 64, "nf4", (rows, columns), dtype)
-    halves = torch.stack([packed >> 4, packed & 15], dim=-1).view(-1, 64).int()
-    return (code[halves] * scales.view(-1, 1)).to(dtype).view(rows, columns)
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, scales, 64, "nf4", (rows, columns), dtype)
 
 
-_Product: Any = None
-
-
-def _make() -> Any:
+@functools.cache
+def _product() -> Any:
     import torch
-
-    pure = os.environ.get("SFT_NF4") == "pure"
 
     class Product(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, packed, scales, code, rows, columns):
-            ctx.save_for_backward(packed, scales, code)
+        def forward(ctx, x, packed, scales, rows, columns):
+            ctx.save_for_backward(packed, scales)
             ctx.size = rows, columns
-            return torch.nn.functional.linear(x, _weight(packed, scales, code, rows, columns, x.dtype, pure))
+            return torch.nn.functional.linear(x, _weight(packed, scales, rows, columns, x.dtype))
 
         @staticmethod
         def backward(ctx, grad):
-            packed, scales, code = ctx.saved_tensors
+            packed, scales = ctx.saved_tensors
             # Another view of the same bytes: a compiler that saw the same call twice would keep the whole weight in between.
-            weight = _weight(packed.view(1, -1), scales, code, *ctx.size, grad.dtype, pure)
-            return grad @ weight, None, None, None, None, None
+            weight = _weight(packed.view(1, -1), scales, *ctx.size, grad.dtype)
+            return grad @ weight, None, None, None, None
 
     return Product

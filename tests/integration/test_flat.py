@@ -1,0 +1,137 @@
+"""Rows end to end train as padded ones do, and a way of doing it that does not is found before it trains."""
+
+import json
+import statistics
+
+import pytest
+import torch
+
+from sft import fast, flat, linear_loss
+from sft.errors import Refusal
+from sft.fast import choose_lengths
+from sft.run import run
+from tests.conftest import SMALL, make_settings
+from tests.integration.test_bad_numbers import quick_report  # noqa: F401
+
+JOB = (*SMALL, "trainer=debug", "dataset.max_rows=60", "trainer.learning_rate=1e-3", "trainer.per_device_train_batch_size=4",
+       "trainer.gradient_accumulation_steps=2", "samples.num_held_out=0", "trainer.save_steps=20",
+       "trainer.eval_steps=20")  # fmt: skip
+
+
+def train(folder, *overrides):
+    """(numbers of each step, run.json) of one run."""
+    result = run(make_settings(*JOB, *overrides), folder)
+    assert result.status == "finished", (folder / "train.log").read_text(encoding="utf-8")[-2000:]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    numbers = {key: [line[key] for line in lines if key in line] for key in ("loss", "grad_norm", "eval_loss", "tokens")}
+    return numbers, json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("learnt", ["answer", "all"])
+def test_rows_end_to_end_train_as_padded_rows_do(tmp_path, learnt):
+    """Forty steps: every loss within 1e-5, and no drift in one direction."""
+    options = ("trainer.max_steps=40", f"dataset.loss_on={learnt}", "lora.lora_dropout=0")
+    padded, record = train(tmp_path / "padded", *options, "trainer.padding_free=false")
+    ours, ours_record = train(tmp_path / "flat", *options)
+    assert (record["speed"]["padding_free"], ours_record["speed"]["padding_free"]) == (False, True)
+    assert len(ours["loss"]) == 40 and ours["tokens"] == padded["tokens"]
+    for key, most in (("loss", 1e-5), ("eval_loss", 1e-5), ("grad_norm", 1e-4)):
+        assert ours[key] == pytest.approx(padded[key], abs=most), key
+    signed = [a - b for a, b in zip(ours["loss"], padded["loss"], strict=True)]
+    assert abs(statistics.fmean(signed)) < 2e-6
+
+
+def test_tokens_that_see_the_row_before_are_found_and_rows_are_padded(tmp_path, monkeypatch, caplog):
+    """A planted error: attention that knows nothing of the rows' ends."""
+    attend = flat.attend
+
+    def leaking(module, query, key, value, mask, **kwargs):
+        ends = torch.tensor([0, query.shape[2]], dtype=torch.int32)
+        return attend(module, query, key, value, mask, **{**kwargs, "cu_seq_lens_q": ends})
+
+    monkeypatch.setattr(flat, "attend", leaking)
+    with caplog.at_level("INFO"):
+        _, record = train(tmp_path / "run", "trainer.max_steps=2")
+    assert record["speed"]["padding_free"] is False and "a row would not be what it is alone" in record["speed"]["why_not"]
+    assert any("rows are padded" in line for line in caplog.messages)
+    with pytest.raises(Refusal, match="padding_free=null"):
+        run(make_settings(*JOB, "trainer.max_steps=2", "trainer.padding_free=true"), tmp_path / "asked")
+
+
+def test_a_loss_divided_by_another_number_is_found(tmp_path, monkeypatch):
+    usual = flat.linear_cross_entropy
+    monkeypatch.setattr(flat, "linear_cross_entropy", lambda *args: usual(*args) * 1.01)
+    _, record = train(tmp_path / "run", "trainer.max_steps=2")
+    assert "the loss of the first rows" in record["speed"]["why_not"]
+
+
+@pytest.mark.parametrize(
+    "overrides, why",
+    [
+        (["trainer.padding_free=false"], "trainer.padding_free=false"),
+        (["trainer.extra.neftune_noise_alpha=5"], "neftune_noise_alpha"),
+        (["model.attn_implementation=eager"], "attn_implementation=eager"),
+    ],
+)
+def test_what_has_a_batch_of_its_own_keeps_it(tmp_path, overrides, why):
+    _, record = train(tmp_path / "run", "trainer.max_steps=1", *overrides)
+    assert record["speed"]["padding_free"] is False and why in record["speed"]["why_not"]
+
+
+@pytest.mark.parametrize("piece", [1, 2**27])
+def test_the_loss_and_its_gradients_are_those_of_whole_logits(monkeypatch, piece):
+    monkeypatch.setattr(linear_loss, "PIECE", piece)
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(7, 5), torch.randn(11, 5), torch.randint(0, 11, (7,))
+    found = []
+    for ours in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = (
+            linear_loss.linear_cross_entropy(h, w, targets)
+            if ours
+            else torch.nn.functional.cross_entropy(h @ w.t(), targets, reduction="sum")
+        )
+        (loss / 3).backward()
+        found.append((loss.detach(), h.grad, w.grad))
+    for ours, whole in zip(*found, strict=True):
+        assert torch.allclose(ours, whole, atol=1e-5)
+
+
+def test_a_window_hides_what_lies_before_it():
+    """Sliding attention of width 2: a token sees itself and the one before."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 5, 4) for _ in range(3))
+    ends = torch.tensor([0, 4, 5, 5], dtype=torch.int32)
+    found, _ = flat.attend(None, q, k, v, None, sliding_window=2, cu_seq_lens_q=ends, max_length_q=4)
+    seen = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_lengths_fill_up_little_and_are_few():
+    lengths = [20 + 7 * i % 400 for i in range(500)]
+    chosen = choose_lengths(lengths, 8)
+    assert len(chosen) <= fast.NUM_LENGTHS and all(n % 64 == 0 for n in chosen) and chosen == choose_lengths(lengths, 8)
+    assert choose_lengths([64], 8) == (512,)
+    one, many = choose_lengths(lengths, 8, count=1), choose_lengths(lengths, 8, count=40)
+    assert len(one) == 1 and one[-1] == many[-1] == chosen[-1]
+
+
+def test_an_opened_4bit_layer_multiplies_as_the_library_does():
+    bnb = pytest.importorskip("bitsandbytes")
+    from sft.nf4 import open_layers
+
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compress_statistics=True, compute_dtype=torch.float32)
+    layer.load_state_dict({"weight": torch.randn(64, 128)})
+    layer = layer.to("cpu")
+    if layer.weight.quant_state is None:
+        layer.weight = layer.weight._quantize("cpu")
+    x = torch.randn(3, 128, requires_grad=True)
+    usual = layer(x)
+    (grad,) = torch.autograd.grad(usual.sum(), x)
+    holder = torch.nn.Sequential(layer)
+    assert open_layers(holder) == 1
+    ours = holder(x)
+    (our_grad,) = torch.autograd.grad(ours.sum(), x)
+    assert torch.allclose(ours, usual, atol=1e-5) and torch.allclose(our_grad, grad, atol=1e-5)
