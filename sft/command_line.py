@@ -58,11 +58,11 @@ def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: b
         _leave_to_first()
     try:
         check_command_line(config_dir, sys.argv[1:] if argv is None else argv, hardware)
-        named = [word for word in sys.argv[1:] if word.startswith("resume=")] if argv is None else []
-        if named:
-            folder = Path(named[0].partition("=")[2]).expanduser().resolve()
+        others = [word for word in sys.argv[1:] if word == WORD or word.startswith(PROCESSES)]
+        words = [word for word in sys.argv[1:] if word not in others]
+        if argv is None and len(words) == 1 and words[0].startswith("resume="):  # not beside --help
+            folder = Path(words[0].partition("=")[2]).expanduser().resolve()
             place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-            others = [word for word in sys.argv[1:] if word == WORD or word.startswith(PROCESSES)]
             sys.argv[1:] = [f"resume='{place}'", f"hydra.run.dir='{place}'", "hydra.output_subdir=null", *others]
     except Refusal as refusal:
         print(refusal, file=sys.stderr)

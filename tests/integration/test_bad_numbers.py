@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-import trl
+import transformers
 
 from scripts.fault_campaign import BASE, compare, write_rows
 from sft.run import run
@@ -39,7 +39,7 @@ def short(tmp_path):
 @pytest.fixture
 def plant(monkeypatch):
     """`plant(3, 4)`: the loss of the third and fourth forward pass in training is not a number."""
-    original = trl.SFTTrainer.compute_loss
+    original = transformers.Trainer.compute_loss  # under TRL's, and by itself for rows end to end
 
     def plant(*passes: int) -> None:
         numbers = itertools.count(1)
@@ -50,7 +50,7 @@ def plant(monkeypatch):
                 return found
             return (found[0] * math.nan, found[1]) if return_outputs else found * math.nan
 
-        monkeypatch.setattr(trl.SFTTrainer, "compute_loss", compute_loss)
+        monkeypatch.setattr(transformers.Trainer, "compute_loss", compute_loss)
 
     return plant
 

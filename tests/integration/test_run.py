@@ -218,8 +218,10 @@ def test_full_fine_tuning_saves_a_whole_model(small, tmp_path):
 
 
 def test_extra_reaches_the_trainer(small, tmp_path, monkeypatch):
+    from sft.batch import split_of, with_split
     from sft.fast import Fast
     from sft.trainer import training_arguments
 
-    arguments = training_arguments(small("trainer.extra.adam_beta2=0.95"), tmp_path, True, Fast())
+    settings = small("trainer.extra.adam_beta2=0.95")
+    arguments = training_arguments(with_split(settings, split_of(settings.trainer)), tmp_path, True, Fast())
     assert arguments.adam_beta2 == 0.95
