@@ -15,6 +15,11 @@ ACCUMULATION, EFFECTIVE, CPU_ROWS = 4, 8, 2
 """Forward passes where nothing says how many; rows a step for `auto`; rows a pass that `auto` takes on the CPU."""
 
 
+OWN_LOSS = ("loss_type", "label_smoothing_factor", "use_liger_kernel", "neftune_noise_alpha", "packing", "padding_free",
+            "completion_only_loss", "assistant_only_loss", "chunk_size", "group_by_length")  # fmt: skip
+"""Options of `trainer.extra` that change the loss or what a batch is; they keep TRL's own way."""
+
+
 @dataclass(frozen=True)
 class Split:
     """What is decided for a run."""
@@ -122,3 +127,31 @@ def _check_shares(trainer: TrainerSettings, rows: int, processes: int) -> list[P
     fix += f"{freed}trainer.effective_batch_size={more}   learns from more rows a step"
     why = f"{total} rows a step cannot be shared out evenly among {processes} processes in passes of {rows}."
     return [Problem(f"{processes} processes, {total} rows a step", why, fix)]
+
+
+def why_padded(settings: Settings, backend: str) -> str:
+    """What in the settings keeps rows from being laid end to end; empty if nothing does. A model may have reasons too."""
+    if backend != "transformers":
+        return "model.backend=unsloth has a way of its own"
+    own = [key for key in OWN_LOSS if settings.trainer.extra.get(key)]
+    if own:
+        return f"trainer.extra.{own[0]} has a loss or a batch of its own"
+    if settings.model.attn_implementation.value != "auto":
+        return f"model.attn_implementation={settings.model.attn_implementation.value} is asked for"
+    return ""
+
+
+def check_speed(settings: Settings, backend: str, gpu: bool) -> list[Problem]:
+    """What asks for rows end to end or compiled layers where they cannot be had."""
+    trainer, why, problems = settings.trainer, why_padded(settings, backend), []
+    if trainer.padding_free and why:
+        fix = "trainer.padding_free=null   pads where it has to"
+        problems.append(Problem("trainer.padding_free=true", f"Rows cannot be laid end to end: {why}.", fix))
+    if trainer.torch_compile:
+        why = "trainer.padding_free=false" if trainer.padding_free is False else why
+        if not gpu:
+            why = "this machine has no GPU, and only for one are kernels compiled"
+        if why:
+            why = f"It needs rows end to end on a GPU, but {why}."
+            problems.append(Problem("trainer.torch_compile=true", why, "trainer.torch_compile=null"))
+    return problems

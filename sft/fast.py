@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft import distributed, flat
+from sft.batch import why_padded
 from sft.embedded import cache_dir
 from sft.errors import refuse
 from sft.settings import Settings
 
 log = logging.getLogger(__name__)
 
-OWN_LOSS = ("loss_type", "label_smoothing_factor", "use_liger_kernel", "neftune_noise_alpha", "packing", "padding_free",
-            "completion_only_loss", "assistant_only_loss", "chunk_size", "group_by_length")  # fmt: skip
-"""Options of `trainer.extra` that change the loss or what a batch is; they keep TRL's own way."""
 TOLERANCE = {4: 1e-4, 2: 1e-2}
 """Share by which the loss of the first rows may differ, by the bytes of an activation."""
 HIDDEN = {4: 1e-4, 2: 5e-2}
@@ -138,15 +136,10 @@ def _obstacle(model: Any, settings: Settings, backend: str) -> str:
     import torch
 
     base, config = base_of(model), base_of(model).config.get_text_config()
-    if backend != "transformers":
-        return "model.backend=unsloth has a way of its own"
+    if why := why_padded(settings, backend):
+        return why
     if distributed.shards(settings):
         return "distributed.strategy=fsdp wraps the layers"
-    own = [key for key in OWN_LOSS if settings.trainer.extra.get(key)]
-    if own:
-        return f"trainer.extra.{own[0]} has a loss or a batch of its own"
-    if settings.model.attn_implementation.value != "auto":
-        return f"model.attn_implementation={settings.model.attn_implementation.value} is asked for"
     if getattr(config, "attention_dropout", 0):
         return "the model drops attention weights while it learns"
     head = base.get_output_embeddings()
@@ -182,7 +175,7 @@ def _difference(model: Any, data: Any, pad_token_id: int) -> str:
     training, base = model.training, base_of(model)
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=_half(model)):
+        with torch.no_grad(), torch.autocast(model.device.type, model.dtype, enabled=_half(model)):
             whole = model(**inputs).loss.item()
             ends = inputs["cu_seq_lens_q"].tolist()
             passed = {key: inputs[key] for key in inputs if key not in ("labels", "learnt", "targets")}

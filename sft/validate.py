@@ -19,7 +19,7 @@ from typing import Any
 
 from sft import embedded
 from sft import settings as schema
-from sft.batch import check_split
+from sft.batch import check_speed, check_split
 from sft.budget import moment_of
 from sft.errors import Problem
 from sft.settings import Backend, Dtype, GgufSettings, LoraSettings, PreflightMode, Settings, Strategy, TrackingMode
@@ -85,6 +85,8 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_export(settings),
         *_check_hub_repo(settings.export.hub.repo),
     ]
+    if hardware:
+        problems += check_speed(settings, resolve_backend(settings), gpu_present() or settings.preflight.gpu is not None)
     if hardware and settings.preflight.gpu is None:
         problems += _check_hardware(settings)
     return problems

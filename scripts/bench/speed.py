@@ -76,7 +76,14 @@ def measure_ours(args: argparse.Namespace, name: str, place: Path) -> dict:
         *(sys.executable, str(ROOT / "train.py"), f"model.name={args.model}", "model.max_seq_length=2048", "dataset=local"),
         *(f"dataset.path={args.data}", "dataset.template=alpaca", "dataset.loss_on=all", "dataset.eval_fraction=0"),
         *("lora.r=16", "lora.lora_alpha=16", f"trainer.max_steps={args.steps}", "trainer.learning_rate=2e-4", "seed=3407"),
-        *("trainer.save_steps=1.0", "samples.num_held_out=0", "tracking=none", *split, *options, *args.overrides.split()),
+        *(
+            f"trainer.save_steps={args.steps}",
+            "samples.num_held_out=0",
+            "tracking=none",
+            *split,
+            *options,
+            *args.overrides.split(),
+        ),
         f"hydra.run.dir={place}",
     ]
     began = time.time()

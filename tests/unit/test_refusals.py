@@ -674,3 +674,12 @@ def test_repositories_that_the_hub_takes(repo):
 @pytest.mark.parametrize("repo", ["", "'  '"])
 def test_an_empty_repository_is_not_taken_for_none(repo):
     assert problem_of("export=adapter", f"export.hub.repo={repo}").fix.startswith("export.hub.repo=null")
+
+
+def test_speed_that_cannot_be_had():
+    backend = ("model.backend=transformers",)
+    assert "no GPU" in problem_of(*backend, "trainer.torch_compile=true").why
+    assert "eager" in problem_of(*backend, "trainer.padding_free=true", "model.attn_implementation=eager").why
+    assert "neftune" in problem_of(*backend, "trainer.padding_free=true", "trainer.extra.neftune_noise_alpha=5").why
+    assert "trainer.torch_compile" in problem_of("trainer.extra.torch_compile=true").fix
+    accepted(*backend, "trainer.padding_free=true")
