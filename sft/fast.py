@@ -1,7 +1,8 @@
 """What makes a run fast without changing what it computes, and whether this run can have it.
 
 Rows laid end to end (sft/flat.py) where the model's attention allows it, which is tried on the first rows before it is
-believed; decoder layers compiled where the run is long enough to repay that.
+believed; on a GPU passes recorded as CUDA graphs (sft/graphs.py), and decoder layers compiled where the run is long enough to
+repay that.
 """
 
 import contextlib
@@ -12,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sft import distributed, flat
+from sft import distributed, flat, graphs
 from sft.batch import why_padded
 from sft.embedded import cache_dir
 from sft.errors import refuse
+from sft.models import uses_checkpointing
 from sft.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -24,11 +26,12 @@ TOLERANCE = {4: 1e-4, 2: 1e-2}
 """Share by which the loss of the first rows may differ, by the bytes of an activation."""
 HIDDEN = {4: 1e-4, 2: 5e-2}
 """The same for the last hidden states of a row, as a share of their norm: kernels of two kinds round differently in 16 bits."""
-NUM_LENGTHS = 8
-"""Lengths that kernels are compiled for. Each took 6 s the first time with an H100 (8B shape, 2026-11-25)."""
+NUM_LENGTHS = 16
+"""Lengths that passes are recorded for. Each takes about half a second on an H100 (8B shape, 2026-11-25)."""
+PASSES_A_LENGTH = 10
+"""Passes of a run for each of them, at least: a replayed pass saved 60 to 200 ms there."""
 REPAID_BY = 500_000
-"""Tokens of training from which compiling pays: on an H100 with an 8B shape in bfloat16 it saved 0.13 ms a token (4,185 a
-second eager, about 9,000 compiled, 2026-11-25) and cost 6 s for each length."""
+"""Tokens of training from which compiling pays."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class Fast:
     padding_free: bool = False
     why_not: str = ""
     """Why rows are padded."""
+    compiled: bool = False
+    """Whether decoder layers are compiled."""
     lengths: tuple[int, ...] = ()
-    """Lengths of a pass that decoder layers are compiled for; none if they are not compiled."""
+    """Lengths of a pass that are recorded as CUDA graphs, shortest first; none if no pass is."""
 
 
 def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend: str, steps: int) -> Fast:
@@ -66,18 +71,26 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
             log.info("Speed  rows are padded: %s", why_not)
         return Fast(why_not=why_not)
     rows = settings.trainer.per_device_train_batch_size
-    lengths = [len(ids) for ids in data.train["input_ids"]]
-    tokens = steps * settings.trainer.effective_batch_size * sum(lengths) / len(lengths)
-    if compiling or (compiling is None and base.device.type == "cuda" and tokens >= REPAID_BY):
-        chosen = choose_lengths(lengths, rows)
-        if settings.model.load_in_4bit:
-            from sft.nf4 import open_layers
+    row_lengths = [len(ids) for ids in data.train["input_ids"]]
+    tokens = steps * settings.trainer.effective_batch_size * sum(row_lengths) / len(row_lengths)
+    on_gpu, compiled, lengths = base.device.type == "cuda", False, ()
+    if on_gpu and settings.model.load_in_4bit:
+        from sft.nf4 import open_layers
 
-            open_layers(base)
+        open_layers(base)
+    if compiling or (compiling is None and on_gpu and tokens >= REPAID_BY):
         compile_layers(base)
-        log.info("Speed  rows end to end; layers compiled for passes of %s tokens", ", ".join(map(str, chosen)))
-        return Fast(True, lengths=chosen)
-    return Fast(True)
+        compiled = True
+    if on_gpu and settings.trainer.cuda_graphs is not False and not _why_launched(settings):
+        passes = steps * settings.trainer.gradient_accumulation_steps
+        count = max(1, min(NUM_LENGTHS, passes // PASSES_A_LENGTH))
+        lengths = choose_lengths(row_lengths, rows, count, graphs.launch_bound_tokens(decoder_layers(base)[0]))
+        if lengths:
+            base.graphs = graphs.Graphs(base, lengths, ends=rows + 2)
+    words = ["rows end to end"] + ["layers compiled"] * compiled
+    words += [f"passes of {', '.join(map(str, lengths))} tokens replayed as CUDA graphs"] * bool(lengths)
+    log.info("Speed  %s", "; ".join(words))
+    return Fast(True, compiled=compiled, lengths=lengths)
 
 
 def base_of(model: Any) -> Any:
@@ -85,14 +98,18 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def choose_lengths(lengths: list[int], rows: int, count: int = NUM_LENGTHS) -> tuple[int, ...]:
+def choose_lengths(lengths: list[int], rows: int, count: int = NUM_LENGTHS, most: int | None = None) -> tuple[int, ...]:
     """At most `count` lengths, multiples of 64, that passes of `rows` rows drawn from `lengths` are filled up to.
 
-    Of a thousand drawn passes the five longest get no length; the others are filled up with the fewest tokens that `count`
-    lengths allow (found exactly, by dynamic programming over where the lengths may end).
+    Of a thousand drawn passes those longer than `most` and the five longest get no length; the others are filled up with the
+    fewest tokens that `count` lengths allow (found exactly, by dynamic programming over where the lengths may end). No lengths
+    if most passes are longer than `most`.
     """
     draw = random.Random(0)
     sums = sorted(-(-sum(draw.choices(lengths, k=rows)) // 64) * 64 for _ in range(1000))[:995]
+    whole, sums = len(sums), [n for n in sums if most is None or n <= most]
+    if len(sums) < whole / 2:
+        return ()
     ends = sorted(set(sums))
     below = [sum(n <= end for n in sums) for end in ends]
     best: list[tuple[int, tuple[int, ...]]] = [(end * b, (end,)) for end, b in zip(ends, below, strict=True)]
@@ -105,14 +122,42 @@ def choose_lengths(lengths: list[int], rows: int, count: int = NUM_LENGTHS) -> t
 
 
 def compile_layers(base: Any) -> None:
-    """Compile each decoder layer at its first use, once for all layers of a kind and length."""
+    """Compile each decoder layer at its first use, once for all layers of a kind and all lengths of a pass."""
     import torch
 
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))  # what was compiled stays on the disk
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * NUM_LENGTHS)
+    torch._dynamo.config.specialize_float = True  # else each layer's constants are computed on the CPU, in C++ to be compiled
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     base.enable_input_require_grads()  # else the first layer, whose input needs no gradient, is another kind
     for layer in decoder_layers(base):
-        layer.compile(dynamic=False)
+        layer.compile(dynamic=True)
+
+
+@contextlib.contextmanager
+def short_walks(model: Any) -> Iterator[None]:
+    """Inside the block the model's `train` and `zero_grad`, which transformers calls at every step, do not walk through its
+    thousands of modules: a mode that is set already stays, and gradients of trained weights alone are cleared.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def train(mode: bool = True) -> Any:
+        return model if model.training == mode else type(model).train(model, mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for weight in trained:
+            weight.grad = None
+
+    model.train, model.zero_grad = train, zero_grad
+    try:
+        yield
+    finally:
+        del model.train, model.zero_grad
+
+
+def forget_graphs(model: Any) -> bool:
+    """Give back the memory of recorded passes and launch every pass from now on; whether there was any."""
+    recorded = getattr(base_of(model), "graphs", None)
+    return recorded is not None and recorded.forget()
 
 
 def decoder_layers(base: Any) -> list[Any]:
@@ -129,6 +174,15 @@ def uncompiled() -> Iterator[None]:
 
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def _why_launched(settings: Settings) -> str:
+    """What keeps passes from being recorded; empty if nothing does."""
+    if uses_checkpointing(settings):
+        return "trainer.gradient_checkpointing runs parts of a pass twice"
+    if settings.lora.enabled and settings.lora.lora_dropout:
+        return "lora.lora_dropout draws anew in every pass"
+    return ""
 
 
 def _obstacle(model: Any, settings: Settings, backend: str) -> str:

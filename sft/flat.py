@@ -25,9 +25,9 @@ class EndToEnd:
 
     pad_token_id: int
     longest: int
-    """Tokens in the longest row there is: one number for a whole run, so that nothing is compiled twice for it."""
+    """Tokens in the longest row there is: one number for a whole run, so that nothing is compiled or recorded twice for it."""
     lengths: tuple[int, ...] = ()
-    """Lengths that a pass is filled up to, shortest first, because a kernel is compiled for each. A longer pass is left as
+    """Lengths that a pass is filled up to, shortest first, because each is recorded as a CUDA graph. A longer pass is left as
     it is; so is every pass if there are none."""
     rows: int = 0
     """Rows of a whole pass. The ends of fewer rows are filled up to as many, for the same reason."""
@@ -135,11 +135,14 @@ def install(base: Any) -> None:
         for unused in ("labels", "use_cache", "attention_mask"):
             kwargs.pop(unused, None)
         with attention_of(self, ATTENTION):
-            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+            hidden = self.graphs.hidden(kwargs) if self.graphs and self.graphs.takes(kwargs) else None
+            if hidden is None:
+                hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
         total = linear_cross_entropy(hidden[0].index_select(0, learnt), head.weight, targets)
         return CausalLMOutputWithPast(loss=total / (len(targets) if items is None else items))
 
+    base.graphs = None  # of sft/graphs.py
     base.forward = types.MethodType(forward, base)
 
 

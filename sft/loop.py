@@ -15,6 +15,7 @@ from typing import Any
 from sft import checkpoints, distributed, durable
 from sft.bad_steps import BadSteps
 from sft.budget import TimeBudget
+from sft.fast import Fast, short_walks
 from sft.runtime import Interrupted, StopRequest
 from sft.smaller_passes import SmallerPasses
 
@@ -68,13 +69,15 @@ class Loop:
 
 
 def resumable(base: type) -> type:
-    """A subclass of TRL's trainer `base` that stops and goes on as the module says. Give it a `loop` before train()."""
+    """A subclass of TRL's trainer `base` that stops and goes on as the module says; it needs `loop` and `fast`."""
 
     class ResumableTrainer(base):
         loop: Loop
         bad_steps: BadSteps
         smaller: SmallerPasses
+        fast: Fast
         tokens_seen: Any = 0
+        trained: list[Any] | None = None
 
         def train(self, **kwargs):
             if self.loop.checkpoint:
@@ -108,6 +111,12 @@ def resumable(base: type) -> type:
             self.bad_steps.add(loss, inputs)
             return loss
 
+        def _clip_grad_norm(self, model):
+            if not self.fast.padding_free:
+                return super()._clip_grad_norm(model)
+            self.trained = self.trained or [p for p in model.parameters() if p.requires_grad]  # a walk that is made once
+            return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+
         def _get_grad_norm(self, *args, **kwargs):
             grad_norm = super()._get_grad_norm(*args, **kwargs)
             self.bad_steps.guard(grad_norm)
@@ -117,7 +126,8 @@ def resumable(base: type) -> type:
             if not self.control.should_training_stop:  # a run that had ended, but for its last lines
                 if distributed.world_size() > 1:
                     train_dataloader.set_epoch(epoch)  # transformers sets it where it cannot arrive, if passes are skipped
-                super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+                with short_walks(kwargs["model"]) if self.fast.padding_free else contextlib.nullcontext():
+                    super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
         def _maybe_log_save_evaluate(self, *args, **kwargs):
             loop, control = self.loop, self.control

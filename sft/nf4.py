@@ -3,22 +3,27 @@
 bitsandbytes keeps a layer's scales in a Python object beside a tensor of its own kind, which breaks a compiled decoder layer in
 pieces. Here the layer holds plain tensors: the packed weights as they are, and the scales of 64 weights each, unpacked once
 (0.06 bytes a weight more than the double quantisation they come in). The values of the weights are the same to the bit.
+To be imported where there are such layers: it imports torch, whose compiler does not follow a class made in a function.
 """
 
-import functools
 from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes import functional
+
+
+class OpenLinear4bit(bnb.nn.Linear4bit):
+    """An nf4 layer that uses `multiply` where gradients are wanted; answers keep the library's kernel for one token."""
+
+    def forward(self, x: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        return multiply(x, self.packed, self.scales, self.rows, self.columns)
 
 
 def open_layers(base: Any) -> int:
     """Give every nf4 layer of `base` the form of this module; their number. Nothing is copied but the scales."""
-    import bitsandbytes as bnb
-    import torch
-    from bitsandbytes import functional
-
-    class OpenLinear4bit(bnb.nn.Linear4bit):
-        def forward(self, x: Any) -> Any:
-            return multiply(x, self.packed, self.scales, self.rows, self.columns)
-
     layers = [
         m for m in base.modules()
         if isinstance(m, bnb.nn.Linear4bit) and m.bias is None and m.weight.quant_state.quant_type == "nf4"
@@ -38,35 +43,27 @@ def open_layers(base: Any) -> int:
 
 def multiply(x: Any, packed: Any, scales: Any, rows: int, columns: int) -> Any:
     """`x` [..., columns] times the transposed weight [rows, columns] that `packed` holds; `packed` gets no gradient."""
-    import torch
-
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _product().apply(x, packed, scales, rows, columns)
+    return Product.apply(x, packed, scales, rows, columns)
 
 
 def _weight(packed: Any, scales: Any, rows: int, columns: int, dtype: Any) -> Any:
-    import torch
-
     return torch.ops.bitsandbytes.dequantize_4bit(packed, scales, 64, "nf4", (rows, columns), dtype)
 
 
-@functools.cache
-def _product() -> Any:
-    import torch
+class Product(torch.autograd.Function):
+    """`x` times the transposed weight."""
 
-    class Product(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, packed, scales, rows, columns):
-            ctx.save_for_backward(packed, scales)
-            ctx.size = rows, columns
-            return torch.nn.functional.linear(x, _weight(packed, scales, rows, columns, x.dtype))
+    @staticmethod
+    def forward(ctx, x, packed, scales, rows, columns):
+        ctx.save_for_backward(packed, scales)
+        ctx.size = rows, columns
+        return torch.nn.functional.linear(x, _weight(packed, scales, rows, columns, x.dtype))
 
-        @staticmethod
-        def backward(ctx, grad):
-            packed, scales = ctx.saved_tensors
-            # Another view of the same bytes: a compiler that saw the same call twice would keep the whole weight in between.
-            weight = _weight(packed.view(1, -1), scales, *ctx.size, grad.dtype)
-            return grad @ weight, None, None, None, None
-
-    return Product
+    @staticmethod
+    def backward(ctx, grad):
+        packed, scales = ctx.saved_tensors
+        # Another view of the same bytes: a compiler that saw the same call twice would keep the whole weight in between.
+        weight = _weight(packed.view(1, -1), scales, *ctx.size, grad.dtype)
+        return grad @ weight, None, None, None, None

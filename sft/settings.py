@@ -293,6 +293,9 @@ class TrainerSettings:
     torch_compile: bool | None = None
     """Compile the decoder layers: about a third less time a step, after one to two minutes at the start that the next run finds
     on the disk. null: on a GPU, in runs that are long enough to repay it."""
+    cuda_graphs: bool | None = None
+    """Record passes of usual lengths as CUDA graphs and replay them, so that a small pass does not wait for the host. null: on
+    a GPU, where rows lie end to end without checkpointing and dropout."""
     logging_steps: int = 1
     """Write a line of metrics every so many steps."""
     eval_steps: float = 0.25

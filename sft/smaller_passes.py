@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sft.distributed import world_size
+from sft.fast import forget_graphs
 from sft.flat import cut
 from sft.render import IGNORED
 
@@ -85,9 +86,17 @@ class SmallerPasses:
             return loss
         except torch.OutOfMemoryError as error:
             count = len(rows) if isinstance(rows, list) else len(cut(rows))
-            if count <= 1 or items is None or world_size() > 1:
+            if items is None or world_size() > 1:
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold what has to be given back
+            if forget_graphs(model):
+                log.warning(
+                    "Step %d: the memory ran out beside what recorded passes (CUDA graphs) keep of it. The step is made again "
+                    "without them, and so are the next ones.", self._step + 1,
+                )  # fmt: skip
+                return None
+            if count <= 1:
+                raise
             self.rows = count // 2
         log.warning(
             "Step %d: %d rows at a time do not fit into the memory; it is made again with %d, and so are the next ones.",

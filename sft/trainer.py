@@ -82,9 +82,7 @@ def build_trainer(
 
         def training_step(self, model, inputs, *args, **kwargs):
             self.tokens_seen = self.tokens_seen + flat.count_tokens(inputs)
-            known = inputs["input_ids"].shape[-1] in choice.lengths
-            with contextlib.nullcontext() if known or not choice.lengths else fast.uncompiled():
-                return super().training_step(model, inputs, *args, **kwargs)
+            return super().training_step(model, inputs, *args, **kwargs)
 
         def compute_loss(self, model, inputs, *args, **kwargs):
             if not flat.is_flat(inputs):
@@ -97,7 +95,7 @@ def build_trainer(
 
         def get_eval_dataloader(self, *args, **kwargs):
             usual = self.data_collator
-            if choice.padding_free:  # evaluation is not compiled
+            if choice.padding_free:  # evaluation is not recorded
                 self.data_collator = replace(usual, lengths=(), rows=0)
             try:
                 return super().get_eval_dataloader(*args, **kwargs)
@@ -116,7 +114,7 @@ def build_trainer(
             self.eval_sum, self.eval_tokens = 0.0, 0
             across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
             try:  # each process takes the mean of its own rows
-                with fast.uncompiled() if choice.lengths else contextlib.nullcontext():
+                with fast.uncompiled() if choice.compiled else contextlib.nullcontext():
                     output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             finally:
                 self.args.average_tokens_across_devices = across
@@ -278,6 +276,7 @@ def _run_callback(trainer, settings: Settings) -> Any:
 
         def on_train_end(self, args, state, control, **kwargs):
             clock.stop()
+            fast.forget_graphs(trainer.model)
             recorder.final["bad_steps"] = trainer.bad_steps.count
             if trainer.bad_steps.rose_at is not None:
                 recorder.final["loss_rose_at"] = trainer.bad_steps.rose_at

@@ -1,0 +1,162 @@
+"""Passes through the decoder layers that are recorded once as CUDA graphs and replayed.
+
+A pass of an 8B shape launches some 5,000 kernels. An H100 computes up to 3,000 tokens faster than a host can launch them
+(1,024 tokens: 139 ms launched one by one, 72 ms replayed; 2026-11-25). A graph holds for one number of tokens, so passes are
+filled up to a few lengths. The output layer and the loss, whose size differs from pass to pass, are launched as ever.
+
+Nothing else sees a difference: gradients arrive at the weights through autograd, copied out of the graph, so that passes add
+up, gradients are clipped, several processes average them and bad steps are left out as without it.
+"""
+
+import functools
+import gc
+import logging
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+LAUNCH_BOUND = 9e11
+"""Weights of a layer times tokens up to which the host is the slower one: launching a layer's kernels takes 4.3 ms, and an H100
+makes 4 operations a weight and token at some 7e14 a second. Twice as much costs nothing but memory, so no host is too slow."""
+
+
+TENSORS = ("input_ids", "position_ids", "cu_seq_lens_q")
+TAKEN = (*TENSORS, "max_length_q", "max_length_k")
+"""What the layers take of a pass."""
+
+
+class Graphs:
+    """The recorded passes of one model."""
+
+    def __init__(self, base: Any, lengths: tuple[int, ...], ends: int):
+        """`base`: the causal language model; `lengths`: tokens of a pass; `ends`: entries of its `cu_seq_lens_q`."""
+        self.base, self.lengths, self.ends = base, lengths, ends
+        self.weights = [p for p in base.base_model.parameters() if p.requires_grad]
+        self.recorded: dict[int, Recording] = {}
+        self.pool: Any = None
+        self.grads: list[Any] = []
+
+    def takes(self, inputs: dict[str, Any]) -> bool:
+        """Whether a pass is to be replayed."""
+        import torch
+
+        fits = inputs["input_ids"].shape[-1] in self.lengths and len(inputs["cu_seq_lens_q"]) == self.ends
+        return fits and self.base.training and torch.is_grad_enabled()
+
+    def hidden(self, inputs: dict[str, Any]) -> Any | None:
+        """The last hidden states [1, tokens, width] of a pass; None if it cannot be recorded, and then none is any more."""
+        import torch
+
+        length = inputs["input_ids"].shape[-1]
+        try:
+            if not self.recorded:  # the longest first: the others will find room in what it has taken
+                self._record(_lengthened(inputs, max(self.lengths)))
+            if length not in self.recorded:
+                self._record(inputs)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            self.forget()
+            log.warning("Passes are not recorded as CUDA graphs: %s", f"{error}".partition("\n")[0])
+            return None
+        return _replay().apply(self.recorded[length], inputs, *self.weights)
+
+    def _record(self, inputs: dict[str, Any]) -> None:
+        import torch
+
+        if not self.grads:
+            self.grads = [torch.empty_like(p) for p in self.weights]
+        gc.freeze()  # a recording collects twice, which takes a second where all that was imported is looked through
+        try:
+            recording = Recording(self, inputs)
+        finally:
+            gc.unfreeze()
+        self.pool = recording.forward.pool()
+        self.recorded[inputs["input_ids"].shape[-1]] = recording
+
+    def run(self, inputs: dict[str, Any]) -> Any:
+        """The last hidden states of a pass, launched kernel by kernel."""
+        import torch
+
+        half = {"dtype": torch.get_autocast_dtype("cuda"), "enabled": torch.is_autocast_enabled("cuda")}
+        with torch.autocast("cuda", cache_enabled=False, **half):  # a cast weight kept from here would be stale in a replay
+            ends = {"cu_seq_lens_k": inputs["cu_seq_lens_q"]}
+            return self.base.base_model(**{k: inputs[k] for k in TAKEN}, **ends, use_cache=False).last_hidden_state
+
+    def forget(self) -> bool:
+        """Give the memory back and record nothing more; whether there was something to give back."""
+        import torch
+
+        had = bool(self.recorded)
+        self.lengths, self.recorded, self.pool, self.grads = (), {}, None, []
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return had
+
+
+class Recording:
+    """A forward and a backward pass of one length."""
+
+    def __init__(self, graphs: Graphs, inputs: dict[str, Any]):
+        import torch
+
+        self.grads = graphs.grads
+        self.inputs = {key: inputs[key].clone() if torch.is_tensor(inputs[key]) else inputs[key] for key in TAKEN}
+        # Once as it is: what libraries set up at their first call must not be recorded (PyTorch's notes on CUDA graphs).
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside), torch.autograd.set_multithreading_enabled(False):
+            hidden = graphs.run(self.inputs)
+            torch.autograd.grad(hidden, graphs.weights, torch.zeros_like(hidden))
+        torch.cuda.current_stream().wait_stream(aside)
+        self.grad_hidden = torch.zeros_like(hidden)
+        del hidden
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # thread_local: other threads, such as the one that watches NCCL, go on calling CUDA.
+        options = {"capture_error_mode": "thread_local"}
+        with torch.autograd.set_multithreading_enabled(False):
+            with torch.cuda.graph(self.forward, pool=graphs.pool, **options):
+                hidden = graphs.run(self.inputs)
+            with torch.cuda.graph(self.backward, pool=self.forward.pool(), **options):
+                torch._foreach_copy_(self.grads, torch.autograd.grad(hidden, graphs.weights, self.grad_hidden))
+        self.hidden = hidden.detach()
+
+
+@functools.cache
+def _replay() -> Any:
+    import torch
+
+    class Replay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, recording, inputs, *weights):
+            ctx.recording = recording
+            for key in TENSORS:
+                recording.inputs[key].copy_(inputs[key])
+            recording.forward.replay()
+            return recording.hidden.clone()  # the next replay writes over it
+
+        @staticmethod
+        def backward(ctx, grad):
+            recording = ctx.recording
+            recording.grad_hidden.copy_(grad)
+            recording.backward.replay()
+            return (None, None, *torch._foreach_mul(recording.grads, 1.0))  # copies, in a few launches
+
+    return Replay
+
+
+def _lengthened(inputs: dict[str, Any], length: int) -> dict[str, Any]:
+    """A pass of another length to record: what its tokens are makes no difference."""
+    import torch
+
+    more = length - inputs["input_ids"].shape[-1]
+    filled = {key: torch.nn.functional.pad(inputs[key], (0, more)) for key in ("input_ids", "position_ids")}
+    ends = inputs["cu_seq_lens_q"].clone()
+    ends[-1] = length
+    return {**inputs, **filled, "cu_seq_lens_q": ends}
+
+
+def launch_bound_tokens(layer: Any) -> int:
+    """Tokens of a pass up to which recording it pays, for a model of such decoder layers."""
+    import torch
+
+    weights = sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, torch.nn.Linear))
+    return int(LAUNCH_BOUND / max(weights, 1))
