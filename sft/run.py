@@ -148,7 +148,6 @@ def guarded(start: Callable[[], RunResult], folder: Path, context: Context, swee
         return RunResult("failed", 1, folder)
     finally:
         shared.take_back()
-        runtime.release_memory()
 
 
 def run(settings: Settings, folder: Path, context: Context | None = None) -> RunResult:
