@@ -6,8 +6,7 @@
 The same file is read in three ways: transformers unpacks its weights to float32; llama.cpp computes with them as they are, and
 rounds what it multiplies them with to 8 bits (q8_0 and the k-types) or 16 (f16); and llama.cpp reads a copy whose weights are
 unpacked to float32, so that nothing is rounded. What the first and the last agree on is no fault of the file; what the last
-two differ in is the price of llama.cpp's fast arithmetic. For q8_0 that is shown: transformers reads the file a second time and
-rounds what its layers take as llama.cpp does. Against the trained model each is held by export/verify.json.
+two differ in is the price of llama.cpp's fast arithmetic. Against the trained model each is held by export/verify.json.
 """
 
 import collections
@@ -15,7 +14,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -34,10 +32,6 @@ def compare(file: Path, rows: list[proof.Row], prompts: int, stop_ids: list[int]
 
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     ours = proof.measure_torch(model, rows, prompts, NEW_TOKENS, stop_ids, pad)
-    rounded = None
-    if file.stem.endswith("q8_0"):
-        round_inputs(model)
-        rounded = proof.measure_torch(model, rows, prompts, NEW_TOKENS, stop_ids, pad)
     del model
     with tempfile.TemporaryDirectory() as folder:
         unpacked = Path(folder, "model-f32.gguf")
@@ -45,34 +39,10 @@ def compare(file: Path, rows: list[proof.Row], prompts: int, stop_ids: list[int]
         cells = [f"{file.name}", f"{ours.loss:.5f}"]
         for read in (unpacked, file):
             theirs = gguf.measure(read, rows, prompts, NEW_TOKENS, stop_ids, [])["measurement"]
-            cells += held_against(ours, theirs, prompts)
-        cells += held_against(rounded, theirs, prompts) if rounded else ["", "", ""]
+            gaps = [parting["gap"] for parting in verify.find_partings(ours, theirs)]
+            told = ", ".join("far" if gap is None else f"{gap:.4f}" for gap in gaps) or "-"
+            cells += [f"{theirs.loss - ours.loss:+.6f}", f"{prompts - len(gaps)} of {prompts}", told]
     return f"| {' | '.join(cells)} |"
-
-
-def held_against(ours: proof.Measurement, theirs: proof.Measurement, prompts: int) -> list[str]:
-    """Three cells: the difference in loss, equal answers, and where the others part."""
-    gaps = [parting["gap"] for parting in verify.find_partings(ours, theirs)]
-    told = ", ".join("far" if gap is None else f"{gap:.4f}" for gap in gaps) or "-"
-    return [f"{theirs.loss - ours.loss:+.6f}", f"{prompts - len(gaps)} of {prompts}", told]
-
-
-def round_inputs(model: Any) -> None:
-    """Let every linear layer round what it takes as llama.cpp does before it multiplies by q8_0 weights.
-
-    Blocks of 32 values: whole numbers up to 127 times a scale that is kept in 16 bits (quantize_row_q8_0 in ggml-quants.c).
-    """
-    import torch
-
-    def rounded(module: Any, inputs: tuple[Any]) -> tuple[Any]:
-        blocks = inputs[0].unflatten(-1, (-1, 32))
-        scale = blocks.abs().amax(-1, keepdim=True) / 127
-        whole = torch.where(scale > 0, blocks / scale, 0.0).round()
-        return ((whole * scale.half().float()).flatten(-2),)
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(rounded)
 
 
 def unpack(file: Path, target: Path) -> None:
@@ -118,9 +88,8 @@ def main() -> None:
     rows = proof.read_rows(run)
     tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
     stop_ids = tokenizer.convert_tokens_to_ids(read_json(run / "preflight.json")["stop_tokens"])
-    readings = ("llama.cpp, unpacked", "llama.cpp, as it is", "the same beside rounded inputs")
-    print(f"| file | loss in transformers | {' | answers | gaps | '.join(readings)} | answers | gaps |")
-    print("| --- |" + " --- |" * 10)
+    print("| file | loss in transformers | llama.cpp, unpacked | answers | gaps | llama.cpp, as it is | answers | gaps |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for file in files:
         print(compare(file, rows, prompts, stop_ids, tokenizer.pad_token_id), flush=True)
 
