@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft import distributed, flat, graphs
-from sft.batch import why_padded
+from sft.batch import is_compiled, why_padded
 from sft.embedded import cache_dir
 from sft.errors import refuse
-from sft.models import uses_checkpointing
+from sft.models import has_kernel, uses_checkpointing
 from sft.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,6 @@ NUM_LENGTHS = 16
 """Lengths that passes are recorded for. Each takes about half a second on an H100 (8B shape, 2026-11-25)."""
 PASSES_A_LENGTH = 10
 """Passes of a run for each of them, at least: a replayed pass saved 60 to 200 ms there."""
-REPAID_BY = 500_000
-"""Tokens of training from which compiling pays."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
     Raises Refusal where `trainer.padding_free=true` or `trainer.torch_compile=true` cannot be had.
     """
     wanted, compiling = settings.trainer.padding_free, settings.trainer.torch_compile
-    why_not = "trainer.padding_free=false" if wanted is False else _obstacle(model, settings, backend)
+    why_not = _obstacle(model, settings, backend)
     base = base_of(model)
     if not why_not:
         flat.install(base)
@@ -78,7 +76,7 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
         from sft.nf4 import open_layers
 
         open_layers(base)
-    if compiling or (compiling is None and on_gpu and tokens >= REPAID_BY):
+    if is_compiled(settings.trainer, tokens) and (on_gpu or compiling):
         compile_layers(base)
         compiled = True
     if on_gpu and settings.trainer.cuda_graphs is not False and not _why_launched(settings):
@@ -192,8 +190,6 @@ def _obstacle(model: Any, settings: Settings, backend: str) -> str:
     base, config = base_of(model), base_of(model).config.get_text_config()
     if why := why_padded(settings, backend):
         return why
-    if distributed.shards(settings):
-        return "distributed.strategy=fsdp wraps the layers"
     if getattr(config, "attention_dropout", 0):
         return "the model drops attention weights while it learns"
     head = base.get_output_embeddings()
@@ -202,7 +198,7 @@ def _obstacle(model: Any, settings: Settings, backend: str) -> str:
     if not getattr(base, "_supports_attention_backend", False):
         return f"{type(base).__name__} takes no attention of another's making"
     if base.device.type == "cuda":
-        if torch.cuda.get_device_capability(base.device) < (8, 0):
+        if not has_kernel(settings):
             return "the GPU has no attention kernel for rows of various lengths (compute capability 8.0 or higher)"
         from sft.models import torch_dtype
 

@@ -10,7 +10,9 @@ are estimated less well and mixtures of experts not at all. `scripts/bench/memor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sft.batch import Split, candidates, split_of
+from sft.batch import Split, is_compiled, split_of
+from sft.graphs import LAUNCH_BOUND
+from sft.linear_loss import PIECE
 from sft.settings import Dtype, Gpu, Settings
 
 GIB = 2**30
@@ -23,6 +25,8 @@ FRAGMENTATION = 1.02
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in nf4: 4 bits, an 8-bit scale for 64 weights, a 32-bit one for 256 of those (double quantisation, section 3 of
 QLoRA, arXiv 2305.14314)."""
+NF4_OPEN_BYTES = 0.5 + 4 / 64
+"""The same in the form of sft/nf4.py: a 32-bit scale for 64 weights."""
 OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0, "paged_adamw": 0,
                    "sgd": 0, "adafactor": 0.1, "lion_8bit": 1, "lion_32bit": 4, "rmsprop": 4, "adagrad": 4}  # fmt: skip
 """Bytes of optimiser state a trained weight; Adam's two float32 moments (8) for every optimiser not named."""
@@ -70,6 +74,10 @@ class Load:
     dropout: bool = False
     eager: bool = False
     """Whether attention keeps a score for each pair of tokens."""
+    flat: bool = False
+    """Whether rows lie end to end, with the loss made in pieces (sft/flat.py)."""
+    compiled: bool = False
+    """Whether its layers are compiled."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,8 @@ class Estimate:
     """Adapter or trained weights, their gradients and the optimiser."""
     activations: float
     """What is kept from the forward pass, and the largest need of a single layer or of the loss on top of it."""
+    recorded: float = 0.0
+    """What recorded passes (sft/graphs.py) hold besides; given up where the memory runs short."""
 
     @property
     def allocated(self) -> float:
@@ -90,12 +100,12 @@ class Estimate:
     @property
     def reserved(self) -> float:
         """Taken from the GPU by torch: `torch.cuda.max_memory_reserved`."""
-        return self.allocated * FRAGMENTATION
+        return self.allocated * FRAGMENTATION + self.recorded
 
     @property
     def needed(self) -> float:
         """What has to be free on the GPU."""
-        return self.reserved + CONTEXT
+        return self.allocated * FRAGMENTATION + CONTEXT
 
 
 def estimate(shape: Shape, load: Load, rows: int, length: int) -> Estimate:
@@ -119,20 +129,23 @@ def estimate(shape: Shape, load: Load, rows: int, length: int) -> Estimate:
     activations = tokens * kept + max(tokens * passing, loss_bytes(shape, load, tokens))
     if load.bits in (4, 8):
         activations += value * shape.largest  # one packed layer at a time is unpacked to be multiplied
-    return Estimate(weights / GIB, trained / GIB, activations / GIB)
+    recorded = 0.0
+    if load.flat and not load.checkpointing and not load.dropout:
+        recorded = layers * layer * min(tokens, LAUNCH_BOUND / (shape.packed / layers))
+    return Estimate(weights / GIB, trained / GIB, activations / GIB, recorded / GIB)
 
 
 def _weight_bytes(shape: Shape, load: Load, value: int) -> float:
     """Packed weights by their bits; embeddings, output layer and norms as they are.
 
-    bitsandbytes leaves the embeddings and the output layer alone (`get_keys_to_not_convert` in transformers), and PEFT's
-    `prepare_model_for_kbit_training`, which is called with the backend transformers, turns them to float32.
+    bitsandbytes leaves the embeddings and the output layer alone (`get_keys_to_not_convert` in transformers), and so does
+    sft/lora.py in bfloat16. (In float16, on GPUs without bfloat16, PEFT turns them to float32.)
     """
-    others = shape.parameters - shape.packed
+    others = (shape.parameters - shape.packed) * value
     if load.bits == 4:
-        return shape.packed * NF4_BYTES + others * (2 if load.backend == "unsloth" else 4)
+        return shape.packed * (NF4_OPEN_BYTES if load.flat else NF4_BYTES) + others
     if load.bits == 8:
-        return shape.packed + others * (2 if load.backend == "unsloth" else 4)
+        return shape.packed + others
     return shape.parameters * value
 
 
@@ -149,10 +162,14 @@ def kept_by_layer(shape: Shape, load: Load, value: int = 2) -> float:
     makes a copy for each of them. That is 45 hidden_size for Llama 3 8B without such copies, 53 with them.
     Unsloth's fused kernels keep the norms' inputs, queries, keys, values and the result, the inputs of the two blocks, gate and
     up: 27 hidden_size for Llama 3 8B.
+    torch.compile keeps the inputs of the norms, of the blocks and of the adapters' layers once, queries, keys, values, gate, up
+    and their product: 36 hidden_size for Llama 3 8B (measured 36.5; 53.2 where nothing is compiled; H100, 2026-11-25).
     """
     hidden, inner, heads = shape.hidden_size, shape.intermediate_size, 2 * shape.query_size + 2 * shape.key_value_size
     if load.backend == "unsloth":
         kept = value * (4 * hidden + heads + 2 * inner)
+    elif load.flat and load.compiled:
+        kept = value * (5 * hidden + heads + 3 * inner)
     else:
         copies = load.adapter_bytes == 4 and value == 2 and not load.full
         inputs = shape.adapted_inputs / shape.num_hidden_layers if copies else 2 * hidden + inner
@@ -172,8 +189,11 @@ def loss_bytes(shape: Shape, load: Load, tokens: int) -> float:
 
     transformers: the log-softmax and two gradients, all float32 and as wide as the vocabulary (ForCausalLMLoss in
     loss_utils.py): 12 bytes a value. Unsloth makes the logits a chunk at a time, as many tokens as 4 GiB hold at 16 bytes a
-    value (fused_losses/cross_entropy_loss.py in unsloth_zoo); compiled, a chunk takes about 3 bytes a value.
+    value (fused_losses/cross_entropy_loss.py in unsloth_zoo); compiled, a chunk takes about 3 bytes a value. Rows end to end:
+    a piece's logits in the activations' type, in float32, and their gradient in the activations' type (sft/linear_loss.py).
     """
+    if load.flat:
+        return 8 * min(tokens * shape.vocab_size, PIECE)
     if load.backend != "unsloth":
         return 12 * tokens * shape.vocab_size
     chunk = 4 * GIB / (16 * shape.vocab_size)
@@ -181,38 +201,45 @@ def loss_bytes(shape: Shape, load: Load, tokens: int) -> float:
 
 
 def fitting_split(
-    shape: Shape, settings: Settings, load: Load, lengths: list[int], capacity: float, processes: int = 1
+    shape: Shape, settings: Settings, load: Load, lengths: list[int], capacity: float, choices: list[int]
 ) -> tuple[Split, Estimate]:
-    """The most rows a pass that fit into `capacity` GiB, and checkpointing only if these rows do not fit without it.
+    """The most rows a pass of `choices`, most first, that fit into `capacity` GiB, and checkpointing only where it is needed.
 
-    `lengths` are those of the longest rows, longest first. Where not even one row fits, one with checkpointing is returned.
+    That is if these rows do not fit without it; where rows lie end to end, if not even one row does: small passes cost little
+    there, and computing twice costs a third. `lengths` are those of the longest rows, longest first. Where nothing fits, one
+    row with checkpointing is returned.
     """
     wanted = settings.trainer.gradient_checkpointing
+    options = [False, True] if wanted is None else [wanted]
+    ways = [(rows, checkpointing) for rows in choices for checkpointing in options]
+    if load.flat:
+        ways.sort(key=lambda way: way[1])  # stable: most rows first still
     found: tuple[Split, Estimate] | None = None
-    for rows in candidates(settings.trainer, processes):
-        for checkpointing in [False, True] if wanted is None else [wanted]:
-            guess = estimate(shape, replace(load, checkpointing=checkpointing), 1, tokens_at_once(load, rows, lengths))
-            found = split_of(settings.trainer, rows, checkpointing), guess
-            if guess.needed <= capacity:
-                return found
+    for rows, checkpointing in ways:
+        guess = estimate(shape, replace(load, checkpointing=checkpointing), 1, tokens_at_once(load, rows, lengths))
+        found = split_of(settings.trainer, rows, checkpointing), guess
+        if guess.needed <= capacity:
+            return found
     assert found is not None  # one row is always a candidate
     return found
 
 
 def tokens_at_once(load: Load, rows: int, lengths: list[int]) -> int:
-    """Tokens of the largest possible pass: padded to its longest row, or laid end to end by Unsloth.
+    """Tokens of the largest possible pass: padded to its longest row, or laid end to end.
 
     `lengths` are those of the longest rows, longest first.
     """
     lengths = lengths[:rows]
-    return sum(lengths) if load.backend == "unsloth" else lengths[0] * rows
+    return sum(lengths) if load.backend == "unsloth" or load.flat else lengths[0] * rows
 
 
 # ----------------------------------------------------------------------------------------------------- from settings
 
 
-def load_of(settings: Settings, backend: str, gpu: bool) -> Load:
-    """How these settings load and train their model; `gpu` says whether there is one."""
+def load_of(settings: Settings, backend: str, gpu: bool, flat: bool = False, tokens: float = 0) -> Load:
+    """How these settings load and train their model; `gpu` says whether there is one, `flat` whether rows lie end to end on
+    it, `tokens` how many the whole run trains on.
+    """
     model, wanted = settings.model, settings.trainer.gradient_checkpointing
     bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else 16
     if bits == 16 and (model.dtype == Dtype.float32 or (model.dtype == Dtype.auto and not gpu)):
@@ -225,6 +252,8 @@ def load_of(settings: Settings, backend: str, gpu: bool) -> Load:
         optim=settings.trainer.optim,
         dropout=settings.lora.enabled and settings.lora.lora_dropout > 0,
         eager=model.attn_implementation.value == "eager",
+        flat=flat,
+        compiled=flat and is_compiled(settings.trainer, tokens),
     )
 
 

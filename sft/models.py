@@ -1,16 +1,20 @@
 """The tokenizer, the model and its backend: found, checked and loaded."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sft import distributed, embedded
+from sft.batch import why_padded
 from sft.errors import Problem, Refusal, first_line, refuse
+from sft.memory import CAPACITY
 from sft.rows import hub_unreachable
 from sft.runtime import hub_reachable
-from sft.settings import Attention, Dtype, ModelSettings, Settings
+from sft.settings import Attention, Backend, Dtype, Gpu, ModelSettings, Settings
 from sft.validate import pickle_problem, resolve_backend
 
 log = logging.getLogger(__name__)
@@ -24,12 +28,75 @@ CHATML = (
 UNUSED_TOKENS = ["<|finetune_right_pad_id|>", "<|reserved_special_token_250|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>"]
 
 
+FLAT_KINDS = ("llama", "mistral", "qwen2", "qwen3")
+"""Models whose rows were laid end to end in tests/integration/test_flat.py."""
+ROOM = 0.45
+"""Share of a GPU's memory that the weights may take."""
+
+
 def import_backend(settings: Settings) -> str:
     """Import the backend before anything else touches transformers or TRL (Unsloth patches both), and name it."""
     backend = resolve_backend(settings)
     if backend == "unsloth":
         import unsloth  # noqa: F401
     return backend
+
+
+def settle_backend(settings: Settings) -> Settings:
+    """The settings with a backend's name in place of `model.backend=auto`; imports torch.
+
+    On a GPU with Unsloth installed the choice is between it and transformers with rows end to end, which is several times
+    faster (docs/benchmarks.md) but keeps more in memory: transformers where the model is of a kind that was tried and leaves
+    room.
+    """
+    backend = resolve_backend(settings)
+    if settings.model.backend == Backend.auto and backend == "unsloth" and _has_room(settings):
+        backend = "transformers"
+    return replace(settings, model=replace(settings.model, backend=Backend(backend)))
+
+
+def has_kernel(settings: Settings) -> bool:
+    """Whether the GPU that is trained on has attention for rows of various lengths: compute capability 8.0 or higher."""
+    if settings.preflight.gpu:
+        return settings.preflight.gpu != Gpu.t4
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _has_room(settings: Settings) -> bool:
+    """Whether rows can lie end to end, and the weights leave enough of the GPU for them."""
+    if why_padded(settings, "transformers") or settings.trainer.gradient_checkpointing or not has_kernel(settings):
+        return False
+    config = _read_config(settings.model)
+    if config.get("model_type") not in FLAT_KINDS:
+        return False
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    wide = config.get("head_dim") or hidden // heads
+    attention = 2 * hidden * wide * (heads + config.get("num_key_value_heads", heads))
+    layers = config["num_hidden_layers"] * (attention + 3 * hidden * config["intermediate_size"])
+    ends = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    packed = 0.57 if settings.model.load_in_4bit else 1.0 if settings.model.load_in_8bit else 2.0
+    if settings.preflight.gpu:
+        capacity = CAPACITY[settings.preflight.gpu] * 2**30
+    else:
+        import torch
+
+        capacity = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return layers * packed + ends * 2 <= ROOM * capacity
+
+
+def _read_config(model: ModelSettings) -> dict[str, Any]:
+    """A model's config.json as it stands; empty if it cannot be had, which loading will say better."""
+    where, _ = locate(model, weights=False)
+    try:
+        if not Path(where).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            return json.loads(Path(hf_hub_download(where, "config.json", revision=model.revision)).read_text(encoding="utf-8"))
+        return json.loads((Path(where) / "config.json").read_text(encoding="utf-8"))
+    except Exception:  # as many kinds as there are ways to be offline
+        return {}
 
 
 def locate(model: ModelSettings, weights: bool = True) -> tuple[str, str]:

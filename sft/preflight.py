@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import memory, models, origins, shared, speeds, versions
-from sft.batch import CPU_ROWS, Split, candidates, effective_batch_size, is_auto, planned_steps, split_of
+from sft.batch import CPU_ROWS, Split, candidates, effective_batch_size, is_auto, planned_steps, split_of, why_padded
 from sft.data import Prepared
 from sft.errors import Problem, Refusal, first_line
 from sft.export import exporter, gguf, hub
@@ -100,7 +100,7 @@ def examine(settings: Settings, folder: Path, backend: str, sources: dict[str, s
         found.tokenizer, found.stop_ids = shared.load_tokenizer(settings)
         found.prepared = shared.prepare_data(settings, found.tokenizer, found.stop_ids)
         check_data(found, settings)
-    shape = read_shape(found, settings) if whole or is_auto(settings.trainer) else None
+    shape = read_shape(found, settings) if whole or _device(settings)[1] is not None else None
     check_memory(found, settings, backend, shape, whole)
     if whole:
         check_length(found, settings, backend, shape)
@@ -178,7 +178,7 @@ def read_shape(found: Found, settings: Settings) -> memory.Shape | None:
 def check_memory(found: Found, settings: Settings, backend: str, shape: memory.Shape | None, whole: bool) -> None:
     """Decide the split of a step into passes, and hold its estimated peak against the memory there is."""
     name, capacity = _device(settings)
-    load = memory.load_of(settings, backend, capacity is not None)
+    load = _load_of(found, settings, backend, shape, capacity)
     longest = _longest(found.prepared, settings)
     auto, reused = is_auto(settings.trainer), found.split is not None
     if found.split is None:
@@ -191,7 +191,7 @@ def check_memory(found: Found, settings: Settings, backend: str, shape: memory.S
     processes = processes_of(settings)
     text = f"{rows} rows x {passes} passes a step, {checkpointing} gradient checkpointing"
     text += f", on {processes} processes" if processes > 1 else ""
-    if auto:
+    if auto and (whole or capacity is not None):
         found.ok("Memory", f"auto: {text}" + (", as the run began" if reused else ""))
     found.facts["batch"] = {**asdict(split), "effective_batch_size": split.effective_batch_size}
     if shape is None or not whole:
@@ -221,15 +221,25 @@ def check_memory(found: Found, settings: Settings, backend: str, shape: memory.S
         found.warn("Memory", f"Memory may be short: {text}.", fix)
 
 
+def _load_of(found: Found, settings: Settings, backend: str, shape: memory.Shape | None, capacity: float | None) -> memory.Load:
+    """How the model is loaded and trained, rows end to end where that can be expected."""
+    flat = capacity is not None and shape is not None and not why_padded(settings, backend) and models.has_kernel(settings)
+    rows, tokens = (found.prepared.facts["rows"]["train"], found.prepared.facts["train_tokens"]) if found.prepared else (1, 0)
+    steps = planned_steps(settings.trainer, rows)
+    tokens *= steps * effective_batch_size(settings.trainer) / rows
+    return memory.load_of(settings, backend, capacity is not None, flat, tokens)
+
+
 def _decide(settings, load, shape, longest: list[int], capacity: float | None) -> Split:
-    """The split: as set, or for `auto` the most rows that fit."""
+    """The split: as set, or for `auto` the most rows that fit; with rows end to end, checkpointing only if it is needed."""
     trainer = settings.trainer
-    if not is_auto(trainer):
-        return split_of(trainer, checkpointing=trainer.gradient_checkpointing)
+    choices = candidates(trainer, processes_of(settings)) if is_auto(trainer) else [trainer.per_device_train_batch_size]
     if shape is None or capacity is None:
-        rows = next(n for n in candidates(trainer, processes_of(settings)) if n <= CPU_ROWS)
+        rows = next((n for n in choices if n <= CPU_ROWS), choices[-1]) if is_auto(trainer) else None
         return split_of(trainer, rows, trainer.gradient_checkpointing)
-    return memory.fitting_split(shape, settings, load, longest, CLOSE * capacity, processes_of(settings))[0]
+    if not is_auto(trainer) and not load.flat:
+        return split_of(trainer, checkpointing=trainer.gradient_checkpointing)
+    return memory.fitting_split(shape, settings, load, longest, CLOSE * capacity, choices)[0]
 
 
 def _fix_memory(settings: Settings, load: memory.Load, shape: memory.Shape, longest: list[int], limit: float) -> str:
@@ -259,7 +269,7 @@ def check_length(found: Found, settings: Settings, backend: str, shape: memory.S
     found.ok("Length", f"{steps} steps of {split.effective_batch_size} rows: {epochs:.2f} epochs, {tokens:,} tokens")
     name, capacity = _device(settings)
     device = settings.preflight.gpu.value if settings.preflight.gpu else speeds.device_of(name) if capacity else "cpu"
-    load = memory.load_of(settings, backend, capacity is not None)
+    load = _load_of(found, settings, backend, shape, capacity)
     if split.gradient_checkpointing is not None:
         load = replace(load, checkpointing=split.gradient_checkpointing)
     rows = split.per_device_train_batch_size

@@ -30,7 +30,7 @@ from sft.loop import Loop
 from sft.origins import find_origins
 from sft.printable import without_passwords
 from sft.records import read_json
-from sft.settings import Isolation, PreflightMode, Settings, Tracker
+from sft.settings import Backend, Isolation, PreflightMode, Settings, Tracker
 from sft.smaller_passes import give_back
 from sft.tracking import Tracking
 from sft.trust import WORD, with_word
@@ -113,6 +113,7 @@ def look(settings: Settings, folder: Path, context: Context) -> RunResult:
     """
     runtime.prepare_environment()
     runtime.quiet_libraries()
+    settings = models.settle_backend(settings)
     found = preflight.examine(settings, folder, resolve_backend(settings), context.origins)
     preflight.show(found)
     if found.problems:
@@ -193,6 +194,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
     stop = distributed.stop_request()
     with stop.listening():
         log.info("Run    %s", os.path.relpath(folder))
+        settings = _settle_backend(settings, before)
         backend = models.import_backend(settings)
         runtime.quiet_libraries()
         runtime.seed_everything(settings.seed)
@@ -237,6 +239,16 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
         return _finish(settings, folder, record, status, reason, metrics, stop)
 
 
+def _settle_backend(settings: Settings, before: dict | None) -> Settings:
+    """The settings with the backend that the run began with, or that this machine calls for."""
+    began = ((before or {}).get("model") or {}).get("backend")
+    if began and settings.model.backend == Backend.auto:
+        settings = replace(settings, model=replace(settings.model, backend=Backend(began)))
+    settings = models.settle_backend(settings)
+    distributed.broadcast(settings)
+    return settings
+
+
 def follow() -> int:
     """The same run as seen by any process but the first: it trains with it and writes nothing; returns the exit code.
 
@@ -251,6 +263,7 @@ def follow() -> int:
         distributed.watch(folder)
         budget = TimeBudget(settings.trainer)
         runtime.prepare_environment()
+        settings = distributed.broadcast(None)  # with the backend that the first one settled on
         backend = models.import_backend(settings)
         runtime.quiet_libraries()
         runtime.seed_everything(settings.seed)

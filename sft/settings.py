@@ -138,7 +138,8 @@ class ModelSettings:
     revision: str | None = None
     """Branch, tag or commit on the hub; null takes the newest and records its commit in `run.json`."""
     backend: Backend = Backend.auto
-    """`unsloth`, `transformers`, or `auto`: Unsloth where a GPU and the package are there."""
+    """`unsloth`, `transformers`, or `auto`. On a GPU with both: transformers where rows can lie end to end and the weights
+    leave room for them, which is faster; else Unsloth, which needs less memory."""
     max_seq_length: int = 2048
     """Longest row in tokens. Longer ones follow `dataset.overlong`; nothing is cut in silence."""
     dtype: Dtype = Dtype.auto
@@ -262,14 +263,14 @@ class TrainerSettings:
     """Passes over the training rows."""
     max_steps: int = -1
     """Stop after this many optimiser steps; above 0 it replaces `num_train_epochs`."""
-    per_device_train_batch_size: int | str = 2
+    per_device_train_batch_size: int | str = "auto"
     """Rows in one forward pass. `auto`: the most, up to `effective_batch_size`, that an estimate of the GPU's memory allows;
     2 on the CPU."""
     gradient_accumulation_steps: int | None = None
-    """Forward passes in one optimiser step. null: what `effective_batch_size` asks for, else 4."""
+    """Forward passes in one optimiser step, beside a number of rows in each. null: what `effective_batch_size` asks for, else
+    4."""
     effective_batch_size: int | None = None
-    """Rows in one optimiser step, in however many passes; `gradient_accumulation_steps` follows. null: the product of the two,
-    and 8 for `auto`."""
+    """Rows in one optimiser step, in however many passes. null: 8 for `auto`, else the product of the two."""
     per_device_eval_batch_size: int = 4
     """Rows in one forward pass of the evaluation."""
     learning_rate: float = 2e-4
@@ -285,8 +286,8 @@ class TrainerSettings:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     gradient_checkpointing: bool | None = None
-    """Recompute activations to save memory, at about a third more time. null: on with a GPU, off on the CPU; beside
-    `per_device_train_batch_size=auto` only where the rows do not fit without it."""
+    """Recompute activations to save memory, at about a third more time. null: where the memory estimate calls for it, and with
+    a fixed number of rows a pass through Unsloth; never on the CPU."""
     padding_free: bool | None = None
     """Lay the rows of a pass end to end instead of padding them: the same losses, no time for padding. null: where the backend
     is `transformers` and the model's attention allows it; Unsloth has a way of its own."""

@@ -20,6 +20,9 @@ class Speed:
     """Rows in one forward pass."""
     tokens_per_second: float
     """Non-padding tokens a second of training steps."""
+    flat: bool = False
+    """Whether rows lay end to end."""
+    compiled: bool = False
 
 
 SOURCE = {
@@ -39,6 +42,10 @@ MEASURED = [
     Speed("h100", 8e9, "unsloth", 16, False, 64, 5340),
     Speed("h100", 8e9, "transformers", 4, True, 2, 351),
     Speed("h100", 8e9, "transformers", 16, False, 8, 2300),
+    Speed("h100", 8e9, "transformers", 16, False, 8, 8100, flat=True),
+    Speed("h100", 8e9, "transformers", 16, False, 8, 13000, flat=True, compiled=True),
+    Speed("h100", 8e9, "transformers", 16, False, 32, 14900, flat=True, compiled=True),
+    Speed("h100", 8e9, "transformers", 4, False, 8, 11500, flat=True, compiled=True),
     Speed("cpu", 134.5e6, "transformers", 32, False, 2, 153),
 ]
 
@@ -52,6 +59,7 @@ def measured_speed(device: str | None, parameters: int, load: Load, rows: int) -
         if m.device == device
         and abs(parameters / m.parameters - 1) < 0.25
         and (m.backend, m.bits, m.checkpointing) == (load.backend, load.bits, load.checkpointing)
+        and (m.flat, m.compiled) == (load.flat, load.compiled)
         and m.rows <= 2 * rows
     ]
     return max(alike, key=lambda m: (min(m.rows, rows), -m.rows)).tokens_per_second if alike else None

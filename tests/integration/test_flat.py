@@ -9,6 +9,7 @@ import torch
 from sft import fast, flat, linear_loss
 from sft.errors import Refusal
 from sft.fast import choose_lengths
+from sft.models import FLAT_KINDS
 from sft.run import run
 from tests.conftest import SMALL, make_settings
 from tests.integration.test_bad_numbers import quick_report  # noqa: F401
@@ -56,6 +57,20 @@ def test_tokens_that_see_the_row_before_are_found_and_rows_are_padded(tmp_path, 
     assert any("rows are padded" in line for line in caplog.messages)
     with pytest.raises(Refusal, match="padding_free=null"):
         run(make_settings(*JOB, "trainer.max_steps=2", "trainer.padding_free=true"), tmp_path / "asked")
+
+
+@pytest.mark.parametrize("kind", FLAT_KINDS)
+def test_each_kind_of_model_that_auto_takes_agrees_with_rows_alone(kind):
+    """Random weights in the shape of each kind, its own attention and norms: what `model.backend=auto` counts on."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, head_dim=8)  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    flat.install(model)
+    rows = [{"input_ids": list(range(3, 3 + n)), "labels": [-100, *range(4, 3 + n)]} for n in (4, 9, 17)]
+    assert fast._difference(model, rows, 0) == ""
 
 
 def test_a_loss_divided_by_another_number_is_found(tmp_path, monkeypatch):
@@ -113,6 +128,7 @@ def test_lengths_fill_up_little_and_are_few():
     chosen = choose_lengths(lengths, 8)
     assert len(chosen) <= fast.NUM_LENGTHS and all(n % 64 == 0 for n in chosen) and chosen == choose_lengths(lengths, 8)
     assert choose_lengths([64], 8) == (512,)
+    assert choose_lengths(lengths, 8, most=1000) == () and all(n <= 1900 for n in choose_lengths(lengths, 8, most=1900))
     one, many = choose_lengths(lengths, 8, count=1), choose_lengths(lengths, 8, count=40)
     assert len(one) == 1 and one[-1] == many[-1] == chosen[-1]
 

@@ -49,7 +49,7 @@ def test_epochs_are_counted_by_rows_and_not_by_fillers(group):
 @pytest.mark.parametrize(
     ("options", "processes", "fix"),
     [
-        ({}, 8, "trainer.per_device_train_batch_size=1 trainer.effective_batch_size=8"),
+        ({"per_device_train_batch_size": 2}, 8, "trainer.per_device_train_batch_size=1 trainer.effective_batch_size=8"),
         ({"effective_batch_size": 6}, 4, "trainer.effective_batch_size=8 "),
         ({"per_device_train_batch_size": "auto", "effective_batch_size": 3}, 2, "trainer.effective_batch_size=4 "),
     ],

@@ -1,0 +1,40 @@
+"""What `model.backend=auto` comes to on a GPU, by the GPU and the model."""
+
+import json
+
+import pytest
+
+from sft.models import settle_backend
+from tests.conftest import make_settings
+
+LLAMA_8B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "backend"),
+    [
+        (["preflight.gpu=h100"], "transformers"),
+        (["preflight.gpu=h100", "model.load_in_4bit=true"], "transformers"),
+        (["preflight.gpu=l4", "model.load_in_4bit=true"], "transformers"),
+        (["preflight.gpu=l4"], "unsloth"),  # 16 GB of weights in 22
+        (["preflight.gpu=t4", "model.load_in_4bit=true"], "unsloth"),  # no attention for rows end to end
+        (["preflight.gpu=h100", "trainer.padding_free=false"], "unsloth"),
+        (["preflight.gpu=h100", "trainer.gradient_checkpointing=true"], "unsloth"),
+        (["preflight.gpu=h100", "model.backend=unsloth"], "unsloth"),
+        (["preflight.gpu=t4", "model.backend=transformers"], "transformers"),
+        ([], "transformers"),  # no GPU at all
+    ],
+)
+def test_rows_end_to_end_where_they_can_be_had_and_the_weights_leave_room(tmp_path, overrides, backend):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
+    settings = make_settings(f"model.name={tmp_path}", *overrides)
+    assert settle_backend(settings).model.backend.value == backend
+
+
+@pytest.mark.parametrize("config", [{**LLAMA_8B, "model_type": "gemma3"}, {"model_type": "mixtral"}, None])
+def test_models_that_were_not_tried_stay_with_unsloth(tmp_path, config):
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    settings = make_settings(f"model.name={tmp_path}", "preflight.gpu=h100")
+    assert settle_backend(settings).model.backend.value == "unsloth"
