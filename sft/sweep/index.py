@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,13 @@ class SweepIndex:
     jobs: list[Job] = field(default_factory=list)
 
     def save(self) -> None:
-        """Write sweep.json, whole or not at all."""
-        content = {"identity": self.identity, "command": self.command, "created_at": self.created_at}
-        runtime.write_json(self.folder / "sweep.json", {**content, "jobs": [asdict(job) for job in self.jobs]})
+        """Write sweep.json, whole or not at all; a line a job."""
+        head = {"identity": self.identity, "command": self.command, "created_at": self.created_at}
+        lines = [f'  "{key}": {json.dumps(value, ensure_ascii=False)},' for key, value in head.items()]
+        plain = {"ensure_ascii": False, "allow_nan": False, "default": runtime.jsonable}  # by hand only what JSON does not know
+        jobs = [f"    {json.dumps(vars(job), **plain)}" for job in self.jobs]
+        text = "\n".join(["{", *lines, '  "jobs": [', ",\n".join(jobs), "  ]", "}", ""])
+        runtime.write_text(self.folder / "sweep.json", text)
 
     def add(self, settings: Settings, overrides: dict[str, str], varying: list[str]) -> Job:
         """The job with these settings: the one that is there already, or a new one with the next number."""
