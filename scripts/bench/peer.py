@@ -11,6 +11,7 @@ seconds from the command to the end of the first step and to the saved adapter, 
 import argparse
 import itertools
 import json
+import resource
 import time
 
 import psutil
@@ -49,11 +50,13 @@ def main() -> None:
     with open(args.data, encoding="utf-8") as file:
         rows = json.load(file)
     texts = [PROMPT.format(row["instruction"], "", row["output"]) + tokenizer.eos_token for row in rows]
+    gpu = torch.cuda.is_available()
     ends, losses, tokens, seen = [], [], [], [0]
 
     class Watch(TrainerCallback):
         def on_step_end(self, *_, **__):
-            torch.cuda.synchronize()
+            if gpu:
+                torch.cuda.synchronize()
             ends.append(time.time())
 
         def on_log(self, args, state, control, logs=None, **_):
@@ -70,9 +73,11 @@ def main() -> None:
         warmup_steps=5,
         max_steps=args.steps,
         learning_rate=2e-4,
-        bf16=True,
+        bf16=gpu,
+        use_cpu=not gpu,
+        dataloader_pin_memory=gpu,
         logging_steps=1,
-        optim=args.optim,
+        optim=args.optim if gpu else "adamw_torch",
         weight_decay=0.01,
         lr_scheduler_type="linear",
         seed=3407,
@@ -98,10 +103,19 @@ def main() -> None:
         "saved": time.time() - started,
         "seconds": [b - a for a, b in itertools.pairwise(ends)],
         "tokens": [b - a for a, b in itertools.pairwise(tokens)],
-        "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "peak_reserved_gib": peak_gib(),
     }
     with open(args.out, "w", encoding="utf-8") as file:
         json.dump(result, file)
+
+
+def peak_gib() -> float:
+    """Most memory so far: of the GPU as torch reserved it, or of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def load_unsloth(args: argparse.Namespace):
@@ -129,7 +143,8 @@ def load_trl(args: argparse.Namespace):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
     options = {"quantization_config": quantized} if args.load_in_4bit else {}
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, device_map={"": 0}, **options)
+    place = {"dtype": torch.bfloat16, "device_map": {"": 0}} if torch.cuda.is_available() else {"dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(args.model, **place, **options)
     if args.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.checkpointing)
     config = LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")

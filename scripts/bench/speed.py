@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 BF16 = ("model.backend=transformers", "model.load_in_4bit=false", "trainer.gradient_checkpointing=false")
 NF4 = ("model.backend=transformers", "model.load_in_4bit=true", "trainer.gradient_checkpointing=false")
 OURS = {
@@ -30,6 +31,7 @@ OURS = {
     "ours_nf4_8": (8, 1, NF4),
     "ours_nf4_32": (32, 1, NF4),
     "ours_auto_8": (None, None, ()),
+    "ours_cpu": (2, 4, ()),
 }
 PEERS = {
     "notebook": ("unsloth", 2, 4, ("--load-in-4bit", "--checkpointing")),
@@ -37,8 +39,9 @@ PEERS = {
     "unsloth_bf16_8": ("unsloth", 8, 1, ()),
     "unsloth_bf16_32": ("unsloth", 32, 1, ()),
     "trl_bf16_8": ("trl", 8, 1, ("--optim=adamw_torch_fused",)),
+    "trl_cpu": ("trl", 2, 4, ()),
 }
-ON_CPU = {"ours_cpu": (2, 4, ()), "trl_cpu": ("trl", 2, 4, ())}
+ON_CPU = ("ours_cpu", "trl_cpu")
 
 
 def main() -> None:
@@ -47,12 +50,24 @@ def main() -> None:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--only", default=",".join([*OURS, *PEERS]))
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--warm-up", type=int, default=25)
+    parser.add_argument("--cpu", action="store_true", help="SmolLM2 on this machine's CPU")
+    parser.add_argument("--only")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--warm-up", type=int)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--overrides", default="", help="for ours, separated by spaces")
     args = parser.parse_args()
+    args.data = str(Path(args.data).absolute())
+    if args.cpu:
+        from sft import embedded
+
+        args.model = str(embedded.local_model(args.model, weights=True) or args.model)
+        args.only, args.steps, args.warm_up = args.only or ",".join(ON_CPU), args.steps or 8, args.warm_up or 2
+    args.only, args.steps, args.warm_up = (
+        args.only or ",".join(name for name in [*OURS, *PEERS] if name not in ON_CPU),
+        args.steps or 60,
+        args.warm_up or 25,
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict]] = {}
     for turn in range(args.rounds):
