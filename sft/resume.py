@@ -72,8 +72,9 @@ def check_folder(folder: Path, settings: Settings, locked: bool = False) -> list
     known = record.get("config_hash")
     if known != config_hash(settings) and (known or record.get("status") != "failed"):  # without a hash nothing had begun
         others = _differences(record, settings) if known else "its run.json names none"
-        why = f"The folder {folder} holds a run already, and its settings are others: {others}."
-        return [Problem(what, why, f"resume={folder}   goes on with that run and its own settings\n{fix}")]
+        if others:  # else another version of this project wrote the hash, over the same settings
+            why = f"The folder {folder} holds a run already, and its settings are others: {others}."
+            return [Problem(what, why, f"resume={folder}   goes on with that run and its own settings\n{fix}")]
     return [] if locked else _check_lock(folder)
 
 
@@ -168,10 +169,15 @@ def _taken(folder: Path) -> Problem:
 
 
 def _differences(record: dict[str, Any], settings: Settings) -> str:
-    """The settings that differ, as `lora.r is 8 there and 16 here`; at most three are named."""
-    there, here = _flat(record.get("settings") or {}), _flat(jsonable(settings))
-    keys = [k for k in here if k.partition(".")[0] not in AROUND and there.get(k) != here[k]]
-    told = [f"{key} is {json.dumps(there.get(key))} there and {json.dumps(here[key])} here" for key in keys[:3]]
+    """The settings that differ, as `lora.r is 8 there and 16 here`; at most three are named.
+
+    A setting that the record does not know is younger than it: there it was what is now the default.
+    """
+    there, here, defaults = (_flat(tree) for tree in (record.get("settings") or {}, jsonable(settings), jsonable(Settings())))
+    keys = [k for k in here if k.partition(".")[0] not in AROUND and there.get(k, defaults.get(k)) != here[k]]
+    told = [
+        f"{key} is {json.dumps(there.get(key, defaults.get(key)))} there and {json.dumps(here[key])} here" for key in keys[:3]
+    ]
     return ", ".join(told) + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 

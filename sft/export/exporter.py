@@ -19,6 +19,7 @@ from sft.export import card, gguf, hub, merge, modelfile, proof, verify
 from sft.records import read_json, read_lines
 from sft.render import starts_with_bos
 from sft.settings import Bias, ExportSettings, Settings, Shape
+from sft.trust import with_word
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def _export(folder: Path, settings: Settings, weights: Path | None) -> dict[str,
         if merged.name.startswith("."):
             shutil.rmtree(merged, ignore_errors=True)
     runtime.write_json(folder / "export" / "verify.json", _with_earlier(folder, report))
-    _describe_and_push(folder, wanted, report)
+    _describe_and_push(folder, settings, report)
     runtime.write_json(folder / "export" / "verify.json", _with_earlier(folder, report))
     return report
 
@@ -137,7 +138,7 @@ def push_run(folder: Path, settings: Settings) -> dict[str, Any]:
     problems = hub.check_access(wanted.hub.repo, wanted.formats, wanted.hub.private)
     if problems:
         raise Refusal(problems)
-    _describe_and_push(folder, wanted, report)
+    _describe_and_push(folder, settings, report)
     runtime.write_json(folder / "export" / "verify.json", report)
     return report
 
@@ -508,9 +509,9 @@ def _with_earlier(folder: Path, report: dict) -> dict:
 # ------------------------------------------------------------------------------------------- the card and the hub
 
 
-def _describe_and_push(folder: Path, wanted: ExportSettings, report: dict) -> None:
+def _describe_and_push(folder: Path, settings: Settings, report: dict) -> None:
     """Write a card for each format and push those of which every artifact holds."""
-    repo = wanted.hub.repo
+    wanted, repo = settings.export, settings.export.hub.repo
     for format in wanted.formats:
         place = folder / "export" / format
         if not place.is_dir():
@@ -529,6 +530,7 @@ def _describe_and_push(folder: Path, wanted: ExportSettings, report: dict) -> No
                 log.info("       pushed        %s", pushed[format]["url"])
             except HubError as error:
                 again = f"python scripts/export.py run={os.path.relpath(folder)} push=true export.hub.repo={repo}"
+                again = with_word(again, settings)
                 pushed[format] = {"error": str(error), "again": again}
                 log.error("%s was not pushed: %s\nhint: %s", format, error, again)
 

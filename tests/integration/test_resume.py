@@ -16,6 +16,7 @@ from scripts.fault_campaign import BASE, compare, write_rows
 from sft import checkpoints, durable, resume
 from sft.errors import Refusal
 from sft.run import run
+from sft.runtime import jsonable
 from tests.conftest import ROOT, make_settings
 
 JOB = (*BASE, "dataset=local", "dataset.path=rows.jsonl")
@@ -141,6 +142,18 @@ def test_another_process_at_work_other_data_and_other_settings_are_refused_and_c
     with pytest.raises(Refusal, match="The data is not what it was"):
         run(settings, folder)
     assert (folder / "run.json").read_bytes() == before
+
+
+def test_a_run_of_an_older_version_is_the_same_run_if_only_settings_are_new(tmp_path):
+    """It knows nothing of the younger settings, and its hash was made without them."""
+    settings = make_settings(*JOB)
+    known = jsonable(settings)
+    del known["trainer"]["cuda_graphs"], known["trainer"]["padding_free"]
+    record = {"status": "stopped", "config_hash": "older", "settings": known}
+    (tmp_path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert resume.check_folder(tmp_path, settings) == []
+    (problem,) = resume.check_folder(tmp_path, make_settings(*JOB, "trainer.cuda_graphs=false"))
+    assert "trainer.cuda_graphs is null there and false here" in problem.why
 
 
 def test_runs_killed_at_random_moments_end_as_if_they_never_were(tmp_path):
