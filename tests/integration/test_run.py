@@ -223,5 +223,5 @@ def test_extra_reaches_the_trainer(small, tmp_path, monkeypatch):
     from sft.trainer import training_arguments
 
     settings = small("trainer.extra.adam_beta2=0.95")
-    arguments = training_arguments(with_split(settings, split_of(settings.trainer)), tmp_path, True, Fast())
+    arguments = training_arguments(with_split(settings, split_of(settings.trainer, 2)), tmp_path, True, Fast())
     assert arguments.adam_beta2 == 0.95
