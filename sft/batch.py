@@ -164,16 +164,28 @@ def why_padded(settings: Settings, backend: str) -> str:
 
 
 def check_speed(settings: Settings, backend: str, gpu: bool) -> list[Problem]:
-    """What asks for rows end to end or compiled layers where they cannot be had."""
+    """What asks for rows end to end, compiled layers or recorded passes where they cannot be had."""
     backend = "transformers" if settings.model.backend == Backend.auto else backend  # which it can come to
     trainer, why, problems = settings.trainer, why_padded(settings, backend), []
     if trainer.padding_free and why:
         fix = "trainer.padding_free=null   pads where it has to"
         problems.append(Problem("trainer.padding_free=true", f"Rows cannot be laid end to end: {why}.", fix))
-    if trainer.torch_compile:
-        if not gpu:
-            why = "this machine has no GPU, and only for one are kernels compiled"
-        if why:
-            why = f"It needs rows end to end on a GPU, but {why}."
-            problems.append(Problem("trainer.torch_compile=true", why, "trainer.torch_compile=null"))
+    if not gpu:
+        why = "this machine has no GPU, and only for one are kernels compiled and launched"
+    if trainer.torch_compile and why:
+        why_not = f"It needs rows end to end on a GPU, but {why}."
+        problems.append(Problem("trainer.torch_compile=true", why_not, "trainer.torch_compile=null"))
+    why = why or why_launched(settings)
+    if trainer.cuda_graphs and why:
+        why_not = f"It needs rows end to end on a GPU, each pass like the one before, but {why}."
+        problems.append(Problem("trainer.cuda_graphs=true", why_not, "trainer.cuda_graphs=null"))
     return problems
+
+
+def why_launched(settings: Settings) -> str:
+    """What in the settings keeps passes from being recorded as CUDA graphs; empty if nothing does."""
+    if settings.trainer.gradient_checkpointing:
+        return "trainer.gradient_checkpointing=true runs parts of a pass twice"
+    if settings.lora.enabled and settings.lora.lora_dropout:
+        return f"lora.lora_dropout={settings.lora.lora_dropout:g} draws anew in every pass"
+    return ""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft import distributed, flat, graphs
-from sft.batch import is_compiled, why_padded
+from sft.batch import is_compiled, why_launched, why_padded
 from sft.embedded import cache_dir
 from sft.errors import refuse
 from sft.models import has_kernel, uses_checkpointing
@@ -79,7 +79,7 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
     if is_compiled(settings.trainer, tokens) and (on_gpu or compiling):
         compile_layers(base)
         compiled = True
-    if on_gpu and settings.trainer.cuda_graphs is not False and not _why_launched(settings):
+    if on_gpu and settings.trainer.cuda_graphs is not False and not uses_checkpointing(settings) and not why_launched(settings):
         passes = steps * settings.trainer.gradient_accumulation_steps
         count = max(1, min(NUM_LENGTHS, passes // PASSES_A_LENGTH))
         lengths = choose_lengths(row_lengths, rows, count, graphs.launch_bound_tokens(decoder_layers(base)[0]))
@@ -172,15 +172,6 @@ def uncompiled() -> Iterator[None]:
 
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def _why_launched(settings: Settings) -> str:
-    """What keeps passes from being recorded; empty if nothing does."""
-    if uses_checkpointing(settings):
-        return "trainer.gradient_checkpointing runs parts of a pass twice"
-    if settings.lora.enabled and settings.lora.lora_dropout:
-        return "lora.lora_dropout draws anew in every pass"
-    return ""
 
 
 def _obstacle(model: Any, settings: Settings, backend: str) -> str:
