@@ -48,9 +48,13 @@ class Fast:
 def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend: str, steps: int) -> Fast:
     """Decide for a loaded model with its adapter on, and prepare it.
 
-    Raises Refusal where `trainer.padding_free=true` or `trainer.torch_compile=true` cannot be had.
+    Raises Refusal where `trainer.padding_free`, `trainer.torch_compile` or `trainer.cuda_graphs` is true and cannot be had.
     """
-    wanted, compiling = settings.trainer.padding_free, settings.trainer.torch_compile
+    wanted, compiling, recording = (
+        settings.trainer.padding_free,
+        settings.trainer.torch_compile,
+        settings.trainer.cuda_graphs,
+    )
     why_not = _obstacle(model, settings, backend)
     base = base_of(model)
     if not why_not:
@@ -58,13 +62,13 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
         reasons = distributed.gathered(_difference(model, data.train, pad_token_id))
         why_not = next(filter(None, reasons), "")
     if why_not:
-        if (wanted or compiling) and not distributed.is_first():
+        if (wanted or compiling or recording) and not distributed.is_first():
             distributed.wait_for_end()  # all found the same; the first process refuses for all
         if wanted:
             raise refuse("trainer.padding_free=true", why_not, "trainer.padding_free=null   pads where it has to")
-        if compiling:
-            why = f"It needs rows without padding: {why_not}"
-            raise refuse("trainer.torch_compile=true", why, "trainer.torch_compile=null")
+        if compiling or recording:
+            key = "trainer.torch_compile" if compiling else "trainer.cuda_graphs"
+            raise refuse(f"{key}=true", f"It needs rows without padding: {why_not}", f"{key}=null")
         if wanted is None and backend == "transformers":
             log.info("Speed  rows are padded: %s", why_not)
         return Fast(why_not=why_not)
@@ -79,10 +83,12 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
     if is_compiled(settings.trainer, tokens) and (on_gpu or compiling):
         compile_layers(base)
         compiled = True
-    if on_gpu and settings.trainer.cuda_graphs is not False and not uses_checkpointing(settings) and not why_launched(settings):
+    if on_gpu and recording is not False and not uses_checkpointing(settings) and not why_launched(settings):
         passes = steps * settings.trainer.gradient_accumulation_steps
         count = max(1, min(NUM_LENGTHS, passes // PASSES_A_LENGTH))
         lengths = choose_lengths(row_lengths, rows, count, graphs.launch_bound_tokens(decoder_layers(base)[0]))
+        if recording and not lengths:
+            log.warning("trainer.cuda_graphs is ignored: most passes are so long that the GPU never waits for the host.")
         if lengths:
             base.graphs = graphs.Graphs(base, lengths, ends=rows + 2)
     words = ["rows end to end"] + ["layers compiled"] * compiled
