@@ -138,8 +138,9 @@ def _check_shares(trainer: TrainerSettings, rows: int, processes: int) -> list[P
 
 
 COMPILED_FROM = 500_000
-"""Tokens of training from which compiling the layers pays: on an H100 with an 8B shape it takes some 20 s the first time and
-saves about 60 microseconds a token (eager and compiled, both replayed, 2026-11-25)."""
+"""Tokens of training from which compiling the layers pays. With an H100 and an 8B shape the first step came 15 s later than with
+kernels on the disk, and a step of some 1,400 tokens took 0.105 s in place of 0.168 (both replayed; docs/trainer.md,
+2026-11-25)."""
 
 
 def is_compiled(trainer: TrainerSettings, tokens: float) -> bool:
