@@ -138,8 +138,8 @@ def _check_shares(trainer: TrainerSettings, rows: int, processes: int) -> list[P
 
 
 COMPILED_FROM = 500_000
-"""Tokens of training from which compiling the layers pays. With an H100 and an 8B shape the first step came 15 s later than with
-kernels on the disk, and a step of some 1,400 tokens took 0.105 s in place of 0.168 (both replayed; docs/trainer.md,
+"""Tokens of training from which compiling the layers pays. With an H100 and an 8B shape the first step came 15 s later than
+with kernels on the disk, and a step of some 1,400 tokens took 0.105 s in place of 0.168 (both replayed; docs/trainer.md,
 2026-11-25)."""
 
 
