@@ -8,9 +8,10 @@ Nothing else sees a difference: gradients arrive at the weights through autograd
 up, gradients are clipped, several processes average them and bad steps are left out as without it.
 """
 
+import contextlib
 import functools
-import gc
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,8 @@ LAUNCH_BOUND = 9e11
 makes 4 operations a weight and token at some 7e14 a second. Twice as much costs nothing but memory, so no host is too slow."""
 
 
+SPARE = 2 * 2**30
+"""Free bytes below which the GPU gets unused memory back before a recording."""
 TENSORS = ("input_ids", "position_ids", "cu_seq_lens_q")
 TAKEN = (*TENSORS, "max_length_q", "max_length_k")
 """What the layers take of a pass."""
@@ -33,7 +36,9 @@ class Graphs:
         self.base, self.lengths, self.ends = base, lengths, ends
         self.weights = [p for p in base.base_model.parameters() if p.requires_grad]
         self.recorded: dict[int, Recording] = {}
+        self.seen: set[int] = set()
         self.pool: Any = None
+        self.aside: Any = None
         self.grads: list[Any] = []
 
     def takes(self, inputs: dict[str, Any]) -> bool:
@@ -44,10 +49,17 @@ class Graphs:
         return fits and self.base.training and torch.is_grad_enabled()
 
     def hidden(self, inputs: dict[str, Any]) -> Any | None:
-        """The last hidden states [1, tokens, width] of a pass; None if it cannot be recorded, and then none is any more."""
+        """The last hidden states [1, tokens, width] of a pass; None if it cannot be recorded, and then none is any more.
+
+        The first pass of a length is launched kernel by kernel: what libraries set up at their first call must not be recorded
+        (PyTorch's notes on CUDA graphs).
+        """
         import torch
 
         length = inputs["input_ids"].shape[-1]
+        if length not in self.seen:
+            self.seen.add(length)
+            return self.run(inputs)
         try:
             if not self.recorded:  # the longest first: the others will find room in what it has taken
                 self._record(_lengthened(inputs, max(self.lengths)))
@@ -62,15 +74,22 @@ class Graphs:
     def _record(self, inputs: dict[str, Any]) -> None:
         import torch
 
-        if not self.grads:
+        length = inputs["input_ids"].shape[-1]
+        if self.pool is None:
+            self.pool, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             self.grads = [torch.empty_like(p) for p in self.weights]
-        gc.freeze()  # a recording collects twice, which takes a second where all that was imported is looked through
-        try:
-            recording = Recording(self, inputs)
-        finally:
-            gc.unfreeze()
-        self.pool = recording.forward.pool()
-        self.recorded[inputs["input_ids"].shape[-1]] = recording
+        if length not in self.seen:
+            self._try(inputs)
+        if not self.recorded or torch.cuda.mem_get_info()[0] < SPARE:
+            torch.cuda.empty_cache()  # what is kept for passes that are launched is out of reach while one is recorded
+        self.recorded[length] = Recording(self, inputs)
+
+    def _try(self, inputs: dict[str, Any]) -> None:
+        """A pass of a length that did not come up yet."""
+        import torch
+
+        hidden = self.run(inputs)
+        torch.autograd.grad(hidden, self.weights, torch.zeros_like(hidden))
 
     def run(self, inputs: dict[str, Any]) -> Any:
         """The last hidden states of a pass, launched kernel by kernel."""
@@ -86,7 +105,7 @@ class Graphs:
         import torch
 
         had = bool(self.recorded)
-        self.lengths, self.recorded, self.pool, self.grads = (), {}, None, []
+        self.lengths, self.recorded, self.pool, self.aside, self.grads = (), {}, None, None, []
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return had
@@ -100,24 +119,31 @@ class Recording:
 
         self.grads = graphs.grads
         self.inputs = {key: inputs[key].clone() if torch.is_tensor(inputs[key]) else inputs[key] for key in TAKEN}
-        # Once as it is: what libraries set up at their first call must not be recorded (PyTorch's notes on CUDA graphs).
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside), torch.autograd.set_multithreading_enabled(False):
-            hidden = graphs.run(self.inputs)
-            torch.autograd.grad(hidden, graphs.weights, torch.zeros_like(hidden))
-        torch.cuda.current_stream().wait_stream(aside)
-        self.grad_hidden = torch.zeros_like(hidden)
-        del hidden
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # thread_local: other threads, such as the one that watches NCCL, go on calling CUDA.
-        options = {"capture_error_mode": "thread_local"}
         with torch.autograd.set_multithreading_enabled(False):
-            with torch.cuda.graph(self.forward, pool=graphs.pool, **options):
+            with captured(self.forward, graphs):
                 hidden = graphs.run(self.inputs)
-            with torch.cuda.graph(self.backward, pool=self.forward.pool(), **options):
+            self.grad_hidden = torch.zeros_like(hidden)
+            with captured(self.backward, graphs):
                 torch._foreach_copy_(self.grads, torch.autograd.grad(hidden, graphs.weights, self.grad_hidden))
         self.hidden = hidden.detach()
+
+
+@contextlib.contextmanager
+def captured(graph: Any, graphs: Graphs) -> Iterator[None]:
+    """What is launched inside becomes `graph`. torch.cuda.graph does the same and hands all free memory back to the GPU each
+    time, to be asked for again by the next pass.
+    """
+    import torch
+
+    torch.cuda.synchronize()
+    with torch.cuda.stream(graphs.aside):
+        # thread_local: other threads, such as the one that watches NCCL, go on calling CUDA.
+        graph.capture_begin(pool=graphs.pool, capture_error_mode="thread_local")
+        try:
+            yield
+        finally:
+            graph.capture_end()
 
 
 @functools.cache

@@ -224,6 +224,11 @@ def fitting_split(
     return found
 
 
+def within_limit(settings: Settings, gib: float) -> float:
+    """GiB of a GPU with `gib` that the run may take: no more than `trainer.max_memory_gib`."""
+    return min(gib, settings.trainer.max_memory_gib or gib)
+
+
 def tokens_at_once(load: Load, rows: int, lengths: list[int]) -> int:
     """Tokens of the largest possible pass: padded to its longest row, or laid end to end.
 

@@ -11,7 +11,7 @@ from typing import Any
 from sft import distributed, embedded
 from sft.batch import why_padded
 from sft.errors import Problem, Refusal, first_line, refuse
-from sft.memory import CAPACITY
+from sft.memory import CAPACITY, CONTEXT, within_limit
 from sft.rows import hub_unreachable
 from sft.runtime import hub_reachable
 from sft.settings import Attention, Backend, Dtype, Gpu, ModelSettings, Settings
@@ -78,12 +78,22 @@ def _has_room(settings: Settings) -> bool:
     ends = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
     packed = 0.57 if settings.model.load_in_4bit else 1.0 if settings.model.load_in_8bit else 2.0
     if settings.preflight.gpu:
-        capacity = CAPACITY[settings.preflight.gpu] * 2**30
+        capacity = CAPACITY[settings.preflight.gpu]
     else:
         import torch
 
-        capacity = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return layers * packed + ends * 2 <= ROOM * capacity
+        capacity = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+    return layers * packed + ends * 2 <= ROOM * within_limit(settings, capacity) * 2**30
+
+
+def limit_memory(settings: Settings) -> None:
+    """Let torch take no more of this process's GPU than `trainer.max_memory_gib`, what CUDA itself takes included."""
+    import torch
+
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+        limit = settings.trainer.max_memory_gib
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - CONTEXT) / total) if limit else 1.0)
 
 
 def _read_config(model: ModelSettings) -> dict[str, Any]:

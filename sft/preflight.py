@@ -399,14 +399,14 @@ def show(found: Found) -> None:
 def _device(settings: Settings) -> tuple[str, float | None]:
     """(name, GiB) of the GPU that is trained on; ("this machine", None) without one."""
     if settings.preflight.gpu:
-        return settings.preflight.gpu.value, memory.CAPACITY[settings.preflight.gpu]
+        return settings.preflight.gpu.value, memory.within_limit(settings, memory.CAPACITY[settings.preflight.gpu])
     import torch
 
     if not torch.cuda.is_available():
         return "this machine", None
     # What other processes hold is not there for us; what an earlier job of ours holds is.
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return torch.cuda.get_device_name(), round(free / 2**30 + memory.CONTEXT, 2)
+    return torch.cuda.get_device_name(), round(memory.within_limit(settings, free / 2**30 + memory.CONTEXT), 2)
 
 
 def _free_memory() -> float:

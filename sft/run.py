@@ -337,6 +337,7 @@ def _train(
 
     tracking = recorder.tracking
     with record.timed("load"), budget.measured("load"):
+        models.limit_memory(settings)
         model, source = shared.load_model(settings, backend)
         model = lora.attach(model, settings, backend)
     total, trained = lora.count_parameters(model)

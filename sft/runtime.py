@@ -208,13 +208,15 @@ def row_seed(settings: Settings) -> int:
 
 AROUND = ("tracking", "resume", "export", "sweep", "preflight", "distributed")
 """Settings that do not shape the result."""
+LIMITS = ("max_hours", "stop_at", "max_bad_steps", "max_memory_gib")
+"""Of those of the trainer."""
 
 
 def config_hash(settings: Settings) -> str:
-    """Hash of the resolved settings that shape the result: not tracking, the time limit, exports, checks, sweeps, processes."""
+    """Hash of the resolved settings that shape the result: not tracking, limits, exports, checks, sweeps, processes."""
     shaping = {k: v for k, v in jsonable(settings).items() if k not in AROUND}
     shaping["dataset"]["seed"] = row_seed(settings)
-    shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in ("max_hours", "stop_at", "max_bad_steps")}
+    shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in LIMITS}
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
 

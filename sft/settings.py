@@ -297,6 +297,9 @@ class TrainerSettings:
     cuda_graphs: bool | None = None
     """Record passes of usual lengths as CUDA graphs and replay them, so that a small pass does not wait for the host. null: on
     a GPU, where rows lie end to end without checkpointing and dropout."""
+    max_memory_gib: float | None = None
+    """GPU memory that the run may take, in GiB, on each GPU: what has no room is split, recomputed or refused as on a GPU of
+    that size. null: all there is."""
     logging_steps: int = 1
     """Write a line of metrics every so many steps."""
     eval_steps: float = 0.25

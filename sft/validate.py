@@ -204,6 +204,7 @@ def _check_numbers(settings: Settings) -> list[Problem]:
         ("samples.every_steps", _is_step_count(s.every_steps), "a whole number of steps, or a share between 0 and 1"),
         ("trainer.save_total_limit", t.save_total_limit >= 1, "at least 1"),
         ("trainer.max_hours", t.max_hours is None or 0 < t.max_hours < math.inf, "a number above 0, or null"),
+        ("trainer.max_memory_gib", t.max_memory_gib is None or 1 <= t.max_memory_gib < math.inf, "at least 1, or null"),
         ("trainer.max_bad_steps", t.max_bad_steps >= 0, "at least 0"),
         ("trainer.early_stopping_patience", t.early_stopping_patience is None or t.early_stopping_patience >= 1,
          "at least 1, or null"),

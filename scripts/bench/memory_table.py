@@ -2,16 +2,18 @@
 
     python scripts/bench/memory_table.py --dry                     the estimates alone, on any machine
     python scripts/bench/memory_table.py                           on a GPU: the whole grid, as a Markdown table
-    python scripts/bench/memory_table.py --shapes 1b --lengths 512,2048 --backends transformers
+    python scripts/bench/memory_table.py --shapes 1b --lengths 512,2048 --backends transformers --compiled
 
 Each cell is a process of its own: a model with random weights in the shape of Llama 3 8B or Llama 3.2 1B, LoRA r 16 on all
 seven projections, three steps of `--rows` rows of one length through this project's trainer. Measured is
 `torch.cuda.max_memory_reserved`, estimated is `Estimate.reserved` of sft/memory.py. Models are made under `--models` once:
-16 GB and 2.5 GB. A cell that runs out of memory is shown as such.
+16 GB and 2.5 GB. Through transformers rows lie end to end. A cell that runs out of memory is shown as such, and one whose
+estimate is above `--most` GiB is left out.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -35,22 +37,26 @@ def main() -> None:
     parser.add_argument("--shapes", default="8b,1b")
     parser.add_argument("--backends", default="unsloth,transformers")
     parser.add_argument("--lengths", default="512,1024,2048,4096,8192")
+    parser.add_argument("--bits", default="4,16")
+    parser.add_argument("--checkpointing", default="on,off")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--most", type=float, default=85.0)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "memory_table")
     args = parser.parse_args()
     print("| shape | backend | weights | checkpointing | rows x tokens | estimated GiB | measured GiB | off |")
     print("|---|---|---|---|---|---|---|---|")
-    for shape in args.shapes.split(","):
-        for backend in args.backends.split(","):
-            for bits in (4, 16):
-                for checkpointing in (True, False):
-                    for length in map(int, args.lengths.split(",")):
-                        guess = estimate(shape, backend, bits, checkpointing, args.rows, length)
-                        found = None if args.dry else measure(args, shape, backend, bits, checkpointing, length)
-                        words = "" if args.dry else "out of memory" if found is None else f"{found:.2f}"
-                        off = f"{100 * (guess / found - 1):+.0f} %" if found else ""
-                        print(f"| {shape} | {backend} | {'nf4' if bits == 4 else 'bf16'} | {'on' if checkpointing else 'off'} "
-                              f"| {args.rows} x {length} | {guess:.2f} | {words} | {off} |", flush=True)  # fmt: skip
+    grid = [getattr(args, key).split(",") for key in ("shapes", "backends", "bits", "checkpointing", "lengths")]
+    for shape, backend, bits, checkpointing, length in itertools.product(*grid):
+        bits, length, on = int(bits), int(length), checkpointing == "on"
+        guess = estimate(shape, backend, bits, on, args.rows, length, args.compiled)
+        if guess > args.most:
+            continue
+        found = None if args.dry else measure(args, shape, backend, bits, on, length)
+        words = "" if args.dry else "out of memory" if found is None else f"{found:.2f}"
+        off = f"{100 * (guess / found - 1):+.0f} %" if found else ""
+        print(f"| {shape} | {backend} | {'nf4' if bits == 4 else 'bf16'} | {checkpointing} "
+              f"| {args.rows} x {length} | {guess:.2f} | {words} | {off} |", flush=True)  # fmt: skip
 
 
 def make_config(shape: str):
@@ -61,11 +67,12 @@ def make_config(shape: str):
                        pad_token_id=128004, **SHAPES[shape])  # fmt: skip
 
 
-def estimate(shape: str, backend: str, bits: int, checkpointing: bool, rows: int, length: int) -> float:
+def estimate(shape: str, backend: str, bits: int, checkpointing: bool, rows: int, length: int, compiled: bool) -> float:
     """Estimated reserved GiB."""
     from sft import memory
 
-    load = memory.Load(backend, bits, checkpointing=checkpointing)
+    flat = backend == "transformers"
+    load = memory.Load(backend, bits, checkpointing=checkpointing, flat=flat, compiled=flat and compiled)
     return memory.estimate(read_shape(shape), load, rows, length).reserved
 
 
@@ -99,6 +106,7 @@ def measure(args: argparse.Namespace, shape: str, backend: str, bits: int, check
             "trainer.load_best_model_at_end=false", "samples.num_held_out=0", "tracking=none", f"hydra.run.dir={place}/run",
             "preflight.mode=skip", "model.dtype=bfloat16",
         ]  # fmt: skip
+        command += ["trainer.torch_compile=true"] * (args.compiled and backend == "transformers")
         done = subprocess.run(command, capture_output=True, text=True)
         record = json.loads((Path(place) / "run" / "run.json").read_text(encoding="utf-8"))
     if "rows_at_once" in record.get("metrics", {}) or (record.get("error") or {}).get("type") == "OutOfMemoryError":

@@ -1,12 +1,13 @@
 """Training speed of this project beside its peers: the same model, rows and effective batch, in one session.
 
     python scripts/bench/speed.py --model DIR --data rows.json --out DIR                      everything, once
-    python scripts/bench/speed.py ... --only ours_bf16_8,unsloth_bf16_8,notebook --rounds 2   some, each twice, in turn
+    python scripts/bench/speed.py ... --only ours_bf16_8:200,unsloth_bf16_8,notebook          some; of ours 200 steps, not 60
     python scripts/bench/speed.py --cpu --data ruozhiba_qa.json --out DIR                     SmolLM2 on this machine's CPU
 
 Every measurement is a process of its own. Seconds are those of whole steps, from the end of one to the end of the next: data,
 optimiser and logging included. Tokens a second are non-padding tokens over these seconds after `--warm-up` steps; beside the
-median of the steps stands the spread of their middle half. Writes speed.json and speed.md with date, hardware and versions.
+median of the steps stands the spread of their middle half. Writes speed.json and speed.md with date, hardware and versions
+after each measurement; what is there already from the same hardware and versions stays in the table.
 """
 
 import argparse
@@ -25,11 +26,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 BF16 = ("model.backend=transformers", "model.load_in_4bit=false", "trainer.gradient_checkpointing=false")
 NF4 = ("model.backend=transformers", "model.load_in_4bit=true", "trainer.gradient_checkpointing=false")
+COMPILED = ("trainer.torch_compile=true",)  # which a run of 500,000 tokens gets by itself
 OURS = {
     "ours_bf16_8": (8, 1, BF16),
     "ours_bf16_32": (32, 1, BF16),
     "ours_nf4_8": (8, 1, NF4),
     "ours_nf4_32": (32, 1, NF4),
+    "ours_bf16_8_compiled": (8, 1, BF16 + COMPILED),
+    "ours_bf16_32_compiled": (32, 1, BF16 + COMPILED),
+    "ours_nf4_8_compiled": (8, 1, NF4 + COMPILED),
+    "ours_nf4_32_compiled": (32, 1, NF4 + COMPILED),
     "ours_auto_8": (None, None, ()),
     "ours_cpu": (2, 4, ()),
 }
@@ -69,30 +75,34 @@ def main() -> None:
         args.warm_up or 25,
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[dict]] = {}
+    facts = {"date": f"{datetime.date.today()}", "hardware": hardware(), "versions": versions()}
+    kept = json.loads(read(args.out / "speed.json") or "{}")
+    results: dict[str, list[dict]] = kept["results"] if facts.items() <= kept.items() else {}
+    facts["command"] = " ".join(sys.argv)
     for turn in range(args.rounds):
         names = args.only.split(",")
-        for name in names if turn % 2 == 0 else names[::-1]:
-            place = args.out / f"{name}_{turn}"
+        for label in names if turn % 2 == 0 else names[::-1]:
+            place = args.out / f"{label.replace(':', '_')}_{len(results.get(label, []))}"
+            name, _, steps = label.partition(":")
             began = time.time()
-            found = measure_ours(args, name, place) if name in OURS else measure_peer(args, name, place)
-            results.setdefault(name, []).append(found)
-            print(f"{name:<18} {line_of(found, args.warm_up)}   ({time.time() - began:.0f} s)", flush=True)
-    facts = {"date": f"{datetime.date.today()}", "command": " ".join(sys.argv), "hardware": hardware(), "versions": versions()}
-    (args.out / "speed.json").write_text(json.dumps({**facts, "results": results}), encoding="utf-8")
-    (args.out / "speed.md").write_text(table(facts, results, args.warm_up), encoding="utf-8")
+            measure = measure_ours if name in OURS else measure_peer
+            found = measure(args, name, int(steps or args.steps), place)
+            results.setdefault(label, []).append(found)
+            print(f"{label:<26} {line_of(found, args.warm_up)}   ({time.time() - began:.0f} s)", flush=True)
+            (args.out / "speed.json").write_text(json.dumps({**facts, "results": results}), encoding="utf-8")
+            (args.out / "speed.md").write_text(table(facts, results, args.warm_up), encoding="utf-8")
 
 
-def measure_ours(args: argparse.Namespace, name: str, place: Path) -> dict:
+def measure_ours(args: argparse.Namespace, name: str, steps: int, place: Path) -> dict:
     """One run of train.py; the times are those of its metrics.jsonl as it grows."""
     rows, passes, options = OURS[name]
     split = (f"trainer.per_device_train_batch_size={rows}", f"trainer.gradient_accumulation_steps={passes}") if rows else ()
     command = [
         *(sys.executable, str(ROOT / "train.py"), f"model.name={args.model}", "model.max_seq_length=2048", "dataset=local"),
         *(f"dataset.path={args.data}", "dataset.template=alpaca", "dataset.loss_on=all", "dataset.eval_fraction=0"),
-        *("lora.r=16", "lora.lora_alpha=16", f"trainer.max_steps={args.steps}", "trainer.learning_rate=2e-4", "seed=3407"),
+        *("lora.r=16", "lora.lora_alpha=16", f"trainer.max_steps={steps}", "trainer.learning_rate=2e-4", "seed=3407"),
         *(
-            f"trainer.save_steps={args.steps}",
+            f"trainer.save_steps={steps}",
             "samples.num_held_out=0",
             "tracking=none",
             *split,
@@ -126,11 +136,11 @@ def measure_ours(args: argparse.Namespace, name: str, place: Path) -> dict:
     }
 
 
-def measure_peer(args: argparse.Namespace, name: str, place: Path) -> dict:
+def measure_peer(args: argparse.Namespace, name: str, steps: int, place: Path) -> dict:
     """One run of peer.py."""
     library, rows, passes, options = PEERS[name]
     command = [sys.executable, str(ROOT / "scripts/bench/peer.py"), library, "--model", args.model, "--data", args.data]
-    command += ["--out", f"{place}.json", "--steps", str(args.steps), "--rows", str(rows), "--passes", str(passes), *options]
+    command += ["--out", f"{place}.json", "--steps", str(steps), "--rows", str(rows), "--passes", str(passes), *options]
     with open(f"{place}.log", "w", encoding="utf-8") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
@@ -146,9 +156,9 @@ def read(path: Path) -> str:
         return ""
 
 
-def rate(found: dict, warm_up: int) -> float:
-    """Non-padding tokens a second after the warm-up."""
-    return sum(found["tokens"][warm_up:]) / sum(found["seconds"][warm_up:])
+def rate(found: dict, first: int) -> float:
+    """Non-padding tokens a second, from a step on (or of the last ones: -24)."""
+    return sum(found["tokens"][first:]) / sum(found["seconds"][first:])
 
 
 def line_of(found: dict, warm_up: int) -> str:
@@ -157,28 +167,25 @@ def line_of(found: dict, warm_up: int) -> str:
         return "failed: " + found["error"]
     seconds = sorted(found["seconds"][warm_up:])
     spread = f"{seconds[len(seconds) // 4]:.3f}-{seconds[3 * len(seconds) // 4]:.3f}"
-    return (
-        f"{rate(found, warm_up):7.0f} tokens/s   {statistics.median(seconds):.3f} s/step ({spread})   "
-        f"{found['peak_reserved_gib']:.1f} GiB   first step {found['first_step']:.1f} s   saved {found['saved']:.1f} s"
-    )
+    words = [f"{rate(found, warm_up):7.0f} tokens/s", f"last 24 steps {rate(found, -24):.0f}"]
+    words += [f"{statistics.median(seconds):.3f} s/step ({spread})", f"{found['peak_reserved_gib']:.1f} GiB"]
+    return "   ".join([*words, f"first step {found['first_step']:.1f} s", f"saved {found['saved']:.1f} s"])
 
 
 def table(facts: dict, results: dict[str, list[dict]], warm_up: int) -> str:
     """The Markdown table: the median run of each, and its ratio to the notebook's recipe and to each peer."""
     good = {name: [r for r in runs if "error" not in r] for name, runs in results.items()}
     rates = {name: statistics.median(rate(r, warm_up) for r in runs) for name, runs in good.items() if runs}
-    peers = [name for name in rates if name in PEERS]
+    peers = [name for name in rates if name.partition(":")[0] in PEERS]
+    heads = ["run", "tokens/s", "last 24 steps", "s/step", "peak GiB", "first step, s", "adapter saved, s"]
     out = [f"`{facts['command']}`, {facts['date']}, {facts['hardware']}; {facts['versions']}", ""]
-    out += [
-        f"| run | tokens/s | s/step | peak GiB | first step, s | adapter saved, s | {' | '.join(f'x {p}' for p in peers)} |"
-    ]
-    out += ["|---|" + "---:|" * (5 + len(peers))]
+    out += [f"| {' | '.join(heads + [f'x {p}' for p in peers])} |", "|---|" + "---:|" * (len(heads) - 1 + len(peers))]
     for name, value in rates.items():
         run = min(good[name], key=lambda r: abs(rate(r, warm_up) - value))
         step = statistics.median(run["seconds"][warm_up:])
-        ratios = " | ".join(f"{value / rates[p]:.2f}" for p in peers)
-        out += [f"| {name} | {value:.0f} | {step:.3f} | {run['peak_reserved_gib']:.1f} | {run['first_step']:.1f} "
-                f"| {run['saved']:.1f} | {ratios} |"]  # fmt: skip
+        cells = [name, f"{value:.0f}", f"{rate(run, -24):.0f}", f"{step:.3f}", f"{run['peak_reserved_gib']:.1f}"]
+        cells += [f"{run['first_step']:.1f}", f"{run['saved']:.1f}", *(f"{value / rates[p]:.2f}" for p in peers)]
+        out += [f"| {' | '.join(cells)} |"]
     return "\n".join(out) + "\n"
 
 

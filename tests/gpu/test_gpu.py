@@ -72,3 +72,27 @@ def test_recorded_and_compiled_passes_train_as_padded_rows_do(small_llama, tmp_p
     for way in ("launched", "recorded", "compiled"):
         away = [a - b for a, b in zip(losses[way], losses["padded"], strict=True)]
         assert max(map(abs, away)) < 2e-2 and abs(sum(away) / len(away)) < 5e-3, way
+
+
+@pytest.mark.parametrize("padding_free", ["true", "false"])
+def test_a_real_shortage_of_memory_halves_the_passes_and_changes_no_loss(small_llama, tmp_path, padding_free):
+    """64 long rows at once, which do not fit into 1.2 GiB, against passes of 4 that do."""
+    words = [" ".join(f"word{(31 * i + 7 * k) % 97}" for k in range(150)) for i in range(128)]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": text}) for text in words), encoding="utf-8")
+    ways = {"short": ("trainer.per_device_train_batch_size=64", "trainer.max_memory_gib=1.2", "preflight.mode=skip"),
+            "split": ("trainer.per_device_train_batch_size=4",)}  # fmt: skip
+    losses, metrics = {}, {}
+    for way, options in ways.items():
+        command = [sys.executable, str(ROOT / "train.py"), f"model.name={small_llama}", "model.backend=transformers",
+                   "dataset=local", f"dataset.path={rows}", "dataset.eval_fraction=0", "trainer.effective_batch_size=64",
+                   "trainer.max_steps=4", "tracking=none", "trainer.gradient_checkpointing=false", "samples.num_held_out=0",
+                   f"trainer.padding_free={padding_free}", f"hydra.run.dir={tmp_path / way}", *options]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = (tmp_path / way / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses[way] = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+        metrics[way] = json.loads((tmp_path / way / "run.json").read_text(encoding="utf-8"))["metrics"]
+    assert metrics["short"]["rows_at_once"] < 64 and "rows_at_once" not in metrics["split"]
+    assert metrics["short"]["memory_gib"] <= 0.6 < 1.2
+    assert all(abs(a - b) < 2e-2 for a, b in zip(losses["short"], losses["split"], strict=True))

@@ -18,6 +18,8 @@ LLAMA_8B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 143
         (["preflight.gpu=h100", "model.load_in_4bit=true"], "transformers"),
         (["preflight.gpu=l4", "model.load_in_4bit=true"], "transformers"),
         (["preflight.gpu=l4"], "unsloth"),  # 16 GB of weights in 22
+        (["preflight.gpu=h100", "model.load_in_4bit=true", "trainer.max_memory_gib=16"], "transformers"),
+        (["preflight.gpu=h100", "trainer.max_memory_gib=20"], "unsloth"),
         (["preflight.gpu=t4", "model.load_in_4bit=true"], "unsloth"),  # no attention for rows end to end
         (["preflight.gpu=h100", "trainer.padding_free=false"], "unsloth"),
         (["preflight.gpu=h100", "trainer.gradient_checkpointing=true"], "unsloth"),

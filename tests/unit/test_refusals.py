@@ -680,6 +680,7 @@ def test_speed_that_cannot_be_had():
     backend = ("model.backend=transformers",)
     assert "no GPU" in problem_of(*backend, "trainer.torch_compile=true").why
     assert "no GPU" in problem_of(*backend, "trainer.cuda_graphs=true").why
+    assert "no GPU" in problem_of(*backend, "trainer.max_memory_gib=16").why
     there = (*backend, "preflight.mode=only", "preflight.gpu=h100", "trainer.cuda_graphs=true")
     assert "lora_dropout=0.1 draws anew" in problem_of(*there, "lora.lora_dropout=0.1").why
     assert "runs parts of a pass twice" in problem_of(*there, "trainer.gradient_checkpointing=true").why
@@ -687,3 +688,8 @@ def test_speed_that_cannot_be_had():
     assert "neftune" in problem_of(*backend, "trainer.padding_free=true", "trainer.extra.neftune_noise_alpha=5").why
     assert "trainer.torch_compile" in problem_of("trainer.extra.torch_compile=true").fix
     accepted(*backend, "trainer.padding_free=true")
+
+
+def test_a_limit_of_memory_that_is_none():
+    for value in ("0", "0.5", "-3", "inf"):
+        assert "at least 1, or null" in problem_of(f"trainer.max_memory_gib={value}").why
