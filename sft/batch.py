@@ -173,7 +173,7 @@ def check_speed(settings: Settings, backend: str, gpu: bool) -> list[Problem]:
         problems.append(Problem("trainer.padding_free=true", f"Rows cannot be laid end to end: {why}.", fix))
     if not gpu:
         why = "this machine has no GPU, and only for one are kernels compiled and launched"
-    if trainer.max_memory_gib and not gpu:
+    if 1 <= (trainer.max_memory_gib or 0) < float("inf") and not gpu:
         why_not = "It limits a GPU's memory, and this machine has no GPU."
         problems.append(Problem(f"trainer.max_memory_gib={trainer.max_memory_gib:g}", why_not, "trainer.max_memory_gib=null"))
     if trainer.torch_compile and why:
