@@ -135,8 +135,9 @@ def install(base: Any) -> None:
         for unused in ("labels", "use_cache", "attention_mask"):
             kwargs.pop(unused, None)
         with attention_of(self, ATTENTION):
-            hidden = self.graphs.hidden(kwargs) if self.graphs and self.graphs.takes(kwargs) else None
-            if hidden is None:
+            if self.graphs and self.training:
+                hidden = self.graphs.hidden(kwargs)
+            else:
                 hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
         total = linear_cross_entropy(hidden[0].index_select(0, learnt), head.weight, targets)

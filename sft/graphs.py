@@ -48,16 +48,16 @@ class Graphs:
         fits = inputs["input_ids"].shape[-1] in self.lengths and len(inputs["cu_seq_lens_q"]) == self.ends
         return fits and self.base.training and torch.is_grad_enabled()
 
-    def hidden(self, inputs: dict[str, Any]) -> Any | None:
-        """The last hidden states [1, tokens, width] of a pass; None if it cannot be recorded, and then none is any more.
+    def hidden(self, inputs: dict[str, Any]) -> Any:
+        """The last hidden states [1, tokens, width] of a pass.
 
         The first pass of a length is launched kernel by kernel: what libraries set up at their first call must not be recorded
-        (PyTorch's notes on CUDA graphs).
+        (PyTorch's notes on CUDA graphs). If a pass cannot be recorded, none is any more.
         """
         import torch
 
         length = inputs["input_ids"].shape[-1]
-        if length not in self.seen:
+        if length not in self.seen or not self.takes(inputs):
             self.seen.add(length)
             return self.run(inputs)
         try:
@@ -68,7 +68,7 @@ class Graphs:
         except (RuntimeError, torch.OutOfMemoryError) as error:
             self.forget()
             log.warning("Passes are not recorded as CUDA graphs: %s", f"{error}".partition("\n")[0])
-            return None
+            return self.run(inputs)
         return _replay().apply(self.recorded[length], inputs, *self.weights)
 
     def _record(self, inputs: dict[str, Any]) -> None:
@@ -92,7 +92,9 @@ class Graphs:
         torch.autograd.grad(hidden, self.weights, torch.zeros_like(hidden))
 
     def run(self, inputs: dict[str, Any]) -> Any:
-        """The last hidden states of a pass, launched kernel by kernel."""
+        """The last hidden states of a pass, launched kernel by kernel: all in the same way, since compiled layers would be
+        compiled anew under another kind of autocast.
+        """
         import torch
 
         half = {"dtype": torch.get_autocast_dtype("cuda"), "enabled": torch.is_autocast_enabled("cuda")}

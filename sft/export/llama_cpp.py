@@ -28,11 +28,15 @@ class Model(cpp.LlamaModel):
 
 
 def quantise(job: dict[str, Any]) -> dict:
-    """Write `target` as `source` in the file type `kind`."""
+    """Write `target` as `source` in the file type `kind`, and read it back: llama.cpp does not see that its last write failed."""
     params = cpp.LlamaModelQuantizeParams()
     params.ftype = job["kind"]
     params.nthread = os.cpu_count() or 1
     cpp.model_quantize(job["source"], job["target"], params)
+    try:
+        load(job["target"])
+    except Exception as error:
+        raise RuntimeError("what was written cannot be read back: the disk is full or has an error") from error
     return {}
 
 
