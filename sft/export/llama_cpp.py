@@ -28,7 +28,7 @@ class Model(cpp.LlamaModel):
 
 
 def quantise(job: dict[str, Any]) -> dict:
-    """Write `target` as `source` in the file type `kind`, and read it back: llama.cpp does not see that its last write failed."""
+    """Write `target` as `source` in the file type `kind`, and read it back: llama.cpp overlooks that its last write failed."""
     params = cpp.LlamaModelQuantizeParams()
     params.ftype = job["kind"]
     params.nthread = os.cpu_count() or 1
