@@ -42,6 +42,7 @@ OURS = {
 PEERS = {
     "notebook": ("unsloth", 2, 4, ("--load-in-4bit", "--checkpointing")),
     "unsloth_nf4_8": ("unsloth", 8, 1, ("--load-in-4bit",)),
+    "unsloth_nf4_8_checkpointing": ("unsloth", 8, 1, ("--load-in-4bit", "--checkpointing")),
     "unsloth_bf16_8": ("unsloth", 8, 1, ()),
     "unsloth_bf16_32": ("unsloth", 32, 1, ()),
     "trl_bf16_8": ("trl", 8, 1, ("--optim=adamw_torch_fused",)),
