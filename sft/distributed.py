@@ -530,17 +530,23 @@ class SharedRows:
             self.sampler.set_epoch(epoch)
 
 
+def settle_order(sampler: Any, rows: int) -> Any:
+    """A trainer's sampler of `rows` rows as accelerate makes it in a run of one process; where it is wrapped, it does not."""
+    from accelerate.data_loader import SeedableRandomSampler
+    from torch.utils.data import RandomSampler
+
+    if not isinstance(sampler, RandomSampler):
+        return sampler
+    import torch
+
+    return SeedableRandomSampler(range(rows), data_seed=broadcast(torch.random.initial_seed()))
+
+
 def share_rows(sampler: Any, rows: int, rows_a_pass: int) -> Any:
     """A trainer's sampler of `rows` rows in passes of `rows_a_pass`, by which all ranks make the same number of passes."""
     if _group is None:
         return sampler
-    from accelerate.data_loader import SeedableRandomSampler
-    from torch.utils.data import RandomSampler
-
-    if isinstance(sampler, RandomSampler):  # accelerate does the same with the sampler of a run of one process
-        import torch
-
-        sampler = SeedableRandomSampler(range(rows), data_seed=broadcast(torch.random.initial_seed()))
+    sampler = settle_order(sampler, rows)
     return SharedRows(range(rows) if sampler is None else sampler, rows, rows_a_pass * _group.size)
 
 

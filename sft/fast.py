@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft import distributed, flat, graphs
-from sft.batch import is_compiled, why_launched, why_padded
+from sft.batch import deal_evenly, is_compiled, why_launched, why_padded
 from sft.embedded import cache_dir
 from sft.errors import refuse
 from sft.models import has_kernel, uses_checkpointing
@@ -84,9 +84,9 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
         compile_layers(base)
         compiled = True
     if on_gpu and recording is not False and not uses_checkpointing(settings) and not why_launched(settings):
-        passes = steps * settings.trainer.gradient_accumulation_steps
-        count = max(1, min(NUM_LENGTHS, passes // PASSES_A_LENGTH))
-        lengths = choose_lengths(row_lengths, rows, count, graphs.launch_bound_tokens(decoder_layers(base)[0]))
+        passes, most = settings.trainer.gradient_accumulation_steps, graphs.launch_bound_tokens(decoder_layers(base)[0])
+        count = max(1, min(NUM_LENGTHS, steps * passes // PASSES_A_LENGTH))
+        lengths = choose_lengths(row_lengths, rows, passes, count, most)
         if recording and not lengths:
             log.warning("trainer.cuda_graphs is ignored: most passes are so long that the GPU never waits for the host.")
         if lengths:
@@ -102,15 +102,20 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def choose_lengths(lengths: list[int], rows: int, count: int = NUM_LENGTHS, most: int | None = None) -> tuple[int, ...]:
-    """At most `count` lengths, multiples of 64, that passes of `rows` rows drawn from `lengths` are filled up to.
+def choose_lengths(
+    lengths: list[int], rows: int, passes: int, count: int = NUM_LENGTHS, most: int | None = None
+) -> tuple[int, ...]:
+    """At most `count` lengths, multiples of 64, that passes of `rows` rows drawn from `lengths`, `passes` a step, are filled up
+    to.
 
     Of a thousand drawn passes those longer than `most` and the five longest get no length; the others are filled up with the
     fewest tokens that `count` lengths allow (found exactly, by dynamic programming over where the lengths may end). No lengths
     if most passes are longer than `most`.
     """
     draw = random.Random(0)
-    sums = sorted(-(-sum(draw.choices(lengths, k=rows)) // 64) * 64 for _ in range(1000))[:995]
+    steps = [draw.choices(range(len(lengths)), k=rows * passes) for _ in range(-(-1000 // passes))]
+    drawn = [sum(lengths[row] for row in one) for step in steps for one in deal_evenly(step, lengths, rows)]
+    sums = sorted(-(-tokens // 64) * 64 for tokens in drawn[:1000])[:995]
     whole, sums = len(sums), [n for n in sums if most is None or n <= most]
     if len(sums) < whole / 2:
         return ()

@@ -10,7 +10,7 @@ from typing import Any
 
 from sft import distributed, fast, flat
 from sft.bad_steps import BadSteps
-from sft.batch import planned_steps
+from sft.batch import EvenPasses, planned_steps
 from sft.data import Prepared
 from sft.loop import Loop, resumable
 from sft.models import torch_dtype, uses_checkpointing
@@ -123,8 +123,13 @@ def build_trainer(
             return output
 
         def _get_train_sampler(self, train_dataset=None):
-            sampler = super()._get_train_sampler(train_dataset)
-            return distributed.share_rows(sampler, len(data.train), self.args.per_device_train_batch_size)
+            sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
+            passes = settings.trainer.gradient_accumulation_steps
+            if not choice.padding_free or passes == 1:
+                return distributed.share_rows(sampler, len(data.train), rows)
+            ordered = distributed.share_rows(distributed.settle_order(sampler, len(data.train)), len(data.train), rows)
+            lengths = [*map(len, data.train["input_ids"]), 1]  # the last one is the filler's
+            return EvenPasses(ordered, lengths, rows, passes)
 
         def _get_eval_sampler(self, eval_dataset):
             sampler = super()._get_eval_sampler(eval_dataset)

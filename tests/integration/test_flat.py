@@ -125,11 +125,11 @@ def test_a_window_hides_what_lies_before_it():
 
 def test_lengths_fill_up_little_and_are_few():
     lengths = [20 + 7 * i % 400 for i in range(500)]
-    chosen = choose_lengths(lengths, 8)
-    assert len(chosen) <= fast.NUM_LENGTHS and all(n % 64 == 0 for n in chosen) and chosen == choose_lengths(lengths, 8)
-    assert choose_lengths([64], 8) == (512,)
-    assert choose_lengths(lengths, 8, most=1000) == () and all(n <= 1900 for n in choose_lengths(lengths, 8, most=1900))
-    one, many = choose_lengths(lengths, 8, count=1), choose_lengths(lengths, 8, count=40)
+    chosen = choose_lengths(lengths, 8, 1)
+    assert len(chosen) <= fast.NUM_LENGTHS and all(n % 64 == 0 for n in chosen) and chosen == choose_lengths(lengths, 8, 1)
+    assert choose_lengths([64], 8, 1) == (512,)
+    assert choose_lengths(lengths, 8, 1, most=1000) == () and all(n <= 1900 for n in choose_lengths(lengths, 8, 1, most=1900))
+    one, many = choose_lengths(lengths, 8, 1, count=1), choose_lengths(lengths, 8, 1, count=40)
     assert len(one) == 1 and one[-1] == many[-1] == chosen[-1]
 
 

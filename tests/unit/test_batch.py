@@ -1,0 +1,42 @@
+"""Rows of a step dealt out to passes with about as many tokens each."""
+
+import random
+
+import pytest
+
+from sft.batch import EvenPasses, deal_evenly
+
+
+@pytest.mark.parametrize(
+    ("rows", "rows_a_pass", "sizes"), [(32, 16, [16, 16]), (8, 2, [2] * 4), (7, 3, [3, 3, 1]), (2, 4, [2])]
+)
+def test_every_row_is_dealt_once_into_passes_of_the_same_sizes(rows, rows_a_pass, sizes):
+    lengths = random.Random(rows).choices(range(5, 400), k=rows)
+    step = random.Random(0).sample(range(rows), rows)
+    passes = deal_evenly(step, lengths, rows_a_pass)
+    assert [len(one) for one in passes] == sizes
+    assert sorted(row for one in passes for row in one) == list(range(rows))
+    assert all(one == sorted(one, key=step.index) for one in passes)
+
+
+def test_passes_have_about_as_many_tokens_each():
+    assert deal_evenly([0, 1, 2, 3], [100, 90, 10, 1], 2) == [[0, 3], [1, 2]]
+    draw = random.Random(0)
+    lengths = [int(draw.lognormvariate(4.65, 0.85)) + 60 for _ in range(1000)]
+    worst = []
+    for _ in range(100):
+        step = draw.sample(range(1000), 32)
+        tokens = [sum(lengths[row] for row in one) for one in deal_evenly(step, lengths, 16)]
+        worst.append(2 * max(tokens) / sum(tokens))
+    assert sum(worst) / 100 < 1.02
+
+
+def test_a_sampler_keeps_its_steps():
+    lengths = random.Random(1).choices(range(5, 400), k=45)
+    order = random.Random(2).sample(range(45), 45)
+    even = EvenPasses(order, lengths, rows_a_pass=4, passes=5)
+    dealt = list(even)
+    assert len(even) == len(dealt) == 45 and dealt == list(even) != order
+    for start in (0, 20, 40):
+        assert sorted(dealt[start : start + 20]) == sorted(order[start : start + 20])
+    even.set_epoch(1)  # a list has no epochs
