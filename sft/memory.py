@@ -119,7 +119,8 @@ def estimate(shape: Shape, load: Load, rows: int, length: int) -> Estimate:
     else:
         trained = shape.trained * (2 * load.adapter_bytes + _optimizer_bytes(load))
     layer = kept_by_layer(shape, load, value) + (_eager_bytes(shape, length, value) if load.eager else 0)
-    passing = value * (4 * shape.intermediate_size + 2 * hidden)  # gradients inside one layer
+    # Gradients inside one layer; Unsloth writes those of the MLP over what it was made of.
+    passing = value * ((2 if load.backend == "unsloth" else 4) * shape.intermediate_size + 2 * hidden)
     if load.checkpointing:
         # Unsloth moves the layers' inputs to the CPU's memory while they wait.
         kept, passing = (0 if load.backend == "unsloth" else layers * value * hidden), passing + layer
@@ -189,7 +190,7 @@ def loss_bytes(shape: Shape, load: Load, tokens: int) -> float:
 
     transformers: the log-softmax and two gradients, all float32 and as wide as the vocabulary (ForCausalLMLoss in
     loss_utils.py): 12 bytes a value. Unsloth makes the logits a chunk at a time, as many tokens as 4 GiB hold at 16 bytes a
-    value (fused_losses/cross_entropy_loss.py in unsloth_zoo); compiled, a chunk takes about 3 bytes a value. Rows end to end:
+    value (fused_losses/cross_entropy_loss.py in unsloth_zoo); compiled, a chunk takes about 2 bytes a value. Rows end to end:
     a piece's logits in the activations' type, in float32, and their gradient in the activations' type (sft/linear_loss.py).
     """
     if load.flat:
@@ -197,7 +198,7 @@ def loss_bytes(shape: Shape, load: Load, tokens: int) -> float:
     if load.backend != "unsloth":
         return 12 * tokens * shape.vocab_size
     chunk = 4 * GIB / (16 * shape.vocab_size)
-    return 3 * min(tokens, chunk) * shape.vocab_size
+    return 2 * min(tokens, chunk) * shape.vocab_size
 
 
 def fitting_split(

@@ -8,6 +8,8 @@ from sft.settings import Gpu, LoraSettings, Settings, TrainerSettings
 
 # Llama 3 8B with LoRA r 16 on its seven projections.
 LLAMA_8B = Shape(8030261248, 6979321856, 41943040, 1245184, 58720256, 4096, 14336, 32, 32, 4096, 1024, 128256)
+# And Llama 3.2 1B.
+LLAMA_1B = Shape(1235814400, 973078528, 11272192, 327680, 16777216, 2048, 8192, 16, 32, 2048, 512, 128256)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,23 @@ UNSLOTH = [
 def test_unsloth_is_estimated_within_15_percent(measured, load, tokens):
     guess = estimate(LLAMA_8B, Load("unsloth", optim="adamw_8bit", **load), 1, tokens)
     assert guess.reserved == pytest.approx(measured, rel=0.15)
+
+
+# Two rows of one length, 1B shape, by scripts/bench/memory_table.py on an H100, 2026-11-25.
+UNSLOTH_1B = [
+    (1.55, dict(bits=4, checkpointing=True), 1024),
+    (2.84, dict(bits=4, checkpointing=True), 8192),
+    (3.52, dict(bits=4, checkpointing=False), 1024),
+    (17.51, dict(bits=4, checkpointing=False), 8192),
+    (2.85, dict(bits=16, checkpointing=True), 1024),
+    (4.14, dict(bits=16, checkpointing=True), 8192),
+    (4.84, dict(bits=16, checkpointing=False), 1024),
+]
+
+
+@pytest.mark.parametrize(("measured", "load", "length"), UNSLOTH_1B)
+def test_a_smaller_shape_is_estimated_within_15_percent(measured, load, length):
+    assert estimate(LLAMA_1B, Load("unsloth", **load), 2, length).reserved == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize(("measured", "rows", "length"), [(18, 2, 208), (26, 8, 192), (58, 32, 192)])
