@@ -42,10 +42,12 @@ MEASURED = [
     Speed("h100", 8e9, "unsloth", 16, False, 64, 5340),
     Speed("h100", 8e9, "transformers", 4, True, 2, 351),
     Speed("h100", 8e9, "transformers", 16, False, 8, 2300),
-    Speed("h100", 8e9, "transformers", 16, False, 8, 8100, flat=True),
-    Speed("h100", 8e9, "transformers", 16, False, 8, 13000, flat=True, compiled=True),
-    Speed("h100", 8e9, "transformers", 16, False, 32, 14900, flat=True, compiled=True),
-    Speed("h100", 8e9, "transformers", 4, False, 8, 11500, flat=True, compiled=True),
+    Speed("h100", 8e9, "transformers", 16, False, 8, 8160, flat=True),
+    Speed("h100", 8e9, "transformers", 4, False, 8, 8470, flat=True),
+    Speed("h100", 8e9, "transformers", 16, False, 8, 11900, flat=True, compiled=True),
+    Speed("h100", 8e9, "transformers", 16, False, 32, 14750, flat=True, compiled=True),
+    Speed("h100", 8e9, "transformers", 4, False, 8, 10770, flat=True, compiled=True),
+    Speed("h100", 8e9, "transformers", 4, False, 32, 14380, flat=True, compiled=True),
     Speed("cpu", 134.5e6, "transformers", 32, False, 2, 153),
 ]
 
