@@ -260,11 +260,12 @@ def _run_callback(trainer, settings: Settings) -> Any:
                 trainer.bad_steps.watch(state.global_step, logs["loss"])
                 if trainer.smaller.rows:
                     line["rows_at_once"] = trainer.smaller.rows
-                tokens, seconds = int(distributed.total(trainer.tokens_seen)), clock.seconds
+                seen, peaks = zip(*distributed.gathered((int(trainer.tokens_seen), peak_memory_gib())), strict=True)
+                tokens, seconds = sum(seen), clock.seconds
                 line["tokens"] = tokens
                 since = max(seconds - clock.logged["seconds"], 1e-9)
                 line["tokens_per_second"] = round((tokens - clock.logged["tokens"]) / since, 1)
-                line["memory_gib"] = max(distributed.gathered(peak_memory_gib()))
+                line["memory_gib"] = max(peaks)
                 clock.logged = {"tokens": tokens, "seconds": seconds}
             if "eval_loss" in logs:
                 log.info("step %4d   held-out loss %.4f", state.global_step, logs["eval_loss"])

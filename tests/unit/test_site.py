@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT
 
 GUIDES = (
+    "docs/distributed.md",
     "README.md",
     "CHANGELOG.md",
     "docs/sweep.md",
