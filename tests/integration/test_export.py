@@ -423,3 +423,16 @@ def test_a_run_without_its_rows_says_so(copied):
     (copied / "held_out.jsonl").unlink()
     with pytest.raises(ExportError, match="held_out"):
         export(copied)
+
+
+def test_a_quantised_file_that_cannot_be_read_back_is_none(tmp_path):
+    """llama.cpp says that all went well where its last write, of the file's head, failed."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "sft/export")!r})
+import llama_cpp
+llama_cpp.cpp.model_quantize = lambda source, target, params: open(target, "wb").write(bytes(4096))
+llama_cpp.quantise({{"source": "none", "target": {str(tmp_path / "q.gguf")!r}, "kind": 7}})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot be read back" in done.stderr
