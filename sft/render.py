@@ -230,9 +230,14 @@ def encode(rendered: list[Rendered], tokenizer, stop_ids: set[int]) -> Iterable[
 
 
 def tokenise(rendered: list[Rendered], tokenizer) -> list[Any]:
-    """The `tokenizers.Encoding` of each row's text; other threads can work meanwhile."""
-    texts = [r.text for r in rendered]
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False).encodings
+    """The `tokenizers.Encoding` of each row's text; other threads can work meanwhile.
+
+    By the tokenizer's own batch call: transformers' would make Python lists of all that an encoding holds.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # a tokenizer.json may bring either
+    backend.no_padding()
+    return backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
 
 
 def label(rendered: list[Rendered], encodings: list[Any], bos: int | None, eos: int, stop_ids: set[int]) -> Iterable[dict]:
