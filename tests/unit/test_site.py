@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 GUIDES = (
     "docs/distributed.md",
     "README.md",
+    "docs/dataset.md",
     "CHANGELOG.md",
     "docs/sweep.md",
     "docs/launchers.md",
