@@ -1,6 +1,7 @@
 """Rows end to end train as padded ones do, and a way of doing it that does not is found before it trains."""
 
 import json
+import shutil
 import statistics
 
 import pytest
@@ -40,6 +41,22 @@ def test_rows_end_to_end_train_as_padded_rows_do(tmp_path, learnt):
         assert ours[key] == pytest.approx(padded[key], abs=most), key
     signed = [a - b for a, b in zip(ours["loss"], padded["loss"], strict=True)]
     assert abs(statistics.fmean(signed)) < 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of torch to itself
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile writes C++ on the CPU, and no g++ is installed")
+def test_compiled_layers_train_as_they_do_uncompiled(tmp_path, monkeypatch):
+    """Twenty steps in float32: every loss within 1e-5. On the command line this is refused without a GPU."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    options = ("trainer.max_steps=20", "lora.lora_dropout=0")
+    usual, record = train(tmp_path / "usual", *options)
+    ours, ours_record = train(tmp_path / "compiled", *options, "trainer.torch_compile=true")
+    assert (record["speed"]["compiled"], ours_record["speed"]["compiled"]) == (False, True)
+    for key, most in (("loss", 1e-5), ("eval_loss", 1e-5), ("grad_norm", 1e-4)):
+        assert ours[key] == pytest.approx(usual[key], abs=most), key
+    assert abs(statistics.fmean(a - b for a, b in zip(ours["loss"], usual["loss"], strict=True))) < 2e-6
 
 
 def test_tokens_that_see_the_row_before_are_found_and_rows_are_padded(tmp_path, monkeypatch, caplog):
