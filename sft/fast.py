@@ -137,6 +137,8 @@ def compile_layers(base: Any) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))  # what was compiled stays on the disk
     torch._dynamo.config.specialize_float = True  # else each layer's constants are computed on the CPU, in C++ to be compiled
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    # Else a layer is cut in pieces where several processes average gradients, which here happens after the whole pass.
+    torch._dynamo.config.optimize_ddp = False
     base.enable_input_require_grads()  # else the first layer, whose input needs no gradient, is another kind
     for layer in decoder_layers(base):
         layer.compile(dynamic=True)

@@ -44,8 +44,8 @@ def main() -> None:
             "dataset.eval_fraction=0.05",
         ),
         *("lora.r=8,16", "trainer.learning_rate=5e-5,1e-4,2e-4,4e-4", f"trainer.max_steps={args.steps}", "seed=3407"),
-        *("trainer.per_device_train_batch_size=8", "trainer.effective_batch_size=8", "trainer.eval_steps=1.0"),
-        *("trainer.save_steps=1.0", "samples.num_held_out=0", "tracking=none", f"hydra.sweep.dir={args.out}"),
+        *("trainer.per_device_train_batch_size=8", "trainer.effective_batch_size=8", f"trainer.eval_steps={args.steps}"),
+        *(f"trainer.save_steps={args.steps}", "samples.num_held_out=0", "tracking=none", f"hydra.sweep.dir={args.out}"),
         *args.overrides.split(),
     ]
     began = time.time()
