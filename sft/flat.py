@@ -6,6 +6,8 @@ every row, and the output layer is applied to the places that predict a learnt t
 the model's own forward pass before anything is trained.
 """
 
+import contextlib
+import functools
 import itertools
 import types
 from dataclasses import dataclass
@@ -32,43 +34,41 @@ class EndToEnd:
     rows: int = 0
     """Rows of a whole pass. The ends of fewer rows are filled up to as many, for the same reason."""
 
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Any]:
-        """One pass of `rows` (`input_ids`, `labels`), as a model with `install` takes it.
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """One pass of `rows` (`input_ids`, `labels`: lists or arrays), as a model with `install` takes it.
 
         input_ids, position_ids, labels: [1, tokens]; the first label of a row is IGNORED, since nothing predicts it.
         cu_seq_lens_q, cu_seq_lens_k: int32, the start of every row and the ends of the last one and of the filling behind it.
         learnt: the places whose output predicts a learnt token; targets: these tokens.
         """
+        import numpy as np
         import torch
 
-        ids, labels, positions, ends = [], [], [], [0]
-        for row in rows:
-            count = len(row["input_ids"])
-            ids += row["input_ids"]
-            labels += [IGNORED, *row["labels"][1:]]
-            positions += range(count)
-            ends.append(len(ids))
-        total = len(ids)
-        ends += [total] * (self.rows - len(rows))
+        counts = [len(row["input_ids"]) for row in rows]
+        total = sum(counts)
         filling = next((n - total for n in self.lengths if n >= total), 0)
         if filling > self.longest:  # attention is launched for rows up to `longest`
             filling = 0
-        ids += [self.pad_token_id] * filling
-        labels += [IGNORED] * filling
-        positions += range(filling)
-        ends.append(len(ids))
-        learnt = [i - 1 for i, label in enumerate(labels) if label != IGNORED]
+        ids = np.full(total + filling, self.pad_token_id)
+        labels = np.full(total + filling, IGNORED)
+        np.concatenate([row["input_ids"] for row in rows], out=ids[:total])
+        np.concatenate([row["labels"] for row in rows], out=labels[:total])
+        starts = np.cumsum([0, *counts])
+        labels[starts[:-1]] = IGNORED
+        positions = np.arange(total + filling) - np.repeat(starts, [*counts, filling])
+        learnt = np.flatnonzero(labels != IGNORED) - 1
+        ends = [*starts, *[total] * (self.rows - len(rows)), total + filling]
         cu_seq_lens = torch.tensor(ends, dtype=torch.int32)
         return {
-            "input_ids": torch.tensor([ids]),
-            "position_ids": torch.tensor([positions]),
-            "labels": torch.tensor([labels]),
+            "input_ids": torch.from_numpy(ids)[None],
+            "position_ids": torch.from_numpy(positions)[None],
+            "labels": torch.from_numpy(labels)[None],
             "cu_seq_lens_q": cu_seq_lens,
             "cu_seq_lens_k": cu_seq_lens,
             "max_length_q": self.longest,
             "max_length_k": self.longest,
-            "learnt": torch.tensor(learnt, dtype=torch.long),
-            "targets": torch.tensor([labels[i + 1] for i in learnt], dtype=torch.long),
+            "learnt": torch.from_numpy(learnt),
+            "targets": torch.from_numpy(labels[learnt + 1]),
         }
 
 
@@ -122,6 +122,7 @@ def install(base: Any) -> None:
     A flat pass gives an output with the `loss` alone: summed over learnt tokens and divided by `num_items_in_batch`, or by
     their number where that is None, as transformers does for padded rows.
     """
+    from torch.utils.checkpoint import checkpoint
     from transformers.modeling_outputs import CausalLMOutputWithPast
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -143,8 +144,19 @@ def install(base: Any) -> None:
         total = linear_cross_entropy(hidden[0].index_select(0, learnt), head.weight, targets)
         return CausalLMOutputWithPast(loss=total / (len(targets) if items is None else items))
 
+    def contexts() -> tuple[Any, Any]:
+        """torch.utils.checkpoint's `context_fn`: what is computed again, in the backward pass, attends as at first."""
+        return contextlib.nullcontext(), attention_of(base, base.config.get_text_config()._attn_implementation)
+
+    set_checkpointing = base._set_gradient_checkpointing
+
+    def checkpoint_with_contexts(enable: bool = True, gradient_checkpointing_func: Any = None, **options: Any) -> None:
+        function = functools.partial(gradient_checkpointing_func, context_fn=contexts) if enable else checkpoint
+        set_checkpointing(enable, function, **options)
+
     base.graphs = None  # of sft/graphs.py
     base.forward = types.MethodType(forward, base)
+    base._set_gradient_checkpointing = checkpoint_with_contexts
 
 
 class attention_of:

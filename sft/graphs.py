@@ -122,13 +122,34 @@ class Recording:
         self.grads = graphs.grads
         self.inputs = {key: inputs[key].clone() if torch.is_tensor(inputs[key]) else inputs[key] for key in TAKEN}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.autograd.set_multithreading_enabled(False):
+        with torch.autograd.set_multithreading_enabled(False), fresh_leaves(graphs.base.base_model) as leaves:
             with captured(self.forward, graphs):
                 hidden = graphs.run(self.inputs)
             self.grad_hidden = torch.zeros_like(hidden)
             with captured(self.backward, graphs):
-                torch._foreach_copy_(self.grads, torch.autograd.grad(hidden, graphs.weights, self.grad_hidden))
+                torch._foreach_copy_(self.grads, torch.autograd.grad(hidden, leaves, self.grad_hidden))
         self.hidden = hidden.detach()
+
+
+@contextlib.contextmanager
+def fresh_leaves(model: Any) -> Iterator[list[Any]]:
+    """Inside the block each trained weight of `model` is another leaf for autograd with the same memory; gives these leaves, in
+    the order of the weights.
+
+    Where processes average gradients, DistributedDataParallel holds on to the weights' own nodes in autograd's graph. They
+    belong to the stream that was current when it began, and a recording on another stream, waiting for it, breaks off.
+    """
+    import torch
+
+    weights = {p: torch.nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
+    places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p in weights]
+    for module, name, weight in places:
+        module._parameters[name] = weights[weight]
+    try:
+        yield list(weights.values())
+    finally:
+        for module, name, weight in places:
+            module._parameters[name] = weight
 
 
 @contextlib.contextmanager
