@@ -397,7 +397,9 @@ def _train(
     _keep_best(trainer, recorder)
     if distributed.is_first() or sharded:
         with trainer.compute_loss_context_manager(), fast.uncompiled():  # what an export of these weights is held against
-            recorder.final["proof_loss"] = round(proof.row_losses(model, proof.read_rows(folder))[0], 6)
+            rows, flat = proof.read_rows(folder), trainer.end_to_end
+            loss = proof.flat_loss(model, rows, flat) if flat else proof.row_losses(model, rows)[0]
+            recorder.final["proof_loss"] = round(loss, 6)
     with contextlib.suppress(runtime.Interrupted):
         if not stop.failure:
             stop.check()

@@ -95,8 +95,7 @@ def build_trainer(
 
         def get_eval_dataloader(self, *args, **kwargs):
             usual = self.data_collator
-            if choice.padding_free:  # evaluation is not recorded
-                self.data_collator = replace(usual, lengths=(), rows=0)
+            self.data_collator = self.end_to_end or usual
             try:
                 return super().get_eval_dataloader(*args, **kwargs)
             finally:
@@ -144,11 +143,12 @@ def build_trainer(
         eval_dataset=_model_columns(data.eval, tokenizer, settings) if data.eval is not None else None,
         processing_class=tokenizer,
     )
-    trainer.fast = choice
+    trainer.fast, trainer.end_to_end = choice, None
     if choice.padding_free:
         longest = max(len(ids) for split in (data.train, data.eval) if split is not None for ids in split["input_ids"])
         rows = settings.trainer.per_device_train_batch_size if choice.lengths else 0
-        trainer.data_collator = flat.EndToEnd(tokenizer.pad_token_id, longest, choice.lengths, rows)
+        trainer.end_to_end = flat.EndToEnd(tokenizer.pad_token_id, longest)  # evaluation is not recorded
+        trainer.data_collator = replace(trainer.end_to_end, lengths=choice.lengths, rows=rows)
     trainer.loop = loop
     trainer.bad_steps = BadSteps(trainer, data.train, settings.trainer.max_bad_steps)
     trainer.smaller = SmallerPasses(trainer)

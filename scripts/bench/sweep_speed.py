@@ -55,7 +55,7 @@ def main() -> None:
     assert len(records) == 8 and all(record["status"] == "finished" for record in records)
     print(f"sweep of 8 jobs of {args.steps} steps: {seconds:.0f} s")
     for record in records:
-        print("  ", record["overrides"][:2], record["timings"])
+        print("  ", record["name"], record["seconds"])
     if args.peers:
         for name, runs in json.loads(args.peers.read_text(encoding="utf-8"))["results"].items():
             whole = [r["saved"] for r in runs if "error" not in r and len(r["seconds"]) == args.steps - 1]
