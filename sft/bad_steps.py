@@ -5,6 +5,7 @@ A loss that is finite but goes up and up is told once; the run goes on.
 
 import itertools
 import logging
+import math
 import statistics
 from typing import Any
 
@@ -47,25 +48,25 @@ class BadSteps:
 
         trainer, loss, batches = self.trainer, self.loss, self.batches
         self.loss, self.batches = 0.0, []
-        if hasattr(grad_norm, "full_tensor"):  # of gradients that the processes share
-            grad_norm = grad_norm.full_tensor()
         bad = distributed.any_of(~torch.isfinite(loss + torch.as_tensor(grad_norm, device=loss.device)))
         if getattr(trainer.accelerator, "scaler", None) is not None:
             return
-        self._open.append((trainer.state.global_step + 1, bad, batches))
+        self._open.append((trainer.state.global_step + 1, bad.to("cpu", non_blocking=True), batches))
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
         if isinstance(optimizer, torch.optim.Optimizer) and all(group.get("fused") for group in optimizer.param_groups):
             optimizer.found_inf = bad.float()
         elif bool(bad):
             trainer.model.zero_grad(set_to_none=True)
 
-    def settle(self) -> str | None:
-        """Count the bad ones among the steps since the last call: why the run has to end, or None.
+    def settle(self, until: float = math.inf) -> str | None:
+        """Count the bad ones among the steps since the last call, up to step `until`: why the run has to end, or None.
 
-        Waits for the device; call it where something else does so too.
+        To be called when the device has done these steps.
         """
         reason = None
-        for step, bad, batches in self._open:
+        done = [one for one in self._open if one[0] <= until]
+        self._open = self._open[len(done) :]  # they are in order
+        for step, bad, batches in done:
             if bool(bad):
                 self.count += 1
                 names = self._names(batches)
@@ -75,7 +76,6 @@ class BadSteps:
                         f"{self.count} steps had a loss or gradient that is not a finite number (trainer.max_bad_steps="
                         f"{self.limit}); none reached the weights. The last was step {step}, with {names}"
                     )
-        self._open = []
         return reason
 
     def watch(self, step: int, loss: float) -> None:

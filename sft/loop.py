@@ -6,6 +6,7 @@ was never cut.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,11 +33,15 @@ class Clock:
         """Go on counting; nothing happens if it already counts."""
         self._since = self._since or time.perf_counter()
 
+    @property
+    def now(self) -> float:
+        """`seconds` as they would be if counting stopped here."""
+        return self.seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
     def lap(self) -> None:
         """Bring `seconds` up to now and go on counting, so that what lies between two steps is part of them."""
         if self._since is not None:
-            self.stop()
-            self.start()
+            self.seconds, self._since = self.now, time.perf_counter()
 
     def stop(self) -> None:
         """Stop counting until the next start. On a GPU it waits for the work that is still queued."""
@@ -68,8 +73,24 @@ class Loop:
     """What comes before the first step of a run but needs the model as it is trained."""
 
 
+@dataclass
+class Line:
+    """What a log line says of a step. Its numbers may still be on their way from the GPU."""
+
+    step: int
+    epoch: float
+    learning_rate: float
+    start_time: float
+    has_norm: bool
+    numbers: Any
+    """Sum of the losses since the last line, the gradient's norm, tokens so far; float64, on the CPU."""
+    arrived: Any = None
+    """The CUDA event after which they are there; None on the CPU."""
+
+
 def resumable(base: type) -> type:
     """A subclass of TRL's trainer `base` that stops and goes on as the module says; it needs `loop` and `fast`."""
+    from transformers.trainer_pt_utils import nested_gather
 
     class ResumableTrainer(base):
         loop: Loop
@@ -77,7 +98,11 @@ def resumable(base: type) -> type:
         smaller: SmallerPasses
         fast: Fast
         tokens_seen: Any = 0
+        tokens_logged: int = 0
+        """Those of the step whose line is being written."""
         trained: list[Any] | None = None
+        line: Line | None = None
+        """The line of the last step, not yet written."""
 
         def train(self, **kwargs):
             if self.loop.checkpoint:
@@ -119,6 +144,8 @@ def resumable(base: type) -> type:
 
         def _get_grad_norm(self, *args, **kwargs):
             grad_norm = super()._get_grad_norm(*args, **kwargs)
+            if hasattr(grad_norm, "full_tensor"):  # of gradients that the processes share
+                grad_norm = grad_norm.full_tensor()
             self.bad_steps.guard(grad_norm)
             return grad_norm
 
@@ -129,7 +156,10 @@ def resumable(base: type) -> type:
                 with short_walks(kwargs["model"]) if self.fast.padding_free else contextlib.nullcontext():
                     super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
-        def _maybe_log_save_evaluate(self, *args, **kwargs):
+        def _maybe_log_save_evaluate(
+            self, tr_loss, grad_norm, model, trial, epoch, ignore_keys, start_time, learning_rate=None
+        ):
+            """In place of transformers' own, which waits for the GPU at every line, with nothing left for it to do."""
             loop, control = self.loop, self.control
             if loop.ended:
                 return  # transformers asks once more after the last step of an epoch
@@ -137,7 +167,12 @@ def resumable(base: type) -> type:
                 loop.due.insert(0, "evaluate")
             loop.save_due |= control.should_save
             control.should_evaluate = control.should_save = False
-            super()._maybe_log_save_evaluate(*args, **kwargs)  # the log line alone
+            due = control.should_log  # writing a line takes it back
+            self.write_line()
+            if due and self.state.global_step > self._globalstep_last_logged:
+                self._take_line(tr_loss, grad_norm, learning_rate, start_time)
+            if not writes_late(self.args.device) or control.should_training_stop or control.should_epoch_stop:
+                self.write_line()
             if not control.should_training_stop:
                 loop.stop.out_of_time |= loop.budget.used_up()
                 loop.save_due |= loop.budget.wants_measuring
@@ -145,9 +180,45 @@ def resumable(base: type) -> type:
             if loop.due or loop.save_due or loop.stop.wanted:
                 self.end_step()
 
+        def _take_line(self, tr_loss: Any, grad_norm: Any, learning_rate: float, start_time: float) -> None:
+            """Begin to fetch the numbers of this step's line; nothing waits for them."""
+            import torch
+
+            loss = nested_gather(tr_loss, self.args.parallel_mode).mean()
+            numbers = [loss, math.nan if grad_norm is None else grad_norm, self.tokens_seen]
+            numbers = [torch.as_tensor(n, dtype=torch.float64, device=loss.device) for n in numbers]
+            numbers = torch.stack(numbers).to("cpu", non_blocking=True)
+            tr_loss.zero_()  # transformers takes it from itself, and what is no number stays none
+            step, epoch = self.state.global_step, self.state.epoch
+            self.line = Line(step, epoch, learning_rate, start_time, grad_norm is not None, numbers)
+            if loss.is_cuda:
+                self.line.arrived = torch.cuda.Event()
+                self.line.arrived.record()
+
+        def write_line(self) -> None:
+            """Write the line that was taken last, if there is one, as of its step."""
+            line, self.line, state = self.line, None, self.state
+            if line is None:
+                return
+            if line.arrived is not None:
+                line.arrived.synchronize()
+            loss, norm, tokens = line.numbers.tolist()
+            logs = {"loss": loss / (line.step - self._globalstep_last_logged)}
+            logs |= {"grad_norm": norm} if line.has_norm else {}
+            logs |= {"learning_rate": line.learning_rate}
+            self._total_loss_scalar += loss
+            self._globalstep_last_logged, self.tokens_logged = line.step, int(tokens)
+            now = state.global_step, state.epoch
+            state.global_step, state.epoch = line.step, line.epoch
+            try:
+                self.log(logs, line.start_time)
+            finally:
+                state.global_step, state.epoch = now
+
         def end_step(self) -> None:
             """Do what is due at this step, save if that is due, and end the training if a stop was asked for."""
             loop, step = self.loop, self.state.global_step
+            self.write_line()
             loop.clock.stop()
             loop.stop.failure = loop.stop.failure or self.bad_steps.settle()
             for part in list(loop.due):
@@ -219,6 +290,11 @@ def resumable(base: type) -> type:
             return str(place) if whole else None
 
     return ResumableTrainer
+
+
+def writes_late(device: Any) -> bool:
+    """Whether the line of a step is written while the next one is computed, so that the device never waits for it."""
+    return device.type == "cuda"
 
 
 def _early_stopping(trainer: Any) -> list[Any]:

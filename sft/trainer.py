@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,6 +200,7 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool, choice:
         fp16=gpu and dtype == torch.float16,
         use_cpu=not gpu,
         dataloader_pin_memory=gpu,
+        accelerator_config={"non_blocking": gpu},  # else each pass would wait for the one before to be moved to the GPU
         max_length=settings.model.max_seq_length,
         dataset_kwargs={"skip_prepare_dataset": True},
         # The head's loss of sft/flat.py needs no patch; else TRL's default.
@@ -240,12 +240,12 @@ def _run_callback(trainer, settings: Settings) -> Any:
             if loop.begin and loop.checkpoint is None:
                 loop.begin()
             trainer.restore()
+            self.step_ended = clock.seconds
 
         def on_prediction_step(self, args, state, control, **kwargs):
             loop.stop.check()
 
         def on_step_begin(self, args, state, control, **kwargs):
-            self.step_began = time.perf_counter()
             clock.start()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -253,14 +253,13 @@ def _run_callback(trainer, settings: Settings) -> Any:
             line = {"step": state.global_step, "epoch": epochs(state)}
             line |= {k: logs[k] for k in ("loss", "eval_loss", "learning_rate", "grad_norm") if k in logs}
             if "loss" in logs:
-                trainer._tr_loss.zero_()  # transformers takes it from itself, and what is no number stays none
-                loop.stop.failure = loop.stop.failure or trainer.bad_steps.settle()
+                loop.stop.failure = loop.stop.failure or trainer.bad_steps.settle(state.global_step)
                 if trainer.bad_steps.count:
                     line["bad_steps"] = trainer.bad_steps.count
                 trainer.bad_steps.watch(state.global_step, logs["loss"])
                 if trainer.smaller.rows:
                     line["rows_at_once"] = trainer.smaller.rows
-                seen, peaks = zip(*distributed.gathered((int(trainer.tokens_seen), peak_memory_gib())), strict=True)
+                seen, peaks = zip(*distributed.gathered((trainer.tokens_logged, peak_memory_gib())), strict=True)
                 tokens, seconds = sum(seen), clock.seconds
                 line["tokens"] = tokens
                 since = max(seconds - clock.logged["seconds"], 1e-9)
@@ -273,7 +272,9 @@ def _run_callback(trainer, settings: Settings) -> Any:
                 recorder.add(line)
 
         def on_step_end(self, args, state, control, **kwargs):
-            loop.budget.note("step", time.perf_counter() - self.step_began)
+            # From end to end: a GPU computes a step while the next one is already prepared.
+            loop.budget.note("step", clock.now - self.step_ended)
+            self.step_ended = clock.now
             if state.global_step >= state.max_steps and trainer.eval_dataset is not None:
                 control.should_evaluate = True
             every = steps_between(settings.samples.every_steps, state.max_steps)
@@ -281,6 +282,7 @@ def _run_callback(trainer, settings: Settings) -> Any:
                 loop.due.append("samples")
 
         def on_train_end(self, args, state, control, **kwargs):
+            trainer.write_line()
             clock.stop()
             fast.forget_graphs(trainer.model)
             recorder.final["bad_steps"] = trainer.bad_steps.count
