@@ -10,6 +10,7 @@ import statistics
 from typing import Any
 
 from sft import distributed
+from sft.data import token_counts
 from sft.flat import cut
 
 log = logging.getLogger(__name__)
@@ -91,10 +92,7 @@ class BadSteps:
 
     def _names(self, batches: list[Any]) -> str:
         """The rows of a step by their number in the data, found by their tokens."""
-        import pyarrow.compute as pc
-
-        column = self.rows.data.column("input_ids")
-        lengths = pc.list_value_length(column).to_numpy()
+        column, lengths = self.rows.data.column("input_ids"), token_counts(self.rows)
         names = []
         for row in (row["input_ids"] for batch in batches for row in cut(batch)):
             same = [i for i in (lengths == len(row)).nonzero()[0] if column[i].as_py() == row]

@@ -16,7 +16,9 @@ from sft.settings import Backend, Settings, Strategy, TrainerSettings
 AUTO = "auto"
 ACCUMULATION, EFFECTIVE, CPU_ROWS = 4, 8, 2
 """Forward passes where nothing says how many; rows a step for `auto`; rows a pass that `auto` takes on the CPU."""
-
+EVAL_ROWS, MOST_EVAL_ROWS, EVAL_TOKENS = 4, 16, 16_384
+"""Rows of a pass in an evaluation; as many if they lie end to end on a GPU, with up to so many tokens. It keeps nothing for a
+backward pass, so that 8B at these tokens takes 1 to 2 GiB (three times the MLP's width)."""
 
 OWN_LOSS = ("loss_type", "label_smoothing_factor", "use_liger_kernel", "neftune_noise_alpha", "packing", "padding_free",
             "completion_only_loss", "assistant_only_loss", "chunk_size", "group_by_length")  # fmt: skip
@@ -52,6 +54,12 @@ def effective_batch_size(trainer: TrainerSettings) -> int:
         if is_auto(trainer)
         else trainer.per_device_train_batch_size * (trainer.gradient_accumulation_steps or ACCUMULATION)
     )
+
+
+def eval_rows(trainer: TrainerSettings, longest: int = EVAL_TOKENS) -> int:
+    """Rows in one forward pass of an evaluation; `longest` is the tokens of the longest row, where rows lie end to end."""
+    most = EVAL_TOKENS // longest
+    return trainer.per_device_eval_batch_size or max(EVAL_ROWS, min(MOST_EVAL_ROWS, most))
 
 
 def planned_steps(trainer: TrainerSettings, rows: int) -> int:

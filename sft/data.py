@@ -43,6 +43,13 @@ class Prepared:
     """What was found and what was cut: the contents of preflight.json."""
 
 
+def token_counts(rows: Any) -> Any:
+    """The tokens of each row of `Prepared.train` or `Prepared.eval`, as a numpy array; no row is read for it."""
+    import pyarrow.compute as pc
+
+    return pc.list_value_length(rows.data.column("input_ids")).to_numpy()
+
+
 def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
     """Read, select, render, tokenise and cache the rows that `settings` names.
 

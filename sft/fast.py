@@ -15,6 +15,7 @@ from typing import Any
 
 from sft import distributed, flat, graphs
 from sft.batch import deal_evenly, is_compiled, why_launched, why_padded
+from sft.data import token_counts
 from sft.embedded import cache_dir
 from sft.errors import refuse
 from sft.models import has_kernel, uses_checkpointing
@@ -73,7 +74,7 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
             log.info("Speed  rows are padded: %s", why_not)
         return Fast(why_not=why_not)
     rows = settings.trainer.per_device_train_batch_size
-    row_lengths = [len(ids) for ids in data.train["input_ids"]]
+    row_lengths = token_counts(data.train).tolist()
     tokens = steps * settings.trainer.effective_batch_size * sum(row_lengths) / len(row_lengths)
     on_gpu, compiled, lengths = base.device.type == "cuda", False, ()
     if on_gpu and settings.model.load_in_4bit:

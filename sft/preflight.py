@@ -15,7 +15,7 @@ from typing import Any
 
 from sft import memory, models, origins, shared, speeds, versions
 from sft.batch import CPU_ROWS, Split, candidates, effective_batch_size, is_auto, planned_steps, split_of, why_padded
-from sft.data import Prepared
+from sft.data import Prepared, token_counts
 from sft.errors import Problem, Refusal, first_line
 from sft.export import exporter, gguf, hub
 from sft.runtime import write_json
@@ -420,10 +420,7 @@ def _longest(prepared: Prepared | None, settings: Settings) -> list[int]:
     count = effective_batch_size(settings.trainer)
     if prepared is None:
         return [settings.model.max_seq_length] * count
-    import pyarrow.compute as pc
-
-    lengths = pc.list_value_length(prepared.train.data.column("input_ids")).to_numpy()
-    longest = sorted(lengths.tolist(), reverse=True)[:count]
+    longest = sorted(token_counts(prepared.train).tolist(), reverse=True)[:count]
     return longest + longest[:1] * (count - len(longest))
 
 

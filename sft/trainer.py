@@ -9,8 +9,8 @@ from typing import Any
 
 from sft import distributed, fast, flat
 from sft.bad_steps import BadSteps
-from sft.batch import EvenPasses, planned_steps
-from sft.data import Prepared
+from sft.batch import EVAL_ROWS, EvenPasses, eval_rows, planned_steps
+from sft.data import Prepared, token_counts
 from sft.loop import Loop, resumable
 from sft.models import torch_dtype, uses_checkpointing
 from sft.runtime import append_jsonl, peak_allocated_gib, peak_memory_gib
@@ -126,14 +126,17 @@ def build_trainer(
             if not choice.padding_free or passes == 1:
                 return distributed.share_rows(sampler, len(data.train), rows)
             ordered = distributed.share_rows(distributed.settle_order(sampler, len(data.train)), len(data.train), rows)
-            lengths = [*map(len, data.train["input_ids"]), 1]  # the last one is the filler's
+            lengths = [*token_counts(data.train).tolist(), 1]  # the last one is the filler's
             return EvenPasses(ordered, lengths, rows, passes)
 
         def _get_eval_sampler(self, eval_dataset):
             sampler = super()._get_eval_sampler(eval_dataset)
             return distributed.share_rows(sampler, len(data.eval), self.args.per_device_eval_batch_size)
 
-    args = training_arguments(settings, loop.folder, data.eval is not None, choice)
+    longest = int(max(token_counts(split).max() for split in (data.train, data.eval) if split is not None))
+    many = choice.padding_free and torch.cuda.is_available()
+    rows = eval_rows(settings.trainer, longest) if many else eval_rows(settings.trainer)
+    args = training_arguments(settings, loop.folder, data.eval is not None, choice, rows)
     distributed.name_device(args)
     trainer = Trainer(
         model=model,
@@ -144,7 +147,6 @@ def build_trainer(
     )
     trainer.fast, trainer.end_to_end = choice, None
     if choice.padding_free:
-        longest = max(len(ids) for split in (data.train, data.eval) if split is not None for ids in split["input_ids"])
         rows = settings.trainer.per_device_train_batch_size if choice.lengths else 0
         trainer.end_to_end = flat.EndToEnd(tokenizer.pad_token_id, longest)  # evaluation is not recorded
         trainer.data_collator = replace(trainer.end_to_end, lengths=choice.lengths, rows=rows)
@@ -161,8 +163,8 @@ def build_trainer(
     return trainer
 
 
-def training_arguments(settings: Settings, folder: Path, has_eval: bool, choice: fast.Fast) -> Any:
-    """The SFTConfig of these settings; every value is plain, none is a config node."""
+def training_arguments(settings: Settings, folder: Path, has_eval: bool, choice: fast.Fast, rows: int = EVAL_ROWS) -> Any:
+    """The SFTConfig of these settings; every value is plain, none is a config node. An evaluation's pass has `rows` rows."""
     import torch
     from trl import SFTConfig
 
@@ -175,7 +177,7 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool, choice:
         num_train_epochs=t.num_train_epochs,
         max_steps=t.max_steps,
         per_device_train_batch_size=t.per_device_train_batch_size,
-        per_device_eval_batch_size=t.per_device_eval_batch_size,
+        per_device_eval_batch_size=rows,
         gradient_accumulation_steps=distributed.passes_of_rank(t.gradient_accumulation_steps),
         learning_rate=t.learning_rate,
         lr_scheduler_type=t.lr_scheduler_type,

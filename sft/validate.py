@@ -190,7 +190,8 @@ def _check_numbers(settings: Settings) -> list[Problem]:
         ("trainer.max_steps", t.max_steps >= 1 or t.max_steps == -1, "at least 1, or -1 for num_train_epochs to decide"),
         ("trainer.per_device_train_batch_size", isinstance(t.per_device_train_batch_size, str)
          or t.per_device_train_batch_size >= 1, "at least 1, or auto"),
-        ("trainer.per_device_eval_batch_size", t.per_device_eval_batch_size >= 1, "at least 1"),
+        ("trainer.per_device_eval_batch_size", t.per_device_eval_batch_size is None or t.per_device_eval_batch_size >= 1,
+         "at least 1, or null"),
         ("trainer.gradient_accumulation_steps", t.gradient_accumulation_steps is None or t.gradient_accumulation_steps >= 1,
          "at least 1, or null"),
         ("trainer.effective_batch_size", t.effective_batch_size is None or t.effective_batch_size >= 1, "at least 1, or null"),
