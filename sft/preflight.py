@@ -274,17 +274,38 @@ def check_length(found: Found, settings: Settings, backend: str, shape: memory.S
         load = replace(load, checkpointing=split.gradient_checkpointing)
     rows = split.per_device_train_batch_size
     speed = speeds.measured_speed(device, shape.parameters, load, rows) if shape else None
+    source = f"measured with {speeds.SOURCE[device]}" if speed else "by a try of three layers on it, launched one by one"
+    if speed is None and capacity and shape and not settings.preflight.gpu:
+        speed = _try_speed(found, settings, load, rows)
     if speed is None:
         found.ok("Length", f"no speed was measured for such a model on {name}: the progress bar tells after the first steps")
         return
     seconds = tokens / speed
     found.facts["plan"]["seconds"] = round(seconds)
-    text = f"about {_duration(seconds)} of training at {speed:,.0f} tokens a second, measured with {speeds.SOURCE[device]}"
+    text = f"about {_duration(seconds)} of training at {speed:,.0f} tokens a second, {source}"
     if trainer.max_hours and seconds > 3600 * trainer.max_hours:
         fix = "trainer.max_steps=...   for a shorter run; else it stops there and the same command goes on"
         found.warn("Length", f"{text}; trainer.max_hours={trainer.max_hours:g} is less.", fix)
     else:
         found.ok("Length", text)
+
+
+def _try_speed(found: Found, settings: Settings, load: memory.Load, rows: int) -> float | None:
+    """Tokens a second by sft/probe.py with rows of the median length; None where it cannot be tried."""
+    from sft import probe
+
+    where, length = models.locate(settings.model, weights=False)[0], found.prepared.facts["lengths"]["train"]["p50"]
+    key = where, rows, max(int(length), 2), load.checkpointing
+    if key not in _tried:  # once for all jobs of a sweep
+        try:
+            _tried[key] = probe.speed(settings, *key)
+        except Exception as error:  # too little memory left, or a model whose code wants more than shapes: the run will tell
+            log.debug("the speed could not be tried: %s", first_line(error))
+            _tried[key] = None
+    return _tried[key]
+
+
+_tried: dict[tuple, float | None] = {}
 
 
 def check_disk(found: Found, settings: Settings, folder: Path, shape: memory.Shape | None) -> None:
