@@ -48,9 +48,10 @@ def test_backends_agree_on_a_gpu(small_llama, tmp_path, load_in_4bit):
 
 @pytest.mark.parametrize("load_in_4bit", ["true", "false"])
 def test_recorded_and_compiled_passes_train_as_padded_rows_do(small_llama, tmp_path, load_in_4bit):
-    """Forty steps of the same rows in four ways: losses within bfloat16's rounding, and no drift in one direction."""
+    """Forty steps of the same rows in five ways: losses within bfloat16's rounding, and no drift in one direction."""
     ways = {
         "padded": ("trainer.padding_free=false",),
+        "again": ("trainer.torch_compile=true", "trainer.gradient_checkpointing=true"),
         "launched": ("trainer.cuda_graphs=false", "trainer.torch_compile=false"),
         "recorded": ("trainer.torch_compile=false",),
         "compiled": ("trainer.torch_compile=true",),
@@ -59,8 +60,8 @@ def test_recorded_and_compiled_passes_train_as_padded_rows_do(small_llama, tmp_p
     for way, options in ways.items():
         command = [sys.executable, str(ROOT / "train.py"), f"model.name={small_llama}", "model.backend=transformers",
                    f"model.load_in_4bit={load_in_4bit}", "trainer.max_steps=40", "dataset.max_rows=64", "tracking=none",
-                   "trainer.gradient_checkpointing=false", "trainer.per_device_train_batch_size=4", "samples.num_held_out=0",
-                   f"hydra.run.dir={tmp_path / way}", *options]  # fmt: skip
+                   "trainer.per_device_train_batch_size=4", "samples.num_held_out=0", f"hydra.run.dir={tmp_path / way}",
+                   *(options if way == "again" else ("trainer.gradient_checkpointing=false", *options))]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "not recorded" not in done.stderr
@@ -69,7 +70,8 @@ def test_recorded_and_compiled_passes_train_as_padded_rows_do(small_llama, tmp_p
         speed[way] = json.loads((tmp_path / way / "run.json").read_text(encoding="utf-8"))["speed"]
     assert not speed["padded"]["padding_free"] and speed["launched"]["padding_free"] and not speed["launched"]["lengths"]
     assert speed["recorded"]["lengths"] and speed["compiled"]["lengths"] and speed["compiled"]["compiled"]
-    for way in ("launched", "recorded", "compiled"):
+    assert speed["again"]["compiled"] and not speed["again"]["lengths"]
+    for way in ("launched", "recorded", "compiled", "again"):
         away = [a - b for a, b in zip(losses[way], losses["padded"], strict=True)]
         assert max(map(abs, away)) < 2e-2 and abs(sum(away) / len(away)) < 5e-3, way
 

@@ -43,6 +43,18 @@ def test_rows_end_to_end_train_as_padded_rows_do(tmp_path, learnt):
     assert abs(statistics.fmean(signed)) < 2e-6
 
 
+def test_layers_that_are_computed_again_attend_inside_each_row_again(tmp_path):
+    """With gradient checkpointing the losses and gradients are those without, to the last bit: the same is computed twice."""
+    options = ("trainer.max_steps=6", "lora.lora_dropout=0")
+    usual, _ = train(tmp_path / "kept", *options)
+    for every in (1, 2):
+        again = ("trainer.gradient_checkpointing=true", "trainer.extra.gradient_checkpointing_kwargs.use_reentrant=false",
+                 f"trainer.extra.gradient_checkpointing_kwargs.every_n_layers={every}")  # fmt: skip
+        ours, record = train(tmp_path / f"again_{every}", *options, *again)
+        assert record["speed"]["padding_free"] is True
+        assert {key: ours[key] for key in ("loss", "grad_norm")} == {key: usual[key] for key in ("loss", "grad_norm")}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of torch to itself
