@@ -598,8 +598,9 @@ def training_options(settings: Settings, checkpointing: bool) -> dict[str, Any]:
         # Whole weights in a checkpoint, not shares, so that another number of processes can go on from it.
         options = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "activation_checkpointing": checkpointing}
         return {"fsdp": True, "fsdp_config": options, "gradient_checkpointing": False}
-    # Every trained weight is used in every pass, so that nothing has to be searched for those that are not.
-    return {"ddp_find_unused_parameters": False}
+    # Every trained weight is used in every pass, so that nothing has to be searched for those that are not; and no buffer of a
+    # frozen model changes, so that none has to be sent around before each.
+    return {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
 
 
 def name_device(args: Any) -> None:
