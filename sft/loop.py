@@ -108,7 +108,13 @@ def resumable(base: type) -> type:
             if self.loop.checkpoint:
                 self.args.eval_on_start = False
                 kwargs["resume_from_checkpoint"] = str(self.loop.checkpoint)
-            return super().train(**kwargs)
+            try:
+                return super().train(**kwargs)
+            except BaseException:
+                if distributed.world_size() == 1:  # others may be gone, and would be waited for
+                    with contextlib.suppress(Exception):  # so may the GPU
+                        self.write_line()
+                raise
 
         def restore(self) -> None:
             """Take up what transformers does not: call it when training begins, before the first step."""

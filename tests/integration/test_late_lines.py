@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from sft import loop
+from sft.bad_steps import BadSteps
 from sft.run import run
 from tests.conftest import make_settings
 from tests.integration.test_bad_numbers import quick_report  # noqa: F401
@@ -52,3 +53,18 @@ def test_a_run_that_stops_with_a_line_to_write_writes_it_and_goes_on(tmp_path, m
     late = run(settings, tmp_path / "late")
     assert whole.status == late.status == "finished"
     assert lines_of(tmp_path / "late") == lines_of(tmp_path / "whole")
+
+
+def test_a_run_that_fails_keeps_the_line_of_the_step_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "writes_late", lambda device: True)
+    add = BadSteps.add
+
+    def failing(self, loss, inputs):
+        if self.trainer.state.global_step == 3:
+            raise RuntimeError("planted")
+        add(self, loss, inputs)
+
+    monkeypatch.setattr(BadSteps, "add", failing)
+    with pytest.raises(RuntimeError, match="planted"):
+        run(make_settings(*JOB, "trainer.max_steps=5", "trainer.logging_steps=1"), tmp_path / "late")
+    assert [line["step"] for line in lines_of(tmp_path / "late") if "loss" in line] == [1, 2, 3]
