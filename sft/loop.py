@@ -6,7 +6,6 @@ was never cut.
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -81,9 +80,12 @@ class Line:
     epoch: float
     learning_rate: float
     start_time: float
-    has_norm: bool
+    known: dict[str, float]
+    """`loss`, the sum of the losses since the last line; the gradient's `norm`; `tokens` so far: those that no device holds."""
+    fetched: list[str]
+    """Which of them `numbers` are."""
     numbers: Any
-    """Sum of the losses since the last line, the gradient's norm, tokens so far; float64, on the CPU."""
+    """float64, on the CPU."""
     arrived: Any = None
     """The CUDA event after which they are there; None on the CPU."""
 
@@ -191,12 +193,13 @@ def resumable(base: type) -> type:
             import torch
 
             loss = nested_gather(tr_loss, self.args.parallel_mode).mean()
-            numbers = [loss, math.nan if grad_norm is None else grad_norm, self.tokens_seen]
-            numbers = [torch.as_tensor(n, dtype=torch.float64, device=loss.device) for n in numbers]
-            numbers = torch.stack(numbers).to("cpu", non_blocking=True)
+            values = {"loss": loss, "tokens": self.tokens_seen} | ({} if grad_norm is None else {"norm": grad_norm})
+            on_device = {key: value for key, value in values.items() if torch.is_tensor(value)}
+            known = {key: float(value) for key, value in values.items() if key not in on_device}
+            numbers = torch.stack([value.double() for value in on_device.values()]).to("cpu", non_blocking=True)
             tr_loss.zero_()  # transformers takes it from itself, and what is no number stays none
             step, epoch = self.state.global_step, self.state.epoch
-            self.line = Line(step, epoch, learning_rate, start_time, grad_norm is not None, numbers)
+            self.line = Line(step, epoch, learning_rate, start_time, known, [*on_device], numbers)
             if loss.is_cuda:
                 self.line.arrived = torch.cuda.Event()
                 self.line.arrived.record()
@@ -208,12 +211,12 @@ def resumable(base: type) -> type:
                 return
             if line.arrived is not None:
                 line.arrived.synchronize()
-            loss, norm, tokens = line.numbers.tolist()
-            logs = {"loss": loss / (line.step - self._globalstep_last_logged)}
-            logs |= {"grad_norm": norm} if line.has_norm else {}
+            found = line.known | dict(zip(line.fetched, line.numbers.tolist(), strict=True))
+            logs = {"loss": found["loss"] / (line.step - self._globalstep_last_logged)}
+            logs |= {"grad_norm": found["norm"]} if "norm" in found else {}
             logs |= {"learning_rate": line.learning_rate}
-            self._total_loss_scalar += loss
-            self._globalstep_last_logged, self.tokens_logged = line.step, int(tokens)
+            self._total_loss_scalar += found["loss"]
+            self._globalstep_last_logged, self.tokens_logged = line.step, int(found["tokens"])
             now = state.global_step, state.epoch
             state.global_step, state.epoch = line.step, line.epoch
             try:
