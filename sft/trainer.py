@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sft import distributed, fast, flat
+from sft import distributed, fast, flat, shares
 from sft.bad_steps import BadSteps
 from sft.batch import EVAL_ROWS, EvenPasses, eval_rows, planned_steps
 from sft.data import Prepared, token_counts
@@ -124,14 +124,14 @@ def build_trainer(
             sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
             passes = settings.trainer.gradient_accumulation_steps
             if not choice.padding_free or passes == 1:
-                return distributed.share_rows(sampler, len(data.train), rows)
-            ordered = distributed.share_rows(distributed.settle_order(sampler, len(data.train)), len(data.train), rows)
+                return shares.share_rows(sampler, len(data.train), rows)
+            ordered = shares.share_rows(shares.settle_order(sampler, len(data.train)), len(data.train), rows)
             lengths = [*token_counts(data.train).tolist(), 1]  # the last one is the filler's
             return EvenPasses(ordered, lengths, rows, passes)
 
         def _get_eval_sampler(self, eval_dataset):
             sampler = super()._get_eval_sampler(eval_dataset)
-            return distributed.share_rows(sampler, len(data.eval), self.args.per_device_eval_batch_size)
+            return shares.share_rows(sampler, len(data.eval), self.args.per_device_eval_batch_size)
 
     longest = int(max(token_counts(split).max() for split in (data.train, data.eval) if split is not None))
     many = choice.padding_free and torch.cuda.is_available()
@@ -178,7 +178,7 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool, choice:
         max_steps=t.max_steps,
         per_device_train_batch_size=t.per_device_train_batch_size,
         per_device_eval_batch_size=rows,
-        gradient_accumulation_steps=distributed.passes_of_rank(t.gradient_accumulation_steps),
+        gradient_accumulation_steps=shares.passes_of_rank(t.gradient_accumulation_steps),
         learning_rate=t.learning_rate,
         lr_scheduler_type=t.lr_scheduler_type,
         warmup_steps=t.warmup_steps,
@@ -221,7 +221,7 @@ def steps_between(every: float, total: int) -> int:
 
 
 def _model_columns(dataset: Any, tokenizer: Any, settings: Settings) -> Any:
-    columns = distributed.with_filler(dataset.select_columns(["input_ids", "labels"]), tokenizer.pad_token_id)
+    columns = shares.with_filler(dataset.select_columns(["input_ids", "labels"]), tokenizer.pad_token_id)
     # No row is longer: sft.data saw to it. Unsloth asks for this word before it lays rows end to end without padding.
     columns._unsloth_truncated_to = settings.model.max_seq_length
     return columns
@@ -234,7 +234,7 @@ def _run_callback(trainer, settings: Settings) -> Any:
 
     def epochs(state: Any) -> float:
         rows, at_once = len(trainer.bad_steps.rows), trainer.args.per_device_train_batch_size
-        return round(distributed.epochs_done(state.epoch or 0.0, rows, at_once), 4)
+        return round(shares.epochs_done(state.epoch or 0.0, rows, at_once), 4)
 
     class RunCallback(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):

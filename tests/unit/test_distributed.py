@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sft import distributed, flat
+from sft import distributed, flat, shares
 from sft.batch import check_split
 from sft.settings import TrainerSettings
 from sft.validate import check_settings
@@ -20,15 +20,15 @@ def group(monkeypatch):
 
 @pytest.mark.parametrize(("rows", "fillers"), [(7, 1), (8, 0), (9, 7)])
 def test_fillers_make_equal_shares(rows, fillers):
-    shared = distributed.SharedRows(reversed(range(rows)), rows, 8)
+    shared = shares.SharedRows(reversed(range(rows)), rows, 8)
     assert list(shared) == [*reversed(range(rows)), *[rows] * fillers] and len(shared) == rows + fillers
 
 
 def test_without_other_processes_everything_is_left_as_it_is():
     inputs = {"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}
     assert int(flat.count_tokens(inputs)) == 4
-    assert distributed.share_rows("sampler", 3, 2) == "sampler" and distributed.gathered(5) == [5]
-    assert distributed.with_filler("rows", 0) == "rows" and distributed.epochs_done(0.7, 9, 2) == 0.7
+    assert shares.share_rows("sampler", 3, 2) == "sampler" and distributed.gathered(5) == [5]
+    assert shares.with_filler("rows", 0) == "rows" and shares.epochs_done(0.7, 9, 2) == 0.7
 
 
 def test_fillers_are_no_tokens(group):
@@ -43,7 +43,7 @@ def test_fillers_are_no_tokens(group):
 
 def test_epochs_are_counted_by_rows_and_not_by_fillers(group):
     # 11 rows in passes of 1 are 3 passes on each of 4 processes, the last of them with 3 rows.
-    assert [round(distributed.epochs_done(n / 3, 11, 1) * 11) for n in (0, 1, 2, 3, 4)] == [0, 4, 8, 11, 15]
+    assert [round(shares.epochs_done(n / 3, 11, 1) * 11) for n in (0, 1, 2, 3, 4)] == [0, 4, 8, 11, 15]
 
 
 @pytest.mark.parametrize(
