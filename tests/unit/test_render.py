@@ -1,11 +1,12 @@
 """What the model reads and what it learns: templates, masks, BOS and end marks."""
 
 import json
+import re
 import string
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, assume, given
+from hypothesis import HealthCheck, assume, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -489,7 +490,14 @@ WORDS = st.one_of(
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, QWEN3])
-@hypothesis_settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(contents=[("", "\n0"), ("", "")])
+@hypothesis_settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(contents=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4))
 def test_what_is_learnt_is_the_answers_and_their_end_marks(make_tokenizer, template, contents):
     tokenizer = make_tokenizer(template, bos="<s>", special=("<|eot_id|>",))
@@ -504,4 +512,7 @@ def test_what_is_learnt_is_the_answers_and_their_end_marks(make_tokenizer, templ
         wanted[-1] = "<think>\n\n</think>\n\n" + wanted[-1].lstrip("\n")
     assert [rendered.text[a:b] for a, b in rendered.spans] == wanted
     learnt = [i for i in entry["labels"] if i != IGNORED]
-    assert tokenizer.decode(learnt) == "".join(wanted)
+    # An answer that starts with a line break may make one token with the template's own.
+    merged = "\n?" if entry["boundary_merge"] else ""
+    pattern = "".join((merged if part[0].isspace() else "") + re.escape(part) for part in wanted)
+    assert re.fullmatch(pattern, tokenizer.decode(learnt))
