@@ -80,12 +80,8 @@ class Line:
     epoch: float
     learning_rate: float
     start_time: float
-    known: dict[str, float]
-    """`loss`, the sum of the losses since the last line; the gradient's `norm`; `tokens` so far: those that no device holds."""
-    fetched: list[str]
-    """Which of them `numbers` are."""
-    numbers: Any
-    """float64, on the CPU."""
+    numbers: dict[str, Any]
+    """`loss`, the sum of those since the last line; the gradient's `norm`; `tokens` so far. Numbers, or tensors on the CPU."""
     arrived: Any = None
     """The CUDA event after which they are there; None on the CPU."""
 
@@ -193,13 +189,10 @@ def resumable(base: type) -> type:
             import torch
 
             loss = nested_gather(tr_loss, self.args.parallel_mode).mean()
-            values = {"loss": loss, "tokens": self.tokens_seen} | ({} if grad_norm is None else {"norm": grad_norm})
-            on_device = {key: value for key, value in values.items() if torch.is_tensor(value)}
-            known = {key: float(value) for key, value in values.items() if key not in on_device}
-            numbers = torch.stack([value.double() for value in on_device.values()]).to("cpu", non_blocking=True)
+            numbers = {"loss": loss, "tokens": self.tokens_seen} | ({} if grad_norm is None else {"norm": grad_norm})
+            numbers = {key: n.to("cpu", non_blocking=True) if torch.is_tensor(n) else n for key, n in numbers.items()}
             tr_loss.zero_()  # transformers takes it from itself, and what is no number stays none
-            step, epoch = self.state.global_step, self.state.epoch
-            self.line = Line(step, epoch, learning_rate, start_time, known, [*on_device], numbers)
+            self.line = Line(self.state.global_step, self.state.epoch, learning_rate, start_time, numbers)
             if loss.is_cuda:
                 self.line.arrived = torch.cuda.Event()
                 self.line.arrived.record()
@@ -211,12 +204,12 @@ def resumable(base: type) -> type:
                 return
             if line.arrived is not None:
                 line.arrived.synchronize()
-            found = line.known | dict(zip(line.fetched, line.numbers.tolist(), strict=True))
-            logs = {"loss": found["loss"] / (line.step - self._globalstep_last_logged)}
-            logs |= {"grad_norm": found["norm"]} if "norm" in found else {}
+            loss = float(line.numbers["loss"])
+            logs = {"loss": loss / (line.step - self._globalstep_last_logged)}
+            logs |= {"grad_norm": float(line.numbers["norm"])} if "norm" in line.numbers else {}
             logs |= {"learning_rate": line.learning_rate}
-            self._total_loss_scalar += found["loss"]
-            self._globalstep_last_logged, self.tokens_logged = line.step, int(found["tokens"])
+            self._total_loss_scalar += loss
+            self._globalstep_last_logged, self.tokens_logged = line.step, int(line.numbers["tokens"])
             now = state.global_step, state.epoch
             state.global_step, state.epoch = line.step, line.epoch
             try:

@@ -290,22 +290,24 @@ def check_length(found: Found, settings: Settings, backend: str, shape: memory.S
         found.ok("Length", text)
 
 
+_tried: dict[tuple, float | None] = {}
+"""Speeds that were tried in this process: once for all jobs of a sweep."""
+
+
 def _try_speed(found: Found, settings: Settings, load: memory.Load, rows: int) -> float | None:
     """Tokens a second by sft/probe.py with rows of the median length; None where it cannot be tried."""
     from sft import probe
 
     where, length = models.locate(settings.model, weights=False)[0], found.prepared.facts["lengths"]["train"]["p50"]
     key = where, rows, max(int(length), 2), load.checkpointing
-    if key not in _tried:  # once for all jobs of a sweep
+    if key not in _tried:
+        models.limit_memory(settings)
         try:
             _tried[key] = probe.speed(settings, *key)
         except Exception as error:  # too little memory left, or a model whose code wants more than shapes: the run will tell
             log.debug("the speed could not be tried: %s", first_line(error))
             _tried[key] = None
     return _tried[key]
-
-
-_tried: dict[tuple, float | None] = {}
 
 
 def check_disk(found: Found, settings: Settings, folder: Path, shape: memory.Shape | None) -> None:
