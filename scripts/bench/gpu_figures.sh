@@ -6,7 +6,11 @@
 set -uo pipefail
 model=${1:?usage: gpu_figures.sh MODEL OUT [PART ...]} out=$(realpath -m "${2:?usage: gpu_figures.sh MODEL OUT [PART ...]}")
 shift 2
-parts=" ${*:-pair one sweep small peers memory tests} "
+all="pair one sweep small peers memory tests"
+for part in "$@"; do [[ " $all " == *" $part "* ]] || { echo "no part $part; there are: $all" >&2; exit 2; }; done
+[[ -f $model/config.json ]] || { echo "$model holds no model: no config.json" >&2; exit 2; }
+model=$(realpath "$model")
+parts=" ${*:-$all} "
 cd "$(dirname "$0")/../.."
 mkdir -p "$out"
 rows=$out/rows.json long=$out/long.json
