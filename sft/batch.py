@@ -33,6 +33,8 @@ class Split:
     gradient_accumulation_steps: int
     gradient_checkpointing: bool | None
     """None leaves it to `models.uses_checkpointing`."""
+    every_n_layers: int = 1
+    """With checkpointing one of so many layers is computed again for the backward pass, and the others are kept."""
 
     @property
     def effective_batch_size(self) -> int:
@@ -68,10 +70,12 @@ def planned_steps(trainer: TrainerSettings, rows: int) -> int:
     return trainer.max_steps if trainer.max_steps > 0 else -int(-trainer.num_train_epochs * each // 1)
 
 
-def split_of(trainer: TrainerSettings, rows: int | None = None, checkpointing: bool | None = None) -> Split:
+def split_of(
+    trainer: TrainerSettings, rows: int | None = None, checkpointing: bool | None = None, every_n_layers: int = 1
+) -> Split:
     """The split of these settings; `rows` is what was chosen for `auto`."""
     rows = rows or trainer.per_device_train_batch_size
-    return Split(rows, effective_batch_size(trainer) // rows, checkpointing)
+    return Split(rows, effective_batch_size(trainer) // rows, checkpointing, every_n_layers)
 
 
 def candidates(trainer: TrainerSettings, processes: int = 1) -> list[int]:
@@ -126,12 +130,17 @@ class EvenPasses:
 
 def with_split(settings: Settings, split: Split) -> Settings:
     """The settings with plain numbers in place of `auto` and null."""
+    extra = settings.trainer.extra
+    if split.every_n_layers > 1:
+        more = {"use_reentrant": False, **(extra.get("gradient_checkpointing_kwargs") or {})}
+        extra = {**extra, "gradient_checkpointing_kwargs": {**more, "every_n_layers": split.every_n_layers}}
     trainer = replace(
         settings.trainer,
         per_device_train_batch_size=split.per_device_train_batch_size,
         gradient_accumulation_steps=split.gradient_accumulation_steps,
         effective_batch_size=split.effective_batch_size,
         gradient_checkpointing=split.gradient_checkpointing,
+        extra=extra,
     )
     return replace(settings, trainer=trainer)
 
@@ -241,8 +250,6 @@ def check_speed(settings: Settings, backend: str, gpu: bool) -> list[Problem]:
 
 def why_launched(settings: Settings) -> str:
     """What in the settings keeps passes from being recorded as CUDA graphs; empty if nothing does."""
-    if settings.trainer.gradient_checkpointing:
-        return "trainer.gradient_checkpointing=true runs parts of a pass twice"
     if settings.lora.enabled and settings.lora.lora_dropout:
         return f"lora.lora_dropout={settings.lora.lora_dropout:g} draws anew in every pass"
     return ""

@@ -84,14 +84,16 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
     if is_compiled(settings.trainer, tokens) and (on_gpu or compiling):
         compile_layers(base)
         compiled = True
-    if on_gpu and recording is not False and not uses_checkpointing(settings) and not why_launched(settings):
+    if on_gpu and recording is not False and not why_launched(settings):
         passes, most = settings.trainer.gradient_accumulation_steps, graphs.launch_bound_tokens(decoder_layers(base)[0])
         count = max(1, min(NUM_LENGTHS, steps * passes // PASSES_A_LENGTH))
-        lengths = choose_lengths(row_lengths, rows, passes, count, most)
+        # Layers are computed again where the memory is short: beside a recorded pass there is no room for one that is launched.
+        short = uses_checkpointing(settings)
+        lengths = choose_lengths(row_lengths, rows, passes, count, None if short else most, whole=short)
         if recording and not lengths:
             log.warning("trainer.cuda_graphs is ignored: most passes are so long that the GPU never waits for the host.")
         if lengths:
-            base.graphs = graphs.Graphs(base, lengths, ends=rows + 2)
+            base.graphs = graphs.Graphs(base, lengths, ends=rows + 2, short=short)
     words = ["rows end to end"] + ["layers compiled"] * compiled
     words += [f"passes of {', '.join(map(str, lengths))} tokens replayed as CUDA graphs"] * bool(lengths)
     log.info("Speed  %s", "; ".join(words))
@@ -104,19 +106,21 @@ def base_of(model: Any) -> Any:
 
 
 def choose_lengths(
-    lengths: list[int], rows: int, passes: int, count: int = NUM_LENGTHS, most: int | None = None
+    lengths: list[int], rows: int, passes: int, count: int = NUM_LENGTHS, most: int | None = None, whole: bool = False
 ) -> tuple[int, ...]:
     """At most `count` lengths, multiples of 64, that passes of `rows` rows drawn from `lengths`, `passes` a step, are filled up
     to.
 
     Of a thousand drawn passes those longer than `most` and the five longest get no length; the others are filled up with the
     fewest tokens that `count` lengths allow (found exactly, by dynamic programming over where the lengths may end). No lengths
-    if most passes are longer than `most`.
+    if most passes are longer than `most`. With `whole` every pass gets one, also that of the longest rows there are.
     """
     draw = random.Random(0)
     steps = [draw.choices(range(len(lengths)), k=rows * passes) for _ in range(-(-1000 // passes))]
     drawn = [sum(lengths[row] for row in one) for step in steps for one in deal_evenly(step, lengths, rows)]
-    sums = sorted(-(-tokens // 64) * 64 for tokens in drawn[:1000])[:995]
+    sums = sorted(-(-tokens // 64) * 64 for tokens in drawn[:1000])[: None if whole else 995]
+    if whole:
+        sums.append(-(-sum(sorted(lengths)[-rows:]) // 64) * 64)
     whole, sums = len(sums), [n for n in sums if most is None or n <= most]
     if len(sums) < whole / 2:
         return ()

@@ -122,6 +122,7 @@ def install(base: Any) -> None:
     A flat pass gives an output with the `loss` alone: summed over learnt tokens and divided by `num_items_in_batch`, or by
     their number where that is None, as transformers does for padded rows.
     """
+    import torch
     from torch.utils.checkpoint import checkpoint
     from transformers.modeling_outputs import CausalLMOutputWithPast
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -151,7 +152,10 @@ def install(base: Any) -> None:
     set_checkpointing = base._set_gradient_checkpointing
 
     def checkpoint_with_contexts(enable: bool = True, gradient_checkpointing_func: Any = None, **options: Any) -> None:
-        function = functools.partial(gradient_checkpointing_func, context_fn=contexts) if enable else checkpoint
+        # The random state is asked for only where something draws: a pass that is recorded as a CUDA graph must not do that.
+        draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in base.modules())
+        more = {"context_fn": contexts, "preserve_rng_state": draws}
+        function = functools.partial(gradient_checkpointing_func, **more) if enable else checkpoint
         set_checkpointing(enable, function, **options)
 
     base.graphs = None  # of sft/graphs.py

@@ -31,9 +31,11 @@ TAKEN = (*TENSORS, "max_length_q", "max_length_k")
 class Graphs:
     """The recorded passes of one model."""
 
-    def __init__(self, base: Any, lengths: tuple[int, ...], ends: int):
-        """`base`: the causal language model; `lengths`: tokens of a pass; `ends`: entries of its `cu_seq_lens_q`."""
-        self.base, self.lengths, self.ends = base, lengths, ends
+    def __init__(self, base: Any, lengths: tuple[int, ...], ends: int, short: bool = False):
+        """`base`: the causal language model; `lengths`: tokens of a pass; `ends`: entries of its `cu_seq_lens_q`; `short`:
+        whether the memory has no room for a launched pass beside recorded ones.
+        """
+        self.base, self.lengths, self.ends, self.short = base, lengths, ends, short
         self.weights = [p for p in base.base_model.parameters() if p.requires_grad]
         self.recorded: dict[int, Recording] = {}
         self.seen: set[int] = set()
@@ -52,12 +54,14 @@ class Graphs:
         """The last hidden states [1, tokens, width] of a pass.
 
         The first pass of a length is launched kernel by kernel: what libraries set up at their first call must not be recorded
-        (PyTorch's notes on CUDA graphs). If a pass cannot be recorded, none is any more.
+        (PyTorch's notes on CUDA graphs). Where the memory is short, only as long as nothing is recorded: what they set up for
+        the first lengths has to do. If a pass cannot be recorded, none is any more.
         """
         import torch
 
         length = inputs["input_ids"].shape[-1]
-        if length not in self.seen or not self.takes(inputs):
+        launched = length not in self.seen and not (self.short and self.recorded)
+        if launched or not self.takes(inputs):
             self.seen.add(length)
             return self.run(inputs)
         try:
@@ -78,7 +82,7 @@ class Graphs:
         if self.pool is None:
             self.pool, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             self.grads = [torch.empty_like(p) for p in self.weights]
-        if length not in self.seen:
+        if length not in self.seen and not (self.short and self.recorded):
             self._try(inputs)
         if not self.recorded or torch.cuda.mem_get_info()[0] < SPARE:
             torch.cuda.empty_cache()  # what is kept for passes that are launched is out of reach while one is recorded

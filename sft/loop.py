@@ -24,30 +24,36 @@ class Clock:
     """Seconds spent in training steps, without evaluations, checkpoints and samples."""
 
     def __init__(self) -> None:
-        self.seconds, self._since = 0.0, None
+        self.seconds, self._since, self._event = 0.0, None, None
         self.logged = {"tokens": 0, "seconds": 0.0}
         """Both as they were at the last log line."""
 
     def start(self) -> None:
         """Go on counting; nothing happens if it already counts."""
-        self._since = self._since or time.perf_counter()
+        if self._since is None:
+            self._since, self._event = time.perf_counter(), _mark_on_gpu()
 
     @property
     def now(self) -> float:
         """`seconds` as they would be if counting stopped here."""
         return self.seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
-    def lap(self) -> None:
-        """Bring `seconds` up to now and go on counting, so that what lies between two steps is part of them."""
-        if self._since is not None:
-            self.seconds, self._since = self.now, time.perf_counter()
+    def lap(self, event: Any = None) -> None:
+        """Bring `seconds` up to now and go on counting, so that what lies between two steps is part of them.
+
+        With a CUDA event that the GPU has passed, `seconds` come up to when it did: the host's time says nothing there. It may
+        be a step ahead, or a thousand kernels, as many as can be queued.
+        """
+        if self._since is None:
+            return
+        passed = self.now - self.seconds if event is None else self._event.elapsed_time(event) / 1000
+        self.seconds, self._since, self._event = self.seconds + passed, self._since + passed, event
 
     def stop(self) -> None:
         """Stop counting until the next start. On a GPU it waits for the work that is still queued."""
         if self._since is not None:
             _wait_for_gpu()
-            self.seconds += time.perf_counter() - self._since
-            self._since = None
+            self.seconds, self._since = self.now, None
 
 
 @dataclass
@@ -193,9 +199,7 @@ def resumable(base: type) -> type:
             numbers = {key: n.to("cpu", non_blocking=True) if torch.is_tensor(n) else n for key, n in numbers.items()}
             tr_loss.zero_()  # transformers takes it from itself, and what is no number stays none
             self.line = Line(self.state.global_step, self.state.epoch, learning_rate, start_time, numbers)
-            if loss.is_cuda:
-                self.line.arrived = torch.cuda.Event()
-                self.line.arrived.record()
+            self.line.arrived = _mark_on_gpu()
 
         def write_line(self) -> None:
             """Write the line that was taken last, if there is one, as of its step."""
@@ -204,6 +208,7 @@ def resumable(base: type) -> type:
                 return
             if line.arrived is not None:
                 line.arrived.synchronize()
+                self.loop.clock.lap(line.arrived)
             loss = float(line.numbers["loss"])
             logs = {"loss": loss / (line.step - self._globalstep_last_logged)}
             logs |= {"grad_norm": float(line.numbers["norm"])} if "norm" in line.numbers else {}
@@ -317,6 +322,17 @@ def _same_random_state() -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+def _mark_on_gpu() -> Any:
+    """A CUDA event after all that is queued by now, which knows the time it passes; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _wait_for_gpu() -> None:

@@ -184,12 +184,12 @@ def check_memory(found: Found, settings: Settings, backend: str, shape: memory.S
     if found.split is None:
         found.split = _decide(settings, load, shape, longest, capacity)
     split = found.split
-    if split.gradient_checkpointing is not None:
-        load = replace(load, checkpointing=split.gradient_checkpointing)
+    load = _as_split(load, split)
     checkpointing = "with" if load.checkpointing else "without"
     rows, passes = split.per_device_train_batch_size, split.gradient_accumulation_steps
     processes = processes_of(settings)
     text = f"{rows} rows x {passes} passes a step, {checkpointing} gradient checkpointing"
+    text += f" of one in {load.every_n_layers} layers" if load.checkpointing and load.every_n_layers > 1 else ""
     text += f", on {processes} processes" if processes > 1 else ""
     if auto and (whole or capacity is not None):
         found.ok("Memory", f"auto: {text}" + (", as the run began" if reused else ""))
@@ -228,6 +228,15 @@ def _load_of(found: Found, settings: Settings, backend: str, shape: memory.Shape
     steps = planned_steps(settings.trainer, rows)
     tokens *= steps * effective_batch_size(settings.trainer) / rows
     return memory.load_of(settings, backend, capacity is not None, flat, tokens)
+
+
+def _as_split(load: memory.Load, split: Split) -> memory.Load:
+    """The same with the checkpointing that was decided for."""
+    if split.gradient_checkpointing is None:
+        return load
+    # One layer of several also where trainer.extra says so, and nothing was decided.
+    every = split.every_n_layers if split.every_n_layers > 1 else load.every_n_layers
+    return replace(load, checkpointing=split.gradient_checkpointing, every_n_layers=every)
 
 
 def _decide(settings, load, shape, longest: list[int], capacity: float | None) -> Split:
@@ -270,13 +279,12 @@ def check_length(found: Found, settings: Settings, backend: str, shape: memory.S
     name, capacity = _device(settings)
     device = settings.preflight.gpu.value if settings.preflight.gpu else speeds.device_of(name) if capacity else "cpu"
     load = _load_of(found, settings, backend, shape, capacity)
-    if split.gradient_checkpointing is not None:
-        load = replace(load, checkpointing=split.gradient_checkpointing)
+    load = _as_split(load, split)
     rows = split.per_device_train_batch_size
     speed = speeds.measured_speed(device, shape.parameters, load, rows) if shape else None
     source = f"measured with {speeds.SOURCE[device]}" if speed else "by a try of three layers on it, launched one by one"
     if speed is None and capacity and shape and not settings.preflight.gpu:
-        speed = _try_speed(found, settings, load, rows)
+        speed = _try_speed(found, settings, load, shape, rows)
     if speed is None:
         found.ok("Length", f"no speed was measured for such a model on {name}: the progress bar tells after the first steps")
         return
@@ -294,12 +302,12 @@ _tried: dict[tuple, float | None] = {}
 """Speeds that were tried in this process: once for all jobs of a sweep."""
 
 
-def _try_speed(found: Found, settings: Settings, load: memory.Load, rows: int) -> float | None:
+def _try_speed(found: Found, settings: Settings, load: memory.Load, shape: memory.Shape, rows: int) -> float | None:
     """Tokens a second by sft/probe.py with rows of the median length; None where it cannot be tried."""
     from sft import probe
 
     where, length = models.locate(settings.model, weights=False)[0], found.prepared.facts["lengths"]["train"]["p50"]
-    key = where, rows, max(int(length), 2), load.checkpointing
+    key = where, rows, max(int(length), 2), load.again(shape.num_hidden_layers) / shape.num_hidden_layers
     if key not in _tried:
         models.limit_memory(settings)
         try:

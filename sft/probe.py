@@ -15,13 +15,13 @@ from sft.settings import Settings
 LAYERS = (1, 3)
 PASSES = 4
 """Timed after one that is not."""
-AGAIN = 1.5
-"""Cost of a pass whose layers are computed again for the backward one, which under LoRA makes one product with a weight, as the
-forward pass does."""
+AGAIN = 0.5
+"""What a pass costs more whose layers are all computed again for the backward one, which under LoRA makes one product with a
+weight, as the forward pass does."""
 
 
-def speed(settings: Settings, where: str, rows: int, length: int, checkpointing: bool, device: Any = "cuda") -> float:
-    """Tokens a second of passes of `rows` rows of `length` tokens.
+def speed(settings: Settings, where: str, rows: int, length: int, again: float, device: Any = "cuda") -> float:
+    """Tokens a second of passes of `rows` rows of `length` tokens, where the share `again` of the layers is computed twice.
 
     `where` is the folder or hub id whose config.json says the shape. The random state and the count of peak memory stay as they
     were. Raises what transformers and torch do, torch.OutOfMemoryError among it.
@@ -41,7 +41,7 @@ def speed(settings: Settings, where: str, rows: int, length: int, checkpointing:
             torch.cuda.reset_peak_memory_stats()
     layer, weights = max(more[0] - few[0], 1e-9) / (LAYERS[1] - LAYERS[0]), (more[1] - few[1]) / (LAYERS[1] - LAYERS[0])
     head = layer * text.vocab_size * text.hidden_size / weights
-    return rows * length / (layer * text.num_hidden_layers * (AGAIN if checkpointing else 1.0) + head)
+    return rows * length / (layer * text.num_hidden_layers * (1 + AGAIN * again) + head)
 
 
 def _seconds(config: Any, settings: Settings, layers: int, rows: int, length: int, device: Any) -> tuple[float, int]:

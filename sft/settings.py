@@ -296,7 +296,7 @@ class TrainerSettings:
     on the disk. null: on a GPU, in runs that are long enough to repay it."""
     cuda_graphs: bool | None = None
     """Record passes of usual lengths as CUDA graphs and replay them, so that a small pass does not wait for the host. null: on
-    a GPU, where rows lie end to end without checkpointing and dropout."""
+    a GPU, where rows lie end to end without dropout."""
     max_memory_gib: float | None = None
     """GPU memory that the run may take, in GiB, on each GPU: what has no room is split, recomputed or refused as on a GPU of
     that size. null: all there is."""

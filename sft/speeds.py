@@ -61,6 +61,7 @@ def measured_speed(device: str | None, parameters: int, load: Load, rows: int) -
         if m.device == device
         and abs(parameters / m.parameters - 1) < 0.25
         and (m.backend, m.bits, m.checkpointing) == (load.backend, load.bits, load.checkpointing)
+        and (load.every_n_layers == 1 or not load.checkpointing)
         and (m.flat, m.compiled) == (load.flat, load.compiled)
         and m.rows <= 2 * rows
     ]

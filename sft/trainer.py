@@ -11,7 +11,7 @@ from sft import distributed, fast, flat, shares
 from sft.bad_steps import BadSteps
 from sft.batch import EVAL_ROWS, EvenPasses, eval_rows, planned_steps
 from sft.data import Prepared, token_counts
-from sft.loop import Loop, resumable
+from sft.loop import Loop, resumable, writes_late
 from sft.models import torch_dtype, uses_checkpointing
 from sft.runtime import append_jsonl, peak_allocated_gib, peak_memory_gib
 from sft.settings import Settings
@@ -251,7 +251,8 @@ def _run_callback(trainer, settings: Settings) -> Any:
             clock.start()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            clock.lap()
+            if not writes_late(args.device):
+                clock.lap()
             line = {"step": state.global_step, "epoch": epochs(state)}
             line |= {k: logs[k] for k in ("loss", "eval_loss", "learning_rate", "grad_norm") if k in logs}
             if "loss" in logs:

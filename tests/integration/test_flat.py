@@ -158,6 +158,10 @@ def test_lengths_fill_up_little_and_are_few():
     assert len(chosen) <= fast.NUM_LENGTHS and all(n % 64 == 0 for n in chosen) and chosen == choose_lengths(lengths, 8, 1)
     assert choose_lengths([64], 8, 1) == (512,)
     assert choose_lengths(lengths, 8, 1, most=1000) == () and all(n <= 1900 for n in choose_lengths(lengths, 8, 1, most=1900))
+    longest = sum(sorted(lengths)[-8:])
+    for most in (None, 10_000):  # where the memory is short the largest pass there can be has its length too
+        whole = choose_lengths(lengths, 8, 1, count=6, most=most, whole=True)
+        assert 0 <= whole[-1] - longest < 64 and len(whole) <= 6
     one, many = choose_lengths(lengths, 8, 1, count=1), choose_lengths(lengths, 8, 1, count=40)
     assert len(one) == 1 and one[-1] == many[-1] == chosen[-1]
 

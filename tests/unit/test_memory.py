@@ -1,8 +1,10 @@
 """The estimate of peak memory, held against what was measured; and the split of a step that follows from it."""
 
+from dataclasses import replace
+
 import pytest
 
-from sft.batch import Split, candidates, check_split, split_of
+from sft.batch import Split, candidates, check_split, split_of, with_split
 from sft.memory import CAPACITY, Load, Shape, estimate, fitting_split, kept_by_layer, shape_of, tokens_at_once
 from sft.settings import Gpu, LoraSettings, Settings, TrainerSettings
 
@@ -146,6 +148,28 @@ def test_rows_end_to_end_go_through_in_smaller_passes_before_anything_is_compute
     load = Load("transformers", flat=True)
     found = [fitting_split(LLAMA_8B, settings(), load, [2048] * 8, gib, EIGHT)[0] for gib in (150, 40, 17)]
     assert [(s.per_device_train_batch_size, s.gradient_checkpointing) for s in found] == [(8, False), (1, False), (1, True)]
+
+
+def test_rows_end_to_end_compute_as_few_layers_again_as_the_memory_allows():
+    load = Load("transformers", bits=4, flat=True, compiled=True)
+    found = [fitting_split(LLAMA_8B, settings(), load, [2048] * 8, gib, EIGHT) for gib in (18, 17, 16, 15, 14, 12)]
+    again = [replace(load, checkpointing=s.gradient_checkpointing, every_n_layers=s.every_n_layers).again(32) for s, _ in found]
+    assert again == sorted(again) and again[0] == 0 and again[-1] == 32 and any(0 < n < 32 for n in again)
+    assert all(guess.needed <= gib for (_, guess), gib in zip(found, (18, 17, 16, 15, 14, 12), strict=True))
+    # Passes of few tokens pay for unpacking the weights: then more of them at once, computed again.
+    assert [s.per_device_train_batch_size for s, _ in found][-1] > 1
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_checkpointing_that_is_asked_for_is_of_every_layer_or_of_as_many_as_are_named(wanted):
+    load = Load("transformers", bits=4, flat=True, compiled=True)
+    asked = settings(gradient_checkpointing=wanted)
+    assert fitting_split(LLAMA_8B, asked, load, [2048] * 8, 15, EIGHT)[0].every_n_layers == 1
+    named = settings(extra={"gradient_checkpointing_kwargs": {"every_n_layers": 4}})
+    split, _ = fitting_split(LLAMA_8B, named, replace(load, every_n_layers=4), [2048] * 8, 15, EIGHT)
+    assert (split.gradient_checkpointing, split.every_n_layers) == (True, 4)
+    ready = with_split(Settings(trainer=named.trainer), split)
+    assert ready.trainer.extra["gradient_checkpointing_kwargs"] == {"use_reentrant": False, "every_n_layers": 4}
 
 
 def test_tokens_of_a_pass_are_padded_or_laid_end_to_end():
