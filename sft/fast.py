@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sft import distributed, flat, graphs
-from sft.batch import deal_evenly, is_compiled, why_launched, why_padded
+from sft import distributed, flat, graphs, shared
+from sft.batch import deal_evenly, is_compiled, planned_steps, why_launched, why_padded
 from sft.data import token_counts
 from sft.embedded import cache_dir
 from sft.errors import refuse
@@ -46,6 +46,28 @@ class Fast:
     """Lengths of a pass that are recorded as CUDA graphs, shortest first; none if no pass is."""
 
 
+def warm_up(settings: Settings, data: Any, backend: str) -> None:
+    """Start the processes that will compile kernels, if any will: they come up while the weights are read."""
+    import torch
+
+    tokens = _tokens(settings, token_counts(data.train), planned_steps(settings.trainer, len(data.train)))
+    if torch.cuda.is_available() and not why_padded(settings, backend) and is_compiled(settings.trainer, tokens):
+        _keep_kernels()
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
+
+
+def _tokens(settings: Settings, row_lengths: Any, steps: int) -> float:
+    """Tokens that the whole run trains on."""
+    return steps * settings.trainer.effective_batch_size * sum(row_lengths) / len(row_lengths)
+
+
+def _keep_kernels() -> None:
+    """What is compiled stays on the disk."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
+
+
 def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend: str, steps: int) -> Fast:
     """Decide for a loaded model with its adapter on, and prepare it.
 
@@ -60,7 +82,9 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
     base = base_of(model)
     if not why_not:
         flat.install(base)
-        reasons = distributed.gathered(_difference(model, data.train, pad_token_id))
+        rows = _first_rows(data.train)
+        found = shared.checked(model, settings, rows, lambda: _difference(model, rows, pad_token_id))
+        reasons = distributed.gathered(found)
         why_not = next(filter(None, reasons), "")
     if why_not:
         if (wanted or compiling or recording) and not distributed.is_first():
@@ -75,7 +99,7 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
         return Fast(why_not=why_not)
     rows = settings.trainer.per_device_train_batch_size
     row_lengths = token_counts(data.train).tolist()
-    tokens = steps * settings.trainer.effective_batch_size * sum(row_lengths) / len(row_lengths)
+    tokens = _tokens(settings, row_lengths, steps)
     on_gpu, compiled, lengths = base.device.type == "cuda", False, ()
     if on_gpu and settings.model.load_in_4bit:
         from sft.nf4 import open_layers
@@ -93,7 +117,8 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
         if recording and not lengths:
             log.warning("trainer.cuda_graphs is ignored: most passes are so long that the GPU never waits for the host.")
         if lengths:
-            base.graphs = graphs.Graphs(base, lengths, ends=rows + 2, short=short)
+            what = [lengths, rows, short, compiled]
+            base.graphs = shared.recordings(model, settings, what, lambda: graphs.Graphs(base, lengths, rows + 2, short))
     words = ["rows end to end"] + ["layers compiled"] * compiled
     words += [f"passes of {', '.join(map(str, lengths))} tokens replayed as CUDA graphs"] * bool(lengths)
     log.info("Speed  %s", "; ".join(words))
@@ -139,7 +164,7 @@ def compile_layers(base: Any) -> None:
     """Compile each decoder layer at its first use, once for all layers of a kind and all lengths of a pass."""
     import torch
 
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))  # what was compiled stays on the disk
+    _keep_kernels()
     torch._dynamo.config.specialize_float = True  # else each layer's constants are computed on the CPU, in C++ to be compiled
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     # Else a layer is cut in pieces where several processes average gradients, which here happens after the whole pass.
@@ -216,7 +241,13 @@ def _obstacle(model: Any, settings: Settings, backend: str) -> str:
     return ""
 
 
-def _difference(model: Any, data: Any, pad_token_id: int) -> str:
+def _first_rows(data: Any) -> list[dict[str, list[int]]]:
+    """The three shortest of the first eight rows."""
+    rows = sorted((data[i] for i in range(min(8, len(data)))), key=lambda row: len(row["input_ids"]))[:3]
+    return [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in rows]
+
+
+def _difference(model: Any, rows: list[dict[str, list[int]]], pad_token_id: int) -> str:
     """Hold a few rows end to end against what the model's own forward pass gives for each row alone; empty if they agree.
 
     Their loss shows another normalisation or an output layer of the model's own; the hidden states of the second row and the
@@ -224,8 +255,6 @@ def _difference(model: Any, data: Any, pad_token_id: int) -> str:
     """
     import torch
 
-    rows = sorted((data[i] for i in range(min(8, len(data)))), key=lambda row: len(row["input_ids"]))[:3]
-    rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
     longest = max(len(row["input_ids"]) for row in rows)
     inputs = {
         key: value.to(model.device) if isinstance(value, torch.Tensor) else value

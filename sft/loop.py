@@ -65,6 +65,8 @@ class Loop:
     recorder: Any
     budget: TimeBudget
     take_samples: Callable[[int], None]
+    timed: Callable[[str], Any]
+    """Notes in run.json how many seconds a part took."""
     checkpoint: Path | None = None
     """The checkpoint to go on from."""
     clock: Clock = field(default_factory=Clock)
@@ -258,7 +260,7 @@ def resumable(base: type) -> type:
             return self._determine_best_metric(metrics, None) and self.args.load_best_model_at_end
 
         def _evaluate(self, *args, **kwargs):
-            with _same_random_state():
+            with _same_random_state(), self.loop.timed("evaluate"):
                 return super()._evaluate(*args, **kwargs)
 
         def _save_checkpoint(self, model, trial):

@@ -338,8 +338,9 @@ def _train(
     tracking = recorder.tracking
     with record.timed("load"), budget.measured("load"):
         models.limit_memory(settings)
+        fast.warm_up(settings, prepared, backend)
         model, source = shared.load_model(settings, backend)
-        model = lora.attach(model, settings, backend)
+        model = shared.attach_adapter(model, settings, backend)
     total, trained = lora.count_parameters(model)
     facts = {
         "name": settings.model.name,
@@ -360,7 +361,8 @@ def _train(
             return
         try:
             check = stop.check if sharded else stop.check_here
-            lines = samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check)
+            with record.timed("samples"):
+                lines = samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check)
         except torch.OutOfMemoryError as error:  # answers are looked at; nothing that is trained depends on them
             if sharded:
                 raise  # the other processes wait for this one
@@ -384,7 +386,7 @@ def _train(
         with budget.measured("samples"):
             take_samples(0)
 
-    loop = Loop(folder, stop, recorder, budget, take_samples, checkpoint)
+    loop = Loop(folder, stop, recorder, budget, take_samples, record.timed, checkpoint)
     loop.begin = begin if sharded else None
     trainer = training.build_trainer(model, tokenizer, prepared, settings, loop, backend)
     record.update(speed=asdict(trainer.fast))

@@ -1,13 +1,19 @@
 """Answers to fixed prompts, generated greedily, so that what the model learns can be read and not only plotted."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from sft import decode, distributed
 from sft.data import Prepared
+from sft.errors import first_line
+from sft.fast import base_of
 from sft.render import prompt_ids
 from sft.settings import Settings, Shape
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -75,10 +81,15 @@ def generate(
             ids = [[tokenizer.pad_token_id] * n + prompt.input_ids for n, prompt in zip(padding, part, strict=True)]
             ids = torch.tensor(ids, device=model.device)
             mask = torch.arange(longest, device=model.device) >= torch.tensor(padding, device=model.device)[:, None]
-            output = model.generate(
-                input_ids=ids, attention_mask=mask.long(), generation_config=config, stopping_criteria=[check]
-            )
-            for prompt, answer in zip(part, output[:, longest:].tolist(), strict=True):
+            answers = None
+            if count > 1 and not distributed.shards(settings):
+                answers = _recorded(base_of(model), ids, mask, stop_ids, config.max_new_tokens, check_stop)
+            if answers is None:
+                output = model.generate(
+                    input_ids=ids, attention_mask=mask.long(), generation_config=config, stopping_criteria=[check]
+                )
+                answers = output[:, longest:].tolist()
+            for prompt, answer in zip(part, answers, strict=True):
                 ends = [i for i, token in enumerate(answer) if token in stop_ids]
                 lines.append(
                     {
@@ -93,6 +104,19 @@ def generate(
                     }
                 )
     return lines
+
+
+def _recorded(base: Any, ids: Any, mask: Any, stop_ids: set[int], tokens: int, check_stop: Callable[[], None]) -> Any:
+    """The answers by sft/decode.py; None where the model cannot be asked that way."""
+    import torch
+
+    try:
+        return decode.greedy(base, ids, mask.long(), stop_ids, tokens, check_stop) if decode.fits(base) else None
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # what CUDA says where a step cannot be recorded
+        log.debug("answers are not recorded: %s", first_line(error))
+        return None
 
 
 def at_once(device: Any, backend: str) -> int:

@@ -1,25 +1,28 @@
 """What runs of one process have in common: loaded once, and handed to each run as if it were fresh.
 
-Outside of a sweep every function only loads. In a sweep the frozen model, the tokenizer and the tokens stay, as long as the
-next job asks for the same. A model is given out again only if it is provably what it was: its modules are put back as they
-stood, and a weight that was written to or replaced means that it is loaded again.
+Outside of a sweep every function only loads. In a sweep the frozen model, the adapter it began with, the tokenizer and the
+tokens stay, as long as the next job asks for the same; on a GPU so do the passes that were recorded with that adapter. A model
+is given out again only if it is provably what it was: its modules are put back as they stood, its adapter's weights are
+written back, and any other weight that was written to or replaced means that it is loaded again.
 """
 
 import copy
 import gc
 import json
 import logging
+import random
+from collections.abc import Callable
 from typing import Any
 
-from sft import data, models, runtime
+from sft import data, lora, models, runtime
 from sft.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _keeping = False
 _kept: dict[str, tuple[str, Any]] = {}
-loads: dict[str, int] = {"model": 0, "tokenizer": 0, "tokens": 0}
-"""How often each was loaded in this process."""
+loads: dict[str, int] = {"model": 0, "adapter": 0, "tokenizer": 0, "tokens": 0, "check": 0, "recordings": 0}
+"""How often each was loaded or made in this process."""
 
 
 def keep(on: bool) -> None:
@@ -27,7 +30,7 @@ def keep(on: bool) -> None:
     global _keeping
     _keeping = on
     if not on:
-        _forget("model", "tokenizer", "tokens")
+        _forget(*loads)
 
 
 def load_tokenizer(settings: Settings) -> tuple[Any, set[int]]:
@@ -58,12 +61,54 @@ def load_model(settings: Settings, backend: str) -> tuple[Any, str]:
             return base.model, base.source
         log.debug("The model is loaded again: %s", changed)
         del base
-        _forget("model")  # before the next one is loaded, so that the two are never in memory together
+        _forget("model", "adapter", "check", "recordings")  # first, so that two models are never in memory together
     loads["model"] += 1
     model, source = models.load_model(settings, backend)
     if shareable:
         _kept["model"] = (key, Base(model, source))
     return model, source
+
+
+def attach_adapter(model: Any, settings: Settings, backend: str) -> Any:
+    """`lora.attach`; a model that is kept comes back with the adapter it was given before, as that one was at first, where the
+    next run begins with the same one. The random state is then what it was after it had been made.
+    """
+    if "model" not in _kept or _kept["model"][1].model is not model:
+        return lora.attach(model, settings, backend)
+    key = _key(settings.lora, settings.seed)
+    kept_key, adapted = _kept.get("adapter", ("", None))
+    if adapted is not None and kept_key == key and not adapted.restore():
+        _set_random_state(adapted.random_state)
+        return adapted.model
+    if adapted is not None:
+        del adapted
+        _forget("adapter", "recordings")
+    loads["adapter"] += 1
+    model = lora.attach(model, settings, backend)
+    _kept["adapter"] = (key, Adapted(model))
+    return model
+
+
+def checked(model: Any, settings: Settings, rows: list[Any], check: Callable[[], Any]) -> Any:
+    """What `check()` found of a kept model with such an adapter and these rows; else what it finds now."""
+    kept = "adapter" in _kept and _kept["adapter"][1].model is model
+    return _once("check", _key(settings.model, settings.lora, rows), check) if kept else check()
+
+
+def recordings(model: Any, settings: Settings, what: Any, make: Callable[[], Any]) -> Any:
+    """The recorded passes of a kept model with this very adapter, made as `what` says; else what `make` gives."""
+    if not keeps_recordings(settings) or "adapter" not in _kept or _kept["adapter"][1].model is not model:
+        return make()
+    found = _once("recordings", _key(what), make)
+    if not found.lengths:  # given up in an earlier run
+        _forget("recordings")
+        found = _once("recordings", _key(what), make)
+    return found
+
+
+def keeps_recordings(settings: Settings) -> bool:
+    """Whether recorded passes stay when a run ends; an export, in a process of its own, needs the memory."""
+    return _keeping and not settings.export.formats
 
 
 def take_back() -> None:
@@ -74,7 +119,7 @@ def take_back() -> None:
     """
     if "model" in _kept and (changed := _kept["model"][1].restore()):
         log.debug("The model is not kept: %s", changed)
-        _forget("model")
+        _forget("model", "adapter", "check", "recordings")
     runtime.release_memory()
     if _keeping and not gc.get_freeze_count():
         gc.freeze()
@@ -93,7 +138,10 @@ class Base:
 
     def __init__(self, model: Any, source: str):
         self.model, self.source = model, source
+        self.start: dict[str, Any] = {}
+        """Values that are written back to the weights of these names."""
         self._modules = [(module, _copied(module.__dict__)) for module in model.modules()]
+        self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._weights = {name: _mark(tensor) for name, tensor in _tensors(model)}
         self._configs = [(config, copy.deepcopy(config.__dict__)) for config in _configs(model)]
 
@@ -109,12 +157,29 @@ class Base:
             if config.__dict__ != state:
                 config.__dict__.clear()
                 config.__dict__.update(copy.deepcopy(state))
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(True)
+        for parameter, trained in self._trained:
+            parameter.requires_grad_(trained)
             parameter.grad = None
-        weights = {name: _mark(tensor) for name, tensor in _tensors(self.model)}
-        changed = [name for name in self._weights if weights.get(name) != self._weights[name]]
-        return f"{changed[0]} was written to" if changed else ""
+        tensors = dict(_tensors(self.model))
+        changed = [name for name, mark in self._weights.items() if name not in tensors or self._differs(name, mark, tensors)]
+        if changed:
+            return f"{changed[0]} was written to"
+        for name, values in self.start.items():
+            tensors[name].data.copy_(values)
+        return ""
+
+    def _differs(self, name: str, mark: tuple, tensors: dict[str, Any]) -> bool:
+        now = _mark(tensors[name])
+        return now[1:] != mark[1:] if name in self.start else now != mark
+
+
+class Adapted(Base):
+    """A model with an adapter that nothing has trained yet, and the random state at that moment."""
+
+    def __init__(self, model: Any):
+        super().__init__(model, "")
+        self.start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.random_state = _random_state()
 
 
 def _tensors(model: Any):
@@ -124,7 +189,25 @@ def _tensors(model: Any):
 
 def _mark(tensor: Any) -> tuple:
     """Changes when a tensor's memory, form or values do: torch counts every write in place in `_version`."""
-    return id(tensor), tensor.data_ptr(), tensor._version, tensor.dtype, tuple(tensor.shape), len(tensor._backward_hooks or ())
+    hooks = len(tensor._backward_hooks or ())
+    return tensor._version, id(tensor), tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), hooks
+
+
+def _random_state() -> tuple:
+    import numpy as np
+    import torch
+
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+
+def _set_random_state(state: tuple) -> None:
+    import numpy as np
+    import torch
+
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    torch.cuda.set_rng_state_all(state[3])
 
 
 def _configs(model: Any) -> list[Any]:

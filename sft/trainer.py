@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sft import distributed, fast, flat, shares
+from sft import distributed, fast, flat, shared, shares
 from sft.bad_steps import BadSteps
 from sft.batch import EVAL_ROWS, EvenPasses, eval_rows, planned_steps
 from sft.data import Prepared, token_counts
@@ -287,7 +287,8 @@ def _run_callback(trainer, settings: Settings) -> Any:
         def on_train_end(self, args, state, control, **kwargs):
             trainer.write_line()
             clock.stop()
-            fast.forget_graphs(trainer.model)
+            if not shared.keeps_recordings(settings):
+                fast.forget_graphs(trainer.model)
             recorder.final["bad_steps"] = trainer.bad_steps.count
             if trainer.bad_steps.rose_at is not None:
                 recorder.final["loss_rose_at"] = trainer.bad_steps.rose_at

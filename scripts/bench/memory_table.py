@@ -68,12 +68,12 @@ def make_config(shape: str):
 
 
 def estimate(shape: str, backend: str, bits: int, checkpointing: bool, rows: int, length: int, compiled: bool) -> float:
-    """Estimated reserved GiB."""
+    """GiB that torch should reserve where no pass is recorded: recordings are given up where the memory runs short."""
     from sft import memory
 
     flat = backend == "transformers"
     load = memory.Load(backend, bits, checkpointing=checkpointing, flat=flat, compiled=flat and compiled)
-    return memory.estimate(read_shape(shape), load, rows, length).reserved
+    return memory.estimate(read_shape(shape), load, rows, length).needed - memory.CONTEXT
 
 
 @functools.cache
@@ -106,6 +106,7 @@ def measure(args: argparse.Namespace, shape: str, backend: str, bits: int, check
             "trainer.load_best_model_at_end=false", "samples.num_held_out=0", "tracking=none", f"hydra.run.dir={place}/run",
             "preflight.mode=skip", "model.dtype=bfloat16",
         ]  # fmt: skip
+        command += ["trainer.cuda_graphs=false"] * (backend == "transformers")
         command += ["trainer.torch_compile=true"] * (args.compiled and backend == "transformers")
         done = subprocess.run(command, capture_output=True, text=True)
         record = json.loads((Path(place) / "run" / "run.json").read_text(encoding="utf-8"))

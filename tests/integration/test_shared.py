@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from sft import lora, runtime, shared
+from sft import lora, models, runtime, shared
 from tests.conftest import SMALL, make_settings
 
 
@@ -18,6 +18,10 @@ def keeping():
     shared.keep(False)
 
 
+def counts(found) -> tuple[int, ...]:
+    return found["model"], found["tokenizer"], found["tokens"]
+
+
 def weights(model) -> str:
     return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in model.state_dict().values())).hexdigest()
 
@@ -27,8 +31,12 @@ def names(model) -> list[str]:
     return [f"{name} {type(module).__name__}" for name, module in model.named_modules()] + [f"{hooks} hooks"]
 
 
+def attached(settings):
+    return shared.attach_adapter(shared.load_model(settings, "transformers")[0], settings, "transformers")
+
+
 def train_a_step(settings):
-    model = lora.attach(shared.load_model(settings, "transformers")[0], settings, "transformers")
+    model = attached(settings)
     model.enable_input_require_grads()
     model.base_model.model.model.layers[0].forward = model.base_model.model.model.layers[0].forward  # as a patch would
     model.config.use_cache = False
@@ -37,6 +45,7 @@ def train_a_step(settings):
     ids = torch.arange(12).reshape(1, 12)
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
+    torch.rand(3)
 
 
 def test_a_shared_model_comes_back_as_it_was_loaded(keeping):
@@ -75,7 +84,64 @@ def test_rows_are_tokenised_once_for_jobs_that_agree_on_them(keeping):
         settings = make_settings(*SMALL, *words)
         tokenizer, stop_ids = shared.load_tokenizer(settings)
         shared.prepare_data(settings, tokenizer, stop_ids)
-    assert keeping() == {"model": 0, "tokenizer": 1, "tokens": 1}
+    assert counts(keeping()) == (0, 1, 1)
     other = make_settings(*SMALL, "seed=1")
     shared.prepare_data(other, *shared.load_tokenizer(other))
-    assert keeping() == {"model": 0, "tokenizer": 1, "tokens": 2}, "the seed chooses the rows"
+    assert counts(keeping()) == (0, 1, 2), "the seed chooses the rows"
+
+
+def test_an_adapter_comes_back_as_it_was_before_it_was_trained(keeping):
+    """Weights, names, flags and the random state are those of one that is made anew."""
+    settings = make_settings(*SMALL, "lora.r=8", "lora.lora_dropout=0.1")
+    fresh = lora.attach(models.load_model(settings, "transformers")[0], settings, "transformers")
+    expected = weights(fresh), names(fresh), [p.requires_grad for p in fresh.parameters()], torch.rand(3).tolist()
+    for _ in range(2):
+        train_a_step(settings)
+        shared.take_back()
+    again = attached(settings)
+    found = weights(again), names(again), [p.requires_grad for p in again.parameters()], torch.rand(3).tolist()
+    assert found == expected and all(p.grad is None for p in again.parameters())
+    assert (keeping()["model"], keeping()["adapter"]) == (1, 1)
+
+
+@pytest.mark.parametrize("other", ["lora.r=4", "lora.lora_alpha=3", "seed=1"])
+def test_another_adapter_is_made_anew(keeping, other):
+    train_a_step(make_settings(*SMALL, "lora.r=8"))
+    shared.take_back()
+    settings = make_settings(*SMALL, "lora.r=8", other)
+    again = weights(attached(settings))
+    assert again == weights(lora.attach(models.load_model(settings, "transformers")[0], settings, "transformers"))
+    assert (keeping()["model"], keeping()["adapter"]) == (1, 2)
+
+
+def test_an_adapter_beside_a_weight_that_was_written_to_is_made_anew(keeping):
+    settings = make_settings(*SMALL, "lora.r=8")
+    model = attached(settings)
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.add_(1e-3)
+    shared.take_back()
+    expected = weights(lora.attach(models.load_model(settings, "transformers")[0], settings, "transformers"))
+    assert weights(attached(settings)) == expected and (keeping()["model"], keeping()["adapter"]) == (2, 2)
+
+
+class Passes:
+    """In place of sft.graphs.Graphs, which needs a GPU."""
+
+    lengths = (64,)
+
+
+def test_recorded_passes_stay_with_their_adapter(keeping):
+    settings = make_settings(*SMALL, "lora.r=8")
+    made = []
+    for _ in range(2):
+        made.append(shared.recordings(attached(settings), settings, [(64,), 2], Passes))
+        shared.take_back()
+    model = attached(settings)
+    made.append(shared.recordings(model, settings, [(128,), 2], Passes))
+    assert made[0] is made[1] is not made[2]
+    made[2].lengths = ()  # given up where the memory ran out
+    assert shared.recordings(model, settings, [(128,), 2], Passes) is not made[2]
+    other = make_settings(*SMALL, "lora.r=4")
+    assert shared.recordings(attached(other), other, [(64,), 2], Passes) not in made
+    exporting = make_settings(*SMALL, "lora.r=4", "export=adapter")
+    assert not shared.keeps_recordings(exporting) and shared.keeps_recordings(other)

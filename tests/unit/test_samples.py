@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sft import models, samples
+from sft import decode, models, samples
 from sft.samples import Prompt
 from tests.conftest import SMALL, make_settings
 
@@ -39,3 +39,51 @@ def test_an_answer_that_ends_before_the_others_is_cut_at_its_end(tiny, monkeypat
     assert together == alone and alone[1]["finish"] == "eos"
     assert alone[1]["completion"] == tokenizer.decode(said[: said.index(stop) + 1])
     assert any(line["finish"] == "length" for line in alone), "else nothing had to be padded"
+
+
+@pytest.mark.parametrize("kind", models.FLAT_KINDS)
+def test_answers_of_a_cache_of_fixed_size_are_those_of_generate(kind):
+    """What a GPU records, launched step by step: the same tokens, prompts of unlike lengths among them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=None)  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids, mask = torch.randint(3, 60, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    for row, padding in enumerate((0, 4, 8)):
+        ids[row, :padding], mask[row, :padding] = 0, 0
+    looks = []
+    with torch.no_grad():
+        expected = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None,
+                                  pad_token_id=0)[:, 9:].tolist()  # fmt: skip
+        assert decode.fits(model)
+        assert decode.greedy(model, ids, mask, {63}, 20, lambda: looks.append(1)) == expected and len(looks) == 2
+        stops = {answer[3] for answer in expected}
+        ended = decode.greedy(model, ids, mask, stops, 20, lambda: None)
+    assert [answer[:16] for answer in ended] == [answer[:16] for answer in expected], "looked at after 16 steps"
+    assert all(answer[17:] == [0, 0, 0] for answer in ended)
+
+
+def test_a_model_that_forgets_tokens_is_not_asked_that_way():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                           num_key_value_heads=2, sliding_window=8)  # fmt: skip
+    assert not decode.fits(MistralForCausalLM(config))
+    config._attn_implementation = "eager"
+    config.sliding_window = None
+    assert not decode.fits(MistralForCausalLM(config))
+
+
+def test_answers_together_are_asked_that_way_and_else_by_generate(tiny, monkeypatch):
+    alone, asked = answers(tiny, tiny[2], 1, monkeypatch), []
+    usual = decode.greedy
+    monkeypatch.setattr(decode, "greedy", lambda *args: asked.append(1) or usual(*args))
+    assert answers(tiny, tiny[2], 8, monkeypatch) == alone and asked == [1]
+
+    def broken(*args):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decode, "greedy", broken)
+    assert answers(tiny, tiny[2], 8, monkeypatch) == alone
