@@ -1,8 +1,8 @@
 """Greedy answers to several prompts at once, whose steps of one token are recorded as a CUDA graph.
 
 A step of an 8B model launches some 2,500 kernels, for which a host takes 38 ms (H100, 2026-11-27); an H100 reads its weights
-in 5. Keys and values therefore get a place of fixed size (transformers' StaticCache), and everything that changes from token to
-token, the choice of the next one among it, is done by the recorded kernels. Without a GPU the same steps are launched one by one.
+in 5. Keys and values therefore get a place of fixed size (transformers' StaticCache), and everything that changes from token
+to token, the choice of the next one among it, is done by the recorded kernels. Without a GPU the same steps are launched.
 """
 
 from collections.abc import Callable

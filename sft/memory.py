@@ -169,7 +169,8 @@ def kept_by_layer(shape: Shape, load: Load, value: int = 2) -> float:
 
     transformers (modeling_llama.py), each norm: its input in float32. Attention: queries, keys, values, the result. MLP: gate,
     its activation, up, and their product. The inputs of layers with an adapter are kept besides; under mixed precision PEFT
-    makes a copy for each of them, though not where the weights are packed (its Linear4bit leaves that to autocast). That is 45 hidden_size for Llama 3 8B without such copies, 53 with them.
+    makes a copy for each of them, though not where the weights are packed (its Linear4bit leaves that to autocast). That is 45
+    hidden_size for Llama 3 8B without such copies, 53 with them.
     Unsloth's fused kernels keep the norms' inputs, queries, keys, values and the result, the inputs of the two blocks, gate and
     up: 27 hidden_size for Llama 3 8B.
     torch.compile keeps the inputs of the norms, of the blocks and of the adapters' layers once, queries, keys, values, gate, up
