@@ -54,19 +54,18 @@ class Graphs:
         """The last hidden states [1, tokens, width] of a pass.
 
         The first pass of a length is launched kernel by kernel: what libraries set up at their first call must not be recorded
-        (PyTorch's notes on CUDA graphs). Where the memory is short, only as long as nothing is recorded: what they set up for
-        the first lengths has to do. If a pass cannot be recorded, none is any more.
+        (PyTorch's notes on CUDA graphs). If a pass cannot be recorded, none is any more.
         """
         import torch
 
         length = inputs["input_ids"].shape[-1]
-        launched = length not in self.seen and not (self.short and self.recorded)
-        if launched or not self.takes(inputs):
+        if length not in self.seen or not self.takes(inputs):
             self.seen.add(length)
             return self.run(inputs)
         try:
             if not self.recorded:  # the longest first: the others will find room in what it has taken
-                self._record(_lengthened(inputs, max(self.lengths)))
+                self._launch_others(inputs)
+                self._record(of_length(inputs, max(self.lengths)))
             if length not in self.recorded:
                 self._record(inputs)
         except (RuntimeError, torch.OutOfMemoryError) as error:
@@ -82,18 +81,21 @@ class Graphs:
         if self.pool is None:
             self.pool, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             self.grads = [torch.empty_like(p) for p in self.weights]
-        if length not in self.seen and not (self.short and self.recorded):
-            self._try(inputs)
         if not self.recorded or torch.cuda.mem_get_info()[0] < SPARE:
             torch.cuda.empty_cache()  # what is kept for passes that are launched is out of reach while one is recorded
         self.recorded[length] = Recording(self, inputs)
 
-    def _try(self, inputs: dict[str, Any]) -> None:
-        """A pass of a length that did not come up yet."""
+    def _launch_others(self, inputs: dict[str, Any]) -> None:
+        """A pass of the longest length, if it did not come up yet. Where the memory is short, of each that did not: as long as
+        nothing is recorded there is room for it.
+        """
         import torch
 
-        hidden = self.run(inputs)
-        torch.autograd.grad(hidden, self.weights, torch.zeros_like(hidden))
+        for length in self.lengths if self.short else self.lengths[-1:]:
+            if length not in self.seen:
+                hidden = self.run(of_length(inputs, length))
+                torch.autograd.grad(hidden, self.weights, torch.zeros_like(hidden))
+                self.seen.add(length)
 
     def run(self, inputs: dict[str, Any]) -> Any:
         """The last hidden states of a pass, launched kernel by kernel: all in the same way, since compiled layers would be
@@ -196,15 +198,14 @@ def _replay() -> Any:
     return Replay
 
 
-def _lengthened(inputs: dict[str, Any], length: int) -> dict[str, Any]:
-    """A pass of another length to record: what its tokens are makes no difference."""
+def of_length(inputs: dict[str, Any], length: int) -> dict[str, Any]:
+    """A pass like `inputs`, of another length: to a recording it is all one what its tokens are and where its rows end."""
     import torch
 
-    more = length - inputs["input_ids"].shape[-1]
-    filled = {key: torch.nn.functional.pad(inputs[key], (0, more)) for key in ("input_ids", "position_ids")}
-    ends = inputs["cu_seq_lens_q"].clone()
-    ends[-1] = length
-    return {**inputs, **filled, "cu_seq_lens_q": ends}
+    longest, ends = inputs["max_length_q"], inputs["cu_seq_lens_q"]
+    places = torch.arange(length, device=ends.device)[None]
+    starts = (torch.arange(len(ends), device=ends.device, dtype=ends.dtype) * longest).clamp(max=length)
+    return {**inputs, "input_ids": torch.zeros_like(places), "position_ids": places % longest, "cu_seq_lens_q": starts}
 
 
 def launch_bound_tokens(layer: Any) -> int:

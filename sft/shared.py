@@ -81,8 +81,7 @@ def attach_adapter(model: Any, settings: Settings, backend: str) -> Any:
         _set_random_state(adapted.random_state)
         return adapted.model
     if adapted is not None:
-        del adapted
-        _forget("adapter", "recordings")
+        _drop_adapter()
     loads["adapter"] += 1
     model = lora.attach(model, settings, backend)
     _kept["adapter"] = (key, Adapted(model))
@@ -99,11 +98,10 @@ def recordings(model: Any, settings: Settings, what: Any, make: Callable[[], Any
     """The recorded passes of a kept model with this very adapter, made as `what` says; else what `make` gives."""
     if not keeps_recordings(settings) or "adapter" not in _kept or _kept["adapter"][1].model is not model:
         return make()
-    found = _once("recordings", _key(what), make)
-    if not found.lengths:  # given up in an earlier run
-        _forget("recordings")
-        found = _once("recordings", _key(what), make)
-    return found
+    kept_key, found = _kept.get("recordings", ("", None))
+    if found is not None and (kept_key != _key(what) or not found.lengths):  # of another kind, or given up in an earlier run
+        _kept.pop("recordings")[1].forget()
+    return _once("recordings", _key(what), make)
 
 
 def keeps_recordings(settings: Settings) -> bool:
@@ -125,6 +123,19 @@ def take_back() -> None:
         gc.freeze()
 
 
+def _drop_adapter() -> None:
+    """Let go of the adapter and of what was recorded with it. Their circles of references are opened by hand: to have the
+    garbage collector look for them among all that is kept takes seconds.
+    """
+    if "recordings" in _kept:
+        _kept.pop("recordings")[1].forget()
+    stays = {id(module) for module, _ in _kept["model"][1].modules}
+    for module, state in _kept.pop("adapter")[1].modules:
+        if id(module) not in stays:
+            module.__dict__.clear()
+            state.clear()
+
+
 def _forget(*names: str) -> None:
     """Let go of what was kept under these names."""
     for name in names:
@@ -140,7 +151,7 @@ class Base:
         self.model, self.source = model, source
         self.start: dict[str, Any] = {}
         """Values that are written back to the weights of these names."""
-        self._modules = [(module, _copied(module.__dict__)) for module in model.modules()]
+        self.modules = [(module, _copied(module.__dict__)) for module in model.modules()]
         self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._weights = {name: _mark(tensor) for name, tensor in _tensors(model)}
         self._configs = [(config, copy.deepcopy(config.__dict__)) for config in _configs(model)]
@@ -150,7 +161,7 @@ class Base:
 
         An adapter, a hook, a patched forward or a flag is an entry of a module's __dict__, so all of them go with it.
         """
-        for module, state in self._modules:
+        for module, state in self.modules:
             module.__dict__.clear()
             module.__dict__.update(_copied(state))
         for config, state in self._configs:

@@ -1,5 +1,6 @@
 """Rows end to end train as padded ones do, and a way of doing it that does not is found before it trains."""
 
+import itertools
 import json
 import shutil
 import statistics
@@ -7,7 +8,7 @@ import statistics
 import pytest
 import torch
 
-from sft import fast, flat, linear_loss
+from sft import fast, flat, graphs, linear_loss
 from sft.errors import Refusal
 from sft.fast import choose_lengths
 from sft.models import FLAT_KINDS
@@ -184,3 +185,24 @@ def test_an_opened_4bit_layer_multiplies_as_the_library_does():
     ours = holder(x)
     (our_grad,) = torch.autograd.grad(ours.sum(), x)
     assert torch.allclose(ours, usual, atol=1e-5) and torch.allclose(our_grad, grad, atol=1e-5)
+
+
+def test_a_pass_made_up_for_a_recording_has_rows_that_attention_takes():
+    rows = [{"input_ids": list(range(3, 3 + n)), "labels": [-100, *range(4, 3 + n)]} for n in (40, 90, 17)]
+    inputs = flat.EndToEnd(0, 90, lengths=(192,), rows=3)(rows)
+    for length in (64, 192, 320):
+        made = graphs.of_length(inputs, length)
+        ends = made["cu_seq_lens_q"].tolist()
+        assert (
+            made["input_ids"].shape == made["position_ids"].shape == (1, length) and made["cu_seq_lens_q"].dtype == torch.int32
+        )
+        assert len(ends) == len(inputs["cu_seq_lens_q"]) and (ends[0], ends[-1]) == (0, length)
+        counts = [b - a for a, b in itertools.pairwise(ends)]
+        assert all(0 <= n <= 90 for n in counts)
+        assert made["position_ids"][0].tolist() == [place for n in counts for place in range(n)]
+
+
+def test_the_check_of_the_first_rows_looks_at_the_ends_of_long_ones():
+    rows = [{"input_ids": list(range(n)), "labels": list(range(n))} for n in (900, 300, 20, 700)]
+    found = fast._first_rows(rows)
+    assert [len(row["input_ids"]) for row in found] == [20, 256, 256] and found[1]["labels"][-1] == 299

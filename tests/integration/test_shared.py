@@ -1,6 +1,8 @@
 """What jobs of one process share comes back as it was, or is loaded again."""
 
+import gc
 import hashlib
+import weakref
 
 import pytest
 import torch
@@ -129,6 +131,9 @@ class Passes:
 
     lengths = (64,)
 
+    def forget(self):
+        self.lengths = ()
+
 
 def test_recorded_passes_stay_with_their_adapter(keeping):
     settings = make_settings(*SMALL, "lora.r=8")
@@ -139,9 +144,23 @@ def test_recorded_passes_stay_with_their_adapter(keeping):
     model = attached(settings)
     made.append(shared.recordings(model, settings, [(128,), 2], Passes))
     assert made[0] is made[1] is not made[2]
-    made[2].lengths = ()  # given up where the memory ran out
+    assert made[0].lengths == ()
+    made[2].forget()  # as where the memory ran out
     assert shared.recordings(model, settings, [(128,), 2], Passes) is not made[2]
     other = make_settings(*SMALL, "lora.r=4")
     assert shared.recordings(attached(other), other, [(64,), 2], Passes) not in made
     exporting = make_settings(*SMALL, "lora.r=4", "export=adapter")
     assert not shared.keeps_recordings(exporting) and shared.keeps_recordings(other)
+
+
+def test_an_adapter_that_another_one_replaces_is_gone_without_the_garbage_collector(keeping):
+    settings = make_settings(*SMALL, "lora.r=8")
+    train_a_step(settings)
+    weights = [weakref.ref(p) for p in attached(settings).parameters() if p.requires_grad]
+    shared.take_back()
+    gc.disable()
+    try:
+        attached(make_settings(*SMALL, "lora.r=4"))
+        assert weights and not any(weight() is not None for weight in weights)
+    finally:
+        gc.enable()
