@@ -68,7 +68,7 @@ def greedy(
         at.add_(1)
         chosen.index_copy_(1, at, token)
 
-    stops = torch.tensor(sorted(stop_ids), device=device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     graph = None
     for count in range(1, max_new_tokens):
         if count % LOOK == 1:

@@ -85,8 +85,8 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
     base = base_of(model)
     if not why_not:
         flat.install(base)
-        rows = _first_rows(data.train)
-        found = shared.checked(model, settings, rows, lambda: _difference(model, rows, pad_token_id))
+        first = _first_rows(data.train)
+        found = shared.checked(model, settings, first, lambda: _difference(model, first, pad_token_id))
         reasons = distributed.gathered(found)
         why_not = next(filter(None, reasons), "")
     if why_not:
@@ -116,7 +116,7 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
         count = max(1, min(NUM_LENGTHS, steps * passes // PASSES_A_LENGTH))
         # Layers are computed again where the memory is short: beside a recorded pass there is no room for one that is launched.
         short = uses_checkpointing(settings)
-        lengths = choose_lengths(row_lengths, rows, passes, count, None if short else most, whole=short)
+        lengths = choose_lengths(row_lengths, rows, passes, count, most, whole=short)
         if recording and not lengths:
             log.warning("trainer.cuda_graphs is ignored: most passes are so long that the GPU never waits for the host.")
         if lengths:
@@ -149,9 +149,11 @@ def choose_lengths(
     sums = sorted(-(-tokens // 64) * 64 for tokens in drawn[:1000])[: None if whole else 995]
     if whole:
         sums.append(-(-sum(sorted(lengths)[-rows:]) // 64) * 64)
-    whole, sums = len(sums), [n for n in sums if most is None or n <= most]
-    if len(sums) < whole / 2:
+    waiting = [n for n in sums if most is None or n <= most]
+    if len(waiting) < len(sums) / 2:
         return ()
+    if not whole:
+        sums = waiting
     ends = sorted(set(sums))
     below = [sum(n <= end for n in sums) for end in ends]
     best: list[tuple[int, tuple[int, ...]]] = [(end * b, (end,)) for end, b in zip(ends, below, strict=True)]

@@ -163,6 +163,7 @@ def test_lengths_fill_up_little_and_are_few():
     for most in (None, 10_000):  # where the memory is short the largest pass there can be has its length too
         whole = choose_lengths(lengths, 8, 1, count=6, most=most, whole=True)
         assert 0 <= whole[-1] - longest < 64 and len(whole) <= 6
+    assert choose_lengths(lengths, 8, 1, most=1000, whole=True) == ()
     one, many = choose_lengths(lengths, 8, 1, count=1), choose_lengths(lengths, 8, 1, count=40)
     assert len(one) == 1 and one[-1] == many[-1] == chosen[-1]
 
