@@ -22,7 +22,7 @@ from sft import durable, embedded
 from sft.columns import check_columns, find_shape
 from sft.errors import Problem, Refusal, first_line, refuse
 from sft.render import ALPACA, IGNORED, choose_template, label, render_row, starts_with_bos, tokenise
-from sft.rows import choose_indices, read_rows, select
+from sft.rows import choose_indices, read_rows, select, source_of
 from sft.runtime import row_seed
 from sft.settings import LossOn, Overlong, Settings, Shape
 
@@ -57,11 +57,13 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
     Raises Refusal for everything wrong with the data: unreadable files, missing columns, over-long or empty rows.
     """
     data = settings.dataset
-    rows, source = read_rows(data, data.split)
-    eval_rows, eval_source = read_rows(data, data.eval_split) if data.eval_split else (None, None)
-    folder = embedded.cache_dir() / "tokens" / _recipe(settings, tokenizer, stop_ids, [source, eval_source])
-    prepared = _read_cache(folder)
+    known = source_of(data)  # a file that was read before need not be read again
+    source, sources = known, [known, known if data.eval_split else None]
+    prepared = _read_cache(_place(settings, tokenizer, stop_ids, sources)) if known else None
     if prepared is None:
+        rows, source = read_rows(data, data.split)
+        eval_rows, eval_source = read_rows(data, data.eval_split) if data.eval_split else (None, None)
+        folder = _place(settings, tokenizer, stop_ids, [source, eval_source])
         with _only_one(folder):  # of several processes one tokenises, the others wait for it and read
             prepared = _read_cache(folder)
             if prepared is None:
@@ -376,8 +378,8 @@ def readable(ids: list[int], tokenizer) -> list[str]:
 # ----------------------------------------------------------------------------------------------- the cache
 
 
-def _recipe(settings: Settings, tokenizer, stop_ids: set[int], sources: list[dict | None]) -> str:
-    """Hash of everything that shapes the tokens: rows, settings, tokenizer and this code."""
+def _place(settings: Settings, tokenizer, stop_ids: set[int], sources: list[dict | None]) -> Path:
+    """The folder in the cache, named by a hash of all that shapes the tokens: rows, settings, tokenizer and this code."""
     code = [
         (Path(__file__).parent / name).read_text(encoding="utf-8")
         for name in ("data.py", "render.py", "rows.py", "files.py", "columns.py")
@@ -393,7 +395,7 @@ def _recipe(settings: Settings, tokenizer, stop_ids: set[int], sources: list[dic
         sorted(stop_ids),
         code,
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return embedded.cache_dir() / "tokens" / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _read_cache(folder: Path) -> Prepared | None:

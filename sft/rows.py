@@ -19,13 +19,23 @@ from sft.settings import DatasetSettings
 
 def read_rows(data: DatasetSettings, split: str) -> tuple[Sequence[dict], dict[str, str]]:
     """The rows of a local file, the shipped set or a hub data set, and {"name", "hash"} of where they come from."""
-    path = Path(data.path).expanduser() if data.path else embedded.DATASETS.get(data.name or "")
+    path = _path_of(data)
     if path is None:
         return _read_hub(data, split)
-    rows = read_file(path)
+    return read_file(path), source_of(data)
+
+
+def source_of(data: DatasetSettings) -> dict[str, str] | None:
+    """{"name", "hash"} of a local file or the shipped set, of which no row is read; None for a hub data set."""
+    path = _path_of(data)
+    if path is None:
+        return None
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return rows, {"name": str(data.path or data.name), "hash": digest}
+        return {"name": str(data.path or data.name), "hash": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _path_of(data: DatasetSettings) -> Path | None:
+    return Path(data.path).expanduser() if data.path else embedded.DATASETS.get(data.name or "")
 
 
 def _read_hub(data: DatasetSettings, split: str) -> tuple[Sequence[dict], dict[str, str]]:

@@ -292,8 +292,11 @@ def test_readable_gives_whole_characters(tokenizer):
 # ------------------------------------------------------------------------------------------------------- cache
 
 
-def test_the_second_call_reads_the_cache_and_gives_the_same(run, made):
-    one, two = run(), run()
+def test_the_second_call_reads_the_cache_and_gives_the_same(run, made, monkeypatch):
+    one, read = run(), module.read_rows
+    monkeypatch.setattr(module, "read_rows", None)  # no row of the file is read again
+    two = run()
+    monkeypatch.setattr(module, "read_rows", read)
     assert len(made) == 1
     assert one.facts == two.facts and one.train.to_list() == two.train.to_list() and one.eval.to_list() == two.eval.to_list()
     assert run(eval_fraction=0.0).eval is None
