@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The figures of docs/benchmarks.md that want GPUs, on a machine with two of them; about 20 minutes with two H100s.
 #   bash scripts/bench/gpu_figures.sh MODEL OUT [PART ...]
-# MODEL is a folder with an 8B model (random weights will do). Parts: pair (two GPUs), one, sweep, small (16 GiB), peers, memory,
-# tests; all of them if none is named. After `pair` the other parts run side by side, one GPU each half of them.
+# MODEL is a folder with an 8B model (random weights will do). Parts: pair (two GPUs), one, default (what a default run's time goes
+# into), sweep, small (16 GiB), peers, memory, tests; all of them if none is named. After `pair` the other parts run side by side, one GPU each half of them.
 set -uo pipefail
 model=${1:?usage: gpu_figures.sh MODEL OUT [PART ...]} out=$(realpath -m "${2:?usage: gpu_figures.sh MODEL OUT [PART ...]}")
 shift 2
-all="pair one sweep small peers memory tests"
+all="pair one default sweep small peers memory tests"
 for part in "$@"; do [[ " $all " == *" $part "* ]] || { echo "no part $part; there are: $all" >&2; exit 2; }; done
 [[ -f $model/config.json ]] || { echo "$model holds no model: no config.json" >&2; exit 2; }
 model=$(realpath "$model")
@@ -32,6 +32,12 @@ fi
     speed --out "$out/one" --only ours_bf16_32_compiled:100,ours_bf16_8_compiled:100,ours_nf4_8_compiled:100,ours_nf4_8
     note "one GPU"
   fi
+  if wanted default; then
+    python3 train.py model.name="$model" dataset=local dataset.path="$rows" dataset.template=alpaca tracking=none \
+      hydra.run.dir="$out/default" >"$out/default.log" 2>&1
+    grep -A 6 '"seconds"' "$out/default/run.json"
+    note "a default run"
+  fi
   if wanted sweep; then
     python3 scripts/bench/sweep_speed.py --model "$model" --data "$rows" --out "$out/sweep" \
       --overrides trainer.torch_compile=true >"$out/sweep.log" 2>&1
@@ -53,6 +59,7 @@ fi
   fi
   if wanted memory; then
     python3 scripts/bench/memory_table.py --shapes 8b --lengths 512,2048,8192 --backends transformers
+    python3 scripts/bench/memory_table.py --shapes 1b --lengths 1024,8192 --backends transformers
     note "memory"
   fi
   if wanted tests; then
