@@ -240,6 +240,8 @@ def report(error: BaseException) -> None:
     if _group:
         with contextlib.suppress(OSError):
             _group.lines[0].sendall(json.dumps(told).encode() + b"\n")
+        if _group.news.wait(1.0):  # rank 0 is gone, and this one failed for it: the line's thread says so and ends the process
+            wait_for_end()
 
 
 def _let_go(group: Group) -> None:
@@ -315,6 +317,8 @@ def _hear_first(group: Group, reader: Any) -> None:
     text = b""
     with contextlib.suppress(OSError):
         text = reader.readline()
+    if text != b"over\n":
+        group.news.set()
     if text != b"over\n" and group.rank == 1 and group.record:  # the ranks after it would say the same
         run = read_json(group.record / "run.json")
         if run.get("status") == "running":
