@@ -174,7 +174,8 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
     import pyarrow as pa
 
     split, limit = Split(), settings.model.max_seq_length
-    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32())), ("prompt_length", pa.int32()),
+    numbers = pa.list_(pa.int32())
+    schema = pa.schema([("input_ids", numbers), ("labels", numbers), ("prompt_length", pa.int32()),
                         ("question", pa.string()), ("reference", pa.string()), ("row", pa.int64())])  # fmt: skip
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while batch := list(itertools.islice(entries, BATCH)):
@@ -182,16 +183,31 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
             split.too_long += sum(len(e["input_ids"]) > limit for e in batch)
             kept = _fit_length(batch, settings, split.counts)
             _audit(kept, split.counts, tokenizer.bos_token_id, stop_ids)
-            for e in kept:
-                tokens = array("i", e["input_ids"]).tobytes()
-                split.digests.append(int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest()))
-                split.numbers.append(e["row"])
-                split.tokens += len(e["input_ids"])
-                split.learnt += _count_learnt(e["labels"])
+            ids, ends = _end_to_end([e["input_ids"] for e in kept])
+            labels, _ = _end_to_end([e["labels"] for e in kept])
+            tokens = memoryview(ids)
+            for start, end in itertools.pairwise(ends):
+                split.digests.append(int.from_bytes(hashlib.blake2b(tokens[start:end], digest_size=8).digest()))
+            split.numbers.extend(e["row"] for e in kept)
+            split.tokens += len(ids)
+            split.learnt += len(labels) - labels.count(IGNORED)
             split.examples += [_example(e, tokenizer) for e in kept[: 3 - len(split.examples)]]
             if kept:
-                writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=schema))
+                offsets, *values = (
+                    pa.Array.from_buffers(pa.int32(), len(x), [None, pa.py_buffer(x)]) for x in (ends, ids, labels)
+                )
+                lists = [pa.ListArray.from_arrays(offsets, one) for one in values]
+                others = [pa.array([e[field.name] for e in kept], field.type) for field in list(schema)[2:]]
+                writer.write_batch(pa.RecordBatch.from_arrays([*lists, *others], schema=schema))
     return split
+
+
+def _end_to_end(lists: list[list[int]]) -> tuple[array, array]:
+    """The numbers of all lists one after the other, and where the first begins and each one ends: Arrow's own form, into which
+    pyarrow turns lists of Python's numbers four times as slowly.
+    """
+    ends = array("i", itertools.accumulate(map(len, lists), initial=0))
+    return array("i", list(itertools.chain.from_iterable(lists))), ends
 
 
 def _audit(kept: list[dict], counts: dict[str, int], bos: int | None, stop_ids: set[int]) -> None:
