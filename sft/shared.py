@@ -82,6 +82,7 @@ def attach_adapter(model: Any, settings: Settings, backend: str) -> Any:
         return adapted.model
     if adapted is not None:
         _drop_adapter()
+        _kept["model"][1].restore()  # the attempt above has put the old adapter's layers back
     loads["adapter"] += 1
     model = lora.attach(model, settings, backend)
     _kept["adapter"] = (key, Adapted(model))
@@ -96,12 +97,12 @@ def checked(model: Any, settings: Settings, rows: list[Any], check: Callable[[],
 
 def recordings(model: Any, settings: Settings, what: Any, make: Callable[[], Any]) -> Any:
     """The recorded passes of a kept model with this very adapter, made as `what` says; else what `make` gives."""
-    if not keeps_recordings(settings) or "adapter" not in _kept or _kept["adapter"][1].model is not model:
+    if "adapter" not in _kept or _kept["adapter"][1].model is not model:
         return make()
-    kept_key, found = _kept.get("recordings", ("", None))
-    if found is not None and (kept_key != _key(what) or not found.lengths):  # of another kind, or given up in an earlier run
+    keeps, (kept_key, found) = keeps_recordings(settings), _kept.get("recordings", ("", None))
+    if found is not None and not (keeps and kept_key == _key(what) and found.lengths):  # of another kind, or given up
         _kept.pop("recordings")[1].forget()
-    return _once("recordings", _key(what), make)
+    return _once("recordings", _key(what), make) if keeps else make()
 
 
 def keeps_recordings(settings: Settings) -> bool:

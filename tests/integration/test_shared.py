@@ -126,6 +126,17 @@ def test_an_adapter_beside_a_weight_that_was_written_to_is_made_anew(keeping):
     assert weights(attached(settings)) == expected and (keeping()["model"], keeping()["adapter"]) == (2, 2)
 
 
+def test_an_adapter_whose_weight_lies_elsewhere_is_made_anew(keeping):
+    settings = make_settings(*SMALL, "lora.r=8")
+    weight = next(p for p in attached(settings).parameters() if p.requires_grad)
+    weight.data = weight.data.clone()
+    shared.take_back()
+    again = attached(settings)
+    fresh = lora.attach(models.load_model(settings, "transformers")[0], settings, "transformers")
+    assert weights(again) == weights(fresh) and names(again) == names(fresh)
+    assert (keeping()["model"], keeping()["adapter"]) == (1, 2)
+
+
 class Passes:
     """In place of sft.graphs.Graphs, which needs a GPU."""
 
@@ -150,6 +161,9 @@ def test_recorded_passes_stay_with_their_adapter(keeping):
     other = make_settings(*SMALL, "lora.r=4")
     assert shared.recordings(attached(other), other, [(64,), 2], Passes) not in made
     exporting = make_settings(*SMALL, "lora.r=4", "export=adapter")
+    kept = shared.recordings(attached(other), other, [(64,), 2], Passes)
+    made_for_once = shared.recordings(attached(exporting), exporting, [(64,), 2], Passes)
+    assert made_for_once is not kept and kept.lengths == () and "recordings" not in shared._kept
     assert not shared.keeps_recordings(exporting) and shared.keeps_recordings(other)
 
 
