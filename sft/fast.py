@@ -115,13 +115,12 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
         passes, most = settings.trainer.gradient_accumulation_steps, graphs.launch_bound_tokens(decoder_layers(base)[0])
         count = max(1, min(NUM_LENGTHS, steps * passes // PASSES_A_LENGTH))
         # Layers are computed again where the memory is short: beside a recorded pass there is no room for one that is launched.
-        short = uses_checkpointing(settings)
-        lengths = choose_lengths(row_lengths, rows, passes, count, most, whole=short)
+        lengths = choose_lengths(row_lengths, rows, passes, count, most, whole=uses_checkpointing(settings))
         if recording and not lengths:
             log.warning("trainer.cuda_graphs is ignored: most passes are so long that the GPU never waits for the host.")
         if lengths:
-            what = [lengths, rows, short, compiled]
-            base.graphs = shared.recordings(model, settings, what, lambda: graphs.Graphs(base, lengths, rows + 2, short))
+            what = [lengths, rows, compiled]
+            base.graphs = shared.recordings(model, settings, what, lambda: graphs.Graphs(base, lengths, rows + 2))
     words = ["rows end to end"] + ["layers compiled"] * compiled
     words += [f"passes of {', '.join(map(str, lengths))} tokens replayed as CUDA graphs"] * bool(lengths)
     log.info("Speed  %s", "; ".join(words))

@@ -31,71 +31,60 @@ TAKEN = (*TENSORS, "max_length_q", "max_length_k")
 class Graphs:
     """The recorded passes of one model."""
 
-    def __init__(self, base: Any, lengths: tuple[int, ...], ends: int, short: bool = False):
-        """`base`: the causal language model; `lengths`: tokens of a pass; `ends`: entries of its `cu_seq_lens_q`; `short`:
-        whether the memory has no room for a launched pass beside recorded ones.
-        """
-        self.base, self.lengths, self.ends, self.short = base, lengths, ends, short
+    def __init__(self, base: Any, lengths: tuple[int, ...], ends: int):
+        """`base`: the causal language model; `lengths`: tokens of a pass; `ends`: entries of its `cu_seq_lens_q`."""
+        self.base, self.lengths, self.ends = base, lengths, ends
         self.weights = [p for p in base.base_model.parameters() if p.requires_grad]
         self.recorded: dict[int, Recording] = {}
-        self.seen: set[int] = set()
+        self.begun = False
+        """Whether a training pass has been seen."""
         self.pool: Any = None
         self.aside: Any = None
         self.grads: list[Any] = []
 
-    def takes(self, inputs: dict[str, Any]) -> bool:
-        """Whether a pass is to be replayed."""
-        import torch
-
-        fits = inputs["input_ids"].shape[-1] in self.lengths and len(inputs["cu_seq_lens_q"]) == self.ends
-        return fits and self.base.training and torch.is_grad_enabled()
-
     def hidden(self, inputs: dict[str, Any]) -> Any:
         """The last hidden states [1, tokens, width] of a pass.
 
-        The first pass of a length is launched kernel by kernel: what libraries set up at their first call must not be recorded
-        (PyTorch's notes on CUDA graphs). If a pass cannot be recorded, none is any more.
+        The first pass of a training is launched, whatever it compiles or sets up; at the second one all lengths are recorded.
+        Several processes then record at the same time, and none waits for another one's recording later.
         """
         import torch
 
-        length = inputs["input_ids"].shape[-1]
-        if length not in self.seen or not self.takes(inputs):
-            self.seen.add(length)
+        if not (self.base.training and torch.is_grad_enabled()):
             return self.run(inputs)
-        try:
-            if not self.recorded:  # the longest first: the others will find room in what it has taken
-                self._launch_others(inputs)
-                self._record(of_length(inputs, max(self.lengths)))
-            if length not in self.recorded:
+        if self.begun and self.lengths and not self.recorded:
+            try:
                 self._record(inputs)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            self.forget()
-            log.warning("Passes are not recorded as CUDA graphs: %s", f"{error}".partition("\n")[0])
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                self.forget()
+                log.warning("Passes are not recorded as CUDA graphs: %s", f"{error}".partition("\n")[0])
+        self.begun = True
+        recording = self.recorded.get(inputs["input_ids"].shape[-1])
+        if recording is None or len(inputs["cu_seq_lens_q"]) != self.ends:
             return self.run(inputs)
-        return _replay().apply(self.recorded[length], inputs, *self.weights)
+        return _replay().apply(recording, inputs, *self.weights)
 
     def _record(self, inputs: dict[str, Any]) -> None:
-        import torch
+        """Record a pass of each length, with what `inputs` says of the longest row.
 
-        length = inputs["input_ids"].shape[-1]
-        if self.pool is None:
-            self.pool, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-            self.grads = [torch.empty_like(p) for p in self.weights]
-        if not self.recorded or torch.cuda.mem_get_info()[0] < SPARE:
-            torch.cuda.empty_cache()  # what is kept for passes that are launched is out of reach while one is recorded
-        self.recorded[length] = Recording(self, inputs)
-
-    def _launch_others(self, inputs: dict[str, Any]) -> None:
-        """A pass of the longest length, if it did not come up yet. Where the memory is short, of each that did not: as long as
-        nothing is recorded there is room for it.
+        Each is launched first: what libraries set up at their first call must not be recorded (PyTorch's notes on CUDA graphs),
+        and beside recorded passes there may be no room for a launched one.
         """
         import torch
 
-        for length in self.lengths if self.short else self.lengths[-1:]:
-            if length not in self.seen:
-                hidden = self.run(of_length(inputs, length))
-                torch.autograd.grad(hidden, self.weights, torch.zeros_like(hidden))
-                self.seen.add(length)
+        passes = [of_length(inputs, length, self.ends) for length in self.lengths]
+        for one in passes:
+            hidden = self.run(one)
+            torch.autograd.grad(hidden, self.weights, torch.zeros_like(hidden))
+        del hidden
+        self.pool, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.grads = [torch.empty_like(p) for p in self.weights]
+        recorded = {}
+        for one in reversed(passes):  # the longest first: the others find room in what it has taken
+            if not recorded or torch.cuda.mem_get_info()[0] < SPARE:
+                torch.cuda.empty_cache()  # what is kept for passes that are launched is out of reach while one is recorded
+            recorded[one["input_ids"].shape[-1]] = Recording(self, one)
+        self.recorded = recorded
 
     def run(self, inputs: dict[str, Any]) -> Any:
         """The last hidden states of a pass, launched kernel by kernel: all in the same way, since compiled layers would be
@@ -198,13 +187,15 @@ def _replay() -> Any:
     return Replay
 
 
-def of_length(inputs: dict[str, Any], length: int) -> dict[str, Any]:
-    """A pass like `inputs`, of another length: to a recording it is all one what its tokens are and where its rows end."""
+def of_length(inputs: dict[str, Any], length: int, count: int) -> dict[str, Any]:
+    """A pass like `inputs`, of another length and with `count` ends of rows: to a recording it is all one what its tokens are
+    and where its rows end.
+    """
     import torch
 
     longest, ends = inputs["max_length_q"], inputs["cu_seq_lens_q"]
     places = torch.arange(length, device=ends.device)[None]
-    starts = (torch.arange(len(ends), device=ends.device, dtype=ends.dtype) * longest).clamp(max=length)
+    starts = (torch.arange(count, device=ends.device, dtype=ends.dtype) * longest).clamp(max=length)
     return {**inputs, "input_ids": torch.zeros_like(places), "position_ids": places % longest, "cu_seq_lens_q": starts}
 
 

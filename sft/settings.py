@@ -272,7 +272,7 @@ class TrainerSettings:
     effective_batch_size: int | None = None
     """Rows in one optimiser step, in however many passes. null: 8 for `auto`, else the product of the two."""
     per_device_eval_batch_size: int | None = None
-    """Rows in one forward pass of the evaluation. null: 4; rows end to end on a GPU, up to 16 of about 16,000 tokens."""
+    """Rows in one forward pass of the evaluation. null: 4; end to end on a GPU, as many as have 8,192 tokens."""
     learning_rate: float = 2e-4
     """Peak learning rate. LoRA usually wants 1e-4 to 1e-3; 3e-3 mostly diverges."""
     lr_scheduler_type: str = "linear"

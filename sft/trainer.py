@@ -134,8 +134,8 @@ def build_trainer(
             return shares.share_rows(sampler, len(data.eval), self.args.per_device_eval_batch_size)
 
     longest = int(max(token_counts(split).max() for split in (data.train, data.eval) if split is not None))
-    many = choice.padding_free and torch.cuda.is_available()
-    rows = eval_rows(settings.trainer, longest) if many else eval_rows(settings.trainer)
+    many = choice.padding_free and torch.cuda.is_available() and data.eval is not None
+    rows = eval_rows(settings.trainer, token_counts(data.eval) if many else None)
     args = training_arguments(settings, loop.folder, data.eval is not None, choice, rows)
     distributed.name_device(args)
     trainer = Trainer(

@@ -192,12 +192,12 @@ def test_a_pass_made_up_for_a_recording_has_rows_that_attention_takes():
     rows = [{"input_ids": list(range(3, 3 + n)), "labels": [-100, *range(4, 3 + n)]} for n in (40, 90, 17)]
     inputs = flat.EndToEnd(0, 90, lengths=(192,), rows=3)(rows)
     for length in (64, 192, 320):
-        made = graphs.of_length(inputs, length)
+        made = graphs.of_length(inputs, length, 5)
         ends = made["cu_seq_lens_q"].tolist()
         assert (
             made["input_ids"].shape == made["position_ids"].shape == (1, length) and made["cu_seq_lens_q"].dtype == torch.int32
         )
-        assert len(ends) == len(inputs["cu_seq_lens_q"]) and (ends[0], ends[-1]) == (0, length)
+        assert len(ends) == len(inputs["cu_seq_lens_q"]) == 5 and (ends[0], ends[-1]) == (0, length)
         counts = [b - a for a, b in itertools.pairwise(ends)]
         assert all(0 <= n <= 90 for n in counts)
         assert made["position_ids"][0].tolist() == [place for n in counts for place in range(n)]

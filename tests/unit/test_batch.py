@@ -2,9 +2,11 @@
 
 import random
 
+import numpy as np
 import pytest
 
-from sft.batch import EvenPasses, deal_evenly
+from sft.batch import EVAL_ROWS, EVAL_TOKENS, MOST_EVAL_ROWS, EvenPasses, deal_evenly, eval_rows
+from sft.settings import TrainerSettings
 
 
 @pytest.mark.parametrize(
@@ -40,3 +42,17 @@ def test_a_sampler_keeps_its_steps():
     for start in (0, 20, 40):
         assert sorted(dealt[start : start + 20]) == sorted(order[start : start + 20])
     even.set_epoch(1)  # a list has no epochs
+
+
+def test_a_pass_of_an_evaluation_takes_as_many_rows_as_have_no_more_tokens_than_it_may():
+    lengths = np.array([100] * 150 + [1000] * 30)
+    rows = eval_rows(TrainerSettings(), lengths)
+
+    def most(n):
+        return max(sum(lengths[at : at + n].tolist()) for at in range(0, len(lengths), n))
+
+    assert most(rows) <= EVAL_TOKENS and all(most(n) > EVAL_TOKENS for n in range(rows + 1, 181))
+    assert eval_rows(TrainerSettings(), np.array([9000, 1])) == 1
+    assert eval_rows(TrainerSettings(), np.array([10] * 1000)) == MOST_EVAL_ROWS
+    assert eval_rows(TrainerSettings(per_device_eval_batch_size=3), lengths) == 3
+    assert eval_rows(TrainerSettings()) == EVAL_ROWS

@@ -44,12 +44,18 @@ def test_an_answer_that_ends_before_the_others_is_cut_at_its_end(tiny, monkeypat
 @pytest.mark.parametrize("kind", models.FLAT_KINDS)
 def test_answers_of_a_cache_of_fixed_size_are_those_of_generate(kind):
     """What a GPU records, launched step by step: the same tokens, prompts of unlike lengths among them."""
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(kind, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                   num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=None)  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(model, lora).eval().get_base_model()
+    for name, weight in model.named_parameters():
+        if "norm" in name:  # those that begin at one are all alike
+            torch.nn.init.normal_(weight, std=0.5)
     ids, mask = torch.randint(3, 60, (3, 9)), torch.ones(3, 9, dtype=torch.long)
     for row, padding in enumerate((0, 4, 8)):
         ids[row, :padding], mask[row, :padding] = 0, 0
@@ -63,6 +69,12 @@ def test_answers_of_a_cache_of_fixed_size_are_those_of_generate(kind):
         ended = decode.greedy(model, ids, mask, stops, 20, lambda: None)
     assert [answer[:16] for answer in ended] == [answer[:16] for answer in expected], "looked at after 16 steps"
     assert all(answer[17:] == [0, 0, 0] for answer in ended)
+
+    with decode.few_kernels(model):
+        changed = [module for module in model.modules() if "forward" in vars(module)]
+    kinds = {type(module).__name__ for module in changed}
+    assert "Linear" in kinds and len(kinds) == 2
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_model_that_forgets_tokens_is_not_asked_that_way():
