@@ -165,7 +165,7 @@ def choose_lengths(
 
 
 def compile_layers(base: Any) -> None:
-    """Compile each decoder layer at its first use, once for all layers of a kind and all lengths of a pass."""
+    """Compile each decoder layer at its first use, once for all layers of a kind, lengths of a pass and ranks of an adapter."""
     import torch
 
     _keep_kernels()
@@ -173,9 +173,37 @@ def compile_layers(base: Any) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     # Else a layer is cut in pieces where several processes average gradients, which here happens after the whole pass.
     torch._dynamo.config.optimize_ddp = False
+    _settle_shapes(base)
     base.enable_input_require_grads()  # else the first layer, whose input needs no gradient, is another kind
     for layer in decoder_layers(base):
         layer.compile(dynamic=True)
+
+
+def _settle_shapes(base: Any) -> None:
+    """Let the rank be a variable of what is compiled, which else is compiled anew for each: 15 s in a sweep over ranks (8B
+    shape on an H100, 2026-11-27). All other sizes of a layer's tensors are constants, as they are without this.
+
+    An adapter's scale, a number that would be compiled in, becomes a tensor where 16 bits hold it exactly, as they do a ratio
+    of powers of two.
+    """
+    import torch
+
+    torch._dynamo.config.force_parameter_static_shapes = False
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
+    scales: dict[float, Any] = {}
+    for name, module in ((name, module) for layer in decoder_layers(base) for name, module in layer.named_modules()):
+        held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        for tensor in (x for x in held if isinstance(x, torch.Tensor)):
+            if ".lora_A." in name:
+                torch._dynamo.mark_static(tensor, 1)
+            elif ".lora_B." in name:
+                torch._dynamo.mark_static(tensor, 0)
+            else:
+                torch._dynamo.mark_static(tensor)
+        scaling = getattr(module, "scaling", None)  # attention has one too, a number
+        for key, scale in scaling.items() if isinstance(scaling, dict) else ():
+            if float(torch.tensor(scale, dtype=torch.bfloat16)) == scale:
+                module.scaling[key] = scales.setdefault(scale, torch.tensor(scale, device=base.device))
 
 
 @contextlib.contextmanager

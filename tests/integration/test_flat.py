@@ -61,15 +61,23 @@ def test_layers_that_are_computed_again_attend_inside_each_row_again(tmp_path):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of torch to itself
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile writes C++ on the CPU, and no g++ is installed")
 def test_compiled_layers_train_as_they_do_uncompiled(tmp_path, monkeypatch):
-    """Twenty steps in float32: every loss within 1e-5. On the command line this is refused without a GPU."""
+    """Twenty steps in float32: every loss within 1e-5. Another rank is not compiled again. On the command line this is refused
+    without a GPU.
+    """
+    from torch._dynamo.utils import counters
+
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
-    options = ("trainer.max_steps=20", "lora.lora_dropout=0")
-    usual, record = train(tmp_path / "usual", *options)
-    ours, ours_record = train(tmp_path / "compiled", *options, "trainer.torch_compile=true")
-    assert (record["speed"]["compiled"], ours_record["speed"]["compiled"]) == (False, True)
-    for key, most in (("loss", 1e-5), ("eval_loss", 1e-5), ("grad_norm", 1e-4)):
-        assert ours[key] == pytest.approx(usual[key], abs=most), key
-    assert abs(statistics.fmean(a - b for a, b in zip(ours["loss"], usual["loss"], strict=True))) < 2e-6
+    graphs = []
+    for rank in (8, 4):
+        options = ("trainer.max_steps=20", "lora.lora_dropout=0", "lora.lora_alpha=16", f"lora.r={rank}")
+        usual, record = train(tmp_path / f"usual{rank}", *options)
+        ours, ours_record = train(tmp_path / f"compiled{rank}", *options, "trainer.torch_compile=true")
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert (record["speed"]["compiled"], ours_record["speed"]["compiled"]) == (False, True)
+        for key, most in (("loss", 1e-5), ("eval_loss", 1e-5), ("grad_norm", 1e-4)):
+            assert ours[key] == pytest.approx(usual[key], abs=most), key
+        assert abs(statistics.fmean(a - b for a, b in zip(ours["loss"], usual["loss"], strict=True))) < 2e-6
+    assert graphs[0] == graphs[1] > 0
 
 
 def test_tokens_that_see_the_row_before_are_found_and_rows_are_padded(tmp_path, monkeypatch, caplog):
