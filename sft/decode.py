@@ -136,8 +136,9 @@ def _light_adapter(module: Any) -> Callable[..., Any] | None:
     down, up = down.to(base.weight.dtype), (up.weight * module.scaling[names[0]]).to(base.weight.dtype).T
 
     def forward(x: Any) -> Any:
-        found = base(x)
-        found.view(-1, found.shape[-1]).addmm_(torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), down), up)
+        found = base(x)  # of another type than the weights' under autocast
+        low = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), down)
+        found.view(-1, found.shape[-1]).addmm_(low, up.to(found.dtype))
         return found
 
     return forward
@@ -153,7 +154,7 @@ def _light_norm(module: Any, checked: dict[type, bool]) -> Callable[..., Any] | 
     weight, epsilon = module.weight, module.variance_epsilon
 
     def forward(x: Any) -> Any:
-        return torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon)
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon).to(x.dtype)
 
     if kind not in checked:
         x = torch.linspace(-3, 2, weight.numel(), device=weight.device, dtype=weight.dtype)[None]

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -85,7 +86,9 @@ def sync_folder(folder: Path) -> None:
 def write_manifest(folder: Path) -> None:
     """Write the size and hash of every file of a folder into its manifest.json."""
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST}
-    facts = {name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for name, path in files.items()}
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        hashes = list(pool.map(_hash, files.values()))
+    facts = {name: {"bytes": files[name].stat().st_size, "sha256": one} for name, one in zip(files, hashes, strict=True)}
     (folder / MANIFEST).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 

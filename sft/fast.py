@@ -16,6 +16,7 @@ from typing import Any
 from sft import distributed, flat, graphs, shared
 from sft.batch import deal_evenly, is_compiled, planned_steps, why_launched, why_padded
 from sft.data import token_counts
+from sft.decode import few_kernels
 from sft.embedded import cache_dir
 from sft.errors import refuse
 from sft.models import has_kernel, uses_checkpointing
@@ -241,11 +242,17 @@ def decoder_layers(base: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def uncompiled() -> Iterator[None]:
-    """Inside the block compiled layers run as they were written: for lengths that nothing was compiled for."""
+def evaluating(model: Any, choice: Fast) -> Iterator[None]:
+    """Inside the block compiled layers run as they were written, for lengths that nothing was compiled for; on a GPU, where
+    rows lie end to end, in fewer kernels. Not for gradients.
+    """
     import torch
 
-    with torch.compiler.set_stance("force_eager"):
+    base = base_of(model)
+    shards = any(hasattr(p, "full_tensor") for p in base.parameters())
+    light = choice.padding_free and base.device.type == "cuda" and not shards
+    as_written = torch.compiler.set_stance("force_eager") if choice.compiled else contextlib.nullcontext()
+    with as_written, few_kernels(base) if light else contextlib.nullcontext():
         yield
 
 

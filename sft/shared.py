@@ -19,7 +19,7 @@ from sft.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_keeping = False
+_keeping = _frozen = False
 _kept: dict[str, tuple[str, Any]] = {}
 loads: dict[str, int] = {"model": 0, "adapter": 0, "tokenizer": 0, "tokens": 0, "check": 0, "recordings": 0}
 """How often each was loaded or made in this process."""
@@ -116,12 +116,14 @@ def take_back() -> None:
     What is left after the first run of several, the imported libraries above all, is not looked through again when garbage is
     collected: that took half a second a job (80 jobs on tiny_random, 2026-11-25).
     """
+    global _frozen
     if "model" in _kept and (changed := _kept["model"][1].restore()):
         log.debug("The model is not kept: %s", changed)
         _forget("model", "adapter", "check", "recordings")
     runtime.release_memory()
-    if _keeping and not gc.get_freeze_count():
+    if _keeping and not _frozen:  # gc.get_freeze_count() says nothing: Python 3.12 begins with 375
         gc.freeze()
+        _frozen = True
 
 
 def _drop_adapter() -> None:
@@ -139,9 +141,11 @@ def _drop_adapter() -> None:
 
 def _forget(*names: str) -> None:
     """Let go of what was kept under these names."""
+    global _frozen
     for name in names:
         _kept.pop(name, None)
     gc.unfreeze()  # else its circles of references would stay for ever
+    _frozen = False
     runtime.release_memory()
 
 

@@ -1,6 +1,5 @@
 """TRL's SFTTrainer over our tokens, and the one callback that records, samples and stops."""
 
-import contextlib
 import logging
 import math
 from dataclasses import replace
@@ -112,7 +111,7 @@ def build_trainer(
             self.eval_sum, self.eval_tokens = 0.0, 0
             across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
             try:  # each process takes the mean of its own rows
-                with fast.uncompiled() if choice.compiled else contextlib.nullcontext():
+                with fast.evaluating(self.model, choice):
                     output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             finally:
                 self.args.average_tokens_across_devices = across

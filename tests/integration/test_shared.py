@@ -178,3 +178,12 @@ def test_an_adapter_that_another_one_replaces_is_gone_without_the_garbage_collec
         assert weights and not any(weight() is not None for weight in weights)
     finally:
         gc.enable()
+
+
+def test_what_is_left_after_a_run_is_not_looked_through_again(keeping):
+    gc.freeze()  # as Python 3.12 does with what it begins with
+    frozen, kept = gc.get_freeze_count(), [[] for _ in range(1000)]
+    shared.take_back()
+    assert gc.get_freeze_count() >= frozen + len(kept)
+    shared.keep(False)
+    assert gc.get_freeze_count() == 0
