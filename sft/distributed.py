@@ -536,6 +536,12 @@ def training_options(settings: Settings, checkpointing: bool) -> dict[str, Any]:
     return {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
 
 
+def share_gradients(accelerator: Any) -> None:
+    """Let a gradient be a view of what is averaged over the ranks, not a copy of it."""
+    if handler := getattr(accelerator, "ddp_handler", None):
+        handler.gradient_as_bucket_view = True
+
+
 def name_device(args: Any) -> None:
     """Call the CPU by its plain name: accelerate gives it the rank's number (`cpu:1`), under which torch.load reads nothing."""
     if _group and args.device.type == "cpu":

@@ -6,6 +6,7 @@ repay that.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -191,7 +192,6 @@ def _settle_shapes(base: Any) -> None:
 
     torch._dynamo.config.force_parameter_static_shapes = False
     torch._dynamo.config.force_nn_module_property_static_shapes = False
-    scales: dict[float, Any] = {}
     for name, module in ((name, module) for layer in decoder_layers(base) for name, module in layer.named_modules()):
         held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
         for tensor in (x for x in held if isinstance(x, torch.Tensor)):
@@ -204,7 +204,15 @@ def _settle_shapes(base: Any) -> None:
         scaling = getattr(module, "scaling", None)  # attention has one too, a number
         for key, scale in scaling.items() if isinstance(scaling, dict) else ():
             if float(torch.tensor(scale, dtype=torch.bfloat16)) == scale:
-                module.scaling[key] = scales.setdefault(scale, torch.tensor(scale, device=base.device))
+                module.scaling[key] = _as_tensor(scale, base.device)
+
+
+@functools.cache
+def _as_tensor(scale: float, device: Any) -> Any:
+    """A number on the device, the same one as long as the process lives: a recorded pass reads it where it is."""
+    import torch
+
+    return torch.tensor(scale, device=device)
 
 
 @contextlib.contextmanager

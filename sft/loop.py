@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft import checkpoints, distributed, durable
+from sft import checkpoints, distributed, durable, shared
 from sft.bad_steps import BadSteps
 from sft.budget import TimeBudget
 from sft.fast import Fast, short_walks
@@ -121,6 +121,8 @@ def resumable(base: type) -> type:
                     with contextlib.suppress(Exception):  # so may the GPU
                         self.write_line()
                 raise
+            finally:
+                shared.thaw()
 
         def restore(self) -> None:
             """Take up what transformers does not: call it when training begins, before the first step."""

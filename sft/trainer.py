@@ -144,6 +144,7 @@ def build_trainer(
         eval_dataset=_model_columns(data.eval, tokenizer, settings) if data.eval is not None else None,
         processing_class=tokenizer,
     )
+    distributed.share_gradients(trainer.accelerator)
     trainer.fast, trainer.end_to_end = choice, None
     if choice.padding_free:
         rows = settings.trainer.per_device_train_batch_size if choice.lengths else 0
@@ -241,7 +242,7 @@ def _run_callback(trainer, settings: Settings) -> Any:
             if loop.begin and loop.checkpoint is None:
                 loop.begin()
             trainer.restore()
-            self.step_ended = clock.seconds
+            self.step_ended, self.steps = clock.seconds, 0
 
         def on_prediction_step(self, args, state, control, **kwargs):
             loop.stop.check()
@@ -274,6 +275,9 @@ def _run_callback(trainer, settings: Settings) -> Any:
                 recorder.add(line)
 
         def on_step_end(self, args, state, control, **kwargs):
+            self.steps += 1
+            if self.steps == 2:
+                shared.freeze()
             # From end to end: a GPU computes a step while the next one is already prepared.
             loop.budget.note("step", clock.now - self.step_ended)
             self.step_ended = clock.now

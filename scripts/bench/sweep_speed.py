@@ -56,6 +56,12 @@ def main() -> None:
     print(f"sweep of 8 jobs of {args.steps} steps: {seconds:.0f} s")
     for record in records:
         print("  ", record["name"], record["seconds"])
+    for rank in (8, 16):  # the learning rate is 0 at the first step: whatever a job takes over from another one shows here
+        lines = [path.read_text(encoding="utf-8").splitlines() for path in args.out.glob(f"*r={rank}_*/metrics.jsonl")]
+        first = [next(line for line in map(json.loads, one) if "loss" in line) for one in lines]
+        norms = [line["grad_norm"] for line in first]
+        print(f"rank {rank}: first losses {[line['loss'] for line in first]}, gradient norms {norms}")
+        assert max(norms) < 1.01 * min(norms), "jobs of the same rank, seed and rows begin unlike each other"
     if args.peers:
         for name, runs in json.loads(args.peers.read_text(encoding="utf-8"))["results"].items():
             whole = [r["saved"] for r in runs if "error" not in r and len(r["seconds"]) == args.steps - 1]

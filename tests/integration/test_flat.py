@@ -78,6 +78,9 @@ def test_compiled_layers_train_as_they_do_uncompiled(tmp_path, monkeypatch):
             assert ours[key] == pytest.approx(usual[key], abs=most), key
         assert abs(statistics.fmean(a - b for a, b in zip(ours["loss"], usual["loss"], strict=True))) < 2e-6
     assert graphs[0] == graphs[1] > 0
+    assert fast._as_tensor(2.0, torch.device("cpu")) is fast._as_tensor(2.0, torch.device("cpu")), (
+        "else a replay reads what was"
+    )
 
 
 def test_tokens_that_see_the_row_before_are_found_and_rows_are_padded(tmp_path, monkeypatch, caplog):

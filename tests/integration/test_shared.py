@@ -185,5 +185,11 @@ def test_what_is_left_after_a_run_is_not_looked_through_again(keeping):
     frozen, kept = gc.get_freeze_count(), [[] for _ in range(1000)]
     shared.take_back()
     assert gc.get_freeze_count() >= frozen + len(kept)
+    shared.thaw()
+    assert gc.get_freeze_count() >= frozen + len(kept), "a run in a sweep leaves it so"
     shared.keep(False)
+    assert gc.get_freeze_count() == 0
+    shared.freeze()
+    assert gc.get_freeze_count() > len(kept)
+    shared.thaw()
     assert gc.get_freeze_count() == 0
