@@ -329,6 +329,8 @@ def _difference(model: Any, rows: list[dict[str, list[int]]], pad_token_id: int)
         return f"its forward pass does not take them ({type(error).__name__})"
     finally:
         model.train(training)
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks of these sizes are of no use to the training
     alone = total / max(learnt, 1)
     if not abs(whole - alone) <= TOLERANCE[2 if _half(model) else 4] * max(1.0, abs(alone)):
         return f"the loss of the first rows would be {whole:.5f}, not {alone:.5f}"

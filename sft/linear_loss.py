@@ -41,14 +41,16 @@ def _function() -> Any:
                     logs = torch.log_softmax(part @ weight_now.t(), dim=-1, dtype=torch.float32)
                     total -= logs.gather(1, aims).sum()
                     if not (wanted or trained):
+                        del logs  # as wide as the vocabulary: nothing of a piece waits beside the next one
                         continue
-                    chances = logs.exp_()
-                    chances.scatter_add_(1, aims, torch.full_like(aims, -1.0, dtype=chances.dtype))
-                    chances = chances.to(hidden.dtype)
+                    logs.exp_().scatter_add_(1, aims, torch.full_like(aims, -1.0, dtype=logs.dtype))  # less what was right
+                    chances = logs.to(hidden.dtype)
+                    del logs
                     if wanted:
                         torch.mm(chances, weight_now, out=grad[at : at + step])
                     if trained:
                         grad_weight += chances.t().float() @ part.float()
+                    del chances
             ctx.save_for_backward(grad, grad_weight)
             ctx.weight_dtype = weight.dtype
             return total

@@ -5,6 +5,7 @@ A run keeps the rows in `held_out.jsonl`, so that it can be exported years later
 
 import itertools
 import json
+import traceback
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -103,22 +104,31 @@ def row_losses(model: Any, rows: list[Row]) -> tuple[float, list[float]]:
 def flat_loss(model: Any, rows: list[Row], collate: Any) -> float:
     """The mean of `row_losses` by passes of many rows end to end: seconds less for a large model on a GPU.
 
-    `collate` is a sft.flat.EndToEnd, and `model` one that takes its passes.
+    `collate` is a sft.flat.EndToEnd, and `model` one that takes its passes. Raises torch.OutOfMemoryError where a single row
+    does not fit.
     """
     import torch
 
-    was_training = model.training
+    was_training, most = model.training, PASS
     model.eval()
     total, learnt, waiting = 0.0, 0, list(rows)
     with torch.no_grad():
         while waiting:
             ends = itertools.accumulate(len(row.input_ids) for row in waiting)
-            count = max(1, sum(end <= PASS for end in ends))
-            part, waiting = waiting[:count], waiting[count:]
+            count = max(1, sum(end <= most for end in ends))
+            part = waiting[:count]
             inputs = collate([{"input_ids": row.input_ids, "labels": row.labels} for row in part])
             inputs = {key: x.to(model.device) if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
-            number = len(inputs["targets"])
-            total, learnt = total + float(model(**inputs).loss) * number, learnt + number
+            try:
+                loss = float(model(**inputs).loss)
+            except torch.OutOfMemoryError as error:
+                if count == 1:
+                    raise
+                traceback.clear_frames(error.__traceback__)  # they hold what has to be given back
+                most //= 2
+                continue
+            total, learnt = total + loss * len(inputs["targets"]), learnt + len(inputs["targets"])
+            waiting = waiting[count:]
     model.train(was_training)
     return total / learnt
 

@@ -7,6 +7,8 @@ import statistics
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft import fast, flat, graphs, linear_loss
 from sft.errors import Refusal
@@ -151,6 +153,34 @@ def test_the_loss_and_its_gradients_are_those_of_whole_logits(monkeypatch, piece
         found.append((loss.detach(), h.grad, w.grad))
     for ours, whole in zip(*found, strict=True):
         assert torch.allclose(ours, whole, atol=1e-5)
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all that is made inside and still there."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            storage = found.untyped_storage()
+            self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.held = {key: (ref, size) for key, (ref, size) in self.held.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
+        return found
+
+
+@pytest.mark.parametrize("learning", [True, False])
+def test_nothing_of_a_piece_waits_beside_the_next_one(monkeypatch, learning):
+    """Six bytes a logit in 16 bits: its own two and the four of its logarithm; four more on the CPU, which copies it first."""
+    monkeypatch.setattr(linear_loss, "PIECE", 64 * 1000)
+    hidden, weight = torch.randn(300, 4, dtype=torch.bfloat16), torch.randn(1000, 4, dtype=torch.bfloat16)
+    hidden.requires_grad_(learning)
+    with Peak() as seen:
+        linear_loss.linear_cross_entropy(hidden, weight, torch.randint(0, 1000, (300,)))
+    assert 10 * 64 * 1000 <= seen.peak < 10.3 * 64 * 1000
 
 
 def test_a_window_hides_what_lies_before_it():

@@ -1,7 +1,11 @@
 """The rows of a pass, cut out of a batch however it is laid out."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+from sft.export import proof
 from sft.flat import EndToEnd, count_tokens, cut
 from sft.linear_loss import linear_cross_entropy
 
@@ -24,3 +28,22 @@ def test_a_pass_of_rows_without_anything_to_learn_has_a_loss_of_nothing():
     loss = linear_cross_entropy(hidden.index_select(0, passed["learnt"]), head, passed["targets"])
     loss.backward()
     assert loss.item() == 0 and not hidden.grad.any() and not head.grad.any()
+
+
+def test_what_an_export_is_held_against_is_measured_in_passes_that_fit():
+    """Training has ended by then; a shortage of memory must not cost its result."""
+    sizes = []
+
+    class Model(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids, targets, **rest):
+            if input_ids.shape[1] > 900:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            sizes.append(input_ids.shape[1])
+            return SimpleNamespace(loss=targets.float().mean())
+
+    rows = [proof.Row("held_out", [n] * 300, [-100, *[n] * 299], 1, "", None) for n in range(1, 9)]
+    assert proof.flat_loss(Model(), rows, EndToEnd(0, 300)) == pytest.approx(4.5) and sizes == [900, 900, 600]
+    with pytest.raises(torch.OutOfMemoryError):
+        proof.flat_loss(Model(), [proof.Row("held_out", [1] * 1000, [1] * 1000, 1, "", None)], EndToEnd(0, 1000))
