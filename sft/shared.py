@@ -128,7 +128,7 @@ def take_back() -> None:
 
 def freeze() -> None:
     """Do not look for garbage among all that there is by now, until `thaw`. After the first steps of a run that is what the
-    compiler has left: to look through it took half a second, once or twice in fifty steps (8B on an H100, 2026-11-27).
+    compiler has left: to look through it takes half a second (8B on an H100, 2026-11-27).
     """
     if not _frozen:
         gc.freeze()
