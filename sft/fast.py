@@ -257,8 +257,7 @@ def evaluating(model: Any, choice: Fast) -> Iterator[None]:
     import torch
 
     base = base_of(model)
-    shards = any(hasattr(p, "full_tensor") for p in base.parameters())
-    light = choice.padding_free and base.device.type == "cuda" and not shards
+    light = choice.padding_free and base.device.type == "cuda"
     as_written = torch.compiler.set_stance("force_eager") if choice.compiled else contextlib.nullcontext()
     with as_written, few_kernels(base) if light else contextlib.nullcontext():
         yield
