@@ -398,11 +398,8 @@ def _train(
         trainer.train()
     _keep_best(trainer, recorder)
     if distributed.is_first() or sharded:
-        with (
-            trainer.compute_loss_context_manager(),
-            fast.evaluating(model, trainer.fast),
-        ):  # what an export of these weights is held against
-            rows, flat = proof.read_rows(folder), trainer.end_to_end
+        with trainer.compute_loss_context_manager(), fast.evaluating(model, trainer.fast):
+            rows, flat = proof.read_rows(folder), trainer.end_to_end  # what an export of these weights is held against
             loss = proof.flat_loss(model, rows, flat) if flat else proof.row_losses(model, rows)[0]
             recorder.final["proof_loss"] = round(loss, 6)
     with contextlib.suppress(runtime.Interrupted):
