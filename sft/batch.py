@@ -59,17 +59,17 @@ def effective_batch_size(trainer: TrainerSettings) -> int:
     )
 
 
-def eval_rows(trainer: TrainerSettings, lengths: Any = None) -> int:
+def eval_rows(trainer: TrainerSettings, lengths: Any = None, processes: int = 1) -> int:
     """Rows in one forward pass of an evaluation.
 
     `lengths`: tokens of each row, an array in the order of the rows, where these lie end to end on a GPU. As many rows then
-    make a pass as have no more than EVAL_TOKENS in any of the passes.
+    make a pass as have no more than EVAL_TOKENS in any of the passes, and leave a pass to each process.
     """
     import numpy as np
 
     if trainer.per_device_eval_batch_size or lengths is None:
         return trainer.per_device_eval_batch_size or EVAL_ROWS
-    most = min(MOST_EVAL_ROWS, len(lengths))
+    most = min(MOST_EVAL_ROWS, -(-len(lengths) // processes))
     fits = (n for n in range(most, 1, -1) if np.add.reduceat(lengths, range(0, len(lengths), n)).max() <= EVAL_TOKENS)
     return next(fits, 1)
 

@@ -134,7 +134,7 @@ def build_trainer(
 
     longest = int(max(token_counts(split).max() for split in (data.train, data.eval) if split is not None))
     many = choice.padding_free and torch.cuda.is_available() and data.eval is not None
-    rows = eval_rows(settings.trainer, token_counts(data.eval) if many else None)
+    rows = eval_rows(settings.trainer, token_counts(data.eval) if many else None, distributed.world_size())
     args = training_arguments(settings, loop.folder, data.eval is not None, choice, rows)
     distributed.name_device(args)
     trainer = Trainer(

@@ -56,3 +56,5 @@ def test_a_pass_of_an_evaluation_takes_as_many_rows_as_have_no_more_tokens_than_
     assert eval_rows(TrainerSettings(), np.array([10] * 1000)) == MOST_EVAL_ROWS
     assert eval_rows(TrainerSettings(per_device_eval_batch_size=3), lengths) == 3
     assert eval_rows(TrainerSettings()) == EVAL_ROWS
+    few = np.array([10] * 101)
+    assert [eval_rows(TrainerSettings(), few, processes) for processes in (1, 2, 4)] == [101, 51, 26]
