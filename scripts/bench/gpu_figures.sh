@@ -23,7 +23,7 @@ note() { echo "[$SECONDS s] $*"; }
 
 two="trainer.torch_compile=true distributed.num_processes=2 trainer.per_device_train_batch_size=16"
 if wanted pair; then
-  speed --out "$out/pair" --only ours_bf16_32:200 --overrides "$two trainer.gradient_accumulation_steps=2"
+  speed --out "$out/pair" --only ours_bf16_32:200,ours_nf4_32:40 --overrides "$two trainer.gradient_accumulation_steps=2"
   note "two GPUs"
 fi
 (
@@ -62,9 +62,10 @@ fi
     python3 scripts/bench/memory_table.py --shapes 1b --lengths 1024,8192 --backends transformers
     note "memory"
   fi
-  if wanted tests; then
-    SFT_TEST_GPU=1 python3 -m pytest tests/gpu
-    note "tests"
-  fi
 ) &
 wait
+if wanted tests; then  # alone: some of them measure memory, some want both GPUs
+  SFT_TEST_GPU=1 python3 -m pytest tests/gpu -n 3 >"$out/tests.log" 2>&1
+  tail -n 3 "$out/tests.log"
+  note "tests"
+fi

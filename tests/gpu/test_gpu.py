@@ -98,3 +98,32 @@ def test_a_real_shortage_of_memory_halves_the_passes_and_changes_no_loss(small_l
     assert metrics["short"]["rows_at_once"] < 64 and "rows_at_once" not in metrics["split"]
     assert metrics["short"]["memory_gib"] <= 0.6 < 1.2
     assert all(abs(a - b) < 2e-2 for a, b in zip(losses["short"], losses["split"], strict=True))
+
+
+@pytest.mark.parametrize(
+    "way, options",
+    [
+        ("ddp", ("model.load_in_4bit=false",)),
+        ("ddp", ("model.load_in_4bit=true",)),
+        ("fsdp", ("model.load_in_4bit=false", "lora=none", "trainer.learning_rate=1e-5")),
+    ],
+)
+def test_two_gpus_learn_what_one_does(small_llama, tmp_path, way, options):
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs are needed")
+    losses = {}
+    for processes in (1, 2):
+        folder = tmp_path / f"{processes}"
+        command = [sys.executable, str(ROOT / "train.py"), f"model.name={small_llama}", "model.backend=transformers",
+                   "trainer.max_steps=6", "dataset.max_rows=64", "tracking=none", "samples.num_held_out=1",
+                   "samples.max_new_tokens=8", "trainer.per_device_train_batch_size=4", "trainer.effective_batch_size=8",
+                   *options, f"hydra.run.dir={folder}",
+                   *((f"distributed={way}", "distributed.num_processes=2") if processes == 2 else ())]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        losses[processes] = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses[1]) == 6
+    assert all(abs(a - b) < 2e-2 for a, b in zip(losses[1], losses[2], strict=True))
