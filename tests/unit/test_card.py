@@ -10,11 +10,11 @@ import huggingface_hub
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from sft.export.card import clean, code, fence, write_card
+from sft.export.card import HUB_ID, clean, code, fence, write_card
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ROW = {"status": "ok", "loss": 2.1, "loss_increase": 0.0003, "limit": 0.01, "answers_equal": 7, "near_ties": 1, "answers": 8,
@@ -352,6 +352,7 @@ def test_nasty_texts_stay_texts(tmp_path, evil):
 @given(st.text(alphabet=st.characters() | st.sampled_from("`|<>-#\\\n*_[]()!&{}%~:=+\"'"), min_size=1, max_size=80))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_stays_text(tmp_path, evil):
+    assume(not HUB_ID.fullmatch(evil))  # such a name, as `0/0`, stands in the front matter by right
     check_hostile(tmp_path, evil)
 
 
