@@ -18,8 +18,8 @@ ACCUMULATION, EFFECTIVE, CPU_ROWS = 4, 8, 2
 """Forward passes where nothing says how many; rows a step for `auto`; rows a pass that `auto` takes on the CPU."""
 EVAL_ROWS, MOST_EVAL_ROWS, EVAL_TOKENS = 4, 256, 8_192
 """Rows of a pass in an evaluation; most of them, and their tokens, if they lie end to end on a GPU. It keeps nothing for a
-backward pass: 8B takes up to 1 GiB for these tokens (three times the MLP's width). Launching a pass costs the host 70 ms, in
-which an H100 computes 3,000."""
+backward pass: 8B takes up to 1 GiB for these tokens (three times the MLP's width). More of them save no time: an H100 computes
+them far longer than a host takes to launch the pass."""
 
 OWN_LOSS = ("loss_type", "label_smoothing_factor", "use_liger_kernel", "neftune_noise_alpha", "packing", "padding_free",
             "completion_only_loss", "assistant_only_loss", "chunk_size", "group_by_length")  # fmt: skip

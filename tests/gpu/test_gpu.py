@@ -112,7 +112,7 @@ def test_two_gpus_learn_what_one_does(small_llama, tmp_path, way, options):
     import torch
 
     if torch.cuda.device_count() < 2:
-        pytest.skip("two GPUs are needed")
+        pytest.skip(f"needs two GPUs, and there is {torch.cuda.device_count()}")
     losses = {}
     for processes in (1, 2):
         folder = tmp_path / f"{processes}"
