@@ -1,6 +1,6 @@
 """Steps whose loss or gradient is not a finite number: they never reach the weights, are counted, and their rows named.
 
-A loss that is finite but goes up and up is told once; the run goes on.
+A loss that is finite but goes up and up is told once, and so are gradients of exactly 0; the run goes on.
 """
 
 import itertools
@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 WINDOW = 10
 """Logged losses whose mean is compared; four such windows in a row have to rise."""
+STILL = 3
+"""Logged gradients of exactly 0 in a row of which is told. One alone may be that of rows with nothing to learn."""
 
 
 class BadSteps:
@@ -32,6 +34,8 @@ class BadSteps:
         """The logged losses of this session, as far back as `rises_steadily` looks."""
         self.rose_at: int | None = None
         """The step at which a steady rise was told."""
+        self.still, self.still_at = 0, None
+        """Gradients of 0 in a row by now, and the step at which they were told."""
         self._open: list[tuple[int, Any, list[Any]]] = []
 
     def add(self, loss: Any, inputs: dict[str, Any]) -> None:
@@ -79,8 +83,16 @@ class BadSteps:
                     )
         return reason
 
-    def watch(self, step: int, loss: float) -> None:
-        """Take note of a logged loss, and say it once if the losses rise steadily."""
+    def watch(self, step: int, loss: float, grad_norm: float | None = None) -> None:
+        """Take note of a logged loss and gradient; say it once if the losses rise steadily, or if nothing is learnt."""
+        self.still = self.still + 1 if grad_norm == 0 else 0
+        if self.still == STILL and self.still_at is None:
+            self.still_at = step
+            log.warning(
+                "Step %d: the gradients of the last %d logged steps were exactly 0, so that nothing is learnt. "
+                "hint: scripts/preview.py shows what is learnt of the rows; on a GPU try trainer.cuda_graphs=false too",
+                step, STILL,
+            )  # fmt: skip
         self.losses = [*self.losses, loss][-4 * WINDOW :]
         if self.rose_at is None and rises_steadily(self.losses):
             self.rose_at = step

@@ -259,7 +259,7 @@ def _run_callback(trainer, settings: Settings) -> Any:
                 loop.stop.failure = loop.stop.failure or trainer.bad_steps.settle(state.global_step)
                 if trainer.bad_steps.count:
                     line["bad_steps"] = trainer.bad_steps.count
-                trainer.bad_steps.watch(state.global_step, logs["loss"])
+                trainer.bad_steps.watch(state.global_step, logs["loss"], logs.get("grad_norm"))
                 if trainer.smaller.rows:
                     line["rows_at_once"] = trainer.smaller.rows
                 seen, peaks = zip(*distributed.gathered((trainer.tokens_logged, peak_memory_gib())), strict=True)
@@ -295,6 +295,8 @@ def _run_callback(trainer, settings: Settings) -> Any:
             recorder.final["bad_steps"] = trainer.bad_steps.count
             if trainer.bad_steps.rose_at is not None:
                 recorder.final["loss_rose_at"] = trainer.bad_steps.rose_at
+            if trainer.bad_steps.still_at is not None:
+                recorder.final["nothing_learnt_at"] = trainer.bad_steps.still_at
             if trainer.smaller.rows:  # a pass ran out of memory
                 recorder.final["rows_at_once"] = trainer.smaller.rows
             recorder.final["steps"], recorder.final["epochs"] = state.global_step, epochs(state)

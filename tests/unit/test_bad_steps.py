@@ -1,4 +1,4 @@
-"""Losses that rise are told from noise."""
+"""Losses that rise are told from noise, and gradients of 0 are told."""
 
 import random
 
@@ -19,3 +19,13 @@ def test_a_steady_rise_is_told_once_and_noise_is_none(caplog):
             watcher.watch(step, loss)
     assert watcher.rose_at is not None and watcher.rose_at > 4 * WINDOW
     assert [r.message.count("rises steadily") for r in caplog.records] == [1]
+
+
+def test_gradients_of_zero_in_a_row_are_told_once(caplog):
+    watcher = BadSteps(None, None, 0)
+    with caplog.at_level("WARNING"):
+        for step, norm in enumerate([0.0, 0.0, 0.1, None, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0], 1):
+            watcher.watch(step, 2.0, norm)
+    assert watcher.still_at == 7 and [r.message[:45] for r in caplog.records] == [
+        "Step 7: the gradients of the last 3 logged st"
+    ]
