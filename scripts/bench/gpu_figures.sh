@@ -2,7 +2,8 @@
 # The figures of docs/benchmarks.md that want GPUs, on a machine with two of them; about 20 minutes with two H100s.
 #   bash scripts/bench/gpu_figures.sh MODEL OUT [PART ...]
 # MODEL is a folder with an 8B model (random weights will do). Parts: pair (two GPUs), one, default (what a default run's time goes
-# into), sweep, small (16 GiB), peers, memory, tests; all of them if none is named. After `pair` the other parts run side by side, one GPU each half of them.
+# into), sweep, small (16 GiB), peers, memory, tests; all of them if none is named. `pair` comes first and `tests` last, on both GPUs;
+# the others run side by side between them, half of them on each GPU.
 set -uo pipefail
 model=${1:?usage: gpu_figures.sh MODEL OUT [PART ...]} out=$(realpath -m "${2:?usage: gpu_figures.sh MODEL OUT [PART ...]}")
 shift 2
