@@ -1,6 +1,7 @@
 """Shared by all tests: no network, no accounts, and a small helper to compose settings."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def settings_of():
 def small():
     """`small("lora.r=8")`: composed settings of a run that takes seconds."""
     return lambda *overrides: make_settings(*SMALL, *overrides)
+
+
+def pytest_configure() -> None:
+    # A shell lets what it starts with `&` ignore Ctrl-C, and so would every process that a test starts and interrupts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
