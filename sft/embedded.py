@@ -145,7 +145,7 @@ def _build_tiny_random(folder: Path) -> None:
         eos_token_id=2,
         pad_token_id=0,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

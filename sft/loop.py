@@ -69,6 +69,8 @@ class Loop:
     """Notes in run.json how many seconds a part took."""
     checkpoint: Path | None = None
     """The checkpoint to go on from."""
+    save_total_limit: int = 2
+    """Checkpoints that are kept. transformers knows of no limit: at 1 it would remove the newest, from which a run goes on."""
     clock: Clock = field(default_factory=Clock)
     ended: bool = False
     """Whether a stop has been answered: nothing more is logged or saved."""
@@ -291,7 +293,7 @@ def resumable(base: type) -> type:
                 if distributed.is_first():
                     self.state.save_to_json(str(work / "trainer_state.json"))
             if distributed.is_first():
-                checkpoints.prune(folder, self.args.save_total_limit, self.state.best_global_step)
+                checkpoints.prune(folder, self.loop.save_total_limit, self.state.best_global_step)
 
         def _best_checkpoint(self) -> str | None:
             """The checkpoint of the best step, which is this one or is there; the run folder may have moved since."""

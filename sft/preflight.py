@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sft import memory, models, origins, shared, speeds, versions
+from sft import looks, memory, models, origins, shared, speeds, versions
 from sft.batch import CPU_ROWS, Split, candidates, effective_batch_size, is_auto, planned_steps, split_of, why_padded
 from sft.data import Prepared, token_counts
 from sft.errors import Problem, Refusal, first_line
@@ -276,6 +276,7 @@ def check_length(found: Found, settings: Settings, backend: str, shape: memory.S
     tokens = int(facts["train_tokens"] * epochs)
     found.facts["plan"] = {"steps": steps, "epochs": round(epochs, 3), "tokens": tokens}
     found.ok("Length", f"{steps} steps of {split.effective_batch_size} rows: {epochs:.2f} epochs, {tokens:,} tokens")
+    _plan_looks(found, settings, steps)
     name, capacity = _device(settings)
     device = settings.preflight.gpu.value if settings.preflight.gpu else speeds.device_of(name) if capacity else "cpu"
     load = _load_of(found, settings, backend, shape, capacity)
@@ -296,6 +297,25 @@ def check_length(found: Found, settings: Settings, backend: str, shape: memory.S
         found.warn("Length", f"{text}; trainer.max_hours={trainer.max_hours:g} is less.", fix)
     else:
         found.ok("Length", text)
+
+
+def _plan_looks(found: Found, settings: Settings, steps: int) -> None:
+    """At which steps the held-out loss is measured and prompts are answered, and why not in between."""
+    facts = found.prepared.facts
+    planned = looks.with_looks(settings, facts)
+    every = looks.steps_between(planned.samples.every_steps, steps)
+    found.facts["plan"]["answers_every"] = every
+    if found.prepared.eval is None:
+        return
+    every = looks.steps_between(planned.trainer.eval_steps, steps)
+    found.facts["plan"]["evaluated_every"] = every
+    text = "held-out loss before the first step and after the last"
+    if every < steps:
+        text += f", and every {every} steps"
+    elif settings.trainer.eval_steps is None:
+        share = looks.evaluation_work(settings.trainer, steps, facts)
+        text += f"; at every quarter it would be {100 * share:.0f} % of the training's work (trainer.eval_steps=0.25)"
+    found.ok("Length", text)
 
 
 _tried: dict[tuple, float | None] = {}

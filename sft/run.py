@@ -26,6 +26,7 @@ from sft.command_line import PROCESSES, command_text, to_settings
 from sft.errors import Refusal, SaveFailed, first_line
 from sft.export import exporter, proof
 from sft.keys import leaf_keys
+from sft.looks import with_looks
 from sft.loop import Loop
 from sft.origins import find_origins
 from sft.printable import without_passwords
@@ -206,7 +207,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
             raise Refusal(found.problems)
         tokenizer, stop_ids, prepared = found.tokenizer, found.stop_ids, found.prepared
         facts = preflight.write_preflight(folder, found)
-        settings = with_split(settings, found.split)
+        settings = with_looks(with_split(settings, found.split), prepared.facts)
         proof.write_rows(folder, prepared)
         checkpoint = resume.find_checkpoint(folder, before, facts["data_hash"])
         distributed.check_checkpoint(checkpoint, settings)
@@ -386,7 +387,7 @@ def _train(
         with budget.measured("samples"):
             take_samples(0)
 
-    loop = Loop(folder, stop, recorder, budget, take_samples, record.timed, checkpoint)
+    loop = Loop(folder, stop, recorder, budget, take_samples, record.timed, checkpoint, settings.trainer.save_total_limit)
     loop.begin = begin if sharded else None
     trainer = training.build_trainer(model, tokenizer, prepared, settings, loop, backend)
     record.update(speed=asdict(trainer.fast))

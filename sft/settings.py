@@ -302,14 +302,16 @@ class TrainerSettings:
     that size. null: all there is."""
     logging_steps: int = 1
     """Write a line of metrics every so many steps."""
-    eval_steps: float = 0.25
-    """Evaluate every so many steps; below 1 a share of all steps. Always before the first and after the last step."""
+    eval_steps: float | None = None
+    """Evaluate every so many steps; below 1 a share of all steps. Always before the first and after the last step. null: at
+    every quarter, or not in between where that would be more than a tenth of the training's work and nothing stops early."""
     save_steps: float = 0.25
     """Save a checkpoint every so many steps; below 1 a share of all steps."""
     save_total_limit: int = 2
     """Keep at most this many checkpoints, the best one among them."""
     load_best_model_at_end: bool = True
-    """Keep the weights with the lowest evaluation loss, not the last ones. Has no effect without held-out rows."""
+    """Keep the weights with the lowest evaluation loss, not the last ones. Has no effect without evaluations between the first
+    step and the last."""
     early_stopping_patience: int | None = None
     """Stop when the evaluation loss did not fall in this many evaluations; null never stops early."""
     early_stopping_threshold: float = 0.0
@@ -334,8 +336,9 @@ class SamplesSettings:
     """How many prompts to take from the held-out rows (from the training rows where none are held out)."""
     prompts: list[str] = field(default_factory=list)
     """Questions of your own, put through the data's template."""
-    every_steps: float = 0.5
-    """Generate every so many steps; below 1 a share of all steps. Always before the first and after the last step."""
+    every_steps: float | None = None
+    """Generate every so many steps; below 1 a share of all steps. Always before the first and after the last step. null:
+    half-way too, in runs of at least twice as many steps as `samples.max_new_tokens`."""
     max_new_tokens: int = 128
     """Longest answer in tokens."""
 

@@ -1,7 +1,6 @@
 """TRL's SFTTrainer over our tokens, and the one callback that records, samples and stops."""
 
 import logging
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from sft import distributed, fast, flat, shared, shares
 from sft.bad_steps import BadSteps
 from sft.batch import EVAL_ROWS, EvenPasses, eval_rows, planned_steps
 from sft.data import Prepared, token_counts
+from sft.looks import steps_between
 from sft.loop import Loop, resumable, writes_late
 from sft.models import torch_dtype, uses_checkpointing
 from sft.runtime import append_jsonl, peak_allocated_gib, peak_memory_gib
@@ -193,8 +193,6 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool, choice:
         eval_on_start=has_eval,
         save_strategy="steps",
         save_steps=t.save_steps,
-        save_total_limit=t.save_total_limit,
-        load_best_model_at_end=keep_best,
         metric_for_best_model="eval_loss" if has_eval else None,
         greater_is_better=False if has_eval else None,
         gradient_checkpointing=uses_checkpointing(settings),
@@ -212,12 +210,10 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool, choice:
         remove_unused_columns=False,
         report_to="none",
     )
-    return SFTConfig(**(options | distributed.training_options(settings, uses_checkpointing(settings)) | t.extra))
-
-
-def steps_between(every: float, total: int) -> int:
-    """A number of steps as transformers counts it: a share of all steps if below 1, rounded up."""
-    return math.ceil(total * every) if every < 1 else int(every)
+    args = SFTConfig(**(options | distributed.training_options(settings, uses_checkpointing(settings)) | t.extra))
+    # Not among the options, which would then ask for checkpoints at evaluations alone: sft/loop.py saves each new best itself.
+    args.load_best_model_at_end = keep_best
+    return args
 
 
 def _model_columns(dataset: Any, tokenizer: Any, settings: Settings) -> Any:

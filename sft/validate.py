@@ -200,9 +200,11 @@ def _check_numbers(settings: Settings) -> list[Problem]:
         ("trainer.weight_decay", 0 <= t.weight_decay < math.inf, "a number of at least 0"),
         ("trainer.max_grad_norm", 0 <= t.max_grad_norm < math.inf, "a number of at least 0 (0 does not clip)"),
         ("trainer.logging_steps", t.logging_steps >= 1, "at least 1"),
-        ("trainer.eval_steps", _is_step_count(t.eval_steps), "a whole number of steps, or a share between 0 and 1"),
+        ("trainer.eval_steps", t.eval_steps is None or _is_step_count(t.eval_steps),
+         "a whole number of steps, a share between 0 and 1, or null"),
         ("trainer.save_steps", _is_step_count(t.save_steps), "a whole number of steps, or a share between 0 and 1"),
-        ("samples.every_steps", _is_step_count(s.every_steps), "a whole number of steps, or a share between 0 and 1"),
+        ("samples.every_steps", s.every_steps is None or _is_step_count(s.every_steps),
+         "a whole number of steps, a share between 0 and 1, or null"),
         ("trainer.save_total_limit", t.save_total_limit >= 1, "at least 1"),
         ("trainer.max_hours", t.max_hours is None or 0 < t.max_hours < math.inf, "a number above 0, or null"),
         ("trainer.max_memory_gib", t.max_memory_gib is None or 1 <= t.max_memory_gib < math.inf, "at least 1, or null"),
@@ -452,18 +454,6 @@ def _check_trainer(settings: Settings) -> list[Problem]:
                 f"trainer.early_stopping_threshold={trainer.early_stopping_threshold}", why, "trainer.early_stopping_patience=3"
             )
         )
-    if trainer.load_best_model_at_end and wants_evaluation(settings):
-        every_eval, every_save = trainer.eval_steps, trainer.save_steps
-        known = _is_step_count(every_eval) and _is_step_count(every_save)  # else refused as such
-        same_kind = (every_eval < 1) == (every_save < 1)
-        ratio = every_save / every_eval if known else 1.0
-        whole = math.isfinite(ratio) and abs(ratio - round(ratio)) <= 1e-6 and ratio >= 1 - 1e-6
-        if known and not (same_kind and whole):
-            why = "To keep the best weights, every checkpoint has to fall on an evaluation."
-            fix = f"trainer.save_steps={_shown(every_eval)}   or   trainer.load_best_model_at_end=false"
-            problems.append(
-                Problem(f"trainer.eval_steps={_shown(every_eval)} trainer.save_steps={_shown(every_save)}", why, fix)
-            )
     for key, enum, file in (
         ("optim", "OptimizerNames", "training_args.py"),
         ("lr_scheduler_type", "SchedulerType", "trainer_utils.py"),

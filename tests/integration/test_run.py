@@ -164,6 +164,29 @@ def test_early_stopping_ends_the_run_and_says_so(small, tmp_path):
     assert record["metrics"]["steps"] < 20
 
 
+def test_the_best_weights_are_kept_where_checkpoints_fall_between_evaluations(small, tmp_path):
+    """A learning rate after whose first steps nothing gets better."""
+    run(small("trainer.max_steps=8", "trainer.eval_steps=2", "trainer.save_steps=3", "trainer.learning_rate=300",
+              "trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0"), tmp_path)  # fmt: skip
+    losses = {line["step"]: line["eval_loss"] for line in read_lines(tmp_path / "metrics.jsonl") if "eval_loss" in line}
+    kept = min((2, 4, 6, 8), key=losses.get)
+    assert kept % 3 and json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["metrics"]["kept_step"] == kept
+    weights = (tmp_path / "checkpoints" / f"checkpoint-{kept}" / "adapter_model.safetensors").read_bytes()
+    last = (tmp_path / "checkpoints" / "checkpoint-8" / "adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == weights != last
+
+
+def test_a_short_run_measures_its_loss_before_and_after(small, tmp_path):
+    run(small("dataset.max_rows=40", "samples.max_new_tokens=4"), tmp_path)
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    steps = record["metrics"]["steps"]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, steps] and record["metrics"]["kept_step"] == steps
+    assert {line["step"] for line in read_lines(tmp_path / "samples.jsonl")} == {0, steps}
+    plan = json.loads((tmp_path / "preflight.json").read_text(encoding="utf-8"))["plan"]
+    assert plan["evaluated_every"] == plan["answers_every"] == steps == 5
+
+
 def test_checkpoints_stay_within_the_limit(small, tmp_path):
     run(small("trainer.max_steps=6", "trainer.eval_steps=1", "trainer.save_steps=1", "trainer.save_total_limit=2"), tmp_path)
     assert len(list((tmp_path / "checkpoints").glob("checkpoint-*"))) <= 2
@@ -183,8 +206,9 @@ def test_a_failure_is_recorded_with_its_reason(small, tmp_path, monkeypatch):
     assert "break_down" in record["error"]["traceback"] and (tmp_path / "report.html").is_file()
 
 
-def test_a_stop_request_saves_the_adapter(small, tmp_path, monkeypatch):
-    """As Ctrl-C does: the signal arrives while a step runs."""
+@pytest.fixture
+def stop_at(monkeypatch):
+    """`stop_at(2)`: a Ctrl-C while step 2 runs."""
     seen = []
     original = StopRequest.listening
 
@@ -197,12 +221,19 @@ def test_a_stop_request_saves_the_adapter(small, tmp_path, monkeypatch):
 
     add = training.Recorder.add
 
-    def stop_at_two(self, metrics):
-        add(self, metrics)
-        if metrics["step"] == 2 and "loss" in metrics:
-            seen[0].signal = "SIGINT"
+    def stop(step):
+        def add_and_stop(self, metrics):
+            add(self, metrics)
+            if metrics["step"] == step and "loss" in metrics:
+                seen[0].signal = "SIGINT"
 
-    monkeypatch.setattr(training.Recorder, "add", stop_at_two)
+        monkeypatch.setattr(training.Recorder, "add", add_and_stop)
+
+    return stop
+
+
+def test_a_stop_request_saves_the_adapter(small, tmp_path, stop_at):
+    stop_at(2)
     result = run(small(*QUICK, "trainer.max_steps=50", "trainer.eval_steps=50", "trainer.save_steps=50"), tmp_path)
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert (result.status, result.exit_code) == ("stopped", 130)
@@ -210,6 +241,16 @@ def test_a_stop_request_saves_the_adapter(small, tmp_path, monkeypatch):
     assert "eval_loss" not in record["metrics"]  # measured at step 0 only, of other weights
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "checkpoints" / "checkpoint-2").is_dir()
+
+
+def test_a_run_that_was_stopped_after_its_best_step_goes_on_from_its_last(small, tmp_path, stop_at):
+    stop_at(5)
+    settings = small("trainer.max_steps=8", "trainer.eval_steps=2", "trainer.save_steps=8", "trainer.learning_rate=300",
+                     "trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0", "trainer.save_total_limit=1")  # fmt: skip
+    assert run(settings, tmp_path).status == "stopped"
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert record["metrics"]["kept_step"] < 5
+    assert (tmp_path / "checkpoints" / "checkpoint-5").is_dir()
 
 
 def test_full_fine_tuning_saves_a_whole_model(small, tmp_path):

@@ -1,5 +1,7 @@
 """Answers to several prompts at once are those to each alone."""
 
+import copy
+
 import pytest
 import torch
 
@@ -75,6 +77,23 @@ def test_answers_of_a_cache_of_fixed_size_are_those_of_generate(kind):
     kinds = {type(module).__name__ for module in changed}
     assert "Linear" in kinds and len(kinds) == 2
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_adapter_that_has_learnt_nothing_yet_takes_no_kernels(tiny):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(copy.deepcopy(tiny[3]), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        alone = model.get_base_model()(input_ids=ids).logits
+        layers = [module for module in model.modules() if hasattr(module, "lora_B")]
+        for layer in layers[1:]:
+            layer.lora_A["default"].weight.fill_(float("nan"))  # which would be seen in the logits
+        with decode.few_kernels(model):
+            assert torch.allclose(model(input_ids=ids).logits, alone, atol=1e-5)
+        layers[1].lora_B["default"].weight.fill_(1.0)
+        with decode.few_kernels(model):
+            assert model(input_ids=ids).logits.isnan().any()
 
 
 def test_a_model_that_forgets_tokens_is_not_asked_that_way():
