@@ -3,15 +3,20 @@
 A step of an 8B model launches some 2,500 kernels, for which a host takes 38 ms (H100, 2026-11-27); an H100 reads its weights
 in 5. Keys and values therefore get a place of fixed size (transformers' StaticCache), and everything that changes from token
 to token, the choice of the next one among it, is done by the recorded kernels. Without a GPU the same steps are launched.
-Adapters and norms take fewer kernels there: at one token a row, what a kernel costs by itself is a good part of the time.
+Adapters, norms and attention take fewer kernels there: at one token a row, what a kernel costs by itself is a good part of the
+time.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-LAUNCHED = 2
+from sft import flat
+
+LAUNCHED = 1
 """Steps that are launched before one is recorded: what libraries set up at their first call must not be."""
+ATTENTION = "sft_one_token"
+"""Name of `attend` among transformers' attention functions."""
 LOOK = 16
 """Steps after which it is looked whether all answers have ended; each look waits for the GPU."""
 
@@ -35,7 +40,10 @@ def greedy(
     input_ids, attention_mask: [prompts, tokens], padded on the left; `model` is a causal language model that `fits`, without an
     adapter around it. `check_stop` is called at every look and may raise. Call it without gradients.
     """
-    with few_kernels(model), without_cudnn():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
+    with few_kernels(model), without_cudnn(), flat.attention_of(model, ATTENTION):
         return _greedy(model, input_ids, attention_mask, stop_ids, max_new_tokens, check_stop)
 
 
@@ -99,6 +107,25 @@ def _record(step: Callable[[], None]) -> Any:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph
+
+
+def attend(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **kwargs: Any
+) -> tuple[Any, None]:
+    """Attention of one token a row, whose heads that share keys and values are the queries of one head: nothing is repeated for
+    them. Of more tokens, as transformers does it.
+
+    query: [rows, heads, tokens, width]; key, value: [rows, shared heads, places, width]; gives [rows, tokens, heads, width].
+    """
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    rows, heads, tokens, width = query.shape
+    if tokens > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+    out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(rows, 1, heads, -1), None
 
 
 def without_cudnn() -> Any:

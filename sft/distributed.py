@@ -542,8 +542,14 @@ def share_gradients(accelerator: Any) -> None:
         handler.gradient_as_bucket_view = True
 
 
-def name_device(args: Any) -> None:
-    """Call the CPU by its plain name: accelerate gives it the rank's number (`cpu:1`), under which torch.load reads nothing."""
+def settle_device(args: Any) -> None:
+    """Let a process have one GPU, and call the CPU by its plain name.
+
+    transformers gives a process that is alone all GPUs it sees, with as many times the rows in a pass. accelerate gives the CPU
+    the rank's number (`cpu:1`), under which torch.load reads nothing.
+    """
+    if args.n_gpu > 1:
+        args._n_gpu = 1
     if _group and args.device.type == "cpu":
         import torch
         from accelerate.state import DistributedType, PartialState

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from sft import looks, memory, models, origins, shared, speeds, versions
-from sft.batch import CPU_ROWS, Split, candidates, effective_batch_size, is_auto, planned_steps, split_of, why_padded
+from sft.batch import (
+    CPU_ROWS,
+    Split,
+    candidates,
+    effective_batch_size,
+    is_auto,
+    planned_steps,
+    split_of,
+    why_launched,
+    why_padded,
+)
 from sft.data import Prepared, token_counts
 from sft.errors import Problem, Refusal, first_line
 from sft.export import exporter, gguf, hub
@@ -283,9 +293,11 @@ def check_length(found: Found, settings: Settings, backend: str, shape: memory.S
     load = _as_split(load, split)
     rows = split.per_device_train_batch_size
     speed = speeds.measured_speed(device, shape.parameters, load, rows) if shape else None
-    source = f"measured with {speeds.SOURCE[device]}" if speed else "by a try of three layers on it, launched one by one"
+    recorded = load.flat and trainer.cuda_graphs is not False and not why_launched(settings)
+    how = "replayed" if recorded else "launched kernel by kernel"
+    source = f"measured with {speeds.SOURCE[device]}" if speed else f"by a try of three layers on it, {how}"
     if speed is None and capacity and shape and not settings.preflight.gpu:
-        speed = _try_speed(found, settings, load, shape, rows)
+        speed = _try_speed(found, settings, load, shape, rows, recorded)
     if speed is None:
         found.ok("Length", f"no speed was measured for such a model on {name}: the progress bar tells after the first steps")
         return
@@ -322,12 +334,14 @@ _tried: dict[tuple, float | None] = {}
 """Speeds that were tried in this process: once for all jobs of a sweep."""
 
 
-def _try_speed(found: Found, settings: Settings, load: memory.Load, shape: memory.Shape, rows: int) -> float | None:
+def _try_speed(
+    found: Found, settings: Settings, load: memory.Load, shape: memory.Shape, rows: int, recorded: bool
+) -> float | None:
     """Tokens a second by sft/probe.py with rows of the median length; None where it cannot be tried."""
     from sft import probe
 
     where, length = models.locate(settings.model, weights=False)[0], found.prepared.facts["lengths"]["train"]["p50"]
-    key = where, rows, max(int(length), 2), load.again(shape.num_hidden_layers) / shape.num_hidden_layers
+    key = where, rows, max(int(length), 2), load.again(shape.num_hidden_layers) / shape.num_hidden_layers, recorded
     if key not in _tried:
         models.limit_memory(settings)
         try:

@@ -1,8 +1,8 @@
 """How fast a model would train on the GPU that is there, tried for a moment before its weights are loaded.
 
 Two small models of its shape with random weights, of LAYERS decoder layers each, make a few passes; what the additional layers
-take is what every layer takes. The output layer is reckoned by its weights. Layers are launched as transformers writes them, in
-16 bits: what is recorded or compiled is faster, 4-bit weights are a little slower.
+take is what every layer takes. The output layer is reckoned by its weights. Layers are as transformers writes them, in 16 bits,
+recorded as a CUDA graph where the run records its passes: compiled ones are faster, 4-bit weights are a little slower.
 """
 
 import copy
@@ -20,8 +20,11 @@ AGAIN = 0.5
 weight, as the forward pass does."""
 
 
-def speed(settings: Settings, where: str, rows: int, length: int, again: float, device: Any = "cuda") -> float:
-    """Tokens a second of passes of `rows` rows of `length` tokens, where the share `again` of the layers is computed twice.
+def speed(
+    settings: Settings, where: str, rows: int, length: int, again: float, recorded: bool = False, device: Any = "cuda"
+) -> float:
+    """Tokens a second of passes of `rows` rows of `length` tokens, where the share `again` of the layers is computed twice, and
+    which are `recorded` and replayed or launched kernel by kernel.
 
     `where` is the folder or hub id whose config.json says the shape. The random state and the count of peak memory stay as they
     were. Raises what transformers and torch do, torch.OutOfMemoryError among it.
@@ -34,7 +37,7 @@ def speed(settings: Settings, where: str, rows: int, length: int, again: float, 
     text, on_gpu = config.get_text_config(), torch.device(device).type == "cuda"
     try:
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []):
-            few, more = (_seconds(config, settings, layers, rows, length, device) for layers in LAYERS)
+            few, more = (_seconds(config, settings, layers, rows, length, recorded, device) for layers in LAYERS)
     finally:
         if on_gpu:
             torch.cuda.empty_cache()
@@ -44,7 +47,9 @@ def speed(settings: Settings, where: str, rows: int, length: int, again: float, 
     return rows * length / (layer * text.num_hidden_layers * (1 + AGAIN * again) + head)
 
 
-def _seconds(config: Any, settings: Settings, layers: int, rows: int, length: int, device: Any) -> tuple[float, int]:
+def _seconds(
+    config: Any, settings: Settings, layers: int, rows: int, length: int, recorded: bool, device: Any
+) -> tuple[float, int]:
     """(seconds of a forward and a backward pass without the output layer, weights) of a model with so many layers."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -65,14 +70,28 @@ def _seconds(config: Any, settings: Settings, layers: int, rows: int, length: in
         options = LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.lora_alpha, target_modules=targets)
         model = get_peft_model(model, options).get_base_model()
     model.train()
+    learnt = [p for p in model.parameters() if p.requires_grad]
     ids = torch.randint(text.vocab_size, (rows, length), device=device)
-    times = []
-    for _ in range(1 + PASSES):
-        began = time.perf_counter()
-        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+
+    def run() -> None:
+        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        hidden.sum().backward()
+        torch.autograd.grad(hidden.sum(), learnt, allow_unused=True)
+
+    run()
+    if recorded:
+        graph = torch.cuda.CUDAGraph()
+        with torch.autograd.set_multithreading_enabled(False), torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+        run()
+    times = []
+    for _ in range(PASSES):
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
         if ids.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:]), weights
+    return statistics.median(times), weights

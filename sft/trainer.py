@@ -136,7 +136,7 @@ def build_trainer(
     many = choice.padding_free and torch.cuda.is_available() and data.eval is not None
     rows = eval_rows(settings.trainer, token_counts(data.eval) if many else None, distributed.world_size())
     args = training_arguments(settings, loop.folder, data.eval is not None, choice, rows)
-    distributed.name_device(args)
+    distributed.settle_device(args)
     trainer = Trainer(
         model=model,
         args=args,

@@ -13,10 +13,11 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     WANDB_MODE="offline",
-    CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "") if os.environ.get("SFT_TEST_GPU") else "",
     TOKENIZERS_PARALLELISM="false",
     NETRC="/nonexistent",
 )
+if not os.environ.get("SFT_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for name in ("HF_TOKEN", "WANDB_API_KEY", "HF_ENDPOINT"):
     os.environ.pop(name, None)
 

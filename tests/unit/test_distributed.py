@@ -31,6 +31,19 @@ def test_without_other_processes_everything_is_left_as_it_is():
     assert shares.with_filler("rows", 0) == "rows" and shares.epochs_done(0.7, 9, 2) == 0.7
 
 
+def test_a_process_takes_one_of_several_gpus(tmp_path):
+    """Else transformers has as many times the rows in a pass, and a step is another one."""
+    from sft.fast import Fast
+    from sft.trainer import training_arguments
+
+    settings = make_settings("trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=4")
+    args = training_arguments(settings, tmp_path, False, Fast())
+    args._n_gpu = 2  # as where two are seen
+    assert args.train_batch_size == 4
+    distributed.settle_device(args)
+    assert args.train_batch_size == 2
+
+
 def test_fillers_are_no_tokens(group):
     padded = {"input_ids": torch.ones(3, 3), "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])}
     assert int(flat.count_tokens(padded)) == 5

@@ -265,7 +265,8 @@ def test_a_speed_that_was_not_measured_is_tried_on_the_gpu_that_is_there(setting
         preflight.check_length(found, settings, "transformers", LLAMA_8B)
         return found.lines[-1].text
 
-    assert "about 8 s of training at 100 tokens a second, by a try" in length(True)
+    text = "about 8 s of training at 100 tokens a second, by a try of three layers on it, "
+    assert text + "launched kernel by kernel" in length(True)
     assert "no speed was measured" in length(False) and "no speed was measured" in length(True, "preflight.gpu=t4")
     length(True)
     assert len(asked) == 1 and asked[0][1:3] == (2, 10), "once for all jobs of a sweep"
@@ -274,5 +275,5 @@ def test_a_speed_that_was_not_measured_is_tried_on_the_gpu_that_is_there(setting
 def test_a_tried_speed_leaves_the_random_state_alone(settings_of):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    assert probe.speed(settings_of(), str(local_model(TINY_RANDOM)), 2, 8, False, "cpu") > 0
+    assert probe.speed(settings_of(), str(local_model(TINY_RANDOM)), 2, 8, 0, device="cpu") > 0
     assert torch.equal(torch.get_rng_state(), before)

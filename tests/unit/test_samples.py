@@ -1,6 +1,7 @@
 """Answers to several prompts at once are those to each alone."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -77,6 +78,18 @@ def test_answers_of_a_cache_of_fixed_size_are_those_of_generate(kind):
     kinds = {type(module).__name__ for module in changed}
     assert "Linear" in kinds and len(kinds) == 2
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_attention_of_one_token_is_that_of_transformers():
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, places, 8) for heads, places in ((6, 1), (2, 5), (2, 5)))
+    mask = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 0, 0]]).bool()[:, None, None]
+    layer = types.SimpleNamespace(num_key_value_groups=3)
+    expected, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.3, is_causal=False)
+    found, _ = decode.attend(layer, query, key, value, mask, scaling=0.3)
+    assert found.shape == (2, 1, 6, 8) and torch.allclose(found, expected, atol=1e-6)
 
 
 def test_an_adapter_that_has_learnt_nothing_yet_takes_no_kernels(tiny):
