@@ -20,7 +20,7 @@ from sft.data import token_counts
 from sft.decode import few_kernels
 from sft.embedded import cache_dir
 from sft.errors import refuse
-from sft.models import has_kernel, uses_checkpointing
+from sft.models import has_kernel, torch_dtype, uses_checkpointing
 from sft.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,8 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
     if not why_not:
         flat.install(base)
         first = _first_rows(data.train)
-        found = shared.checked(model, settings, first, lambda: _difference(model, first, pad_token_id))
+        dtype = torch_dtype(settings.model)
+        found = shared.checked(model, settings, first, lambda: _difference(model, first, pad_token_id, dtype))
         reasons = distributed.gathered(found)
         why_not = next(filter(None, reasons), "")
     if why_not:
@@ -280,8 +281,6 @@ def _obstacle(model: Any, settings: Settings, backend: str) -> str:
     if base.device.type == "cuda":
         if not has_kernel(settings):
             return "the GPU has no attention kernel for rows of various lengths (compute capability 8.0 or higher)"
-        from sft.models import torch_dtype
-
         if torch_dtype(settings.model) == torch.float32:
             return "attention over rows of various lengths needs 16 bits on a GPU"
     return ""
@@ -293,8 +292,9 @@ def _first_rows(data: Any) -> list[dict[str, list[int]]]:
     return [{key: list(row[key][-CHECKED:]) for key in ("input_ids", "labels")} for row in rows]
 
 
-def _difference(model: Any, rows: list[dict[str, list[int]]], pad_token_id: int) -> str:
+def _difference(model: Any, rows: list[dict[str, list[int]]], pad_token_id: int, dtype: Any) -> str:
     """Hold a few rows end to end against what the model's own forward pass gives for each row alone; empty if they agree.
+    `dtype` is the type that is computed in.
 
     Their loss shows another normalisation or an output layer of the model's own; the hidden states of the second row and the
     third, by far the more sensitive, show whether a token has seen another row.
@@ -309,7 +309,7 @@ def _difference(model: Any, rows: list[dict[str, list[int]]], pad_token_id: int)
     training, base = model.training, base_of(model)
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, model.dtype, enabled=_half(model)):
+        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype.itemsize == 2):
             whole = model(**inputs).loss.item()
             ends = inputs["cu_seq_lens_q"].tolist()
             passed = {key: inputs[key] for key in inputs if key not in ("labels", "learnt", "targets")}
@@ -331,12 +331,8 @@ def _difference(model: Any, rows: list[dict[str, list[int]]], pad_token_id: int)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()  # blocks of these sizes are of no use to the training
     alone = total / max(learnt, 1)
-    if not abs(whole - alone) <= TOLERANCE[2 if _half(model) else 4] * max(1.0, abs(alone)):
+    if not abs(whole - alone) <= TOLERANCE[dtype.itemsize] * max(1.0, abs(alone)):
         return f"the loss of the first rows would be {whole:.5f}, not {alone:.5f}"
-    if not away <= HIDDEN[2 if _half(model) else 4]:
+    if not away <= HIDDEN[dtype.itemsize]:
         return f"a row would not be what it is alone: its hidden states differ by {100 * away:.2f} %"
     return ""
-
-
-def _half(model: Any) -> bool:
-    return any(p.element_size() == 2 for p in base_of(model).get_output_embeddings().parameters())

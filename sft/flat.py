@@ -142,7 +142,10 @@ def install(base: Any) -> None:
             else:
                 hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
-        total = linear_cross_entropy(hidden[0].index_select(0, learnt), head.weight, targets)
+        hidden = hidden[0].index_select(0, learnt)
+        if torch.is_autocast_enabled(hidden.device.type):  # they are float32 where the weights are
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        total = linear_cross_entropy(hidden, head.weight, targets)
         return CausalLMOutputWithPast(loss=total / (len(targets) if items is None else items))
 
     def contexts() -> tuple[Any, Any]:
@@ -194,9 +197,10 @@ def attend(
     attention, row by row.
     """
     ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    # Under autocast rotated queries and keys may be float32 again, which the kernels do not take; values are not rotated.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if query.is_cuda:
-        # Under autocast rotated queries and keys may be float32 again, which the kernel does not take; values are not rotated.
-        q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         # The operator under torch.nn.attention.varlen: called directly it costs the host a tenth of that, and it compiles.
         window = (sliding_window - 1, 0) if sliding_window else (-1, 0)
         out = _flash(q, k, v, ends, longest, scaling, window)

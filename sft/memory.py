@@ -73,7 +73,7 @@ class Load:
     checkpointing: bool = True
     optim: str = "adamw_torch"
     adapter_bytes: int = 4
-    """Of an adapter's weight and gradient; PEFT and Unsloth keep both in float32."""
+    """Of a trained weight and its gradient, which are float32: an adapter's by PEFT and Unsloth, else by sft/models.py."""
     dropout: bool = False
     eager: bool = False
     """Whether attention keeps a score for each pair of tokens."""
@@ -123,8 +123,10 @@ def estimate(shape: Shape, load: Load, rows: int, length: int) -> Estimate:
     value = 4 if load.bits == 32 else 2  # bytes of an activation
     weights = _weight_bytes(shape, load, value)
     if load.full:
-        trained = shape.trained * value * 2 if "8bit" not in load.optim else shape.trained * 2  # moments in the weights' type
-        trained += shape.trained * value  # gradients; the weights themselves are counted above
+        size = max(value, load.adapter_bytes)
+        moments = 2 if "8bit" in load.optim else 2 * size  # in the weights' type
+        # The weights themselves are counted above: in 16 bits, where autocast makes copies of them for a pass.
+        trained = shape.trained * (size + moments + (size if size > value else 0))
     else:
         trained = shape.trained * (2 * load.adapter_bytes + _optimizer_bytes(load))
     layer = kept_by_layer(shape, load, value) + (_eager_bytes(shape, length, value) if load.eager else 0)
@@ -271,10 +273,12 @@ def load_of(settings: Settings, backend: str, gpu: bool, flat: bool = False, tok
     bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else 16
     if bits == 16 and (model.dtype == Dtype.float32 or (model.dtype == Dtype.auto and not gpu)):
         bits = 32
+    full = not settings.lora.enabled
     return Load(
         backend=backend,
         bits=bits,
-        full=not settings.lora.enabled,
+        full=full,
+        adapter_bytes=2 if full and model.dtype in (Dtype.bfloat16, Dtype.float16) else 4,
         checkpointing=gpu if wanted is None else wanted,
         optim=settings.trainer.optim,
         dropout=settings.lora.enabled and settings.lora.lora_dropout > 0,

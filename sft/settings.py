@@ -143,7 +143,8 @@ class ModelSettings:
     max_seq_length: int = 2048
     """Longest row in tokens. Longer ones follow `dataset.overlong`; nothing is cut in silence."""
     dtype: Dtype = Dtype.auto
-    """Weights' number format. `auto`: bfloat16 on a GPU that has it, else float16; float32 on the CPU."""
+    """Number format of weights and computations. `auto`: bfloat16 on a GPU that has it, else float16; float32 on the CPU.
+    Where all weights are trained (`lora=none`) `auto` keeps them in float32."""
     load_in_4bit: bool = False
     """Load the frozen weights as 4-bit nf4 (QLoRA): a quarter of the memory, slower. Needs a GPU."""
     load_in_8bit: bool = False

@@ -159,6 +159,11 @@ def warnings_for(settings: Settings) -> list[str]:
         found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high: LoRA runs at 3e-3 mostly diverge; try 2e-4.")
     if not settings.lora.enabled and trainer.learning_rate > 5e-5:
         found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high for full fine-tuning; try 2e-5.")
+    if not settings.lora.enabled and settings.model.dtype == Dtype.bfloat16:
+        found.append(
+            "model.dtype=bfloat16 keeps the trained weights in 16 bits, which round most of a step away; "
+            "model.dtype=auto keeps them in float32."
+        )
     if trainer.max_steps > 0 and trainer.num_train_epochs != 1.0:
         found.append("trainer.num_train_epochs is ignored: trainer.max_steps decides the length.")
     if dataset.path and (dataset.revision or dataset.config_name):
@@ -301,6 +306,9 @@ def _check_lora(settings: Settings) -> list[Problem]:
         why = "Quantised weights cannot be trained themselves; they need an adapter."
         fix = f"lora=default   or   model.load_in_{bits}=false"
         problems.append(Problem(f"lora=none model.load_in_{bits}=true", why, fix))
+    if settings.model.dtype == Dtype.float16:
+        why = "Gradients of weights in float16 cannot be scaled, which that format needs."
+        problems.append(Problem("model.dtype=float16 lora=none", why, "model.dtype=auto"))
     return problems
 
 
@@ -585,7 +593,7 @@ def _check_hardware(settings: Settings) -> list[Problem]:
     if not gpu and re.search(r"8bit|4bit|paged|bnb", settings.trainer.optim):
         why = "This optimiser needs an NVIDIA GPU, and none is found here."
         problems.append(Problem(f"trainer.optim={settings.trainer.optim}", why, "trainer.optim=adamw_torch"))
-    if not gpu and model.dtype == Dtype.float16:
+    if not gpu and model.dtype == Dtype.float16 and settings.lora.enabled:
         why = "Training in float16 needs a GPU, and none is found here."
         problems.append(Problem("model.dtype=float16", why, "model.dtype=auto"))
     if model.attn_implementation.value == "flash_attention_2" and not (gpu and importlib.util.find_spec("flash_attn")):

@@ -35,7 +35,7 @@ def chat(*options: str, text: str = "") -> subprocess.CompletedProcess:
 
 
 def last_sample(folder: Path) -> dict:
-    return [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()][-2]
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()][-1]
 
 
 def plain(completion: str) -> str:

@@ -102,9 +102,12 @@ def test_tokens_that_see_the_row_before_are_found_and_rows_are_padded(tmp_path, 
         run(make_settings(*JOB, "trainer.max_steps=2", "trainer.padding_free=true"), tmp_path / "asked")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", FLAT_KINDS)
-def test_each_kind_of_model_that_auto_takes_agrees_with_rows_alone(kind):
-    """Random weights in the shape of each kind, its own attention and norms: what `model.backend=auto` counts on."""
+def test_each_kind_of_model_that_auto_takes_agrees_with_rows_alone(kind, dtype):
+    """Random weights in the shape of each kind, its own attention and norms: what `model.backend=auto` counts on. In bfloat16
+    as where all weights are trained: they are float32, and autocast computes.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(kind, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -113,7 +116,7 @@ def test_each_kind_of_model_that_auto_takes_agrees_with_rows_alone(kind):
     model = AutoModelForCausalLM.from_config(config)
     flat.install(model)
     rows = [{"input_ids": list(range(3, 3 + n)), "labels": [-100, *range(4, 3 + n)]} for n in (4, 9, 17)]
-    assert fast._difference(model, rows, 0) == ""
+    assert fast._difference(model, rows, 0, dtype) == ""
 
 
 def test_a_loss_divided_by_another_number_is_found(tmp_path, monkeypatch):

@@ -3,12 +3,26 @@
 import json
 
 import pytest
+import torch
 
+from sft import models
 from sft.models import settle_backend
-from tests.conftest import make_settings
+from tests.conftest import SMALL, make_settings
 
 LLAMA_8B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype"),
+    [((), torch.bfloat16), (("lora=none",), torch.float32), (("lora=none", "model.dtype=bfloat16"), torch.bfloat16)],
+)
+def test_weights_that_are_all_trained_are_loaded_in_float32(overrides, dtype, monkeypatch):
+    """As on a GPU that computes in bfloat16."""
+    monkeypatch.setattr(models, "torch_dtype", lambda model: torch.bfloat16)
+    settings = make_settings(*SMALL, *overrides)
+    loaded, _ = models.load_model(settings, "transformers")
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sft.batch import Split, candidates, check_split, split_of, with_split
-from sft.memory import CAPACITY, Load, Shape, estimate, fitting_split, kept_by_layer, shape_of, tokens_at_once
+from sft.memory import CAPACITY, Load, Shape, estimate, fitting_split, kept_by_layer, load_of, shape_of, tokens_at_once
 from sft.settings import Gpu, LoraSettings, Settings, TrainerSettings
 
 # Llama 3 8B with LoRA r 16 on its seven projections.
@@ -92,6 +92,19 @@ def test_rows_end_to_end_are_estimated_within_5_percent(measured, compiled, toke
     """What tensors held at the peak of a forward and a backward pass (H100, bfloat16 base, 2026-11-25)."""
     load = Load("transformers", checkpointing=False, flat=True, compiled=compiled)
     assert estimate(LLAMA_8B, load, 1, tokens).allocated == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu", "each"),
+    [((), True, 18), (("model.dtype=bfloat16",), True, 8), (("model.dtype=float32",), True, 16), ((), False, 16),
+     (("trainer.optim=adamw_8bit",), True, 12)],
+)  # fmt: skip
+def test_weights_that_are_all_trained_are_kept_in_float32(settings_of, overrides, gpu, each):
+    """Bytes a weight: float32 of itself, its gradient and two moments, and 16 bits of what is computed with."""
+    load = load_of(settings_of("lora=none", *overrides), "transformers", gpu)
+    full = replace(LLAMA_1B, trained=LLAMA_1B.parameters)
+    guess = estimate(full, load, 1, 8)
+    assert guess.weights + guess.trained == pytest.approx(each * LLAMA_1B.parameters / 2**30)
 
 
 def test_what_a_layer_keeps_is_what_the_docstring_says():

@@ -320,6 +320,7 @@ def test_what_needs_a_gpu_is_refused_without_one(argv, what, fix):
         (["model.load_in_4bit=true", "model.load_in_8bit=true"], "model.load_in_8bit=true", "model.load_in_8bit=false"),
         (["lora=none", "lora.r=8"], "lora=none lora.r=8", "lora=default"),
         (["lora=none", "model.load_in_4bit=true"], "lora=none model.load_in_4bit=true", "lora=default"),
+        (["model.dtype=float16", "lora=none"], "model.dtype=float16 lora=none", "model.dtype=auto"),
         (["lora.target_modules=[]"], "lora.target_modules=[]", "[all-linear]"),
         (["trainer.early_stopping_patience=2", "dataset.eval_fraction=0"], "stopping_patience=2", "dataset.eval_fraction=0.1"),
         (["trainer.early_stopping_threshold=0.1"], "early_stopping_threshold=0.1", "trainer.early_stopping_patience=3"),
