@@ -26,7 +26,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -528,18 +528,30 @@ def training_options(settings: Settings, checkpointing: bool) -> dict[str, Any]:
     if _group is None:
         return {}
     if shards(settings):
+        import torch
+
+        # TRL's own loss in chunks passes the output layer by, and torch before 2.13 then loses track of where its weights are.
+        plain = {} if torch.torch_version.TorchVersion(torch.__version__) >= (2, 13) else {"loss_type": "nll"}
         # Whole weights in a checkpoint, not shares, so that another number of processes can go on from it.
         options = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "activation_checkpointing": checkpointing}
-        return {"fsdp": True, "fsdp_config": options, "gradient_checkpointing": False}
+        return {"fsdp": True, "fsdp_config": options, "gradient_checkpointing": False, **plain}
     # Every trained weight is used in every pass, so that nothing has to be searched for those that are not; and no buffer of a
     # frozen model changes, so that none has to be sent around before each.
     return {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
 
 
-def share_gradients(accelerator: Any) -> None:
-    """Let a gradient be a view of what is averaged over the ranks, not a copy of it."""
+def settle_accelerator(accelerator: Any) -> None:
+    """Let a gradient be a view of what is averaged over the ranks, not a copy of it; where each has a share of the weights, let
+    gradients be added up in float32 and a loss stay what it is: accelerate rounds both to the 16 bits that are computed in.
+    """
+    import torch
+
     if handler := getattr(accelerator, "ddp_handler", None):
         handler.gradient_as_bucket_view = True
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin and plugin.mixed_precision_policy:
+        policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
+        plugin.mixed_precision_policy = policy
 
 
 def settle_device(args: Any) -> None:

@@ -144,7 +144,7 @@ def build_trainer(
         eval_dataset=_model_columns(data.eval, tokenizer, settings) if data.eval is not None else None,
         processing_class=tokenizer,
     )
-    distributed.share_gradients(trainer.accelerator)
+    distributed.settle_accelerator(trainer.accelerator)
     trainer.fast, trainer.end_to_end = choice, None
     if choice.padding_free:
         rows = settings.trainer.per_device_train_batch_size if choice.lengths else 0

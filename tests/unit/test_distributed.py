@@ -1,5 +1,7 @@
 """Shares of a step's rows, and what is refused of several processes."""
 
+import types
+
 import pytest
 import torch
 
@@ -42,6 +44,19 @@ def test_a_process_takes_one_of_several_gpus(tmp_path):
     assert args.train_batch_size == 4
     distributed.settle_device(args)
     assert args.train_batch_size == 2
+
+
+def test_shared_weights_are_computed_with_in_16_bits_and_losses_are_not_rounded_to_them():
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)  # what accelerate sets
+    plugin = types.SimpleNamespace(mixed_precision_policy=half)
+    distributed.settle_accelerator(types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin)))
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
+    alone = types.SimpleNamespace(state=types.SimpleNamespace(), ddp_handler=types.SimpleNamespace())
+    distributed.settle_accelerator(alone)
+    assert alone.ddp_handler.gradient_as_bucket_view
 
 
 def test_fillers_are_no_tokens(group):
