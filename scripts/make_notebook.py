@@ -56,7 +56,7 @@ Without a GPU the same cells run in small, with a random model that learns nothi
         """MODEL = "llama3_8b"  # @param ["llama3_8b", "llama3_1_8b_instruct", "llama3_2_3b_instruct", "qwen3_4b", "qwen3_8b", \
 "qwen2_5_7b_instruct", "gemma3_4b_it", "mistral_7b"] {allow-input: true}
 DATASET = "ruozhiba"  # @param ["ruozhiba", "alpaca_zh", "alpaca_cleaned", "twists"] {allow-input: true}
-MORE = "trainer.max_steps=60 trainer.save_steps=15 trainer.eval_steps=15"  # @param {type: "string"}
+MORE = "trainer.max_steps=60 trainer.save_steps=15"  # @param {type: "string"}
 NAME = "first"  # @param {type: "string"}
 QUESTION = "Why is the sky blue?"  # @param {type: "string"}
 EXPORT = "gguf"  # @param ["adapter", "merged_16bit", "merged_4bit", "gguf", "all"]

@@ -112,13 +112,14 @@ def start(settings: Settings, folder: Path, context: Any) -> Any:
     Ctrl-C and SIGTERM go to rank 0 alone, which decides for all. A rank that was killed makes the run a failed one, with the
     signal's name in run.json.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in ("torch.distributed", "torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # its report of a dead process repeats ours at length
     count, failed = processes_of(settings), None
-    with tempfile.TemporaryDirectory(prefix="sft-ranks-") as place:
+    with tempfile.TemporaryDirectory(prefix="sft-ranks-", ignore_cleanup_errors=True) as place:
         job, answer = Path(place, "job"), Path(place, "answer")
         job.write_bytes(pickle.dumps((settings, folder, context, os.getcwd(), os.getpid())))
         config = LaunchConfig(
@@ -132,8 +133,9 @@ def start(settings: Settings, folder: Path, context: Any) -> Any:
             max_restarts=0,
             signals_to_handle="SIGHUP,SIGQUIT",  # SIGINT and SIGTERM are handled below
             shutdown_timeout=KILL,
+            logs_specs=DefaultLogsSpecs(log_dir=place),  # else in a folder that nobody removes
         )
-        with _environment(count), _passing_on():
+        with _environment(count, place), _passing_on():
             try:
                 elastic_launch(config, sys.executable)("-m", "sft.distributed", str(job))
             except ChildFailedError as error:
@@ -335,11 +337,14 @@ def _end_with(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def _environment(count: int) -> Iterator[None]:
-    """What the ranks inherit: where this project is, and their share of the cores."""
+def _environment(count: int, place: str) -> Iterator[None]:
+    """What the ranks inherit: where this project is, their share of the cores, and `place` for temporary files: a rank that does
+    not wait for its threads leaves them behind.
+    """
     root = str(Path(__file__).resolve().parent.parent)
     ours = {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     ours["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+    ours["TMPDIR"] = place
     before = {key: os.environ.get(key) for key in ours}
     os.environ.update(ours)
     try:

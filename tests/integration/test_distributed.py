@@ -1,6 +1,7 @@
 """Runs of several processes are the run of one: the same rows a step, losses, answers and weights; and they end as one."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -46,9 +47,9 @@ def command_of(*words: str, torchrun: bool = False) -> list[str]:
     return [sys.executable, *(TORCHRUN if torchrun else ()), str(ROOT / "train.py"), *words]
 
 
-def train(cwd: Path, *overrides: str, torchrun: bool = False) -> subprocess.CompletedProcess:
-    command = command_of(*overrides, torchrun=torchrun)
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=200)
+def train(cwd: Path, *overrides: str, torchrun: bool = False, **more: str) -> subprocess.CompletedProcess:
+    command, environment = command_of(*overrides, torchrun=torchrun), {**os.environ, **more}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=200, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,11 @@ def whole(work) -> Path:
 def test_two_processes_are_the_run_of_one(work, whole, torchrun):
     name = "torchrun" if torchrun else "two"
     job = (*JOB, f"dataset.path={work / 'rows.jsonl'}", f"hydra.run.dir={name}", *(() if torchrun else (TWO,)))
-    done = train(work, *job, torchrun=torchrun)
+    (work / f"{name} temporary").mkdir()
+    done = train(work, *job, torchrun=torchrun, TMPDIR=str(work / f"{name} temporary"))
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    left = {path.name.partition("_")[0] for path in (work / f"{name} temporary").iterdir()}
+    assert torchrun or left <= {"torchinductor"}  # torchrun's own folder is its business
     assert done.stderr.count("Model  embedded") == 1
     two, record = work / name, record_of(work / name)
     assert differences(whole, two) == []
