@@ -338,8 +338,8 @@ def _end_with(parent: int) -> None:
 
 @contextlib.contextmanager
 def _environment(count: int, place: str) -> Iterator[None]:
-    """What the ranks inherit: where this project is, their share of the cores, and `place` for temporary files: a rank that does
-    not wait for its threads leaves them behind.
+    """What the ranks inherit: where this project is, their share of the cores, and `place` for temporary files, since a rank
+    that does not wait for its threads leaves them behind.
     """
     root = str(Path(__file__).resolve().parent.parent)
     ours = {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}

@@ -31,7 +31,7 @@ from sft.export import exporter, gguf, hub
 from sft.runtime import write_json
 from sft.settings import PreflightMode, Settings, Tracker, TrackingMode
 from sft.tracking import choose_mode, has_api_key
-from sft.validate import processes_of, warnings_for
+from sft.validate import gpu_count, processes_of, warnings_for
 
 log = logging.getLogger(__name__)
 
@@ -203,6 +203,8 @@ def check_memory(found: Found, settings: Settings, backend: str, shape: memory.S
     text += f", on {processes} processes" if processes > 1 else ""
     if auto and (whole or capacity is not None):
         found.ok("Memory", f"auto: {text}" + (", as the run began" if reused else ""))
+    if capacity and processes == 1 and not settings.preflight.gpu and (count := gpu_count()) > 1:
+        found.ok("Memory", f"one of the {count} GPUs that are here; distributed=ddp trains on all of them")
     found.facts["batch"] = {**asdict(split), "effective_batch_size": split.effective_batch_size}
     if shape is None or not whole:
         return

@@ -232,6 +232,13 @@ def test_rows_that_may_not_fit_are_a_warning(on, monkeypatch):
     assert "trainer.per_device_train_batch_size=1" in lines_of(found, "Memory")
 
 
+def test_a_run_on_one_of_several_gpus_is_told_of_the_others(look, on, monkeypatch):
+    monkeypatch.setattr(preflight, "gpu_count", lambda: 2)
+    assert "GPUs" not in lines_of(look(), "Memory") + lines_of(on("h100"), "Memory")
+    monkeypatch.setattr(preflight, "_device", lambda settings: ("NVIDIA H100", 80.0))
+    assert "one of the 2 GPUs that are here; distributed=ddp" in lines_of(look(), "Memory")
+
+
 def test_a_size_that_is_not_known_is_said_and_refuses_nothing(look, monkeypatch):
     def unreachable(*args):
         raise OSError("no such thing\nand more")
