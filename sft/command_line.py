@@ -36,7 +36,8 @@ from sft.settings import Settings
 from sft.sweep.means import check_interval, check_means, is_search, runs_elsewhere
 from sft.sweep.pairs import check_pairs, list_values
 from sft.trust import WORD
-from sft.validate import check_settings, why_lost
+from sft.validate import check_settings
+from sft.validate_data import why_lost
 
 PROCESSES = "distributed.num_processes="
 """The one setting that may stand beside `resume=`."""
