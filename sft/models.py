@@ -204,10 +204,15 @@ def weights_in_float32(settings: Settings) -> bool:
 
 
 def _load_unsloth(settings: Settings, where: str) -> Any:
+    import torch
     from unsloth import FastLanguageModel
 
     model = settings.model
-    attention = {} if model.attn_implementation == Attention.auto else {"attn_implementation": model.attn_implementation.value}
+    options: dict[str, Any] = {}
+    if model.attn_implementation != Attention.auto:
+        options["attn_implementation"] = model.attn_implementation.value
+    if weights_in_float32(settings) and torch_dtype(model) != torch.float32:  # an option that it has on GPUs alone
+        options["float32_mixed_precision"] = True
     loaded, _ = FastLanguageModel.from_pretrained(
         model_name=where,
         revision=model.revision,
@@ -216,11 +221,10 @@ def _load_unsloth(settings: Settings, where: str) -> Any:
         load_in_4bit=model.load_in_4bit,
         load_in_8bit=model.load_in_8bit,
         full_finetuning=not settings.lora.enabled,
-        float32_mixed_precision=True if weights_in_float32(settings) else None,
         trust_remote_code=model.trust_remote_code,
         use_safetensors=True,  # as in _load_transformers
         use_gradient_checkpointing=unsloth_checkpointing(settings),
-        **attention,
+        **options,
     )
     return loaded
 

@@ -48,4 +48,4 @@ def test_the_choices_of_the_notebook_exist():
         assert choices and set(choices) <= files
     more = re.search(r'^MORE = "(.*?)"', form, re.MULTILINE)[1]
     settings = make_settings("model=llama3_8b", "dataset=ruozhiba", *more.split())
-    assert settings.trainer.max_steps == 60 and settings.trainer.save_steps % settings.trainer.eval_steps == 0
+    assert settings.trainer.max_steps == 60 and settings.trainer.save_steps == 15
