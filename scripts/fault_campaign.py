@@ -40,6 +40,8 @@ SHAPES = {
     "early": ("trainer.early_stopping_patience=1", "trainer.learning_rate=1e-9", "trainer.early_stopping_threshold=0.01"),
     "last": ("trainer.load_best_model_at_end=false", "trainer.save_steps=3", "trainer.lr_scheduler_type=cosine"),
     "full": ("lora=none", "lora.lora_dropout=0.0", "trainer.learning_rate=1e-3"),
+    "between": ("trainer.eval_steps=3", "trainer.save_total_limit=1"),  # checkpoints between evaluations
+    "open": ("trainer.eval_steps=null", "samples.every_steps=null"),
     "blind": ("dataset.eval_fraction=0", "trainer.save_steps=1"),
     "export": ("trainer.max_steps=2", "export.formats=[adapter,merged_16bit,gguf]", "export.gguf.quantizations=[f16,q8_0]"),
 }
