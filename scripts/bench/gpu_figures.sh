@@ -60,7 +60,7 @@ fi
   fi
   if wanted memory; then
     python3 scripts/bench/memory_table.py --shapes 8b --lengths 512,2048,8192 --backends transformers
-    python3 scripts/bench/memory_table.py --shapes 1b --lengths 1024,8192 --backends transformers
+    python3 scripts/bench/memory_table.py --shapes 1b --lengths 512,1024,2048,8192 --backends transformers
     note "memory"
   fi
 ) &
