@@ -8,6 +8,8 @@ time.
 """
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +19,8 @@ LAUNCHED = 1
 """Steps that are launched before one is recorded: what libraries set up at their first call must not be."""
 ATTENTION = "sft_one_token"
 """Name of `attend` among transformers' attention functions."""
+ALIGNED = 16
+"""Places of keys and values, a multiple of this: a mask of another width is copied to such a one in each layer."""
 LOOK = 16
 """Steps after which it is looked whether all answers have ended; each look waits for the GPU."""
 
@@ -54,7 +58,7 @@ def _greedy(
     from transformers import StaticCache
 
     prompts, length = input_ids.shape
-    device, last = input_ids.device, length + max_new_tokens
+    device, last = input_ids.device, -(-(length + max_new_tokens) // ALIGNED) * ALIGNED
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=last)
     seen = torch.zeros(prompts, 1, 1, last, dtype=torch.bool, device=device)
     seen[:, 0, 0, :length] = attention_mask.bool()
@@ -62,9 +66,19 @@ def _greedy(
     # A place of padding sees itself, since attention to nothing at all is not a number.
     whole = (seen & (places <= places[:length, None])) | (places == places[:length, None])
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    at = places[:length]
+
+    def write(layer: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """In place of the layer's `update`, which counts for itself where to write to: three kernels more."""
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        return layer.keys.index_copy_(2, at, keys), layer.values.index_copy_(2, at, values)
+
+    for layer in cache.layers:
+        layer.update = functools.partial(write, layer)
     found = model(
         input_ids=input_ids,
-        attention_mask=whole,
+        attention_mask=_as_bias(whole, model.dtype),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
@@ -74,11 +88,12 @@ def _greedy(
     at = torch.tensor([length], device=device)
     chosen = torch.zeros(prompts, last, dtype=torch.long, device=device)
     chosen.index_copy_(1, at, token)
+    bias = _as_bias(seen, model.dtype)
 
     def step() -> None:
-        seen.index_fill_(3, at, True)
+        bias.index_fill_(3, at, 0.0)
         logits = model(
-            input_ids=token, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
+            input_ids=token, attention_mask=bias, position_ids=position, past_key_values=cache, use_cache=True
         ).logits
         token.copy_(logits[:, -1].argmax(-1, keepdim=True))
         position.add_(1)
@@ -97,7 +112,14 @@ def _greedy(
             graph.replay()
         else:
             step()
-    return chosen[:, length:].tolist()
+    return chosen[:, length : length + max_new_tokens].tolist()
+
+
+def _as_bias(seen: Any, dtype: Any) -> Any:
+    """What attention adds where a place is seen, 0, and where not; of a bool each layer would make that anew."""
+    import torch
+
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 def _record(step: Callable[[], None]) -> Any:
@@ -139,8 +161,8 @@ def without_cudnn() -> Any:
 
 @contextlib.contextmanager
 def few_kernels(model: Any) -> Iterator[None]:
-    """Inside the block plain LoRA layers and RMS norms of `model` compute what they did, up to rounding, in fewer kernels, and
-    adapters that have learnt nothing yet in none. Not for gradients.
+    """Inside the block plain LoRA layers, RMS norms and the rotation of queries and keys of `model` compute what they did, up
+    to rounding, in fewer kernels, and adapters that have learnt nothing yet in none. Not for gradients.
     """
     import torch
 
@@ -158,7 +180,8 @@ def few_kernels(model: Any) -> Iterator[None]:
     for module, forward in changed.items():
         module.forward = forward
     try:
-        yield
+        with _light_rotation(model):
+            yield
     finally:
         for module in changed:
             del module.forward
@@ -181,17 +204,80 @@ def _light_adapter(module: Any, name: str) -> Callable[..., Any]:
     """The forward pass of a plain LoRA layer: three matrix products, the last one added in place."""
     import torch
 
-    base = module.base_layer
+    base, beside = module.base_layer, _second_stream(module.base_layer.weight.device)
     down = module.lora_A[name].weight.to(base.weight.dtype)
     up = (module.lora_B[name].weight * module.scaling[name]).to(base.weight.dtype).T
 
     def forward(x: Any) -> Any:
-        found = base(x)  # of another type than the weights' under autocast
-        low = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), down)
+        flat = x.reshape(-1, x.shape[-1])
+        if beside is not None and torch.cuda.is_current_stream_capturing():
+            # The small product is computed while the large one waits for its weights.
+            stream = torch.cuda.current_stream()
+            beside.wait_stream(stream)
+            with torch.cuda.stream(beside):
+                low = torch.nn.functional.linear(flat, down)
+            found = base(x)
+            stream.wait_stream(beside)
+        else:
+            found = base(x)  # of another type than the weights' under autocast
+            low = torch.nn.functional.linear(flat, down)
         found.view(-1, found.shape[-1]).addmm_(low, up.to(found.dtype))
         return found
 
     return forward
+
+
+@functools.cache
+def _second_stream(device: Any) -> Any:
+    """A stream for what is recorded beside something else; None on the CPU."""
+    import torch
+
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def _light_rotation(model: Any) -> Iterator[None]:
+    """Queries and keys rotated by `rotate` inside the block, if the model's own function computes the same, which is tried."""
+    import torch
+
+    layer = next((module for name, module in model.named_modules() if name.endswith("self_attn")), None)
+    file = sys.modules[type(layer).__module__]
+    own = getattr(file, "apply_rotary_pos_emb", None)
+    try:
+        q, k, cos, sin = torch.linspace(-3, 2, 64, device=model.device, dtype=model.dtype).view(4, 1, 2, 1, 8).unbind()
+        pairs = zip(own(q, k, cos[:, 0], sin[:, 0]), rotate(q, k, cos[:, 0], sin[:, 0]), strict=True)
+        same = all(torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in pairs)
+    except Exception:  # no such function, or one of other arguments
+        same = False
+    if not same:
+        yield
+        return
+
+    def light(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        usual = args or kwargs or cos.shape[-1] != q.shape[-1]  # some models rotate a part of the width
+        return own(q, k, cos, sin, *args, **kwargs) if usual else rotate(q, k, cos, sin)
+
+    file.apply_rotary_pos_emb = light
+    try:
+        yield
+    finally:
+        file.apply_rotary_pos_emb = own
+
+
+def rotate(q: Any, k: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
+    """Rotary position embedding (Su et al. 2021) as most models of transformers write it, in three kernels each.
+
+    q, k: [rows, heads, tokens, width], of unlike heads; cos, sin: [rows, tokens, width].
+    """
+    half, cos, sin = q.shape[-1] // 2, cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def rotated(x: Any) -> Any:
+        found = x * cos
+        found[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        found[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return found
+
+    return rotated(q), rotated(k)
 
 
 def _light_norm(module: Any, checked: dict[type, bool]) -> Callable[..., Any] | None:
