@@ -127,3 +127,31 @@ def test_two_gpus_learn_what_one_does(small_llama, tmp_path, way, options):
         losses[processes] = [line["loss"] for line in lines if "loss" in line]
     assert len(losses[1]) == 6
     assert all(abs(a - b) < 2e-2 for a, b in zip(losses[1], losses[2], strict=True))
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_recorded_answers_are_those_of_generate(small_llama, monkeypatch, learnt):
+    """Steps replayed as a CUDA graph, with adapters and siblings on streams of their own, name the same tokens in float32."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from sft import decode
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.float32).to("cuda")
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=not learnt)
+    base = get_peft_model(model, lora).eval().get_base_model()
+    ids = torch.randint(5, 1000, (3, 30), device="cuda")
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 7, 21)):
+        ids[row, :padding], mask[row, :padding] = 0, 0
+    recorded, record = [], decode._record
+    monkeypatch.setattr(decode, "_record", lambda step: recorded.append(record(step)) or recorded[-1])
+    with torch.no_grad():
+        expected = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=64, do_sample=False, eos_token_id=None,
+                                  pad_token_id=0)[:, 30:].tolist()  # fmt: skip
+        for _ in range(3):
+            assert decode.greedy(base, ids, mask, set(), 64, lambda: None) == expected
+    assert len(recorded) == 3
+    assert len({token for answer in expected for token in answer}) > 10, "else little is compared"
