@@ -21,12 +21,8 @@ ATTENTION = "sft_one_token"
 """Name of `attend` among transformers' attention functions."""
 ALIGNED = 16
 """Places of keys and values, a multiple of this: a mask of another width is copied to such a one in each layer."""
-SIBLINGS = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-"""Names, under transformers, of linear layers that are given the same input."""
 LOOK = 16
 """Steps after which it is looked whether all answers have ended; each look waits for the GPU."""
-_streams: list[Any] = []
-"""Streams that nothing is recorded on now."""
 
 
 def fits(model: Any) -> bool:
@@ -176,8 +172,6 @@ def few_kernels(model: Any) -> Iterator[None]:
     learnt = torch.stack(learnt).tolist() if learnt else []  # one wait for the GPU, not one for each
     for (module, name), has_learnt in zip(adapters.items(), learnt, strict=True):
         changed[module] = _light_adapter(module, name) if has_learnt else module.base_layer.__call__
-    for parent in model.modules():
-        changed |= _side_by_side(parent, changed)
     checked: dict[type, bool] = {}
     for module in model.modules():
         if forward := _light_norm(module, checked):
@@ -224,56 +218,33 @@ def _light_adapter(module: Any, name: str) -> Callable[..., Any]:
     return forward
 
 
-def _side_by_side(parent: Any, changed: dict[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
-    """Forward passes of linear layers of `parent` that are given the same input, one after the other: the first one begins them
-    all. Those of keys and values are too small to keep a GPU's memory busy alone.
-    """
-    found: dict[Any, Callable[..., Any]] = {}
-    for names in SIBLINGS:
-        layers = [vars(parent)["_modules"].get(name) for name in names]
-        if None not in layers:
-            begun: dict[Any, tuple[Any, Callable[[], Any]]] = {}
-            first, *others = [(layer, changed.get(layer, layer.forward)) for layer in layers]
-            found[first[0]] = functools.partial(_lead, begun, first[1], others)
-            found |= {layer: functools.partial(_follow, begun, layer, forward) for layer, forward in others}
-    return found
-
-
-def _lead(begun: Any, forward: Callable[..., Any], others: list[tuple[Any, Callable[..., Any]]], x: Any) -> Any:
-    for layer, other in others:
-        if begun.get(layer, True):
-            begun[layer] = x, _beside(functools.partial(other, x))
-    return forward(x)
-
-
-def _follow(begun: Any, layer: Any, forward: Callable[..., Any], x: Any) -> Any:
-    given, result = begun.pop(layer, None) or (None, None)
-    if given is x:
-        return result()
-    begun[layer] = None  # it has an input of its own, as shows before anything is recorded
-    return forward(x)
-
-
 def _beside(work: Callable[[], Any]) -> Callable[[], Any]:
-    """While a step is recorded, `work` begins now, on a stream of its own; what is returned waits for its result. Else it is
-    done where the result is asked for.
+    """While a step is recorded, `work` begins now, on a second stream; what is returned waits for its result. Else it is done
+    where the result is asked for.
+
+    Its result must be used before the next one begins, on the stream that asked: then nothing of it is written over too early.
     """
     import torch
 
     if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
         return work
-    stream = torch.cuda.current_stream()
-    other = _streams.pop() if _streams else torch.cuda.Stream()
-    other.wait_stream(stream)
-    with torch.cuda.stream(other):
+    stream, second = torch.cuda.current_stream(), _second_stream()
+    second.wait_stream(stream)
+    with torch.cuda.stream(second):
         result = work()
 
     def wait() -> Any:
-        stream.wait_stream(other)
-        _streams.append(other)
+        stream.wait_stream(second)
         return result
 
     return wait
+
+
+@functools.cache
+def _second_stream() -> Any:
+    import torch
+
+    return torch.cuda.Stream()
 
 
 @contextlib.contextmanager

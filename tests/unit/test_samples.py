@@ -92,41 +92,6 @@ def test_attention_of_one_token_is_that_of_transformers():
     assert found.shape == (2, 1, 6, 8) and torch.allclose(found, expected, atol=1e-6)
 
 
-def test_layers_with_one_input_are_begun_together_where_something_is_recorded(monkeypatch):
-    import itertools
-
-    count, log = itertools.count(), []
-
-    def beside(work):  # as while a step is recorded: done at once, and waited for where the result is asked for
-        number, result = next(count), work()
-        log.append(f"begin {number}")
-        return lambda: log.append(f"wait {number}") or result
-
-    class Attention(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name in ("q_proj", "k_proj", "v_proj"):
-                self.add_module(name, torch.nn.Linear(4, 4))
-
-        def forward(self, x, y):
-            return self.q_proj(x), self.k_proj(x), self.v_proj(y)
-
-    monkeypatch.setattr(decode, "_beside", beside)
-    torch.manual_seed(0)
-    layer, x, y = Attention(), torch.randn(2, 4), torch.randn(2, 4)
-    with torch.no_grad():
-        alike, unlike = layer(x, x), layer(x, y)
-        assert not decode._side_by_side(torch.nn.Linear(2, 2), {})
-        changed = decode._side_by_side(layer, {})
-        for child, forward in changed.items():
-            child.forward = forward
-        for given, expected in ((x, alike), (y, unlike), (y, unlike)):
-            assert all(map(torch.equal, layer(x, given), expected))
-            log.append("end")
-    assert log[:5] == ["begin 0", "begin 1", "wait 0", "wait 1", "end"]
-    assert log[5:] == ["begin 2", "begin 3", "wait 2", "end", "begin 4", "wait 4", "end"], "the last has an input of its own"
-
-
 def test_queries_and_keys_are_rotated_as_by_the_model_and_only_inside_the_block(tiny):
     from transformers.models.llama import modeling_llama
 
