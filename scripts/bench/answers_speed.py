@@ -3,9 +3,9 @@
     python scripts/bench/answers_speed.py --model DIR                             on a GPU
     python scripts/bench/answers_speed.py --model DIR --tokens 8 --prompts 2      a try on the CPU
 
-Four prompts of 80 random tokens, r 16 on seven projections, the two ways in turn, with adapters that have learnt nothing yet and
-with others. The first go of each also sets up what libraries set up once, and reads them from the disk. A step is what the last
-nine tenths of the tokens took.
+Four prompts of 80 random tokens, r 16 on seven projections, the two ways in turn, with adapters that have learnt nothing yet
+and with others. The first go of each also sets up what libraries set up once, and reads them from the disk. A step is what the
+last nine tenths of the tokens took.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
         print(f"adapters {adapters}")
         for _ in range(args.rounds):
             for words, answer in (("few kernels", decode.greedy), ("as they are", decode._greedy)):
-                few = args.tokens // 10
+                few = max(1, args.tokens // 10)
                 short, whole = seconds(answer, few), seconds(answer, args.tokens)
                 print(f"  {words}: {whole:.2f} s, a step {1000 * (whole - short) / (args.tokens - few):.2f} ms", flush=True)
         for name, weight in model.named_parameters():
