@@ -26,15 +26,15 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from sft import runtime
-from sft.errors import Refusal, refuse
+from sft.errors import Refusal
 from sft.records import read_json
-from sft.settings import Settings, Strategy
+from sft.settings import Settings
 from sft.validate import processes_of
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,11 @@ def launched() -> bool:
 def is_first() -> bool:
     """Whether this process is the one that writes and speaks."""
     return _group.rank == 0 if _group else int(os.environ.get("RANK", "0")) == 0
+
+
+def rank() -> int:
+    """Number of this process among those that train together, once they have joined."""
+    return _group.rank if _group else 0
 
 
 def world_size() -> int:
@@ -473,11 +478,8 @@ def stop_request() -> runtime.StopRequest:
     return SharedStop() if _group else runtime.StopRequest()
 
 
-def alone(action: Callable[[int], None], settings: Settings) -> Callable[[int], None]:
-    """`action`, done by rank 0 while the others wait for it; Interrupted there is raised on all.
-
-    Where each rank has only a share of the weights, all of them do it.
-    """
+def alone(action: Callable[[int], None]) -> Callable[[int], None]:
+    """`action`, done by rank 0 while the others wait for it; Interrupted there is raised on all."""
 
     def act(step: int) -> None:
         signal_ = None
@@ -489,7 +491,7 @@ def alone(action: Callable[[int], None], settings: Settings) -> Callable[[int], 
         if signal_ := broadcast(signal_):
             raise runtime.Interrupted(signal_)
 
-    return act if _group and not shards(settings) else action
+    return act if _group else action
 
 
 @contextlib.contextmanager
@@ -508,80 +510,6 @@ def shared_folder(writing: contextlib.AbstractContextManager[Path]) -> Iterator[
         yield broadcast(None)
         gathered(None)
         broadcast(None)
-
-
-# ------------------------------------------------------------------------------------------- how they are trained
-
-
-def shards(settings: Settings) -> bool:
-    """Whether each process has only a share of the weights, so that a forward pass needs all of them."""
-    return _group is not None and settings.distributed.strategy == Strategy.fsdp
-
-
-def check_checkpoint(checkpoint: Path | None, settings: Settings) -> None:
-    """Raise Refusal if processes with shares of the weights would go on from a checkpoint without, or the other way round."""
-    shared = checkpoint is not None and (checkpoint / "pytorch_model_fsdp.bin").exists()
-    if checkpoint is not None and shared != shards(settings):
-        was, now = ("fsdp", "ddp") if shared else ("ddp", "fsdp")
-        why = f"{checkpoint.name.replace('-', ' ')} was written with distributed.strategy={was}, in another form."
-        fix = "distributed.strategy=fsdp distributed.num_processes=2" if shared else "distributed.strategy=ddp"
-        raise refuse(f"distributed.strategy={now}" if world_size() > 1 else "one process", why, fix)
-
-
-def training_options(settings: Settings, checkpointing: bool) -> dict[str, Any]:
-    """What transformers' TrainingArguments need besides, where there are several processes."""
-    if _group is None:
-        return {}
-    if shards(settings):
-        import torch
-
-        # TRL's own loss in chunks passes the output layer by, and torch before 2.13 then loses track of where its weights are.
-        plain = {} if torch.torch_version.TorchVersion(torch.__version__) >= (2, 13) else {"loss_type": "nll"}
-        # Whole weights in a checkpoint, not shares, so that another number of processes can go on from it.
-        options = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "activation_checkpointing": checkpointing}
-        return {"fsdp": True, "fsdp_config": options, "gradient_checkpointing": False, **plain}
-    # Every trained weight is used in every pass, so that nothing has to be searched for those that are not; and no buffer of a
-    # frozen model changes, so that none has to be sent around before each.
-    return {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
-
-
-def settle_accelerator(accelerator: Any) -> None:
-    """Let a gradient be a view of what is averaged over the ranks, not a copy of it; where each has a share of the weights, let
-    gradients be added up in float32 and a loss stay what it is: accelerate rounds both to the 16 bits that are computed in.
-    """
-    import torch
-
-    if handler := getattr(accelerator, "ddp_handler", None):
-        handler.gradient_as_bucket_view = True
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin and plugin.mixed_precision_policy:
-        policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None)
-        plugin.mixed_precision_policy = policy
-
-
-def settle_device(args: Any) -> None:
-    """Let a process have one GPU, and call the CPU by its plain name.
-
-    transformers gives a process that is alone all GPUs it sees, with as many times the rows in a pass. accelerate gives the CPU
-    the rank's number (`cpu:1`), under which torch.load reads nothing.
-    """
-    if args.n_gpu > 1:
-        args._n_gpu = 1
-    if _group and args.device.type == "cpu":
-        import torch
-        from accelerate.state import DistributedType, PartialState
-
-        args.__dict__["_setup_devices"] = torch.device("cpu")  # where `args.device` is kept
-        if args.fsdp:  # torch shards on the CPU too, but accelerate asks it to only where it sees GPUs
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-
-def spread_random_state(seed: int) -> None:
-    """Another dropout on each rank, once everything that has to be the same everywhere was drawn."""
-    if _group and _group.rank:
-        import torch
-
-        torch.manual_seed(seed + _group.rank)
 
 
 if __name__ == "__main__":

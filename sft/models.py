@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sft import distributed, embedded
+from sft import embedded, strategy
 from sft.batch import why_padded
 from sft.errors import Problem, Refusal, first_line, refuse
 from sft.memory import CAPACITY, CONTEXT, within_limit
@@ -200,7 +200,7 @@ def weights_in_float32(settings: Settings) -> bool:
     them lowered a loss by 0.05 in float32 and by 0.02 in bfloat16 (four random layers of width 256 on a CPU, 2026-11-28).
     Adapters are kept in float32 as well. Where processes share the weights, accelerate makes each share float32.
     """
-    return not settings.lora.enabled and settings.model.dtype == Dtype.auto and not distributed.shards(settings)
+    return not settings.lora.enabled and settings.model.dtype == Dtype.auto and not strategy.shards(settings)
 
 
 def _load_unsloth(settings: Settings, where: str) -> Any:
@@ -248,7 +248,7 @@ def _load_transformers(settings: Settings, where: str) -> Any:
         )
     if model.load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    if torch.cuda.is_available() and not distributed.shards(settings):  # else each process takes its share from main memory
+    if torch.cuda.is_available() and not strategy.shards(settings):  # else each process takes its share from main memory
         options["device_map"] = {"": torch.cuda.current_device()}  # each process has its own
     return AutoModelForCausalLM.from_pretrained(where, trust_remote_code=model.trust_remote_code, **options)
 

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sft import distributed, durable, fast, lora, models, preflight, resume, runtime, samples, shared
+from sft import distributed, durable, fast, lora, models, preflight, resume, runtime, samples, shared, strategy
 from sft import trainer as training
 from sft.batch import Split, with_split
 from sft.budget import TimeBudget
@@ -210,7 +210,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
         settings = with_looks(with_split(settings, found.split), prepared.facts)
         proof.write_rows(folder, prepared)
         checkpoint = resume.find_checkpoint(folder, before, facts["data_hash"])
-        distributed.check_checkpoint(checkpoint, settings)
+        strategy.check_checkpoint(checkpoint, settings)
         _record_data(record, facts, checkpoint)
         record.update(split=asdict(found.split), processes=distributed.world_size())
         distributed.broadcast((settings, checkpoint, facts["data_hash"]))
@@ -355,7 +355,7 @@ def _train(
     record.update(tracking=tracking.facts)
 
     prompts = samples.choose_prompts(prepared, settings, tokenizer)
-    sharded = distributed.shards(settings)
+    sharded = strategy.shards(settings)
 
     def take_samples(step: int) -> None:
         if not prompts:
@@ -381,7 +381,8 @@ def _train(
         recorder.add({"step": step, "eos_share": share})
         tracking.samples(lines)
 
-    take_samples = distributed.alone(take_samples, settings)
+    if not sharded:  # else an answer needs the weights of all
+        take_samples = distributed.alone(take_samples)
 
     def begin() -> None:
         with budget.measured("samples"):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sft import decode, distributed
+from sft import decode, strategy
 from sft.data import Prepared
 from sft.errors import first_line
 from sft.fast import base_of
@@ -82,7 +82,7 @@ def generate(
             ids = torch.tensor(ids, device=model.device)
             mask = torch.arange(longest, device=model.device) >= torch.tensor(padding, device=model.device)[:, None]
             answers = None
-            if count > 1 and not distributed.shards(settings):
+            if count > 1 and not strategy.shards(settings):
                 answers = _recorded(base_of(model), ids, mask, stop_ids, config.max_new_tokens, check_stop)
             if answers is None:
                 output = model.generate(

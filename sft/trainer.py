@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sft import distributed, fast, flat, shared, shares
+from sft import distributed, fast, flat, shared, shares, strategy
 from sft.bad_steps import BadSteps
 from sft.batch import EVAL_ROWS, EvenPasses, eval_rows, planned_steps
 from sft.data import Prepared, token_counts
@@ -136,7 +136,7 @@ def build_trainer(
     many = choice.padding_free and torch.cuda.is_available() and data.eval is not None
     rows = eval_rows(settings.trainer, token_counts(data.eval) if many else None, distributed.world_size())
     args = training_arguments(settings, loop.folder, data.eval is not None, choice, rows)
-    distributed.settle_device(args)
+    strategy.settle_device(args)
     trainer = Trainer(
         model=model,
         args=args,
@@ -144,7 +144,7 @@ def build_trainer(
         eval_dataset=_model_columns(data.eval, tokenizer, settings) if data.eval is not None else None,
         processing_class=tokenizer,
     )
-    distributed.settle_accelerator(trainer.accelerator)
+    strategy.settle_accelerator(trainer.accelerator)
     trainer.fast, trainer.end_to_end = choice, None
     if choice.padding_free:
         rows = settings.trainer.per_device_train_batch_size if choice.lengths else 0
@@ -210,7 +210,7 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool, choice:
         remove_unused_columns=False,
         report_to="none",
     )
-    args = SFTConfig(**(options | distributed.training_options(settings, uses_checkpointing(settings)) | t.extra))
+    args = SFTConfig(**(options | strategy.training_options(settings, uses_checkpointing(settings)) | t.extra))
     # Not among the options, which would then ask for checkpoints at evaluations alone: sft/loop.py saves each new best itself.
     args.load_best_model_at_end = keep_best
     return args
@@ -234,7 +234,7 @@ def _run_callback(trainer, settings: Settings) -> Any:
 
     class RunCallback(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            distributed.spread_random_state(settings.seed)
+            strategy.spread_random_state(settings.seed)
             if loop.begin and loop.checkpoint is None:
                 loop.begin()
             trainer.restore()

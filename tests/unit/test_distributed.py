@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from sft import distributed, flat, shares
+from sft import distributed, flat, shares, strategy
 from sft.batch import check_split
 from sft.settings import TrainerSettings
 from sft.validate import check_settings
@@ -42,7 +42,7 @@ def test_a_process_takes_one_of_several_gpus(tmp_path):
     args = training_arguments(settings, tmp_path, False, Fast())
     args._n_gpu = 2  # as where two are seen
     assert args.train_batch_size == 4
-    distributed.settle_device(args)
+    strategy.settle_device(args)
     assert args.train_batch_size == 2
 
 
@@ -51,11 +51,11 @@ def test_shared_weights_are_computed_with_in_16_bits_and_losses_are_not_rounded_
 
     half = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)  # what accelerate sets
     plugin = types.SimpleNamespace(mixed_precision_policy=half)
-    distributed.settle_accelerator(types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin)))
+    strategy.settle_accelerator(types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin)))
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
     alone = types.SimpleNamespace(state=types.SimpleNamespace(), ddp_handler=types.SimpleNamespace())
-    distributed.settle_accelerator(alone)
+    strategy.settle_accelerator(alone)
     assert alone.ddp_handler.gradient_as_bucket_view
 
 
