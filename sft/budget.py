@@ -48,6 +48,8 @@ class TimeBudget:
         self.deadline = time.monotonic() + min(left) if left else None
         self.needs: dict[str, float] = {}
         """Longest seconds seen of a `step`, of `load`, `evaluate`, `samples`, `save`."""
+        self.earlier: dict[str, float] = {}
+        """The same of the session before, which count until this one has measured its own."""
 
     @contextlib.contextmanager
     def measured(self, part: str) -> Iterator[None]:
@@ -67,7 +69,7 @@ class TimeBudget:
         An export measures the trained model once, and each artifact once more: it is written (as long as loading took), loaded,
         and its loss and answers are taken.
         """
-        needs = self.needs
+        needs = self.earlier | self.needs
         proof = sum(needs.get(part, 0.0) for part in ("load", "load", "evaluate", "samples"))
         exports = (self.exports + 1) * proof + IMPORTS if self.exports else 0.0
         parts = [needs.get(part, 0.0) for part in ("step", "evaluate", "samples", "save", "save")]

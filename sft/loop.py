@@ -139,6 +139,7 @@ def resumable(base: type) -> type:
                 callback.early_stopping_patience_counter = kept["patience_counter"]
             self.bad_steps.count = kept["bad_steps"]
             self.smaller.rows = kept.get("rows_at_once")
+            self.loop.budget.earlier = kept.get("needs", {})
             self.state.best_model_checkpoint = self._best_checkpoint()
             self.loop.due, self.loop.save_due = kept["due"], kept["save_due"]
             if self.loop.due:
@@ -264,7 +265,7 @@ def resumable(base: type) -> type:
             return self._determine_best_metric(metrics, None) and self.args.load_best_model_at_end
 
         def _evaluate(self, *args, **kwargs):
-            with _same_random_state(), self.loop.timed("evaluate"):
+            with _same_random_state(), self.loop.timed("evaluate"), self.loop.budget.measured("evaluate"):
                 return super()._evaluate(*args, **kwargs)
 
         def _save_checkpoint(self, model, trial):
@@ -280,6 +281,7 @@ def resumable(base: type) -> type:
                 "patience_counter": max((c.early_stopping_patience_counter for c in _early_stopping(self)), default=0),
                 "bad_steps": self.bad_steps.count,
                 "rows_at_once": self.smaller.rows,
+                "needs": self.loop.budget.earlier | self.loop.budget.needs,
                 "due": self.loop.due,
                 "save_due": self.loop.save_due,
                 **self.loop.recorder.state(),

@@ -243,6 +243,22 @@ def test_a_stop_request_saves_the_adapter(small, tmp_path, stop_at):
     assert (tmp_path / "checkpoints" / "checkpoint-2").is_dir()
 
 
+def test_the_time_of_the_last_evaluation_is_known_before_the_first_step_is_over(small, tmp_path, stop_at, monkeypatch):
+    from sft.budget import TimeBudget
+
+    looks, used_up = [], TimeBudget.used_up
+    monkeypatch.setattr(TimeBudget, "used_up", lambda self: looks.append(self.earlier | self.needs) or used_up(self))
+    stop_at(2)
+    settings = small("trainer.max_steps=4", "trainer.eval_steps=4", "trainer.save_steps=4", "trainer.max_hours=1")
+    assert run(settings, tmp_path).status == "stopped"
+    assert {"load", "evaluate", "samples", "step"} <= looks[0].keys() and looks[0]["evaluate"] > 0
+    before = looks[-1]["evaluate"]
+    looks.clear()
+    stop_at(-1)
+    assert run(settings, tmp_path).status == "finished"
+    assert looks[0]["evaluate"] == before, "a run that goes on measures none before its last step"
+
+
 def test_a_run_that_was_stopped_after_its_best_step_goes_on_from_its_last(small, tmp_path, stop_at):
     stop_at(5)
     settings = small("trainer.max_steps=8", "trainer.eval_steps=2", "trainer.save_steps=8", "trainer.learning_rate=300",

@@ -43,6 +43,13 @@ def test_the_ending_gets_the_longest_times_that_were_measured():
     assert budget.used_up()
 
 
+def test_the_session_before_counts_until_this_one_has_measured():
+    budget = TimeBudget(TrainerSettings(max_hours=1.0))
+    budget.earlier = {"evaluate": 100.0, "save": 40.0}
+    budget.note("evaluate", 20)  # a faster machine
+    assert budget.reserve == pytest.approx(MARGIN * (20 + 2 * 40) + FINISH) and budget.wants_measuring
+
+
 def test_each_export_and_the_model_it_is_held_against_get_their_time():
     budget = TimeBudget(TrainerSettings(max_hours=1.0), exports=2)
     for part, seconds in (("load", 3), ("evaluate", 20), ("samples", 10)):
