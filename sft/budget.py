@@ -64,7 +64,8 @@ class TimeBudget:
 
     @property
     def reserve(self) -> float:
-        """Seconds to keep for one step more, the last evaluation and answers, the checkpoint and the adapter, the exports.
+        """Seconds to keep for one step more, the last evaluation and answers, the checkpoint and the adapter, the exports, and
+        the loss that they are held against: of a few held-out rows (sft/export/proof.py), it takes no longer than the former.
 
         An export measures the trained model once, and each artifact once more: it is written (as long as loading took), loaded,
         and its loss and answers are taken.
@@ -72,7 +73,7 @@ class TimeBudget:
         needs = self.earlier | self.needs
         proof = sum(needs.get(part, 0.0) for part in ("load", "load", "evaluate", "samples"))
         exports = (self.exports + 1) * proof + IMPORTS if self.exports else 0.0
-        parts = [needs.get(part, 0.0) for part in ("step", "evaluate", "samples", "save", "save")]
+        parts = [needs.get(part, 0.0) for part in ("step", "evaluate", "evaluate", "samples", "save", "save")]
         return MARGIN * (sum(parts) + exports) + FINISH
 
     @property

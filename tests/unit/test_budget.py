@@ -36,7 +36,7 @@ def test_the_ending_gets_the_longest_times_that_were_measured():
     assert budget.wants_measuring and not budget.used_up()
     for part, seconds in (("step", 2), ("step", 1), ("evaluate", 20), ("samples", 10), ("save", 5)):
         budget.note(part, seconds)
-    assert budget.reserve == pytest.approx(MARGIN * (2 + 20 + 10 + 5 + 5) + FINISH) and not budget.wants_measuring
+    assert budget.reserve == pytest.approx(MARGIN * (2 + 2 * 20 + 10 + 5 + 5) + FINISH) and not budget.wants_measuring
     budget.deadline = time.monotonic() + budget.reserve + 1
     assert not budget.used_up()
     budget.note("evaluate", 22)
@@ -47,14 +47,14 @@ def test_the_session_before_counts_until_this_one_has_measured():
     budget = TimeBudget(TrainerSettings(max_hours=1.0))
     budget.earlier = {"evaluate": 100.0, "save": 40.0}
     budget.note("evaluate", 20)  # a faster machine
-    assert budget.reserve == pytest.approx(MARGIN * (20 + 2 * 40) + FINISH) and budget.wants_measuring
+    assert budget.reserve == pytest.approx(MARGIN * (2 * 20 + 2 * 40) + FINISH) and budget.wants_measuring
 
 
 def test_each_export_and_the_model_it_is_held_against_get_their_time():
     budget = TimeBudget(TrainerSettings(max_hours=1.0), exports=2)
     for part, seconds in (("load", 3), ("evaluate", 20), ("samples", 10)):
         budget.note(part, seconds)
-    assert budget.reserve == pytest.approx(MARGIN * (20 + 10 + 3 * (3 + 3 + 20 + 10) + IMPORTS) + FINISH)
+    assert budget.reserve == pytest.approx(MARGIN * (2 * 20 + 10 + 3 * (3 + 3 + 20 + 10) + IMPORTS) + FINISH)
     wanted = ExportSettings(formats=["adapter", "gguf"])
     assert count_artifacts(wanted) == 1 + len(wanted.gguf.quantizations) and count_artifacts(ExportSettings()) == 0
 
