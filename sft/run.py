@@ -357,13 +357,18 @@ def _train(
     prompts = samples.choose_prompts(prepared, settings, tokenizer)
     sharded = strategy.shards(settings)
 
+    asked = [[asdict(prompt) for prompt in prompts], sorted(stop_ids), settings.samples.max_new_tokens]
+
+    def ask(step: int) -> list[dict]:
+        check = stop.check if sharded else stop.check_here
+        return samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check)
+
     def take_samples(step: int) -> None:
         if not prompts:
             return
         try:
-            check = stop.check if sharded else stop.check_here
             with record.timed("samples"):
-                lines = samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check)
+                lines = ask(step) if step else shared.of_base("answers", model, settings, asked, lambda: ask(step))
         except torch.OutOfMemoryError as error:  # answers are looked at; nothing that is trained depends on them
             if sharded:
                 raise  # the other processes wait for this one

@@ -1,7 +1,8 @@
 """What runs of one process have in common: loaded once, and handed to each run as if it were fresh.
 
 Outside of a sweep every function only loads. In a sweep the frozen model, the adapter it began with, the tokenizer and the
-tokens stay, as long as the next job asks for the same; on a GPU so do the passes that were recorded with that adapter. A model
+tokens stay, as long as the next job asks for the same; on a GPU so do the passes that were recorded with that adapter. What the
+model says before anything is learnt, its held-out loss and its answers, is the same for all and taken once. A model
 is given out again only if it is provably what it was: its modules are put back as they stood, its adapter's weights are
 written back, and any other weight that was written to or replaced means that it is loaded again.
 """
@@ -21,8 +22,10 @@ log = logging.getLogger(__name__)
 
 _keeping = _frozen = False
 _kept: dict[str, tuple[str, Any]] = {}
-loads: dict[str, int] = {"model": 0, "adapter": 0, "tokenizer": 0, "tokens": 0, "check": 0, "recordings": 0}
+loads = dict.fromkeys(("model", "adapter", "tokenizer", "tokens", "check", "recordings", "evaluation", "answers"), 0)
 """How often each was loaded or made in this process."""
+OF_MODEL = ("model", "adapter", "check", "recordings", "evaluation", "answers")
+"""What goes when another model is loaded."""
 
 
 def keep(on: bool) -> None:
@@ -61,7 +64,7 @@ def load_model(settings: Settings, backend: str) -> tuple[Any, str]:
             return base.model, base.source
         log.debug("The model is loaded again: %s", changed)
         del base
-        _forget("model", "adapter", "check", "recordings")  # first, so that two models are never in memory together
+        _forget(*OF_MODEL)  # first, so that two models are never in memory together
     loads["model"] += 1
     model, source = models.load_model(settings, backend)
     if shareable:
@@ -105,6 +108,17 @@ def recordings(model: Any, settings: Settings, what: Any, make: Callable[[], Any
     return _once("recordings", _key(what), make) if keeps else make()
 
 
+def of_base(name: str, model: Any, settings: Settings, what: Any, make: Callable[[], Any]) -> Any:
+    """What `make()` finds (`evaluation`, `answers`) with a kept model whose adapter has learnt nothing yet: found once for all
+    runs with the same `what`, whatever their ranks and rates, because such an adapter adds nothing. Else what it finds now.
+
+    DoRA's magnitudes and copied modules round in other ways than the model alone; a run with a time limit has to measure.
+    """
+    own = settings.lora.use_dora or settings.lora.modules_to_save or settings.trainer.max_hours or settings.trainer.stop_at
+    kept = "adapter" in _kept and _kept["adapter"][1].model is model
+    return _once(name, _key(settings.model, what), make) if kept and not own else make()
+
+
 def keeps_recordings(settings: Settings) -> bool:
     """Whether recorded passes stay when a run ends; an export, in a process of its own, needs the memory."""
     return _keeping and not settings.export.formats
@@ -119,7 +133,7 @@ def take_back() -> None:
     global _frozen
     if "model" in _kept and (changed := _kept["model"][1].restore()):
         log.debug("The model is not kept: %s", changed)
-        _forget("model", "adapter", "check", "recordings")
+        _forget(*OF_MODEL)
     runtime.release_memory()
     if _keeping and not _frozen:  # gc.get_freeze_count() says nothing: Python 3.12 begins with 375
         gc.freeze()

@@ -107,7 +107,19 @@ def build_trainer(
                 self.eval_sum, self.eval_tokens = self.eval_sum + loss * learnt, self.eval_tokens + learnt
             return results[0][0], None, None
 
-        def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        def evaluation_loop(self, *args, **kwargs):
+            if self.state.global_step:
+                return self.evaluate_anew(*args, **kwargs)
+            what = [
+                data.facts["held_out_hash"],
+                self.args.per_device_eval_batch_size,
+                choice.padding_free,
+                settings.trainer.extra,
+            ]
+            found = shared.of_base("evaluation", self.model, settings, what, lambda: self.evaluate_anew(*args, **kwargs))
+            return found._replace(metrics=dict(found.metrics))
+
+        def evaluate_anew(self, *args, metric_key_prefix="eval", **kwargs):
             self.eval_sum, self.eval_tokens = 0.0, 0
             across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
             try:  # each process takes the mean of its own rows

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import json
 import weakref
 
 import pytest
@@ -193,3 +194,32 @@ def test_what_is_left_after_a_run_is_not_looked_through_again(keeping):
     assert gc.get_freeze_count() > len(kept)
     shared.thaw()
     assert gc.get_freeze_count() == 0
+
+
+def test_what_the_model_says_before_it_learns_is_taken_once_for_all_ranks(keeping, tmp_path):
+    from sft.run import run
+
+    base = (*SMALL, "trainer.max_steps=2", "trainer.learning_rate=1e-2", "samples.max_new_tokens=6", "tracking=none")
+    jobs = {"r4": "lora.r=4", "r8": "lora.r=8", "dora": "lora.use_dora=true", "limited": "trainer.max_hours=1",
+            "longer": "samples.max_new_tokens=7"}  # fmt: skip
+
+    def train(name, place):
+        assert run(make_settings(*base, jobs[name]), tmp_path / place / name).status == "finished"
+        shared.take_back()
+
+    def told(name, place):
+        lines = [json.loads(line) for line in (tmp_path / place / name / "metrics.jsonl").read_text("utf-8").splitlines()]
+        measured = ("tokens_per_second", "memory_gib")
+        curve = [{key: value for key, value in line.items() if key not in measured} for line in lines]
+        return curve, (tmp_path / place / name / "samples.jsonl").read_text(encoding="utf-8")
+
+    for name, expected in (("r4", (1, 1)), ("r8", (1, 1)), ("dora", (1, 1)), ("limited", (1, 1)), ("longer", (1, 2))):
+        train(name, "together")
+        assert (keeping()["evaluation"], keeping()["answers"]) == expected, name
+    assert keeping()["model"] == 1
+    shared.keep(False)
+    for name in jobs:
+        train(name, "alone")
+        assert told(name, "together") == told(name, "alone"), name
+    curve, answers = told("r8", "alone")
+    assert any(line["step"] == 0 and "eval_loss" in line for line in curve) and '"step": 0' in answers
