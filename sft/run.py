@@ -468,9 +468,11 @@ def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResul
     """Write the report, then the final status, last of all; say how it went."""
     # A run that the clock stopped kept the time for its exports: a borrowed GPU may not come back.
     complete = status == "finished" or (status == "stopped" and stop.out_of_time and not stop.signal)
-    failures = _export(folder, record, stop) if complete and settings.export.formats else []
+    failures, cut = _export(folder, record, stop) if complete and settings.export.formats else ([], None)
     if failures:
         reason = "; ".join([*([reason] if reason else []), "trained, but not every export holds: " + " | ".join(failures)])
+    if cut:  # to be made when the run goes on
+        status, reason = "stopped", "; ".join([*([reason] if reason else []), f"trained; {cut} ended the export"])
     code = 1 if failures else {"finished": 0, "failed": 1, "stopped": 130 if stop.signal else 0}[status]
     artifacts = {**record.facts.get("artifacts", {}), "report": "report.html"}
     ending = {"status": status, "reason": reason, "artifacts": artifacts, "ended_at": runtime.now()}
@@ -496,8 +498,9 @@ def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResul
     return RunResult(status, code, folder, good)
 
 
-def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) -> list[str]:
-    """Export in a process of its own, which measures what was saved and not what is still in memory; what failed of it.
+def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) -> tuple[list[str], str | None]:
+    """Export in a process of its own, which measures what was saved and not what is still in memory: what failed of it, and
+    the signal that ended it early.
 
     The weights are safe by now, so a failure is told and does not undo the run.
     """
@@ -518,14 +521,15 @@ def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) 
     artifacts = {f"export/{n}": f["path"] for n, f in report.get("artifacts", {}).items() if f.get("path") and n != "adapter"}
     record.update(artifacts={**record.facts.get("artifacts", {}), **artifacts})
     failures = exporter.failures(report) if report else []
-    if child.returncode and not failures:
-        failures = [f"the export ended early, with {stop.signal or f'exit code {child.returncode}'}"]
+    cut = stop.signal if child.returncode and not failures else None
+    if child.returncode and not failures and not cut:
+        failures = [f"the export ended early, with exit code {child.returncode}"]
     for line in failures:
         log.error("export: %s", line)
     if failures:
         again = f"python scripts/export.py run={os.path.relpath(folder)} export.formats=[...]"
         log.error("hint: %s   exports again", " ".join([again, *words]))
-    return failures
+    return failures, cut
 
 
 def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:

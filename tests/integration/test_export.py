@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -346,6 +347,41 @@ def test_a_failed_export_shows_in_the_exit_code_and_keeps_the_run(tmp_path, monk
     assert (result.status, result.exit_code) == ("finished", 1)
     assert record["status"] == "finished" and "merged_4bit: loss: expected" in record["reason"]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_run_that_is_interrupted_in_its_export_makes_it_when_it_goes_on(tmp_path, monkeypatch):
+    class Exporting:
+        """An export that is at work when the signal comes."""
+
+        returncode = None
+
+        def poll(self):
+            return self.returncode
+
+        def wait(self, timeout):
+            pass
+
+        def terminate(self):
+            self.returncode = -signal.SIGTERM
+
+    def start(command, *args, **kwargs):
+        if "sft.export" not in command:
+            return started(command, *args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return Exporting()
+
+    started = subprocess.Popen
+    settings = make_settings(*SMALL, "trainer=debug", "export=merged_16bit")
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", start)
+        result = run(settings, tmp_path / "run")
+    assert (result.status, result.exit_code) == ("stopped", 130)
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["reason"] == "trained; SIGTERM ended the export" and record["metrics"]["kept_step"] > 0
+    weights = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert run(settings, tmp_path / "run").exit_code == 0
+    assert read(tmp_path / "run")["artifacts"]["merged_16bit"]["status"] == "ok"
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == weights
 
 
 def test_a_run_that_the_clock_stops_still_gets_its_exports(tmp_path):
