@@ -1,7 +1,6 @@
 """A run from its settings to its report, in the order it happens."""
 
 import contextlib
-import errno
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ from sft.budget import TimeBudget
 from sft.command_line import PROCESSES, command_text, to_settings
 from sft.errors import Refusal, SaveFailed, first_line
 from sft.export import exporter, proof
+from sft.failures import reason_of, tell_failure
 from sft.keys import leaf_keys
 from sft.looks import with_looks
 from sft.loop import Loop
@@ -134,7 +134,7 @@ def guarded(start: Callable[[], RunResult], folder: Path, context: Context, swee
     except Refusal as refusal:
         print(refusal, file=sys.stderr, flush=True)
         if sweeping and not (folder / "run.json").exists():  # else it is that of another run
-            runtime.RunRecord(folder, name=context.name, overrides=overrides).close("failed", _reason(refusal))
+            runtime.RunRecord(folder, name=context.name, overrides=overrides).close("failed", reason_of(refusal))
         else:
             _remove_unused(folder)
         return RunResult("refused", 2, folder)
@@ -143,10 +143,10 @@ def guarded(start: Callable[[], RunResult], folder: Path, context: Context, swee
         _remove_unused(folder)
         return RunResult("stopped", 130, folder)
     except Exception as error:  # a full disk or a bug outside of training; run() records those inside
-        _tell_failure(error, folder)
+        tell_failure(error, folder)
         with contextlib.suppress(OSError):
             if not (folder / "run.json").exists():
-                runtime.RunRecord(folder, name=context.name, overrides=overrides).close("failed", _reason(error))
+                runtime.RunRecord(folder, name=context.name, overrides=overrides).close("failed", reason_of(error))
         return RunResult("failed", 1, folder)
     finally:
         shared.take_back()
@@ -183,9 +183,9 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
                 record.path.unlink()
             raise
         except Exception as error:  # before training, or run.json itself could not be written after it
-            _tell_failure(error, folder)
+            tell_failure(error, folder)
             with contextlib.suppress(OSError):
-                record.close("failed", _reason(error))
+                record.close("failed", reason_of(error))
             return RunResult("failed", 1, folder)
 
 
@@ -229,11 +229,11 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
             status, reason = "stopped", f"{interrupt or 'interrupted'}, at once; {kept}"
         except Exception as raised:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
             error = distributed.find_cause(raised)
-            status, reason = "failed", _reason(error)
+            status, reason = "failed", reason_of(error)
             trace = "".join([traceback.format_exc(), *getattr(error, "__notes__", ())])
             told = {"type": type(error).__name__, "message": str(error), "traceback": trace}
             record.facts["error"] = {key: without_passwords(text) for key, text in told.items()}
-            _tell_failure(error, folder)
+            tell_failure(error, folder)
         metrics = recorder.final
         tracking.finish(status, metrics)
         record.facts |= {"metrics": metrics, "tracking": tracking.facts}
@@ -541,40 +541,6 @@ def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:
 def _job_name(choices: dict[str, str], folder: Path) -> str:
     """A sweep's job is called by what varies, which its folder's name says."""
     return "_".join([*(w for w in (choices.get("model"), choices.get("dataset")) if w), folder.name.partition("_")[2]])[:100]
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, distributed.RankLost):
-        return without_passwords(str(error))
-    if isinstance(error, Refusal):
-        return without_passwords("; ".join(f"{p.what}: {p.why}" for p in error.problems))
-    text = without_passwords(str(error)).strip().splitlines()
-    told = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-    # transformers wraps what goes wrong at an import several times; only the innermost error says what it was.
-    root = error
-    while root.__cause__:
-        root = root.__cause__
-    return (
-        told if root is error or first_line(root) in told else f"{told} (because of {type(root).__name__}: {first_line(root)})"
-    )
-
-
-def _tell_failure(error: BaseException, folder: Path) -> None:
-    """One line on the terminal, with what to do where that is known, and the traceback in train.log."""
-    log.error("Failed: %s", _reason(error))
-    for hint in _hints(error):
-        log.error("hint: %s", hint)
-    with contextlib.suppress(OSError), open(folder / "train.log", "a", encoding="utf-8") as file:
-        file.write(runtime.safe("".join(traceback.format_exception(error))))
-
-
-def _hints(error: BaseException) -> list[str]:
-    if type(error).__name__ == "OutOfMemoryError":
-        ways = "trainer.gradient_checkpointing=true   model.load_in_4bit=true   model.max_seq_length=... dataset.overlong=drop"
-        return [f"not even one row at a time fits: {ways}", "more ways in docs/troubleshooting.md"]
-    if isinstance(error, SaveFailed) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
-        return ["make room on the disk, or mend it; then the same command goes on from the last checkpoint"]
-    return []
 
 
 def _remove_unused(folder: Path) -> None:

@@ -24,8 +24,8 @@ from sft.data import prepare
 from sft.embedded import local_model
 from sft.errors import Problem, Refusal, first_line, last_line, refuse
 from sft.export import merge
+from sft.failures import reason_of, tell_failure
 from sft.printable import shown, without_passwords
-from sft.run import _reason, _tell_failure
 from sft.runtime import ConsoleHandler, LogFile
 from sft.settings import DatasetSettings, Settings
 from sft.sweep import leaderboard
@@ -188,7 +188,7 @@ def test_what_is_logged_is_plain_on_the_terminal_and_in_the_log(tmp_path, capsys
         raise ValueError(EVIL)
     except ValueError as error:
         log.warning("Data   %s", EVIL, exc_info=True)
-        _tell_failure(error, tmp_path)
+        tell_failure(error, tmp_path)
     for handler in handlers:
         handler.close()
     written = (tmp_path / "train.log").read_bytes().decode()
@@ -274,7 +274,7 @@ def test_addresses_are_shown_without_their_password():
     text = "at http://me:hunter2@proxy:80/x?a=b@c and https://token@host, mail me@host or ssh git@host:x"
     expected = "at http://...@proxy:80/x?a=b@c and https://...@host, mail me@host or ssh git@host:x"
     assert without_passwords(text) == expected
-    assert first_line(OSError(text)) == last_line(OSError(text)) == expected and "hunter2" not in _reason(OSError(text))
+    assert first_line(OSError(text)) == last_line(OSError(text)) == expected and "hunter2" not in reason_of(OSError(text))
     assert runtime.safe(f"\x1b{text}") == f"\\x1b{expected}" and "hunter2" not in str(refuse(text, text, text))
 
 
