@@ -478,14 +478,14 @@ def stop_request() -> runtime.StopRequest:
     return SharedStop() if _group else runtime.StopRequest()
 
 
-def alone(action: Callable[[int], None]) -> Callable[[int], None]:
+def alone(action: Callable[..., None]) -> Callable[..., None]:
     """`action`, done by rank 0 while the others wait for it; Interrupted there is raised on all."""
 
-    def act(step: int) -> None:
+    def act(*given: Any, **named: Any) -> None:
         signal_ = None
         if is_first():
             try:
-                action(step)
+                action(*given, **named)
             except runtime.Interrupted as interrupt:
                 signal_ = str(interrupt)
         if signal_ := broadcast(signal_):

@@ -64,7 +64,8 @@ class Loop:
     stop: StopRequest
     recorder: Any
     budget: TimeBudget
-    take_samples: Callable[[int], None]
+    take_samples: Callable[..., None]
+    """Asks for the answers of a step, which `keep_answers` keeps."""
     timed: Callable[[str], Any]
     """Notes in run.json how many seconds a part took."""
     checkpoint: Path | None = None
@@ -80,6 +81,15 @@ class Loop:
     """Whether a checkpoint belongs to that step, a stop aside."""
     begin: Callable[[], None] | None = None
     """What comes before the first step of a run but needs the model as it is trained."""
+    answers: Callable[[], None] | None = None
+    """Waits for answers that a GPU may still be giving, and keeps them."""
+
+    def keep_answers(self) -> bool:
+        """Keep the answers that were asked for; whether there were any."""
+        keep, self.answers = self.answers, None
+        if keep is not None:
+            keep()
+        return keep is not None
 
 
 @dataclass
@@ -121,6 +131,7 @@ def resumable(base: type) -> type:
             except BaseException:
                 if distributed.world_size() == 1:  # others may be gone, and would be waited for
                     with contextlib.suppress(Exception):  # so may the GPU
+                        self.loop.keep_answers()
                         self.write_line()
                 raise
             finally:
@@ -241,8 +252,11 @@ def resumable(base: type) -> type:
                 try:
                     loop.stop.check()
                     with loop.budget.measured(part):
-                        # A new best is saved at once: a later checkpoint would hold other weights.
-                        loop.save_due |= self._is_new_best() if part == "evaluate" else bool(loop.take_samples(step))
+                        if part == "evaluate":
+                            loop.save_due |= self._is_new_best()  # at once: a later checkpoint would hold other weights
+                        else:
+                            loop.take_samples(step)
+                            loop.keep_answers()
                 except Interrupted:
                     break
                 loop.due.remove(part)

@@ -1,6 +1,7 @@
 """A run from its settings to its report, in the order it happens."""
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -359,16 +360,22 @@ def _train(
 
     asked = [[asdict(prompt) for prompt in prompts], sorted(stop_ids), settings.samples.max_new_tokens]
 
-    def ask(step: int) -> list[dict]:
+    def ask(step: int, later: bool) -> Callable[[], list[dict]]:
         check = stop.check if sharded else stop.check_here
-        return samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check)
+        return samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check, later)
 
-    def take_samples(step: int) -> None:
+    def take_samples(step: int, later: bool = False) -> None:
+        """Ask for answers, which a GPU may give `later`, while the host goes on; `loop.keep_answers` keeps them."""
         if not prompts:
             return
         try:
             with record.timed("samples"):
-                lines = ask(step) if step else shared.of_base("answers", model, settings, asked, lambda: ask(step))
+                if step:
+                    lines = ask(step, later)
+                else:
+                    lines = shared.of_base("answers", model, settings, asked, lambda: ask(step, later))
+                if not later:
+                    lines()
         except torch.OutOfMemoryError as error:  # answers are looked at; nothing that is trained depends on them
             if sharded:
                 raise  # the other processes wait for this one
@@ -376,6 +383,11 @@ def _train(
             give_back()
             log.warning("Step %d: no answers, for which the memory was too small; training goes on.", step)
             return
+        loop.answers = functools.partial(keep_samples, lines, step)
+
+    def keep_samples(wait: Callable[[], list[dict]], step: int) -> None:
+        with record.timed("samples"):
+            lines = wait()
         if not recorder.writes:
             return
         for line in lines:
@@ -391,7 +403,7 @@ def _train(
 
     def begin() -> None:
         with budget.measured("samples"):
-            take_samples(0)
+            take_samples(0, later=budget.deadline is None)
 
     loop = Loop(folder, stop, recorder, budget, take_samples, record.timed, checkpoint, settings.trainer.save_total_limit)
     loop.begin = begin if sharded else None
@@ -412,11 +424,13 @@ def _train(
     with contextlib.suppress(runtime.Interrupted):
         if not stop.failure:
             stop.check()
-            take_samples(trainer.state.global_step)
+            take_samples(trainer.state.global_step, later=True)
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
     if distributed.is_first():
         name = save_weights(model, tokenizer, settings, folder, weights)
         record.update(artifacts={name: name})
+    with contextlib.suppress(runtime.Interrupted):
+        loop.keep_answers()
     if stop.failure:
         return "failed", stop.failure
     if stop.wanted:

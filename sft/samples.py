@@ -1,6 +1,7 @@
 """Answers to fixed prompts, generated greedily, so that what the model learns can be read and not only plotted."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,11 +52,13 @@ def generate(
     step: int,
     backend: str,
     check_stop: Callable[[], None] = lambda: None,
-) -> list[dict]:
-    """One greedy answer a prompt, as the lines of samples.jsonl. Leaves weights, mode and random state as they were.
+    later: bool = False,
+) -> Callable[[], list[dict]]:
+    """A function that waits for one greedy answer a prompt, as the lines of samples.jsonl, and may be called again. Weights,
+    mode and random state are left as they were.
 
     Prompts are answered `at_once` many at a time, padded on the left. `check_stop` is called at every token and raises where
-    the answers have to be given up.
+    the answers have to be given up. With `later` a GPU may answer while the host goes on, until the lines are asked for.
     """
     import torch
     from transformers import GenerationConfig
@@ -72,7 +75,7 @@ def generate(
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
     )
-    lines = []
+    waits: list[Callable[[], list[list[int]]]] = []
     with _answering(model, settings, backend):
         count = at_once(model.device, backend)
         for part in (prompts[at : at + count] for at in range(0, len(prompts), count)):
@@ -81,37 +84,48 @@ def generate(
             ids = [[tokenizer.pad_token_id] * n + prompt.input_ids for n, prompt in zip(padding, part, strict=True)]
             ids = torch.tensor(ids, device=model.device)
             mask = torch.arange(longest, device=model.device) >= torch.tensor(padding, device=model.device)[:, None]
-            answers = None
+            wait = None
             if count > 1 and not strategy.shards(settings):
-                answers = _recorded(base_of(model), ids, mask, stop_ids, config.max_new_tokens, check_stop)
-            if answers is None:
+                wait = _recorded(base_of(model), ids, mask.long(), stop_ids, config.max_new_tokens, check_stop, later)
+            if wait is None:
                 output = model.generate(
                     input_ids=ids, attention_mask=mask.long(), generation_config=config, stopping_criteria=[check]
                 )
-                answers = output[:, longest:].tolist()
-            for prompt, answer in zip(part, answers, strict=True):
-                ends = [i for i, token in enumerate(answer) if token in stop_ids]
-                lines.append(
-                    {
-                        "step": step,
-                        "index": prompt.index,
-                        "source": prompt.source,
-                        "prompt": tokenizer.decode(prompt.input_ids),
-                        "question": prompt.question,
-                        "reference": prompt.reference,
-                        "completion": tokenizer.decode(answer[: ends[0] + 1] if ends else answer),
-                        "finish": "eos" if ends else "length",
-                    }
-                )
+                wait = output[:, longest:].tolist
+            waits.append(wait)
+
+    @functools.cache
+    def lines() -> list[dict]:
+        answers = [answer for wait in waits for answer in wait()]
+        waits.clear()
+        if torch.cuda.is_available() and not later:  # later they lie among blocks that the training is using
+            torch.cuda.empty_cache()  # the answers' keys and values would leave the memory in pieces
+        return [_line(prompt, answer, tokenizer, stop_ids, step) for prompt, answer in zip(prompts, answers, strict=True)]
+
     return lines
 
 
-def _recorded(base: Any, ids: Any, mask: Any, stop_ids: set[int], tokens: int, check_stop: Callable[[], None]) -> Any:
+def _line(prompt: Prompt, answer: list[int], tokenizer: Any, stop_ids: set[int], step: int) -> dict:
+    """A line of samples.jsonl."""
+    ends = [i for i, token in enumerate(answer) if token in stop_ids]
+    return {
+        "step": step,
+        "index": prompt.index,
+        "source": prompt.source,
+        "prompt": tokenizer.decode(prompt.input_ids),
+        "question": prompt.question,
+        "reference": prompt.reference,
+        "completion": tokenizer.decode(answer[: ends[0] + 1] if ends else answer),
+        "finish": "eos" if ends else "length",
+    }
+
+
+def _recorded(base: Any, *asked: Any) -> Callable[[], list[list[int]]] | None:
     """The answers by sft/decode.py; None where the model cannot be asked that way."""
     import torch
 
     try:
-        return decode.greedy(base, ids, mask.long(), stop_ids, tokens, check_stop) if decode.fits(base) else None
+        return decode.greedy(base, *asked) if decode.fits(base) else None
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # what CUDA says where a step cannot be recorded
@@ -157,5 +171,3 @@ def _answering(model: Any, settings: Settings, backend: str) -> Iterator[None]:
                 # The same kind of checkpointing as before, else the next step recompiles and needs more memory.
                 FastLanguageModel.for_training(model, use_gradient_checkpointing=unsloth_checkpointing(settings))
             model.train(was_training)
-            if devices:
-                torch.cuda.empty_cache()  # the answers' key/value caches would leave the memory in pieces

@@ -256,6 +256,7 @@ def _run_callback(trainer, settings: Settings) -> Any:
             loop.stop.check()
 
         def on_step_begin(self, args, state, control, **kwargs):
+            loop.keep_answers()  # those of the weights as they still are
             clock.start()
 
         def on_log(self, args, state, control, logs=None, **kwargs):

@@ -39,7 +39,7 @@ def main() -> None:
         wait(base.device)
         began = time.perf_counter()
         with torch.no_grad():
-            answer(base, ids, torch.ones_like(ids), set(), tokens, lambda: None)
+            answer(base, ids, torch.ones_like(ids), set(), tokens, lambda: None)()
         wait(base.device)
         return time.perf_counter() - began
 

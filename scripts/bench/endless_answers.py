@@ -16,19 +16,30 @@ sys.path.insert(0, str(ROOT))
 
 
 def main() -> None:
-    """Run train.py with the end marks taken away from its answers, and print how long these took."""
+    """Run train.py with the end marks taken away from its answers, and print how long the run waits for these."""
     from sft import decode
 
     usual = decode.greedy
 
     def greedy(model, input_ids, attention_mask, stop_ids, *rest):
-        began = time.perf_counter()
-        answers = usual(model, input_ids, attention_mask, set(), *rest)
-        print(f"{len(answers)} answers of {len(answers[0])} tokens: {time.perf_counter() - began:.2f} s", flush=True)
+        wait, asking = timed(lambda: usual(model, input_ids, attention_mask, set(), *rest))
+
+        def answers():
+            found, waiting = timed(wait)
+            words = f"{asking:.2f} s until they are asked for, {waiting:.2f} s of waiting"
+            print(f"{len(found)} answers of {len(found[0])} tokens: {words}", flush=True)
+            return found
+
         return answers
 
     decode.greedy = greedy
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+def timed(action):
+    """What `action` gives, and its seconds."""
+    began = time.perf_counter()
+    return action(), time.perf_counter() - began
 
 
 if __name__ == "__main__":
