@@ -260,6 +260,9 @@ def resumable(base: type) -> type:
                 except Interrupted:
                     break
                 loop.due.remove(part)
+            if self._has_the_last_weights():
+                with contextlib.suppress(Interrupted):
+                    loop.take_samples(step, later=True)  # a GPU gives them while these weights are saved
             if loop.save_due or loop.stop.wanted:
                 with loop.budget.measured("save"):
                     self._save_checkpoint(self.model, None)
@@ -272,6 +275,13 @@ def resumable(base: type) -> type:
                     self._is_new_best()
                     self.state.best_model_checkpoint = self._best_checkpoint()
             loop.due, loop.save_due = [], False
+
+        def _has_the_last_weights(self) -> bool:
+            """Whether these weights are already known to be the ones that the run keeps."""
+            state, ended = self.state, self.state.global_step >= self.state.max_steps
+            best = not self.args.load_best_model_at_end or state.best_global_step == state.global_step
+            # Several processes have to ask at the same time; whether they can is decided after the training.
+            return ended and best and not self.loop.stop.wanted and distributed.world_size() == 1
 
         def _is_new_best(self) -> bool:
             """Evaluate; whether these weights are the best so far and are to be kept."""

@@ -352,9 +352,6 @@ def _train(
     }
     record.update(model={**facts, "parameters": total, "trainable_parameters": trained})
     log.info("Model  %s through %s: %s of %s parameters trained", source, backend, f"{trained:,}", f"{total:,}")
-    tracking.start(settings, folder, context.name, [*context.tags, backend], record.facts.get("tracking"))
-    record.update(tracking=tracking.facts)
-
     prompts = samples.choose_prompts(prepared, settings, tokenizer)
     sharded = strategy.shards(settings)
 
@@ -365,7 +362,7 @@ def _train(
         return samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check, later)
 
     def take_samples(step: int, later: bool = False) -> None:
-        """Ask for answers, which a GPU may give `later`, while the host goes on; `loop.keep_answers` keeps them."""
+        """Ask for answers, which may be given `later`; `loop.keep_answers` keeps them."""
         if not prompts:
             return
         try:
@@ -407,11 +404,13 @@ def _train(
 
     loop = Loop(folder, stop, recorder, budget, take_samples, record.timed, checkpoint, settings.trainer.save_total_limit)
     loop.begin = begin if sharded else None
+    if checkpoint is None and not sharded:
+        begin()
+    tracking.start(settings, folder, context.name, [*context.tags, backend], record.facts.get("tracking"))
+    record.update(tracking=tracking.facts)
     trainer = training.build_trainer(model, tokenizer, prepared, settings, loop, backend)
     record.update(speed=asdict(trainer.fast))
     resume.take_up(folder, checkpoint, recorder)
-    if checkpoint is None and not sharded:
-        begin()
     stop.training = True
     with record.timed("train"):
         trainer.train()
@@ -422,7 +421,7 @@ def _train(
             loss = proof.flat_loss(model, rows, flat) if flat else proof.row_losses(model, rows)[0]
             recorder.final["proof_loss"] = round(loss, 6)
     with contextlib.suppress(runtime.Interrupted):
-        if not stop.failure:
+        if not stop.failure and loop.answers is None:
             stop.check()
             take_samples(trainer.state.global_step, later=True)
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None

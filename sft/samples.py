@@ -58,7 +58,8 @@ def generate(
     mode and random state are left as they were.
 
     Prompts are answered `at_once` many at a time, padded on the left. `check_stop` is called at every token and raises where
-    the answers have to be given up. With `later` a GPU may answer while the host goes on, until the lines are asked for.
+    the answers have to be given up. With `later` a GPU answers while the host goes on; where it cannot, the answers are given
+    when they are waited for, so that neither has to be done before what the caller does meanwhile.
     """
     import torch
     from transformers import GenerationConfig
@@ -75,29 +76,37 @@ def generate(
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
     )
-    waits: list[Callable[[], list[list[int]]]] = []
-    with _answering(model, settings, backend):
-        count = at_once(model.device, backend)
-        for part in (prompts[at : at + count] for at in range(0, len(prompts), count)):
-            longest = max(len(prompt.input_ids) for prompt in part)
-            padding = [longest - len(prompt.input_ids) for prompt in part]
-            ids = [[tokenizer.pad_token_id] * n + prompt.input_ids for n, prompt in zip(padding, part, strict=True)]
-            ids = torch.tensor(ids, device=model.device)
-            mask = torch.arange(longest, device=model.device) >= torch.tensor(padding, device=model.device)[:, None]
-            wait = None
-            if count > 1 and not strategy.shards(settings):
-                wait = _recorded(base_of(model), ids, mask.long(), stop_ids, config.max_new_tokens, check_stop, later)
-            if wait is None:
-                output = model.generate(
-                    input_ids=ids, attention_mask=mask.long(), generation_config=config, stopping_criteria=[check]
-                )
-                wait = output[:, longest:].tolist
-            waits.append(wait)
+    count = at_once(model.device, backend)
+    recorded = count > 1 and not strategy.shards(settings) and decode.fits(base_of(model))
+
+    def ask(part: list[Prompt]) -> Callable[[], list[list[int]]]:
+        longest = max(len(prompt.input_ids) for prompt in part)
+        padding = [longest - len(prompt.input_ids) for prompt in part]
+        ids = [[tokenizer.pad_token_id] * n + prompt.input_ids for n, prompt in zip(padding, part, strict=True)]
+        ids = torch.tensor(ids, device=model.device)
+        mask = torch.arange(longest, device=model.device) >= torch.tensor(padding, device=model.device)[:, None]
+        mask = mask.long()
+        if recorded:
+            try:
+                return decode.greedy(base_of(model), ids, mask, stop_ids, config.max_new_tokens, check_stop, later)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # what CUDA says where a step cannot be recorded
+                log.debug("answers are not recorded: %s", first_line(error))
+        return model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[check]
+        )[:, longest:].tolist  # fmt: skip
+
+    def ask_all() -> list[Callable[[], list[list[int]]]]:
+        with _answering(model, settings, backend):
+            return [ask(prompts[at : at + count]) for at in range(0, len(prompts), count)]
+
+    asked = ask_all() if recorded or not later else []
 
     @functools.cache
     def lines() -> list[dict]:
-        answers = [answer for wait in waits for answer in wait()]
-        waits.clear()
+        answers = [answer for wait in asked or ask_all() for answer in wait()]
+        asked.clear()
         if torch.cuda.is_available() and not later:  # later they lie among blocks that the training is using
             torch.cuda.empty_cache()  # the answers' keys and values would leave the memory in pieces
         return [_line(prompt, answer, tokenizer, stop_ids, step) for prompt, answer in zip(prompts, answers, strict=True)]
@@ -118,19 +127,6 @@ def _line(prompt: Prompt, answer: list[int], tokenizer: Any, stop_ids: set[int],
         "completion": tokenizer.decode(answer[: ends[0] + 1] if ends else answer),
         "finish": "eos" if ends else "length",
     }
-
-
-def _recorded(base: Any, *asked: Any) -> Callable[[], list[list[int]]] | None:
-    """The answers by sft/decode.py; None where the model cannot be asked that way."""
-    import torch
-
-    try:
-        return decode.greedy(base, *asked) if decode.fits(base) else None
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # what CUDA says where a step cannot be recorded
-        log.debug("answers are not recorded: %s", first_line(error))
-        return None
 
 
 def at_once(device: Any, backend: str) -> int:

@@ -1,4 +1,4 @@
-"""Answers that a GPU gives while the host goes on are those of the weights that they were asked of."""
+"""Answers that are given while the run goes on are those of the weights that they were asked of."""
 
 import functools
 import itertools
@@ -7,13 +7,14 @@ import pytest
 import torch
 import trl
 
+from sft import checkpoints, samples
 from sft import run as runs
-from sft import samples
 from sft.run import run
-from tests.integration.test_bad_numbers import lines_of, quick_report  # noqa: F401
+from tests.integration.test_bad_numbers import lines_of, quick_report, record_of  # noqa: F401
 from tests.integration.test_splits import short  # noqa: F401
 
 ASKED = (
+    "trainer.save_steps=4",
     "dataset.eval_fraction=0.25",
     "samples.prompts=[why?]",
     "samples.max_new_tokens=8",
@@ -42,6 +43,7 @@ def later(monkeypatch):
 
     monkeypatch.setattr(samples, "generate", asked)
     noted(runs, "save_weights", "saved")
+    noted(checkpoints, "writing", "checkpoint")
     noted(trl.SFTTrainer, "evaluation_loop", "evaluation")
     noted(trl.SFTTrainer, "training_step", "pass")
     return events
@@ -51,12 +53,20 @@ def test_they_are_waited_for_before_the_first_step_and_after_the_weights_are_sav
     run(short(*ASKED), tmp_path / "whole")
     events = request.getfixturevalue("later")
     assert run(short(*ASKED), tmp_path / "run").status == "finished"
-    begin, end = ["asked at 0", "evaluation", "answered at 0"], ["evaluation", "asked at 4", "saved", "answered at 4"]
+    begin = ["asked at 0", "evaluation", "answered at 0"]
+    end = ["evaluation", "asked at 4", "checkpoint", "saved", "answered at 4"]
     middle = ["pass", "pass", "evaluation", "pass", "asked at 3", "answered at 3", "pass"]
     assert events == [*begin, *middle, *end]
     assert (tmp_path / "run" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
     lines = [[untimed(line) for line in lines_of(tmp_path / name)] for name in ("whole", "run")]
     assert lines[0] == lines[1] and [line["step"] for line in lines[1]] == [0, 0, 1, 2, 2, 3, 3, 4, 4, 4]
+
+
+def test_the_last_ones_are_not_asked_for_before_the_best_weights_are_back(short, tmp_path, later):  # noqa: F811
+    best = ("trainer.load_best_model_at_end=true", "trainer.eval_steps=2", "trainer.learning_rate=30", "trainer.warmup_steps=0")
+    assert run(short(*ASKED, *best), tmp_path / "run").status == "finished"
+    assert record_of(tmp_path / "run")["metrics"]["kept_step"] == 2
+    assert later[-5:] == ["evaluation", "checkpoint", "asked at 4", "saved", "answered at 4"]
 
 
 def test_an_evaluation_that_runs_out_of_memory_waits_for_them(short, tmp_path, later, monkeypatch):  # noqa: F811
