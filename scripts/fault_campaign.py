@@ -95,7 +95,7 @@ def prepare(work: Path) -> None:
     import sft.report
     import sft.run
 
-    sft.report.vl_convert.javascript_bundle = lambda *args: ""  # two of a run's seven seconds, and the same each time
+    sft.report.bundled_charts = lambda: ""  # two of a run's seven seconds, and the same each time
     sft.run.subprocess = types.SimpleNamespace(Popen=ForkedExport, TimeoutExpired=subprocess.TimeoutExpired)
 
     write_rows(work)

@@ -37,21 +37,22 @@ def local_model(name: str, weights: bool = True) -> Path | None:
     """
     if name == SMOLLM2:
         if weights:
-            return _made_once(f"smollm2-135m-instruct-v{VERSION}", _convert_smollm2)
+            return made_once(f"models/smollm2-135m-instruct-v{VERSION}", _convert_smollm2)
         full = cache_dir() / "models" / f"smollm2-135m-instruct-v{VERSION}"
         return full if full.is_dir() else _smollm2_tokenizer()
     if name == TINY_RANDOM:
-        return _made_once(f"tiny-random-v{VERSION}", _build_tiny_random)
+        return made_once(f"models/tiny-random-v{VERSION}", _build_tiny_random)
     return None
 
 
-def _made_once(name: str, make: Callable[[Path], None]) -> Path:
+def made_once(place: str, make: Callable[[Path], None], hashes: bool = False) -> Path:
     """The cached folder `name`; made beside its place and renamed, so that it is complete or absent.
 
-    One with a file of another size than it was made with is made again. Weights are not read for it: that takes seconds.
+    One with a file of another size than it was made with is made again. With `hashes` also one with other
+    bytes; weights are not read for that, which takes seconds.
     """
-    folder = cache_dir() / "models" / name
-    if durable.find_damage(folder, hashes=False):
+    folder = cache_dir() / place
+    if durable.find_damage(folder, hashes):
         durable.remove_folder(folder)
         with durable.new_folder(folder, replace=False) as work:
             make(work)
@@ -71,7 +72,7 @@ def _gguf_file() -> Path:
 
 
 def _smollm2_tokenizer() -> Path:
-    return _made_once(f"smollm2-tokenizer-v{VERSION}", lambda folder: _write_tokenizer(_gguf_file(), folder))
+    return made_once(f"models/smollm2-tokenizer-v{VERSION}", lambda folder: _write_tokenizer(_gguf_file(), folder))
 
 
 def _write_tokenizer(gguf_file: Path, folder: Path) -> None:

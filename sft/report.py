@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import jinja2
 import vl_convert
 from markupsafe import Markup, escape
 
+from sft.embedded import made_once
 from sft.records import ASSETS, merge_steps, number, read_json, read_lines, summarise
 
 MAX_POINTS = 1500  # a chart is about 1,000 pixels wide: more points only grow the file
@@ -254,10 +256,25 @@ def mark_tokens(example: dict) -> dict:
 
 
 @functools.cache
-def chart_library(bundle: Callable[[str], str]) -> str:
-    """Make the charts' JavaScript, once a process: bundling it takes longer than all else about a report."""
-    library = bundle("window.vegaEmbed = vegaEmbed;")
-    return re.sub(r"<(/script|script|!--)", r"\\x3c\1", library, flags=re.IGNORECASE)  # may not end its own tag
+def chart_library(bundled: Callable[[], str]) -> str:
+    """The charts' JavaScript in a form that cannot end its own tag."""
+    return re.sub(r"<(/script|script|!--)", r"\\x3c\1", bundled(), flags=re.IGNORECASE)
+
+
+def bundled_charts() -> str:
+    """The charts' JavaScript, bundled once for a user: it takes two seconds, longer than all else about a report."""
+
+    def bundle() -> str:
+        return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+
+    def make(folder: Path) -> None:
+        (folder / "charts.js").write_text(bundle(), encoding="utf-8")
+
+    try:
+        place = made_once(f"charts/vl-convert-{version('vl-convert-python')}", make, hashes=True)
+        return (place / "charts.js").read_text(encoding="utf-8")
+    except OSError:  # a cache that cannot be written
+        return bundle()
 
 
 @functools.cache
@@ -276,5 +293,5 @@ def find_template(name: str) -> jinja2.Template:
 
 def render(context: dict, template: str = "report.html.j2") -> str:
     """Fill the template, which escapes every value, and write the chart library into it."""
-    library = chart_library(vl_convert.javascript_bundle)
+    library = chart_library(bundled_charts)
     return find_template(template).render(context, library=Markup(library))

@@ -27,7 +27,7 @@ def record_of(folder: Path) -> dict:
 @pytest.fixture(autouse=True)
 def quick_report(monkeypatch):
     """Reports without their chart library, which takes longer than such a run."""
-    monkeypatch.setattr("sft.report.vl_convert.javascript_bundle", lambda *args: "")
+    monkeypatch.setattr("sft.report.bundled_charts", lambda: "")
 
 
 @pytest.fixture

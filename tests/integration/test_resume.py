@@ -97,7 +97,7 @@ def test_the_same_command_goes_on_after_sigterm(tmp_path):
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, monkeypatch, caplog):
     """Every way of damage to the last checkpoint; the run goes on from the one before to the same end."""
-    monkeypatch.setattr("sft.report.vl_convert.javascript_bundle", lambda *args: "")
+    monkeypatch.setattr("sft.report.bundled_charts", lambda: "")
     monkeypatch.chdir(tmp_path)
     settings = make_settings(*JOB, "trainer.max_steps=6")
     run(settings, tmp_path / "whole")
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, monk
 
 
 def test_another_process_at_work_other_data_and_other_settings_are_refused_and_change_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("sft.report.vl_convert.javascript_bundle", lambda *args: "")
+    monkeypatch.setattr("sft.report.bundled_charts", lambda: "")
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run"
     settings = make_settings(*JOB, "trainer.max_steps=20", "trainer.max_hours=1e-9")

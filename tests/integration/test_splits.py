@@ -34,7 +34,7 @@ def short(tmp_path):
 def whole(tmp_path_factory):
     """(loss, gradient norm) of each step of a run with one pass of 8 rows a step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sft.report.vl_convert.javascript_bundle", lambda *args: "")
+        patch.setattr("sft.report.bundled_charts", lambda: "")
         folder = tmp_path_factory.mktemp("whole")
         run(make_settings(*JOB, write_rows(folder), "trainer.per_device_train_batch_size=8"), folder / "run")
         folder = folder / "run"

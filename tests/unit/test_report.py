@@ -41,7 +41,7 @@ def sample(step: int, completion: str, **other) -> dict:
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     """`page(run=..., metrics=...)`: the report of a folder that holds these files; a str is written as it is."""
-    monkeypatch.setattr(report.vl_convert, "javascript_bundle", lambda snippet: "/* charts */")
+    monkeypatch.setattr(report, "bundled_charts", lambda: "/* charts */")
 
     def write(run=None, metrics=None, samples=None, preflight=None) -> str:
         files = {"run.json": run, "metrics.jsonl": metrics, "samples.jsonl": samples, "preflight.json": preflight}
@@ -141,8 +141,21 @@ def test_the_chart_data_cannot_end_its_script(page, monkeypatch):
 
 
 def test_the_chart_library_cannot_end_its_script(page, monkeypatch):
-    monkeypatch.setattr(report.vl_convert, "javascript_bundle", lambda snippet: 'x = "</SCRIPT><!-- <script>"')
+    monkeypatch.setattr(report, "bundled_charts", lambda: 'x = "</SCRIPT><!-- <script>"')
     assert Page(page()).scripts[1] == r'x = "\x3c/SCRIPT>\x3c!-- \x3cscript>"'
+
+
+def test_the_charts_library_is_bundled_once_and_again_where_its_copy_is_damaged(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(report.vl_convert, "javascript_bundle", lambda snippet: made.append(1) or f"/* {len(made)} */")
+    assert [report.bundled_charts() for _ in range(3)] == ["/* 1 */"] * 3
+    (copy,) = (tmp_path / "cache").glob("charts/*/charts.js")
+    copy.write_text("/* 0 */")
+    assert report.bundled_charts() == "/* 2 */"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "file"))
+    assert [report.bundled_charts() for _ in range(2)] == ["/* 3 */", "/* 4 */"], "where nothing can be kept"
 
 
 def test_torn_and_foreign_lines_are_left_out(page):

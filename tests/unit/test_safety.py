@@ -260,7 +260,7 @@ def test_a_leaderboard_of_hostile_runs_is_plain_and_its_report_text(sweep, capsy
 
 
 def test_links_in_a_report_lead_nowhere_but_into_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(report.vl_convert, "javascript_bundle", lambda snippet: "/* charts */")
+    monkeypatch.setattr(report, "bundled_charts", lambda: "/* charts */")
     url = "javascript:alert(1)"
     run = {"name": "../../x", "command": url, "tracking": {"url": url, "sync": url}, "artifacts": {url: url},
            "data": {"source": url}, "model": {"name": url, "source": url}}  # fmt: skip

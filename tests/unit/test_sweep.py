@@ -25,7 +25,7 @@ from tests.conftest import ROOT, make_settings
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
     """`sweep([("lora.r=8 seed=1", 1.5, {...}), ...])`: a sweep's folder with one finished run a tuple."""
-    monkeypatch.setattr(report.vl_convert, "javascript_bundle", lambda snippet: "/* charts */")
+    monkeypatch.setattr(report, "bundled_charts", lambda: "/* charts */")
     monkeypatch.chdir(tmp_path)
 
     def make(jobs, name="outputs/sweeps/s"):
