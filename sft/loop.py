@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import checkpoints, distributed, durable, shared
+from sft.answers import Answers
 from sft.bad_steps import BadSteps
 from sft.budget import TimeBudget
 from sft.fast import Fast, short_walks
@@ -64,8 +65,7 @@ class Loop:
     stop: StopRequest
     recorder: Any
     budget: TimeBudget
-    take_samples: Callable[..., None]
-    """Asks for the answers of a step, which `keep_answers` keeps."""
+    answers: Answers
     timed: Callable[[str], Any]
     """Notes in run.json how many seconds a part took."""
     checkpoint: Path | None = None
@@ -81,15 +81,6 @@ class Loop:
     """Whether a checkpoint belongs to that step, a stop aside."""
     begin: Callable[[], None] | None = None
     """What comes before the first step of a run but needs the model as it is trained."""
-    answers: Callable[[], None] | None = None
-    """Waits for answers that a GPU may still be giving, and keeps them."""
-
-    def keep_answers(self) -> bool:
-        """Keep the answers that were asked for; whether there were any."""
-        keep, self.answers = self.answers, None
-        if keep is not None:
-            keep()
-        return keep is not None
 
 
 @dataclass
@@ -131,7 +122,7 @@ def resumable(base: type) -> type:
             except BaseException:
                 if distributed.world_size() == 1:  # others may be gone, and would be waited for
                     with contextlib.suppress(Exception):  # so may the GPU
-                        self.loop.keep_answers()
+                        self.loop.answers.keep()
                         self.write_line()
                 raise
             finally:
@@ -255,14 +246,14 @@ def resumable(base: type) -> type:
                         if part == "evaluate":
                             loop.save_due |= self._is_new_best()  # at once: a later checkpoint would hold other weights
                         else:
-                            loop.take_samples(step)
-                            loop.keep_answers()
+                            loop.answers.ask(step)
+                            loop.answers.keep()
                 except Interrupted:
                     break
                 loop.due.remove(part)
             if self._has_the_last_weights():
                 with contextlib.suppress(Interrupted):
-                    loop.take_samples(step, later=True)  # a GPU gives them while these weights are saved
+                    loop.answers.ask(step, later=True)  # a GPU gives them while these weights are saved
             if loop.save_due or loop.stop.wanted:
                 with loop.budget.measured("save"):
                     self._save_checkpoint(self.model, None)

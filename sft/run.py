@@ -1,7 +1,6 @@
 """A run from its settings to its report, in the order it happens."""
 
 import contextlib
-import functools
 import logging
 import math
 import os
@@ -20,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sft import distributed, durable, fast, lora, models, preflight, resume, runtime, samples, shared, strategy
 from sft import trainer as training
+from sft.answers import Answers
 from sft.batch import Split, with_split
 from sft.budget import TimeBudget
 from sft.command_line import PROCESSES, command_text, to_settings
@@ -33,7 +33,6 @@ from sft.origins import find_origins
 from sft.printable import without_passwords
 from sft.records import read_json
 from sft.settings import Backend, Isolation, PreflightMode, Settings, Tracker
-from sft.smaller_passes import give_back
 from sft.tracking import Tracking
 from sft.trust import WORD, with_word
 from sft.validate import check_settings, processes_of, resolve_backend
@@ -335,8 +334,6 @@ def _train(
     settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop, budget, checkpoint
 ) -> tuple[str, str | None]:
     """Load, attach, sample, train, sample, save: (status, reason)."""
-    import torch
-
     tracking = recorder.tracking
     with record.timed("load"), budget.measured("load"):
         models.limit_memory(settings)
@@ -352,60 +349,28 @@ def _train(
     }
     record.update(model={**facts, "parameters": total, "trainable_parameters": trained})
     log.info("Model  %s through %s: %s of %s parameters trained", source, backend, f"{trained:,}", f"{total:,}")
+
     prompts = samples.choose_prompts(prepared, settings, tokenizer)
     sharded = strategy.shards(settings)
-
     asked = [[asdict(prompt) for prompt in prompts], sorted(stop_ids), settings.samples.max_new_tokens]
 
-    def ask(step: int, later: bool) -> Callable[[], list[dict]]:
+    def generate(step: int, later: bool) -> Callable[[], list[dict]]:
         check = stop.check if sharded else stop.check_here
-        return samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check, later)
 
-    def take_samples(step: int, later: bool = False) -> None:
-        """Ask for answers, which may be given `later`; `loop.keep_answers` keeps them."""
-        if not prompts:
-            return
-        try:
-            with record.timed("samples"):
-                if step:
-                    lines = ask(step, later)
-                else:
-                    lines = shared.of_base("answers", model, settings, asked, lambda: ask(step, later))
-                if not later:
-                    lines()
-        except torch.OutOfMemoryError as error:  # answers are looked at; nothing that is trained depends on them
-            if sharded:
-                raise  # the other processes wait for this one
-            traceback.clear_frames(error.__traceback__)
-            give_back()
-            log.warning("Step %d: no answers, for which the memory was too small; training goes on.", step)
-            return
-        loop.answers = functools.partial(keep_samples, lines, step)
+        def ask() -> Callable[[], list[dict]]:
+            return samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check, later)
 
-    def keep_samples(wait: Callable[[], list[dict]], step: int) -> None:
-        with record.timed("samples"):
-            lines = wait()
-        if not recorder.writes:
-            return
-        for line in lines:
-            runtime.append_jsonl(folder / "samples.jsonl", line)
-        share = samples.eos_share(lines)
-        recorder.final.setdefault("eos_share_start", share)
-        recorder.final["eos_share"] = share
-        recorder.add({"step": step, "eos_share": share})
-        tracking.samples(lines)
-
-    if not sharded:  # else an answer needs the weights of all
-        take_samples = distributed.alone(take_samples)
+        return ask() if step else shared.of_base("answers", model, settings, asked, ask)
 
     def begin() -> None:
         with budget.measured("samples"):
-            take_samples(0, later=budget.deadline is None)
+            answers.ask(0, later=budget.deadline is None)
 
-    loop = Loop(folder, stop, recorder, budget, take_samples, record.timed, checkpoint, settings.trainer.save_total_limit)
+    answers = Answers(folder, recorder, record.timed, generate if prompts else None, sharded)
+    loop = Loop(folder, stop, recorder, budget, answers, record.timed, checkpoint, settings.trainer.save_total_limit)
     loop.begin = begin if sharded else None
     if checkpoint is None and not sharded:
-        begin()
+        begin()  # first, because what follows waits for other things than the GPU
     tracking.start(settings, folder, context.name, [*context.tags, backend], record.facts.get("tracking"))
     record.update(tracking=tracking.facts)
     trainer = training.build_trainer(model, tokenizer, prepared, settings, loop, backend)
@@ -421,15 +386,15 @@ def _train(
             loss = proof.flat_loss(model, rows, flat) if flat else proof.row_losses(model, rows)[0]
             recorder.final["proof_loss"] = round(loss, 6)
     with contextlib.suppress(runtime.Interrupted):
-        if not stop.failure and loop.answers is None:
+        if not stop.failure and answers.pending is None:
             stop.check()
-            take_samples(trainer.state.global_step, later=True)
+            answers.ask(trainer.state.global_step, later=True)
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
     if distributed.is_first():
         name = save_weights(model, tokenizer, settings, folder, weights)
         record.update(artifacts={name: name})
     with contextlib.suppress(runtime.Interrupted):
-        loop.keep_answers()
+        answers.keep()
     if stop.failure:
         return "failed", stop.failure
     if stop.wanted:

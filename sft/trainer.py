@@ -59,7 +59,7 @@ def build_trainer(
 ) -> Any:
     """An SFTTrainer for `data`, which is already tokenised and masked; it goes on from `loop.checkpoint` if there is one.
 
-    `loop.take_samples(step)` is called at the steps that `samples.every_steps` names, but not before the first and after the
+    `loop.answers` are asked for at the steps that `samples.every_steps` names, but not before the first and after the
     last one: those belong to the caller, who knows which weights are kept.
     """
     import torch
@@ -256,7 +256,7 @@ def _run_callback(trainer, settings: Settings) -> Any:
             loop.stop.check()
 
         def on_step_begin(self, args, state, control, **kwargs):
-            loop.keep_answers()  # those of the weights as they still are
+            loop.answers.keep()  # those of the weights as they still are
             clock.start()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
