@@ -23,7 +23,7 @@ ATTENTION = "sft_one_token"
 ALIGNED = 16
 """Places of keys and values, a multiple of this: a mask of another width is copied to such a one in each layer."""
 LOOK = 16
-"""Steps after which it is looked whether all answers have ended; each look waits for the GPU."""
+"""Steps after which it is looked whether all answers have ended; each look waits for a GPU."""
 
 
 def fits(model: Any) -> bool:
@@ -148,12 +148,12 @@ def _greedy(
         chosen.index_copy_(1, at, token)
 
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    count, graph = 1, None
+    count, graph, every = 1, None, LOOK if device.type == "cuda" else 1
 
     def go_on(advance: Callable[[], None], until: int) -> None:
         nonlocal count
         while count < until:
-            if count % LOOK == 1:
+            if (count - 1) % every == 0:
                 check_stop()
                 if torch.isin(chosen[:, length : length + count], stops).any(1).all():
                     return

@@ -76,8 +76,9 @@ def generate(
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
     )
-    count = at_once(model.device, backend)
-    recorded = count > 1 and not strategy.shards(settings) and decode.fits(base_of(model))
+    count = at_once(backend)
+    fits = count > 1 and not strategy.shards(settings) and decode.fits(base_of(model))
+    beside = fits and model.device.type == "cuda"
 
     def ask(part: list[Prompt]) -> Callable[[], list[list[int]]]:
         longest = max(len(prompt.input_ids) for prompt in part)
@@ -86,7 +87,7 @@ def generate(
         ids = torch.tensor(ids, device=model.device)
         mask = torch.arange(longest, device=model.device) >= torch.tensor(padding, device=model.device)[:, None]
         mask = mask.long()
-        if recorded:
+        if fits:
             try:
                 return decode.greedy(base_of(model), ids, mask, stop_ids, config.max_new_tokens, check_stop, later)
             except torch.OutOfMemoryError:
@@ -101,7 +102,7 @@ def generate(
         with _answering(model, settings, backend):
             return [ask(prompts[at : at + count]) for at in range(0, len(prompts), count)]
 
-    asked = ask_all() if recorded or not later else []
+    asked = ask_all() if beside or not later else []
 
     @functools.cache
     def lines() -> list[dict]:
@@ -117,6 +118,7 @@ def generate(
 def _line(prompt: Prompt, answer: list[int], tokenizer: Any, stop_ids: set[int], step: int) -> dict:
     """A line of samples.jsonl."""
     ends = [i for i, token in enumerate(answer) if token in stop_ids]
+    answer = answer[: ends[0] + 1] if ends else answer
     return {
         "step": step,
         "index": prompt.index,
@@ -124,19 +126,15 @@ def _line(prompt: Prompt, answer: list[int], tokenizer: Any, stop_ids: set[int],
         "prompt": tokenizer.decode(prompt.input_ids),
         "question": prompt.question,
         "reference": prompt.reference,
-        "completion": tokenizer.decode(answer[: ends[0] + 1] if ends else answer),
+        "completion": tokenizer.decode(answer),
+        "completion_ids": answer,
         "finish": "eos" if ends else "length",
     }
 
 
-def at_once(device: Any, backend: str) -> int:
-    """Prompts that are answered together.
-
-    One on the CPU, since padding changes the last bits and an export of these weights has to give the same answers there. On a
-    GPU answers are counted and not judged, because kernels of two kinds round differently in 16 bits, and one prompt alone
-    keeps it waiting for the host. Unsloth's inference is its own and gets one too.
-    """
-    return 8 if device.type == "cuda" and backend == "transformers" else 1
+def at_once(backend: str) -> int:
+    """Prompts that are answered together: four cost little more than one. Unsloth's inference is its own and gets one."""
+    return 8 if backend == "transformers" else 1
 
 
 def eos_share(lines: list[dict]) -> float | None:
