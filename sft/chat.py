@@ -1,5 +1,6 @@
 """Talk to what was trained: prompts go through the training's own template, and answers come token by token."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft import decode
 from sft.errors import ExportError, refuse
 from sft.records import read_json
 from sft.runs import find_run, settings_of
@@ -143,7 +145,7 @@ class Speaker:
         )
         prompt = torch.tensor([ids], device=self.model.device)
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.nullcontext() if temperature > 0 else decode.plain(self.model):
             self.model.generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=writer
             )

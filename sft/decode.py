@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sft import flat
+from sft.lora import base_of
 
 LAUNCHED = 1
 """Steps that are launched before one is recorded: what libraries set up at their first call must not be."""
@@ -24,6 +25,22 @@ ALIGNED = 16
 """Places of keys and values, a multiple of this: a mask of another width is copied to such a one in each layer."""
 LOOK = 16
 """Steps after which it is looked whether all answers have ended; each look waits for a GPU."""
+
+
+@contextlib.contextmanager
+def plain(model: Any) -> Iterator[None]:
+    """A block in which `model.generate` takes nothing from the model's generation_config.json, whose values (a penalty for
+    repetitions, say, with Qwen's chat models) fill in what a call leaves open: a greedy answer is the likeliest tokens.
+    """
+    from transformers import GenerationConfig
+
+    base = base_of(model)
+    own = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def fits(model: Any) -> bool:

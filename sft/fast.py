@@ -20,6 +20,7 @@ from sft.data import token_counts
 from sft.decode import few_kernels
 from sft.embedded import cache_dir
 from sft.errors import refuse
+from sft.lora import base_of
 from sft.models import has_kernel, torch_dtype, uses_checkpointing
 from sft.settings import Settings
 
@@ -128,11 +129,6 @@ def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend
     words += [f"passes of {', '.join(map(str, lengths))} tokens replayed as CUDA graphs"] * bool(lengths)
     log.info("Speed  %s", "; ".join(words))
     return Fast(True, compiled=compiled, lengths=lengths)
-
-
-def base_of(model: Any) -> Any:
-    """The causal language model under an adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def choose_lengths(

@@ -7,6 +7,11 @@ from sft.models import unsloth_checkpointing, uses_checkpointing
 from sft.settings import Settings
 
 
+def base_of(model: Any) -> Any:
+    """The causal language model under an adapter, if it has one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def attach(model: Any, settings: Settings, backend: str) -> Any:
     """The model with a LoRA adapter; the model itself with every weight trainable if `lora.enabled` is false.
 

@@ -10,7 +10,7 @@ from typing import Any
 from sft import decode, strategy
 from sft.data import Prepared
 from sft.errors import first_line
-from sft.fast import base_of
+from sft.lora import base_of
 from sft.render import prompt_ids
 from sft.settings import Settings, Shape
 
@@ -99,7 +99,7 @@ def generate(
         )[:, longest:].tolist  # fmt: skip
 
     def ask_all() -> list[Callable[[], list[list[int]]]]:
-        with _answering(model, settings, backend):
+        with _answering(model, settings, backend), decode.plain(model):
             return [ask(prompts[at : at + count]) for at in range(0, len(prompts), count)]
 
     asked = ask_all() if beside or not later else []

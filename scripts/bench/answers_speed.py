@@ -27,7 +27,7 @@ def main() -> None:
     import torch
 
     from sft import decode, lora, models
-    from sft.fast import base_of
+    from sft.lora import base_of
     from sft.settings import ModelSettings, Settings
 
     settings = Settings(model=ModelSettings(name=args.model, load_in_4bit=False))

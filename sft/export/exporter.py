@@ -355,7 +355,7 @@ def _anchor(trained: Trained, reference: proof.Measurement) -> tuple[list[verify
         )
     ]
     said = proof.Measurement(in_memory, [], _last_samples(trained), [])
-    # Several prompts were answered at once, this one alone: what rounding makes of a near tie is no difference.
+    # Several prompts were answered at once, in other company: what rounding makes of a near tie is no difference.
     judged, answers = verify.compare_answers("answers", reference, said, verify.TIE[trained.dtype])
     if said.answers and trained.dtype == "float32":
         checks.append(judged)
@@ -393,11 +393,8 @@ def _prove_folder(
         )
         model = merge.load_merged(place, _torch_dtype(trained))
         ids = model.generation_config.eos_token_id
-        # Without a GPU, 4-bit layers are unpacked again at every token; their answers are counted, not judged.
-        few = limit is not None and model.device.type == "cpu"
-        prompts = min(trained.settings.export.num_prompts, 2 if few else len(trained.rows))
         found = proof.measure_torch(
-            model, trained.rows, prompts, trained.settings.samples.max_new_tokens,
+            model, trained.rows, trained.settings.export.num_prompts, trained.settings.samples.max_new_tokens,
             ids if isinstance(ids, list) else [ids] if ids is not None else [], tokenizer.pad_token_id,
         )  # fmt: skip
         facts = {"peak_memory_gib": runtime.peak_memory_gib()}

@@ -6,10 +6,12 @@ A run keeps the rows in `held_out.jsonl`, so that it can be exported years later
 import itertools
 import json
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from sft import decode
 from sft.data import Prepared
 from sft.render import IGNORED
 from sft.runtime import write_text
@@ -18,6 +20,8 @@ ROWS = 32
 """Rows whose loss is compared. 32 rows of a few hundred tokens show a lost adapter at once and take seconds."""
 PASS = 4096
 """Tokens of a pass of rows end to end."""
+AT_ONCE = 8
+"""Prompts answered together: an answer costs the time to read the weights, whether one prompt is answered or eight."""
 TOP = 8
 """How many of the likeliest tokens are kept at each step of an answer, to judge near ties by."""
 
@@ -134,29 +138,43 @@ def flat_loss(model: Any, rows: list[Row], collate: Any) -> float:
 
 
 def measure_torch(model: Any, rows: list[Row], prompts: int, max_new_tokens: int, stop_ids: list[int], pad: int) -> Measurement:
-    """Losses on all rows and greedy answers to the prompts of the first `prompts` of them."""
-    import torch
-    from transformers import GenerationConfig
-
+    """Losses on all rows and greedy answers to the prompts of the first `prompts` of them, AT_ONCE many at a time."""
     loss, losses = row_losses(model, rows)
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=pad, use_cache=True
-    )
     result = Measurement(loss, losses, [], [])
     model.eval()
-    with torch.no_grad():
-        for row in rows[:prompts]:
-            ids = torch.tensor([prompt_of(row)], device=model.device)
-            out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config,
-                return_dict_in_generate=True, output_logits=True,
-            )  # fmt: skip
-            answer = out.sequences[0, ids.shape[1] :].tolist()
-            tops = []
-            for logits in out.logits:
-                best = torch.log_softmax(logits[0].float(), -1).topk(TOP)
-                tops.append(dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+    asked = [prompt_of(row) for row in rows[:prompts]]
+    for at in range(0, len(asked), AT_ONCE):
+        for answer, tops in _answer(model, asked[at : at + AT_ONCE], max_new_tokens, stop_ids, pad):
             result.answers.append(answer)
             result.finished.append(bool(answer) and answer[-1] in stop_ids)
             result.tops.append(tops)
     return result
+
+
+def _answer(
+    model: Any, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], pad: int
+) -> Iterator[tuple[list[int], list[dict[int, float]]]]:
+    """(answer, likeliest tokens of each step) of each prompt; padded on the left."""
+    import torch
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=pad, use_cache=True
+    )
+    steps = []
+
+    def note(seen: Any, logits: Any) -> Any:  # and not all logits of all steps: half a gigabyte for a large vocabulary
+        best = torch.log_softmax(logits.float(), -1).topk(TOP)
+        steps.append((best.indices.tolist(), best.values.tolist()))
+        return logits
+
+    with torch.no_grad(), decode.plain(model):
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([note])
+        )
+    for row, answer in enumerate(output[:, longest:].tolist()):
+        end = next((i + 1 for i, token in enumerate(answer) if token in stop_ids), len(answer))
+        yield answer[:end], [dict(zip(best[row], values[row], strict=True)) for best, values in steps[:end]]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sft import decode, models, samples
+from sft.export import proof
 from sft.samples import Prompt
 from tests.conftest import SMALL, make_settings
 
@@ -30,6 +31,40 @@ def test_answers_at_once_are_those_one_by_one(tiny, monkeypatch, at_once):
     alone = answers(tiny, tiny[2], 1, monkeypatch)
     assert answers(tiny, tiny[2], at_once, monkeypatch) == alone
     assert [line["index"] for line in alone] == list(range(5)) and {line["finish"] for line in alone} == {"length"}
+
+
+def test_the_models_own_penalties_are_left_out(tiny, monkeypatch):
+    """Qwen's chat models bring one for repetitions, which transformers adds to whatever is asked of them."""
+    model = tiny[3]
+    expected = answers(tiny, tiny[2], 1, monkeypatch)
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 9.0)
+    ids = torch.tensor([list(range(25, 30))])
+    said, penalised = (model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, **more)[0].tolist()
+                       for more in ({"repetition_penalty": 1.0}, {}))  # fmt: skip
+    assert said != penalised, "else nothing could be seen"
+    assert answers(tiny, tiny[2], 1, monkeypatch) == answers(tiny, tiny[2], 8, monkeypatch) == expected
+    assert model.generation_config.repetition_penalty == 9.0
+
+
+def test_an_export_is_asked_several_prompts_at_once_and_answers_as_to_each_alone(tiny, monkeypatch):
+    model = tiny[3]
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 9.0)
+    lengths = [4, 9, 2, 7, 5, 3, 8, 6, 4, 5]
+    rows = [proof.Row("held_out", list(range(9 * i + 5, 9 * i + 15)), [-100] * 7 + [1] * 3, n, "?", "")
+            for i, n in enumerate(lengths)]  # fmt: skip
+    said = proof.measure_torch(model, rows, 10, 12, [], 0).answers
+    stops = [said[1][5]]
+    together = proof.measure_torch(model, rows, 10, 12, stops, 0)
+    monkeypatch.setattr(proof, "AT_ONCE", 1)
+    alone = proof.measure_torch(model, rows, 10, 12, stops, 0)
+    assert together.answers == alone.answers and together.finished == alone.finished and len(said) == 10
+    assert alone.finished[1] and not all(alone.finished), "one of several ends before the others"
+    assert [len(tops) for tops in together.tops] == [len(answer) for answer in together.answers]
+    for one, other in zip(together.tops, alone.tops, strict=True):
+        assert [list(top) for top in one] == [list(top) for top in other]
+        assert all(a[token] == pytest.approx(b[token], abs=1e-4) for a, b in zip(one, other, strict=True) for token in a)
+    for answer, tops in zip(together.answers, together.tops, strict=True):
+        assert answer == [max(top, key=top.get) for top in tops], "the likeliest tokens, whatever the model's own penalties"
 
 
 def test_an_answer_that_ends_before_the_others_is_cut_at_its_end(tiny, monkeypatch):
