@@ -117,7 +117,7 @@ def _greedy(
     max_new_tokens: int,
     check_stop: Callable[[], None],
 ) -> Callable[[], list[list[int]]]:
-    """The same without what `greedy` changes in the model: all but the steps that are replayed, which the function makes."""
+    """Do the first steps, record one on a GPU, and give the function that does the rest; in a model as `greedy` changes it."""
     import torch
     from transformers import StaticCache
 
