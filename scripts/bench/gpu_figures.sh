@@ -34,10 +34,13 @@ fi
     note "one GPU"
   fi
   if wanted default; then
-    python3 train.py model.name="$model" dataset=local dataset.path="$rows" dataset.template=alpaca tracking=none \
-      hydra.run.dir="$out/default" >"$out/default.log" 2>&1
-    grep -A 6 '"seconds"' "$out/default/run.json"
-    note "a default run"
+    for script in train.py scripts/bench/endless_answers.py; do
+      name="$out/default_$(basename "$script" .py)"
+      python3 "$script" model.name="$model" dataset=local dataset.path="$rows" dataset.template=alpaca tracking=none \
+        hydra.run.dir="$name" >"$name.log" 2>&1
+      grep -A 6 '"seconds"' "$name/run.json"
+      note "a default run by $script"
+    done
   fi
   if wanted sweep; then
     python3 scripts/bench/sweep_speed.py --model "$model" --data "$rows" --out "$out/sweep" \
