@@ -63,7 +63,7 @@ class Answers:
                 raise  # the other processes wait for this one
             traceback.clear_frames(error.__traceback__)
             give_back()
-            log.warning("Step %d: no answers, for which the memory was too small; training goes on.", step)
+            log.warning("Step %d: too little memory for answers now; the run goes on.", step)
             return
         self.pending = functools.partial(self._keep, wait, step)
 

@@ -112,4 +112,4 @@ def test_held_out_rows_that_do_not_fit_are_evaluated_in_pieces(short, tmp_path, 
 def test_answers_that_do_not_fit_cost_no_training(short, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("sft.samples.generate", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("planted")))
     result = run(short("samples.num_held_out=0", "samples.prompts=[why?]"), tmp_path / "run")
-    assert result.status == "finished" and "Step 0: no answers" in caplog.text and "Step 4: no answers" in caplog.text
+    assert result.status == "finished" and "Step 0: too little memory for answers" in caplog.text and "Step 4: too little memory for answers" in caplog.text
