@@ -51,27 +51,18 @@ class Answers:
         return keep is not None
 
     def _ask(self, step: int, later: bool) -> None:
-        import torch
+        def ask() -> Wait:
+            wait = self.generate(step, later)
+            if not later:
+                wait()
+            return wait
 
-        try:
-            with self.timed("samples"):
-                wait = self.generate(step, later)
-                if not later:
-                    wait()
-        except torch.OutOfMemoryError as error:  # answers are looked at; nothing that is trained depends on them
-            if self.by_all:
-                raise  # the other processes wait for this one
-            traceback.clear_frames(error.__traceback__)
-            give_back()
-            log.warning("Step %d: too little memory for answers now; the run goes on.", step)
-            return
-        self.pending = functools.partial(self._keep, wait, step)
+        wait = self._if_it_fits(step, ask)
+        self.pending = functools.partial(self._keep, wait, step) if wait else None
 
     def _keep(self, wait: Wait, step: int) -> None:
-        recorder = self.recorder
-        with self.timed("samples"):
-            lines = wait()
-        if not recorder.writes:
+        recorder, lines = self.recorder, self._if_it_fits(step, wait)
+        if lines is None or not recorder.writes:
             return
         for line in lines:
             runtime.append_jsonl(self.folder / "samples.jsonl", line)
@@ -80,3 +71,18 @@ class Answers:
         recorder.final["eos_share"] = share
         recorder.add({"step": step, "eos_share": share})
         recorder.tracking.samples(lines)
+
+    def _if_it_fits(self, step: int, action: Callable[[], Any]) -> Any:
+        """What `action()` gives; None, with a warning, where the memory is too small: nothing that is trained depends on it."""
+        import torch
+
+        try:
+            with self.timed("samples"):
+                return action()
+        except torch.OutOfMemoryError as error:
+            if self.by_all:
+                raise  # the other processes wait for this one
+            traceback.clear_frames(error.__traceback__)
+            give_back()
+            log.warning("Step %d: too little memory for answers now; the run goes on.", step)
+            return None
