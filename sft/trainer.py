@@ -256,7 +256,8 @@ def _run_callback(trainer, settings: Settings) -> Any:
             loop.stop.check()
 
         def on_step_begin(self, args, state, control, **kwargs):
-            loop.answers.keep()  # those of the weights as they still are
+            with loop.budget.measured("samples"):
+                loop.answers.keep()  # those of the weights as they still are
             clock.start()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
