@@ -10,7 +10,7 @@ time.
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +23,8 @@ ATTENTION = "sft_one_token"
 """Name of `attend` among transformers' attention functions."""
 ALIGNED = 16
 """Places of keys and values, a multiple of this: a mask of another width is copied to such a one in each layer."""
+PLACES = 8192
+"""Tokens whose keys and values answers given together may take: one gibibyte of an 8B shape."""
 LOOK = 16
 """Steps after which it is looked whether all answers have ended; each look waits for a GPU."""
 
@@ -41,6 +43,33 @@ def plain(model: Any) -> Iterator[None]:
         yield
     finally:
         base.generation_config = own
+
+
+def grouped(prompts: list[list[int]], max_new_tokens: int, most: int) -> list[list[list[int]]]:
+    """Prompts, token ids, in groups that are answered together: at most `most`, and PLACES keys and values in all."""
+    groups: list[list[list[int]]] = []
+    for prompt in prompts:
+        group = [*groups[-1], prompt] if groups else [prompt]
+        if groups and len(group) <= most and len(group) * (max(map(len, group)) + max_new_tokens) <= PLACES:
+            groups[-1] = group
+        else:
+            groups.append([prompt])
+    return groups
+
+
+def padded(prompts: list[list[int]], pad: int, device: Any) -> tuple[Any, Any]:
+    """(ids, mask) of prompts, [prompts, tokens], padded on the left."""
+    import torch
+
+    longest = max(map(len, prompts))
+    ids = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def until_end(answer: list[int], stop_ids: Collection[int]) -> list[int]:
+    """An answer up to its end mark and with it, if it has one."""
+    return answer[: next((i + 1 for i, token in enumerate(answer) if token in stop_ids), len(answer))]
 
 
 def fits(model: Any) -> bool:

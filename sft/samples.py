@@ -80,13 +80,8 @@ def generate(
     fits = count > 1 and not strategy.shards(settings) and decode.fits(base_of(model))
     beside = fits and model.device.type == "cuda"
 
-    def ask(part: list[Prompt]) -> Callable[[], list[list[int]]]:
-        longest = max(len(prompt.input_ids) for prompt in part)
-        padding = [longest - len(prompt.input_ids) for prompt in part]
-        ids = [[tokenizer.pad_token_id] * n + prompt.input_ids for n, prompt in zip(padding, part, strict=True)]
-        ids = torch.tensor(ids, device=model.device)
-        mask = torch.arange(longest, device=model.device) >= torch.tensor(padding, device=model.device)[:, None]
-        mask = mask.long()
+    def ask(part: list[list[int]]) -> Callable[[], list[list[int]]]:
+        ids, mask = decode.padded(part, tokenizer.pad_token_id, model.device)
         if fits:
             try:
                 return decode.greedy(base_of(model), ids, mask, stop_ids, config.max_new_tokens, check_stop, later)
@@ -96,11 +91,12 @@ def generate(
                 log.debug("answers are not recorded: %s", first_line(error))
         return model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[check]
-        )[:, longest:].tolist  # fmt: skip
+        )[:, ids.shape[1] :].tolist  # fmt: skip
 
     def ask_all() -> list[Callable[[], list[list[int]]]]:
         with _answering(model, settings, backend), decode.plain(model):
-            return [ask(prompts[at : at + count]) for at in range(0, len(prompts), count)]
+            parts = decode.grouped([prompt.input_ids for prompt in prompts], config.max_new_tokens, count)
+            return [ask(part) for part in parts]
 
     asked = ask_all() if beside or not later else []
 
@@ -117,8 +113,7 @@ def generate(
 
 def _line(prompt: Prompt, answer: list[int], tokenizer: Any, stop_ids: set[int], step: int) -> dict:
     """A line of samples.jsonl."""
-    ends = [i for i, token in enumerate(answer) if token in stop_ids]
-    answer = answer[: ends[0] + 1] if ends else answer
+    answer = decode.until_end(answer, stop_ids)
     return {
         "step": step,
         "index": prompt.index,
@@ -128,7 +123,7 @@ def _line(prompt: Prompt, answer: list[int], tokenizer: Any, stop_ids: set[int],
         "reference": prompt.reference,
         "completion": tokenizer.decode(answer),
         "completion_ids": answer,
-        "finish": "eos" if ends else "length",
+        "finish": "eos" if answer and answer[-1] in stop_ids else "length",
     }
 
 

@@ -370,10 +370,16 @@ def _anchor(trained: Trained, reference: proof.Measurement) -> tuple[list[verify
 
 
 def _last_samples(trained: Trained) -> list[list[int]]:
-    """The answers to the first held-out rows that the model gave at the end of its training, as token ids."""
+    """The answers to the first held-out rows that the kept weights gave at the end of the training, as token ids; none where
+    the run was stopped before it gave them.
+    """
+    metrics, status = trained.record["metrics"], trained.record.get("status")
+    if status in ("stopped", "failed") and metrics.get("kept_step") != metrics.get("steps"):
+        return []  # what was answered at its last step was answered by other weights
     lines = [line for line in read_lines(trained.folder / "samples.jsonl") if line.get("source") != "config"]
-    last = max((line["step"] for line in lines), default=None)
-    return [line["completion_ids"] for line in lines if line["step"] == last and "completion_ids" in line]
+    last = {line["index"]: line.get("completion_ids") for line in lines if line["step"] == metrics.get("steps")}
+    said = [last.get(index) for index in range(len(last))]
+    return said if None not in said else []
 
 
 def _prove_folder(

@@ -138,13 +138,13 @@ def flat_loss(model: Any, rows: list[Row], collate: Any) -> float:
 
 
 def measure_torch(model: Any, rows: list[Row], prompts: int, max_new_tokens: int, stop_ids: list[int], pad: int) -> Measurement:
-    """Losses on all rows and greedy answers to the prompts of the first `prompts` of them, AT_ONCE many at a time."""
+    """Losses on all rows and greedy answers to the prompts of the first `prompts` of them, up to AT_ONCE at a time."""
     loss, losses = row_losses(model, rows)
     result = Measurement(loss, losses, [], [])
     model.eval()
     asked = [prompt_of(row) for row in rows[:prompts]]
-    for at in range(0, len(asked), AT_ONCE):
-        for answer, tops in _answer(model, asked[at : at + AT_ONCE], max_new_tokens, stop_ids, pad):
+    for part in decode.grouped(asked, max_new_tokens, AT_ONCE):
+        for answer, tops in _answer(model, part, max_new_tokens, stop_ids, pad):
             result.answers.append(answer)
             result.finished.append(bool(answer) and answer[-1] in stop_ids)
             result.tops.append(tops)
@@ -154,13 +154,11 @@ def measure_torch(model: Any, rows: list[Row], prompts: int, max_new_tokens: int
 def _answer(
     model: Any, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], pad: int
 ) -> Iterator[tuple[list[int], list[dict[int, float]]]]:
-    """(answer, likeliest tokens of each step) of each prompt; padded on the left."""
+    """(answer, likeliest tokens of each step) of each prompt."""
     import torch
     from transformers import GenerationConfig, LogitsProcessorList
 
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    ids, mask = decode.padded(prompts, pad, model.device)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=pad, use_cache=True
     )
@@ -175,6 +173,6 @@ def _answer(
         output = model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([note])
         )
-    for row, answer in enumerate(output[:, longest:].tolist()):
-        end = next((i + 1 for i, token in enumerate(answer) if token in stop_ids), len(answer))
-        yield answer[:end], [dict(zip(best[row], values[row], strict=True)) for best, values in steps[:end]]
+    for row, answer in enumerate(output[:, ids.shape[1] :].tolist()):
+        answer = decode.until_end(answer, stop_ids)
+        yield answer, [dict(zip(best[row], values[row], strict=True)) for best, values in steps[: len(answer)]]

@@ -67,6 +67,12 @@ def test_an_export_is_asked_several_prompts_at_once_and_answers_as_to_each_alone
         assert answer == [max(top, key=top.get) for top in tops], "the likeliest tokens, whatever the model's own penalties"
 
 
+def test_long_prompts_are_answered_in_smaller_groups(monkeypatch):
+    monkeypatch.setattr(decode, "PLACES", 30)
+    prompts = [[0] * n for n in (2, 3, 4, 12, 2, 2, 2, 2, 40)]
+    assert [[len(one) for one in group] for group in decode.grouped(prompts, 6, 3)] == [[2, 3, 4], [12], [2, 2, 2], [2], [40]]
+
+
 def test_an_answer_that_ends_before_the_others_is_cut_at_its_end(tiny, monkeypatch):
     _, tokenizer, _, model = tiny
     ids = torch.tensor([list(range(25, 30))])

@@ -1,5 +1,11 @@
 """Where two answers part, and when that is a near tie."""
 
+import json
+import types
+
+import pytest
+
+from sft.export.exporter import _last_samples
 from sft.export.proof import Measurement
 from sft.export.verify import compare_answers, find_partings
 
@@ -29,3 +35,25 @@ def test_near_ties_are_told_apart_from_other_answers():
     assert (facts["answers_equal"], facts["near_ties"], facts["widest_tie"]) == (1, 2, 0.01)
     check, facts = compare_answers("answers", reference, measured([5, 7], [5, 8], [5, 7]), 0.05)
     assert not check.ok and check.found == "2 the same, 1 others" and "widest_tie" not in facts
+
+
+@pytest.mark.parametrize(
+    ("run", "steps", "expected"),
+    [
+        ({"status": "running", "metrics": {"steps": 6, "kept_step": 4}}, [0, 3, 6], [[61], [62]]),
+        ({"status": "finished", "metrics": {"steps": 3, "kept_step": 2}}, [0, 3, 3], [[31], [32]]),
+        ({"status": "stopped", "metrics": {"steps": 6, "kept_step": 6}}, [0, 3], []),
+        ({"status": "stopped", "metrics": {"steps": 3, "kept_step": 2}}, [0, 3], []),
+        ({"status": "finished", "metrics": {"steps": 0}}, [], []),
+    ],
+    ids=["the last of three", "asked twice at one step", "stopped before the last", "of weights that are not kept", "none"],
+)
+def test_a_saved_adapter_is_held_against_answers_of_the_same_weights(tmp_path, run, steps, expected):
+    lines = []
+    for place, step in enumerate(steps):
+        seen = step in steps[place + 1 :]  # those in between come first
+        lines += [{"step": step, "index": i, "source": "held_out", "completion_ids": [-1 if seen else 10 * step + i + 1]}
+                  for i in range(2)]  # fmt: skip
+        lines.append({"step": step, "index": 2, "source": "config", "completion_ids": [0]})
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert _last_samples(types.SimpleNamespace(folder=tmp_path, record=run)) == expected
