@@ -1,10 +1,12 @@
 """Rows to roles: which shape the data has, which column plays which role, and a row as fields or as turns."""
 
 import difflib
+import functools
 import json
+import math
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sft.errors import Problem, Refusal, refuse
@@ -23,6 +25,11 @@ SYNONYMS = {
 # Speakers of ShareGPT and its relatives, in the names that chat templates know.
 SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 ROLES = ("system", "user", "assistant", "tool", "developer")
+# Keys of a turn, as public data sets write them: what an assistant thought, and whether its answer is learnt (OpenAI and
+# Mistral: weight; axolotl and open-instruct: train, training; ms-swift: loss; others: loss_mask, trainable).
+REASONING = ("reasoning_content", "reasoning", "thinking")
+WEIGHTS = ("weight", "train", "training", "loss", "loss_mask", "trainable")
+READ_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *REASONING, *WEIGHTS}
 # What a template text can always name in braces, whatever the columns are called.
 FIELDS = ("instruction", "input", "output", "prompt", "completion", "system")
 
@@ -33,6 +40,12 @@ class Turn:
 
     role: str
     content: str
+    reasoning: str = ""
+    """What an assistant thought before it answered, where the data has it in a key of its own."""
+    learnt: bool = True
+    """Whether an assistant's answer is learnt, as its weight says; else it is only read."""
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of the turn that hold something and are not used."""
 
 
 def find_shape(rows: Sequence[dict], data: DatasetSettings) -> Shape:
@@ -52,7 +65,8 @@ def find_shape(rows: Sequence[dict], data: DatasetSettings) -> Shape:
         return Shape.text
     if columns.output in names or columns.instruction in names:
         return Shape.instruction  # check_columns says what is missing
-    fix = _guess_columns(names, data)
+    turns = next((name for name in sorted(names) if len(rows) and holds_turns(rows[0].get(name))), None)
+    fix = f"dataset.columns.messages={turns}" if turns else _guess_columns(names, data)
     why = f"The columns {', '.join(sorted(names))} fit no known shape."
     raise refuse("dataset.shape=auto", why, fix or "dataset.shape=text dataset.columns.text=<column>")
 
@@ -86,7 +100,7 @@ def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, sou
             why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
             problems.append(Problem(f"dataset.{group}.{column}", why, fix))
     allowed = {*FIELDS} if shape in (Shape.messages, Shape.conversations) else {*FIELDS, *names}
-    for name in dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(data.template) if name):
+    for name in names_in(data.template):
         if name not in allowed:  # it would be filled with nothing
             match = likeliest(name, name, allowed)
             fix = f"write {{{match}}}" if match else ""
@@ -104,14 +118,14 @@ def likeliest(role: str, column: str, names: set[str]) -> str | None:
     return lower[close[0]] if close else None
 
 
-def row_to_fields(row: dict, data: DatasetSettings, shape: Shape) -> dict[str, str]:
-    """Values for a template text, by role; columns without a role are reached by their own name."""
+def row_to_fields(row: dict, data: DatasetSettings, shape: Shape, template: str) -> dict[str, str]:
+    """Values for a template text, by role; columns without a role that the text names are reached by their own name."""
     if shape in (Shape.messages, Shape.conversations) or _prompt_is_turns(row, data, shape):
         return _turns_to_fields(row_to_turns(row, data, shape))
-    values = {name: as_text(value) for name, value in row.items()}
+    values = {name: as_text(row.get(name)) for name in names_in(template)}
     for role in FIELDS:
         column = getattr(data.columns, role)
-        values[role] = as_text(row.get(column)) if column else ""
+        values[role] = cell_text(row.get(column), column) if column else ""
     values["system"] = values["system"] or data.system_prompt or ""
     if shape == Shape.prompt_completion:
         values["instruction"] = values["instruction"] or values["prompt"]
@@ -132,13 +146,16 @@ def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
     elif _prompt_is_turns(row, data, shape):
         turns = _read_turns(row[columns.prompt], columns.prompt)
         answer = row.get(columns.completion)
-        turns += _read_turns(answer, columns.completion) if isinstance(answer, list) else [Turn("assistant", as_text(answer))]
+        if isinstance(answer, list):
+            turns += _read_turns(answer, columns.completion)
+        else:
+            turns.append(Turn("assistant", cell_text(answer, columns.completion)))
     else:
-        values = row_to_fields(row, data, shape)
+        values = row_to_fields(row, data, shape, "")
         asked = values["prompt"] if shape == Shape.prompt_completion else ""
         asked = asked or "\n\n".join(v for v in (values["instruction"], values["input"]) if v)
         answer = values["completion"] if shape == Shape.prompt_completion else values["output"]
-        turns = [Turn("user", asked), Turn("assistant", answer)]
+        turns = [*read_history(row), Turn("user", asked), Turn("assistant", answer)]
     system = as_text(row.get(columns.system)) if columns.system and isinstance(row.get(columns.system), str) else ""
     system = system or data.system_prompt or ""
     if system and (not turns or turns[0].role != "system"):
@@ -172,15 +189,78 @@ def _read_turns(value: Any, column: str) -> list[Turn]:
             raise ValueError(f"unknown speaker {speaker!r} in column {column!r}; known are {', '.join([*ROLES, *SPEAKERS])}")
         if turn.get("tool_calls") or turn.get("function_call"):  # left out they would teach an empty answer
             raise ValueError(f"turn {number} in column {column!r} calls a tool, which is not supported; write the call as text")
-        content = turn.get("content") if "content" in turn else turn.get("value")
-        turns.append(Turn(role, _join_parts(content, number, column)))
+        content = _join_parts(turn.get("content") if "content" in turn else turn.get("value"), role, number, column)
+        unused = tuple(key for key, value in turn.items() if key not in READ_KEYS and value not in (None, "", [], {}))
+        if role != "assistant":  # whose words are never learnt
+            unused += tuple(key for key in WEIGHTS if turn.get(key))
+            turns.append(Turn(role, content, unused=unused))
+            continue
+        reasoning = next((text for key in REASONING if (text := as_text(turn.get(key))).strip()), "")
+        turns.append(Turn(role, content, reasoning, _is_learnt(turn, number, column), unused))
     return turns
 
 
-def _join_parts(content: Any, number: int, column: str) -> str:
-    """A turn's content as text, also where it is a list of parts such as `{"type": "text", "text": "..."}`."""
+def _is_learnt(turn: dict, number: int, column: str) -> bool:
+    """Whether the weights of an assistant's turn let it be learnt. Raises ValueError for one that is neither 0 nor 1."""
+    for key in WEIGHTS:
+        value = turn.get(key)
+        if value is None or value != value:  # NaN, as pandas has it where there is none
+            continue
+        if value not in (0, 1):
+            raise ValueError(f"turn {number} in column {column!r} has {key}={str(value)[:20]}; a weight can be 0 or 1")
+        if value == 0:
+            return False
+    return True
+
+
+def read_history(row: dict) -> list[Turn]:
+    """The earlier turns of an Alpaca row, `history`: pairs of a question and an answer. They are read, not learnt."""
+    pairs = _from_json(row.get("history"), "history")
+    if not pairs:
+        return []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError("column 'history' has to hold pairs of a question and an answer")
+    texts = [[cell_text(cell, "history") for cell in pair] for pair in pairs]
+    return [turn for asked, answer in texts for turn in (Turn("user", asked), Turn("assistant", answer, learnt=False))]
+
+
+def read_tools(row: dict) -> list[dict]:
+    """The functions that a row's column `tools` defines, as a list or as JSON text of one; none without it."""
+    tools = _from_json(row.get("tools"), "tools")
+    if not tools:
+        return []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("column 'tools' has to hold a list of functions, each an object; call it otherwise if it is none")
+    return tools
+
+
+def _from_json(value: Any, column: str) -> Any:
+    """A cell that holds a list, also where it is written as JSON text."""
+    if not isinstance(value, str) or not value.strip():
+        return value if isinstance(value, list | dict) else None
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"column {column!r} has to hold a list; as JSON it has a fault: {error}") from None
+
+
+def holds_turns(value: Any) -> bool:
+    """Whether a cell is a list of turns, in OpenAI's form or in ShareGPT's."""
+    forms = ({"role", "content"}, {"from", "value"})
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(t, dict) and any(f <= t.keys() for f in forms) for t in value)
+    )
+
+
+def _join_parts(content: Any, role: str, number: int, column: str) -> str:
+    """A turn's content as text, also where it is a list of parts such as `{"type": "text", "text": "..."}`.
+
+    What a tool gives may be of any form: it is only read, and JSON says it.
+    """
     if not (isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content)):
-        return as_text(content)
+        return as_text(content) if role == "tool" else cell_text(content, column)
     other = next((part["type"] for part in content if part["type"] != "text"), None)
     if other:
         raise ValueError(f"turn {number} in column {column!r} holds a part of type {other!r}; only text can be learnt")
@@ -194,21 +274,54 @@ def _turns_to_fields(turns: list[Turn]) -> dict[str, str]:
         raise ValueError(
             f"a template text takes one question and one answer, and this row has {roles}; set dataset.template=chat"
         )
+    if spoken[1].reasoning or not spoken[1].learnt:
+        what = "reasoning in a key of its own" if spoken[1].reasoning else "the weight 0"
+        raise ValueError(f"a template text has no place for an answer with {what}; set dataset.template=chat")
     asked, answer = spoken[0].content, spoken[1].content
     system = next((turn.content for turn in turns if turn.role == "system"), "")
     return {"instruction": asked, "prompt": asked, "input": "", "output": answer, "completion": answer, "system": system}
 
 
+class NotText(ValueError):
+    """A list or an object stands where text has to stand."""
+
+    fix = "write the cells as text, for example as JSON text"
+
+
+def cell_text(value: Any, column: str) -> str:
+    """A cell that is asked or learnt. Raises NotText for a list or an object: as JSON it would be learnt by accident."""
+    if isinstance(value, list | dict):
+        error = NotText(f"column {column!r} holds {'a list' if isinstance(value, list) else 'an object'}, not text")
+        if holds_turns(value):
+            error.fix = f"dataset.columns.messages={column}"
+        raise error
+    return as_text(value)
+
+
 def as_text(value: Any) -> str:
-    """A cell as text: null is blank, a list or object is JSON."""
-    if value is None:
+    """A cell as text: null and NaN are blank, bytes are UTF-8, a list or object is JSON.
+
+    Raises ValueError for bytes that are no UTF-8 text.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes NaN for an empty cell
         return ""
     if isinstance(value, str):
         return value
+    if isinstance(value, bytes):  # parquet files of Spark and Hive do not say that their bytes are text
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise ValueError("a cell holds bytes that are no UTF-8 text") from None
     try:
-        return json.dumps(value, ensure_ascii=False, default=str)  # parquet columns can hold dates and bytes
+        return json.dumps(value, ensure_ascii=False, default=str)  # parquet columns can hold dates
     except RecursionError:
         raise ValueError("a value is nested too deeply to be written as text") from None
+
+
+@functools.lru_cache(maxsize=8)
+def names_in(template: str) -> tuple[str, ...]:
+    """What a template text names in braces."""
+    return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name))
 
 
 def _names(rows: Sequence[dict]) -> set[str]:

@@ -10,24 +10,38 @@ import hashlib
 import itertools
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from sft import durable, embedded
-from sft.columns import check_columns, find_shape
+from sft.columns import NotText, check_columns, find_shape
 from sft.errors import Problem, Refusal, first_line, refuse
-from sft.render import ALPACA, IGNORED, choose_template, label, render_row, starts_with_bos, tokenise
+from sft.render import (
+    ALPACA,
+    IGNORED,
+    choose_template,
+    count_not_given_back,
+    label,
+    render_row,
+    starts_with_bos,
+    tokenise,
+)
 from sft.rows import choose_indices, read_rows, select, source_of
 from sft.runtime import row_seed
 from sft.settings import LossOn, Overlong, Settings, Shape
 
 BATCH = 1000
 """Rows tokenised at a time."""
+FIRST_ROWS = 20
+"""Rows whose tokens are decoded again."""
+MOST_FAULTS = 1000
+"""Rows with faults after which no further row is read."""
 
 
 @dataclass
@@ -112,11 +126,13 @@ def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: 
     facts: dict[str, Any] = {"source": source["name"], "data_hash": source["hash"], "shape": shape.value}
     facts["template"] = "alpaca" if template == ALPACA else template if data.template == "auto" else data.template
     render = functools.partial(render_row, data=data, shape=shape, template=template, tokenizer=tokenizer)
-    splits = {}
+    splits, faults = {}, Faults()
     for name, table, index in (("train", rows, train_index), ("eval", eval_rows, eval_index)):
         if index or name == "train":
-            entries = _tokenise(table, index, render, tokenizer, stop_ids)
+            entries = _tokenise(table, index, render, tokenizer, stop_ids, faults)
             splits[name] = _write_split(entries, work / f"{name}.arrow", settings, tokenizer, stop_ids)
+    faults.refuse()
+    not_given_back = _check_round_trip(splits["train"].texts, tokenizer, settings)
     longer = [f"{s.too_long} of {s.read} {name} rows" for name, s in splits.items() if s.too_long]
     if longer and data.overlong == Overlong.error:
         raise _too_long(longer, max(max(s.lengths) for s in splits.values()), settings)
@@ -131,7 +147,11 @@ def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: 
     facts |= {f"{name}_tokens": s.tokens for name, s in splits.items()}
     facts["trained_tokens"] = splits["train"].learnt
     facts["duplicates"] = _find_duplicates(splits["train"], splits.get("eval"))
-    facts["warnings"] = _data_warnings(counts, blank, facts["duplicates"], settings)
+    notes = sum((s.notes for s in splits.values()), Counter())
+    facts["warnings"] = _data_warnings(counts, blank, facts["duplicates"], notes, settings)
+    if not_given_back:
+        found = f"The tokens of {not_given_back} of the first {len(splits['train'].texts)} rows do not give their text back: "
+        facts["warnings"].append(found + "the tokenizer does not know some of their characters.")
     for key in COUNTED:
         facts[key] = counts.pop(key, 0)
     facts |= {"eos_token": tokenizer.eos_token, "bos_token": tokenizer.bos_token, "pad_token": tokenizer.pad_token}
@@ -162,6 +182,10 @@ class Split:
     too_long: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     examples: list[dict] = field(default_factory=list)
+    notes: Counter = field(default_factory=Counter)
+    """What was left out of the rows, by `Rendered.notes`."""
+    texts: list[str] = field(default_factory=list)
+    """Questions and answers of the first rows."""
 
     @property
     def read(self) -> int:
@@ -181,6 +205,9 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
         while batch := list(itertools.islice(entries, BATCH)):
             split.lengths.extend(len(e["input_ids"]) for e in batch)
             split.too_long += sum(len(e["input_ids"]) > limit for e in batch)
+            split.texts += [f"{e['question']}\n{e['reference']}" for e in batch[: FIRST_ROWS - len(split.texts)]]
+            for entry in batch:
+                split.notes.update(entry.pop("notes"))
             kept = _fit_length(batch, settings, split.counts)
             _audit(kept, split.counts, tokenizer.bos_token_id, stop_ids)
             ids, ends = _end_to_end([e["input_ids"] for e in kept])
@@ -242,7 +269,40 @@ def _find_duplicates(train: Split, held_out: Split | None) -> dict[str, Any]:
     return {"held_out": count, "train": len(digests) - len(known), "rows": pairs}
 
 
-def _tokenise(rows, index: list[int], render, tokenizer, stop_ids: set[int]) -> Iterator[dict]:
+class Faults:
+    """Rows that cannot be learnt from, by what is wrong with them."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Problem, list[int]] = {}
+
+    def add(self, number: int, refusal: Refusal) -> None:
+        """Note what is wrong with a row."""
+        for problem in refusal.problems:
+            self.rows.setdefault(problem, []).append(number)
+
+    def refuse(self) -> None:
+        """Raise a Refusal of all of them, with how many rows each fault has and the first three."""
+        problems = []
+        for p, numbers in list(self.rows.items())[:5]:
+            *first, last = map(str, numbers[:3])
+            first = f"{', '.join(first)} and {last}" if first else last
+            more = f" ({len(numbers)} such rows)" if len(numbers) > 3 else ""
+            problems.append(
+                Problem(f"row{'s'[: len(numbers) > 1]} {first} of the data{more}{': ' * bool(p.what)}{p.what}", p.why, p.fix)
+            )
+        if problems:
+            left = sum(map(len, list(self.rows.values())[5:]))
+            if left:
+                problems[-1] = replace(problems[-1], why=f"{problems[-1].why} {left} more rows have other faults.")
+            raise Refusal(problems)
+
+    @property
+    def many(self) -> bool:
+        """Whether there are so many that the rest need not be looked at."""
+        return sum(map(len, self.rows.values())) >= MOST_FAULTS
+
+
+def _tokenise(rows, index: list[int], render, tokenizer, stop_ids: set[int], faults: Faults) -> Iterator[dict]:
     """Entries of the rows of `index`, with their numbers. One batch is rendered while the one before is tokenised."""
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
     waiting: Any = None
@@ -250,8 +310,16 @@ def _tokenise(rows, index: list[int], render, tokenizer, stop_ids: set[int]) -> 
         for at in [*range(0, len(index), BATCH), None]:
             coming = None
             if at is not None:
-                rendered = [_render(render, rows[i], i) for i in index[at : at + BATCH]]
-                coming = rendered, pool.submit(tokenise, rendered, tokenizer), index[at : at + BATCH]
+                rendered, numbers = [], []
+                for i in index[at : at + BATCH]:
+                    try:
+                        rendered.append(_render(render, rows[i]))
+                        numbers.append(i)
+                    except Refusal as refusal:
+                        faults.add(i + 1, refusal)
+                        if faults.many:
+                            return
+                coming = rendered, pool.submit(tokenise, rendered, tokenizer), numbers
             if waiting:
                 rendered, encodings, numbers = waiting
                 entries = label(rendered, encodings.result(), bos, tokenizer.eos_token_id, stop_ids)
@@ -260,20 +328,34 @@ def _tokenise(rows, index: list[int], render, tokenizer, stop_ids: set[int]) -> 
             waiting = coming
 
 
-def _render(render, row: dict, i: int):
-    """The row rendered. Raises Refusal with the row's number for whatever is wrong with it."""
+def _render(render, row: dict):
+    """The row rendered. Raises Refusal for whatever is wrong with it."""
     try:
         rendered = render(row)
         rendered.text.encode()  # half an emoji, as cut texts have it, cannot be tokenised
         return rendered
-    except Refusal as refusal:
-        raise Refusal([Problem(f"row {i + 1} of the data: {p.what}", p.why, p.fix) for p in refusal.problems]) from None
     except UnicodeEncodeError as error:
         why = f"It holds half of a character ({error.object[error.start]!r}), as texts have it that were cut."
-        raise refuse(f"row {i + 1} of the data", why, "mend or remove the row") from error
+        raise refuse("", why, "mend or remove the row") from error
+    except NotText as error:
+        raise refuse("", f"It cannot be rendered: {error}.", error.fix) from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # the row's own fault
         why = f"It cannot be rendered: {first_line(error)}."
-        raise refuse(f"row {i + 1} of the data", why, "mend or remove the row, or set dataset.shape") from error
+        raise refuse("", why, "mend or remove the row, or set dataset.shape") from error
+
+
+def _check_round_trip(texts: list[str], tokenizer, settings: Settings) -> int:
+    """How many of the first rows' texts their tokens do not give back. Raises Refusal if these are more than half."""
+    lost = count_not_given_back(texts, tokenizer)
+    if 2 * lost <= len(texts):
+        return lost
+    ids = tokenizer(texts[0].strip()[:60], add_special_tokens=False)["input_ids"]
+    why = (
+        f"Its tokens do not give the text of the rows back: {texts[0].strip()[:60]!r} comes back as {tokenizer.decode(ids)!r}. "
+    )
+    why += "The model would learn other texts than those of the data."
+    fix = 'in a local copy of the model, write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json\n'
+    raise refuse(f"the tokenizer of model.name={settings.model.name}", why, fix + "or take another model")
 
 
 # ------------------------------------------------------------------------------------- lengths and the mask
@@ -325,6 +407,12 @@ def _refuse_nothing_to_learn(splits: dict[str, Split], counts: dict, shape: Shap
             what, why, fix = f"dataset.overlong=drop {limit}", "is short enough", "raise model.max_seq_length"
         elif settings.dataset.overlong == Overlong.truncate and counts.get("rows_without_labels"):
             what, why, fix = f"dataset.overlong=truncate {limit}", "has an answer left to learn", "raise model.max_seq_length"
+        elif split.notes["reasoning"]:
+            what, why = "the chat template", "has an answer that is learnt: it leaves out the reasoning of each"
+            fix = "model.chat_template=<the file of a template that keeps it>"
+        elif split.notes["weight"]:
+            what, why = "the weights of the answers", "has an answer that is learnt: all have the weight 0"
+            fix = "give the answers that are to be learnt the weight 1"
         else:
             role = {Shape.instruction: "output", Shape.prompt_completion: "completion"}.get(shape, shape.value)
             what = f"dataset.columns.{role}={getattr(settings.dataset.columns, role)}"
@@ -334,7 +422,7 @@ def _refuse_nothing_to_learn(splits: dict[str, Split], counts: dict, shape: Shap
         raise refuse(what, f"{rows} {why}.", fix)
 
 
-def _data_warnings(counts: dict, blank: int, duplicates: dict[str, Any], settings: Settings) -> list[str]:
+def _data_warnings(counts: dict, blank: int, duplicates: dict[str, Any], notes: Counter, settings: Settings) -> list[str]:
     found = []
     limit = settings.model.max_seq_length
     if counts.get("truncated_rows"):
@@ -343,6 +431,7 @@ def _data_warnings(counts: dict, blank: int, duplicates: dict[str, Any], setting
         found.append(f"{counts['dropped_rows']} rows over {limit} tokens were left out.")
     if counts.get("rows_without_labels"):
         reason = "an empty answer" if settings.dataset.overlong != Overlong.truncate else "an empty or cut-off answer"
+        reason += ", or none that is learnt," if notes["reasoning"] or notes["weight"] else ""
         found.append(f"{counts['rows_without_labels']} rows have {reason} and were left out.")
     if blank:
         found.append(f"{blank} rows have an answer but no question.")
@@ -361,6 +450,26 @@ def _data_warnings(counts: dict, blank: int, duplicates: dict[str, Any], setting
             f"{duplicates['held_out']} held-out rows are trained on as well, word for word (row {held_out} is row {trained}): "
             "the held-out loss looks better than it is. Remove the copies from the data."
         )
+    return found + _note_warnings(notes, settings)
+
+
+def _note_warnings(notes: Counter, settings: Settings) -> list[str]:
+    """What was left out of rows, counted."""
+    found = []
+    if notes["reasoning"]:
+        found.append(
+            f"{notes['reasoning']} answers are read and not learnt, because the chat template leaves out their reasoning: "
+            "learnt without it they would teach the model to answer at once. Rows with one answer each keep it."
+        )
+    if notes["weight"] and settings.dataset.loss_on == LossOn.all:
+        found.append(
+            f"{notes['weight']} answers have the weight 0 and are learnt all the same, because of dataset.loss_on=all."
+        )
+    if notes["tools"]:
+        found.append(f"{notes['tools']} rows define tools, and the chat template has no place for them: they are left out.")
+    keys = [f"{note.removeprefix('key ')} ({count})" for note, count in sorted(notes.items()) if note.startswith("key ")]
+    if keys:
+        found.append(f"Keys of turns that are not used, with their number: {', '.join(keys)}.")
     return found
 
 

@@ -112,6 +112,13 @@ def _read_config(model: ModelSettings) -> dict[str, Any]:
         return {}
 
 
+def vocabulary_of(model: ModelSettings) -> int | None:
+    """Rows of the model's embeddings by its config.json; None where that does not say."""
+    config = _read_config(model)
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
 def locate(model: ModelSettings, weights: bool = True) -> tuple[str, str]:
     """Where to load from, as (folder or hub id, source for the record).
 

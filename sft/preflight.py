@@ -110,6 +110,7 @@ def examine(settings: Settings, folder: Path, backend: str, sources: dict[str, s
         found.tokenizer, found.stop_ids = shared.load_tokenizer(settings)
         found.prepared = shared.prepare_data(settings, found.tokenizer, found.stop_ids)
         check_data(found, settings)
+        check_ids(found, settings)
     shape = read_shape(found, settings) if whole or _device(settings)[1] is not None else None
     check_memory(found, settings, backend, shape, whole)
     if whole:
@@ -166,6 +167,28 @@ def check_data(found: Found, settings: Settings) -> None:
         found.ok(part, f"{facts['duplicates']['train']} rows to train on are copies of others")
     for warning in facts["warnings"]:
         found.warn(part, warning)
+
+
+def check_ids(found: Found, settings: Settings) -> None:
+    """Token ids against the rows of the embeddings, which config.json gives: one beyond ends a run with an IndexError."""
+    import pyarrow.compute as pc
+
+    rows, tokenizer = models.vocabulary_of(settings.model), found.tokenizer
+    if rows is None:
+        return
+    config = f"config.json has vocab_size={rows}"
+    fix = "leave the token out of the data and the chat template, or take a model whose embeddings have its row"
+    for split in filter(None, (found.prepared.train, found.prepared.eval)):
+        highest = pc.max(pc.list_flatten(split.data.column("input_ids"))).as_py()
+        if highest >= rows:
+            row = next(r for r in split if max(r["input_ids"]) == highest)["row"]
+            what = f"row {row} of the data: the token {tokenizer.convert_ids_to_tokens(highest)!r}, id {highest}"
+            found.refuse("Data", [Problem(what, f"The model's embeddings have no row for it: {config}.", fix)])
+            return
+    beyond = sorted(i for i in tokenizer.get_vocab().values() if i >= rows)
+    if beyond:
+        named = ", ".join(tokenizer.convert_ids_to_tokens(beyond[:3]))
+        found.warn("Data", f"The tokenizer has {len(beyond)} tokens that the model has no embedding for ({named}): {config}.")
 
 
 def read_shape(found: Found, settings: Settings) -> memory.Shape | None:

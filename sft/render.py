@@ -1,13 +1,15 @@
 """A row to text to tokens: the template, where the answers stand in it, BOS once and an end mark last."""
 
 import functools
+import itertools
+import json
 import re
 import string
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from sft.columns import Turn, as_text, row_to_fields, row_to_turns
+from sft.columns import REASONING, Turn, cell_text, names_in, read_history, read_tools, row_to_fields, row_to_turns
 from sft.errors import first_line, refuse
 from sft.settings import DatasetSettings, Settings, Shape
 
@@ -39,6 +41,8 @@ class Rendered:
     """What was asked, for people to read."""
     reference: str
     """The answer in the data, for people to read."""
+    notes: list[str] = field(default_factory=list)
+    """What was left out, once each time: `reasoning`, `weight`, `tools`, or `key NAME` for an unused key of a turn."""
 
 
 def choose_template(data: DatasetSettings, shape: Shape, tokenizer) -> str:
@@ -76,11 +80,15 @@ def choose_template(data: DatasetSettings, shape: Shape, tokenizer) -> str:
 def render_row(row: dict, data: DatasetSettings, shape: Shape, template: str, tokenizer) -> Rendered:
     """One row as the text the model sees, without BOS or EOS where the tokenizer adds them itself."""
     if template == "plain":
-        text = as_text(row.get(data.columns.text))
+        text = cell_text(row.get(data.columns.text), data.columns.text)
         return Rendered(text, [(0, len(text))] if text.strip() else [], "", text)
     if template == "chat":
-        return render_chat(row_to_turns(row, data, shape), tokenizer)
-    return render_text(template, row_to_fields(row, data, shape))
+        return render_chat(row_to_turns(row, data, shape), tokenizer, read_tools(row))
+    named = names_in(template)
+    for column, read in (("history", read_history), ("tools", read_tools)):
+        if column not in named and read(row):
+            raise refuse(f"a row with {column}", f"The template text has no place for {column}.", "dataset.template=chat")
+    return render_text(template, row_to_fields(row, data, shape, template))
 
 
 def render_text(template: str, values: dict[str, str]) -> Rendered:
@@ -99,26 +107,30 @@ def render_text(template: str, values: dict[str, str]) -> Rendered:
     return Rendered(text, spans, question, reference)
 
 
-def render_chat(turns: list[Turn], tokenizer) -> Rendered:
+def render_chat(turns: list[Turn], tokenizer, tools: list[dict] | None = None) -> Rendered:
     """Put turns through the tokenizer's chat template and find every assistant turn with its end mark.
 
     The template is rendered once with the real contents and once with a marker in place of each, so that an answer is
     found where it stands even if its words occur elsewhere. A span starts where generation would start (after the
-    generation prompt), so that whatever the template puts before an answer, such as an empty think block, is learnt too.
+    generation prompt), so that whatever the template puts before an answer, such as its reasoning, is learnt too. An answer
+    whose reasoning the template leaves out is read and not learnt: it would teach to answer without thinking.
     Raises Refusal if the template refuses the turns, or leaves out or changes what one of them says.
     """
     # Reasoning models' templates look for a think block in an answer and may leave it out: it stays beside the marker.
     heads = [_think_block(turn) for turn in turns]
     marks = [f"\ue000{i}\ue001" for i in range(len(turns))]
-    text = _apply_template(turns, tokenizer)
-    marked = _marked_text(tuple((t.role, head + mark) for t, head, mark in zip(turns, heads, marks, strict=True)), tokenizer,
-                          tokenizer.chat_template)  # fmt: skip
+    text = _apply_template(turns, tokenizer, tools)
+    marked = _marked_text(tuple((t.role, head + mark, t.reasoning) for t, head, mark in zip(turns, heads, marks, strict=True)),
+                          json.dumps(tools) if tools else "", tokenizer, tokenizer.chat_template)  # fmt: skip
     opening = _generation_prompt(tokenizer, tokenizer.chat_template)
     ends = _end_marks(tokenizer, opening)
     pieces = re.split("\ue000\\d+\ue001", marked)
     order = [int(m) for m in re.findall("\ue000(\\d+)\ue001", marked)]  # some templates move the system prompt
     if sorted(order) != list(range(len(turns))):
         raise _unfit_template(turns, [turn for i, turn in enumerate(turns) if order.count(i) != 1])
+    notes = [f"key {key}" for turn in turns for key in turn.unused]
+    if tools and not re.search(r"\btools\b", tokenizer.chat_template):
+        notes.append("tools")
     spans, at, answered = [], len(pieces[0]), 0
     for i, before, after in zip(order, pieces, pieces[1:], strict=False):
         turn, head = turns[i], heads[i]
@@ -127,26 +139,41 @@ def render_chat(turns: list[Turn], tokenizer) -> Rendered:
             raise _unfit_template(turns, [turn])
         start, at = at, at + len(content)
         if turn.role == "assistant" and turn.content.strip():
-            if head and before.endswith(head):
-                start, before = start - len(head), before.removesuffix(head)
-            if opening and opening in before:
-                start -= len(before) - before.rindex(opening) - len(opening)
-            spans.append((start, at + _end_of_turn(after, ends)))
-            answered = i
+            thought = (turn.reasoning or re.sub("</?think>", "", head)).strip()
+            opened = before.find(opening) + len(opening) if opening and opening in before else 0
+            thought_at = before.rfind(thought, opened) if thought else len(before)
+            if not turn.learnt or thought_at < 0:
+                notes.append("reasoning" if turn.learnt else "weight")
+            else:
+                if opening and opening in before[:thought_at]:
+                    start -= len(before) - before.rindex(opening, 0, thought_at) - len(opening)
+                elif head and before.endswith(head):
+                    start -= len(head)
+                spans.append((start, at + _end_of_turn(after, ends)))
+                answered = i
         at += len(after)
     if at != len(text) or not text.startswith(pieces[0]):
         raise _unfit_template(turns, turns)
     question = next((t.content for t in reversed(turns[:answered]) if t.role == "user"), "")
-    return Rendered(text, spans, question, turns[answered].content if spans else "")
+    return Rendered(text, spans, question, turns[answered].content if spans else "", notes)
 
 
-def _apply_template(turns: list[Turn], tokenizer) -> str:
+def _apply_template(turns: list[Turn], tokenizer, tools: list[dict] | None = None) -> str:
     """The chat template's text for these turns; what the template itself raises becomes a Refusal."""
     from jinja2 import TemplateError
 
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    if any(turn.reasoning for turn in turns):
+        key = next((key for key in REASONING if re.search(rf"\b{key}\b", tokenizer.chat_template)), None)
+        if key is None:
+            why = (
+                f"The chat template of {_model_of(tokenizer)} has no place for it: the model would learn to answer without it."
+            )
+            fix = "write it into the answer as <think>...</think>, or name a template that writes message.reasoning_content:\n"
+            raise refuse("a row with reasoning in a key of its own", why, fix + "model.chat_template=<file>")
+        messages = [m | ({key: turn.reasoning} if turn.reasoning else {}) for m, turn in zip(messages, turns, strict=True)]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False)
     except TemplateError as error:
         if turns[0].role == "system" and "system" in str(error).lower():
             raise _no_system_role(tokenizer, f"it says: {first_line(error)}") from error
@@ -156,9 +183,9 @@ def _apply_template(turns: list[Turn], tokenizer) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _marked_text(turns: tuple[tuple[str, str], ...], tokenizer, chat_template: str) -> str:
-    """The template's text with markers for contents: the same for all rows with the same roles."""
-    return _apply_template([Turn(*turn) for turn in turns], tokenizer)
+def _marked_text(turns: tuple[tuple[str, str, str], ...], tools: str, tokenizer, chat_template: str) -> str:
+    """The template's text with markers for contents: the same for all rows with the same roles and tools."""
+    return _apply_template([Turn(*turn) for turn in turns], tokenizer, json.loads(tools) if tools else None)
 
 
 def _no_system_role(tokenizer, reason: str):
@@ -223,7 +250,8 @@ def encode(rendered: list[Rendered], tokenizer, stop_ids: set[int]) -> Iterable[
     """Token ids and answer labels of rendered rows: BOS exactly once where the tokenizer wants one, an end mark last.
 
     Yields dicts with `input_ids`, `labels` (IGNORED outside the answers), `prompt_length` (tokens before the last
-    answer), `question`, `reference`, and `boundary_merge` (a token joins the prompt's end to the answer's start).
+    answer), `question`, `reference`, `boundary_merge` (a token joins the prompt's end to the answer's start), and `notes`
+    (`Rendered.notes`).
     """
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
     return label(rendered, tokenise(rendered, tokenizer), bos, tokenizer.eos_token_id, stop_ids)
@@ -237,7 +265,27 @@ def tokenise(rendered: list[Rendered], tokenizer) -> list[Any]:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # a tokenizer.json may bring either
     backend.no_padding()
-    return backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
+    encodings = backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
+    return [_cut_at_ends(row, encoding, backend) for row, encoding in zip(rendered, encodings, strict=True)]
+
+
+def _cut_at_ends(row: Rendered, encoding: Any, backend) -> Any:
+    """The encoding with no token that holds both an answer's end and what follows it.
+
+    Where a template's end marks are no tokens of the tokenizer, `.` and `<|im_end|>` may share the token `.<`, which a model
+    that stops never generates. The text is then tokenised in pieces that end with such answers.
+    """
+    crossed = []
+    for begin, end in row.spans:
+        _, last = _tokens_of(encoding, begin, end) if end < len(row.text) else (None, None)
+        if last is not None and encoding.token_to_chars(last)[1] > end:
+            crossed.append(end)
+    if not crossed:
+        return encoding
+    pieces = [row.text[a:b] for a, b in itertools.pairwise([0, *crossed, len(row.text)])]
+    merged = type(encoding).merge([backend.encode(piece, add_special_tokens=False) for piece in pieces], True)
+    merged.set_sequence_id(0)  # one text again, in which characters are looked up
+    return merged
 
 
 def label(rendered: list[Rendered], encodings: list[Any], bos: int | None, eos: int, stop_ids: set[int]) -> Iterable[dict]:
@@ -262,7 +310,7 @@ def label(rendered: list[Rendered], encodings: list[Any], bos: int | None, eos: 
             ids, labels, prompt_length = [bos, *ids], [IGNORED, *labels], prompt_length + 1
         yield {
             "input_ids": ids, "labels": labels, "prompt_length": prompt_length,
-            "question": row.question, "reference": row.reference, "boundary_merge": merged,
+            "question": row.question, "reference": row.reference, "boundary_merge": merged, "notes": row.notes,
         }  # fmt: skip
 
 
@@ -278,6 +326,16 @@ def _tokens_of(encoding: Any, begin: int, end: int) -> tuple[int | None, int | N
     while last + 1 < len(encoding) and (chars := encoding.token_to_chars(last + 1)) and chars[0] < end and chars[1] > begin:
         last += 1  # a character may take several tokens, of which the first was found
     return first, last
+
+
+def count_not_given_back(texts: list[str], tokenizer) -> int:
+    """How many texts their tokens do not give back, but for outer white space and what the tokenizer's normaliser changes."""
+    backend, lost = tokenizer.backend_tokenizer, 0
+    for text, encoding in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
+        back = backend.decode(encoding.ids, skip_special_tokens=False).strip()
+        meant = [text] if backend.normalizer is None else [text, backend.normalizer.normalize_str(text)]
+        lost += back not in [one.strip() for one in meant]
+    return lost
 
 
 def starts_with_bos(tokenizer) -> bool:
@@ -333,5 +391,5 @@ def render_question(turns: list[Turn], settings: Settings, shape: Shape, tokeniz
         Shape.prompt_completion: {columns.prompt: question, columns.completion: "x"},
         Shape.instruction: {columns.instruction or columns.input: question, columns.output: "x"},
     }[shape]
-    values = row_to_fields(row, data, shape)
+    values = row_to_fields(row, data, shape, template)
     return render_text(template, values | {"system": system or data.system_prompt or ""})

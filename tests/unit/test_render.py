@@ -155,10 +155,10 @@ def test_a_typed_backslash_n_is_a_line_break_in_a_template(tokenizer):
 
 def test_cells_of_every_kind_become_text(tokenizer):
     data = DatasetSettings()
-    row = {"instruction": {"a": ["é", None]}, "input": None, "output": 0, "extra": 1.5, "flag": True}
+    row = {"instruction": 2.0, "input": None, "output": 0, "extra": {"a": ["é", None]}, "flag": True}
     template = "{instruction}|{input}|{extra}|{flag}|{output}"
     rendered = render_row(row, data, Shape.instruction, template, tokenizer)
-    assert rendered.text == '{"a": ["é", null]}||1.5|true|0' and rendered.reference == "0"
+    assert rendered.text == '2.0||{"a": ["é", null]}|true|0' and rendered.reference == "0"
 
 
 def test_dates_in_unused_columns_do_no_harm(tokenizer):
@@ -301,11 +301,11 @@ def test_qwen3_learns_its_empty_think_block_before_the_last_answer(make_tokenize
     assert tokenizer.decode(entry["input_ids"][: entry["prompt_length"]]).endswith("<|im_start|>assistant\n")
 
 
-def test_qwen3_learns_thoughts_of_the_last_answer_and_leaves_out_earlier_ones(make_tokenizer):
+def test_qwen3_learns_the_last_answer_with_its_thoughts_and_reads_those_that_lost_theirs(make_tokenizer):
     turns = [Turn(t.role, t.content) for t in CONVERSATION]
     turns[1].content, turns[3].content = "<think>\nhm\n</think>\n\nFirst.", "<think>\nwell\n</think>\n\nSecond."
     _, parts = chat(turns, make_tokenizer(QWEN3))
-    assert parts == ["First.<|im_end|>", "<think>\nwell\n</think>\n\nSecond.<|im_end|>"]
+    assert parts == ["<think>\nwell\n</think>\n\nSecond.<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", [CHATML, OPEN_ENDED, MISTRAL])
