@@ -5,6 +5,7 @@
 Both backends train on exactly what comes out of here, and `scripts/preview.py` shows the same.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -19,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from sft import durable, embedded
+from sft import durable, embedded, limits
 from sft.columns import NotText, check_columns, find_shape
 from sft.errors import Problem, Refusal, first_line, refuse
 from sft.render import (
@@ -311,14 +312,21 @@ def _tokenise(rows, index: list[int], render, tokenizer, stop_ids: set[int], fau
             coming = None
             if at is not None:
                 rendered, numbers = [], []
-                for i in index[at : at + BATCH]:
-                    try:
-                        rendered.append(_render(render, rows[i]))
-                        numbers.append(i)
-                    except Refusal as refusal:
-                        faults.add(i + 1, refusal)
-                        if faults.many:
-                            return
+                with limits.seconds_limited() as begin_row:
+                    for i in index[at : at + BATCH]:
+                        begin_row()
+                        try:
+                            # The first row tells what the template takes; later the tokenizer's threads work beside this one.
+                            with contextlib.nullcontext() if waiting or rendered else limits.memory_limited():
+                                rendered.append(_render(render, rows[i]))
+                            numbers.append(i)
+                        except limits.OverLimit as error:
+                            fix = "model.chat_template=chatml   or remove the row"
+                            raise refuse(f"row {i + 1} of the data: its chat template", str(error), fix) from error
+                        except Refusal as refusal:
+                            faults.add(i + 1, refusal)
+                            if faults.many:
+                                return
                 coming = rendered, pool.submit(tokenise, rendered, tokenizer), numbers
             if waiting:
                 rendered, encodings, numbers = waiting

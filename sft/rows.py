@@ -6,10 +6,10 @@ import random
 import re
 import warnings
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sft import embedded
+from sft import embedded, limits
 from sft.columns import as_text
 from sft.errors import first_line, refuse
 from sft.files import read_file
@@ -91,16 +91,25 @@ def choose_indices(rows: Sequence[dict], data: DatasetSettings, seed: int) -> Se
         rules = [(column, re.compile(pattern, re.S), True) for column, pattern in data.keep.items()]
         rules += [(column, re.compile(pattern, re.S), False) for column, pattern in data.drop.items()]
     if rules:
-        index = array("q", (i for i in index if _passes(rows[i], i, rules)))
+        with limits.seconds_limited() as begin_row:
+            index = array("q", (i for i in index if _passes(rows[i], i, rules, begin_row)))
     if data.shuffle:
         random.Random(seed).shuffle(index)
     return index
 
 
-def _passes(row: dict, i: int, rules: list[tuple[str, re.Pattern, bool]]) -> bool:
-    try:
-        return all(bool(pattern.search(as_text(row.get(column)))) == wanted for column, pattern, wanted in rules)
-    except ValueError as error:
-        raise refuse(
-            f"row {i + 1} of the data", f"It cannot be filtered: {first_line(error)}.", "mend or remove the row"
-        ) from error
+def _passes(row: dict, i: int, rules: list[tuple[str, re.Pattern, bool]], begin_row: Callable[[], None]) -> bool:
+    begin_row()
+    for column, pattern, wanted in rules:
+        try:
+            if bool(pattern.search(as_text(row.get(column)))) != wanted:
+                return False
+        except ValueError as error:
+            why = f"It cannot be filtered: {first_line(error)}."
+            raise refuse(f"row {i + 1} of the data", why, "mend or remove the row") from error
+        except limits.OverLimit as error:
+            group = "keep" if wanted else "drop"
+            why = f"{error} A repetition inside a repetition, as in (a+)+, tries every way to share a text out."
+            fix = f"dataset.{group}={{}}   or a pattern without it"
+            raise refuse(f"dataset.{group}.{column}={pattern.pattern} at row {i + 1} of the data", why, fix) from error
+    return True
