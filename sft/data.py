@@ -26,6 +26,7 @@ from sft.errors import Problem, Refusal, first_line, refuse
 from sft.render import (
     ALPACA,
     IGNORED,
+    Rendered,
     choose_template,
     count_not_given_back,
     label,
@@ -41,6 +42,9 @@ BATCH = 1000
 """Rows tokenised at a time."""
 FIRST_ROWS = 20
 """Rows whose tokens are decoded again."""
+FAR = 100
+"""Characters a token, and at least FAR_LEAST in all, beyond which a row is surely too long and is not tokenised to its end."""
+FAR_LEAST = 1_000_000
 MOST_FAULTS = 1000
 """Rows with faults after which no further row is read."""
 
@@ -127,16 +131,20 @@ def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: 
     facts: dict[str, Any] = {"source": source["name"], "data_hash": source["hash"], "shape": shape.value}
     facts["template"] = "alpaca" if template == ALPACA else template if data.template == "auto" else data.template
     render = functools.partial(render_row, data=data, shape=shape, template=template, tokenizer=tokenizer)
+    encode = functools.partial(_tokenise_near, tokenizer=tokenizer, limit=settings.model.max_seq_length)
+    bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
+    finish = functools.partial(label, bos=bos, eos=tokenizer.eos_token_id, stop_ids=stop_ids)
     splits, faults = {}, Faults()
     for name, table, index in (("train", rows, train_index), ("eval", eval_rows, eval_index)):
         if index or name == "train":
-            entries = _tokenise(table, index, render, tokenizer, stop_ids, faults)
+            entries = _tokenise(table, index, render, encode, finish, faults)
             splits[name] = _write_split(entries, work / f"{name}.arrow", settings, tokenizer, stop_ids)
     faults.refuse()
     not_given_back = _check_round_trip(splits["train"].texts, tokenizer, settings)
     longer = [f"{s.too_long} of {s.read} {name} rows" for name, s in splits.items() if s.too_long]
     if longer and data.overlong == Overlong.error:
-        raise _too_long(longer, max(max(s.lengths) for s in splits.values()), settings)
+        whole = not any(s.notes["not counted"] for s in splits.values())
+        raise _too_long(longer, max(max(s.lengths) for s in splits.values()), whole, settings)
     for s in splits.values():
         for key, count in s.counts.items():
             counts[key] = counts.get(key, 0) + count
@@ -206,7 +214,7 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
         while batch := list(itertools.islice(entries, BATCH)):
             split.lengths.extend(len(e["input_ids"]) for e in batch)
             split.too_long += sum(len(e["input_ids"]) > limit for e in batch)
-            split.texts += [f"{e['question']}\n{e['reference']}" for e in batch[: FIRST_ROWS - len(split.texts)]]
+            split.texts += [f"{e['question'][:1000]}\n{e['reference'][:1000]}" for e in batch[: FIRST_ROWS - len(split.texts)]]
             for entry in batch:
                 split.notes.update(entry.pop("notes"))
             kept = _fit_length(batch, settings, split.counts)
@@ -303,9 +311,26 @@ class Faults:
         return sum(map(len, self.rows.values())) >= MOST_FAULTS
 
 
-def _tokenise(rows, index: list[int], render, tokenizer, stop_ids: set[int], faults: Faults) -> Iterator[dict]:
+def _tokenise_near(rendered: list[Rendered], tokenizer, limit: int) -> list[Any]:
+    """`tokenise`, but a row of far more characters than `limit` tokens can have only up to there, its spans too: its tokens
+    beyond the limit are not used, and a text of 100 MB would take minutes and gigabytes.
+    """
+    far = max(FAR * limit, FAR_LEAST)
+    near = [replace(row, text=row.text[:far]) for row in rendered]
+    encodings = tokenise(near, tokenizer)
+    for i, row in enumerate(rendered):
+        if len(row.text) <= far:
+            continue
+        if len(encodings[i]) <= limit:  # tokens of very many characters: only the whole row tells
+            encodings[i] = tokenise([row], tokenizer)[0]
+            continue
+        row.spans = [(begin, min(end, far)) for begin, end in row.spans if begin < far]
+        row.notes.append("not counted")
+    return encodings
+
+
+def _tokenise(rows, index: list[int], render, encode, finish, faults: Faults) -> Iterator[dict]:
     """Entries of the rows of `index`, with their numbers. One batch is rendered while the one before is tokenised."""
-    bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
     waiting: Any = None
     with ThreadPoolExecutor(1) as pool:
         for at in [*range(0, len(index), BATCH), None]:
@@ -327,10 +352,10 @@ def _tokenise(rows, index: list[int], render, tokenizer, stop_ids: set[int], fau
                             faults.add(i + 1, refusal)
                             if faults.many:
                                 return
-                coming = rendered, pool.submit(tokenise, rendered, tokenizer), numbers
+                coming = rendered, pool.submit(encode, rendered), numbers
             if waiting:
                 rendered, encodings, numbers = waiting
-                entries = label(rendered, encodings.result(), bos, tokenizer.eos_token_id, stop_ids)
+                entries = finish(rendered, encodings.result())
                 for i, row, entry in zip(numbers, rendered, entries, strict=True):
                     yield {**entry, "answers": max(1, len(row.spans)), "row": i + 1}
             waiting = coming
@@ -369,9 +394,11 @@ def _check_round_trip(texts: list[str], tokenizer, settings: Settings) -> int:
 # ------------------------------------------------------------------------------------- lengths and the mask
 
 
-def _too_long(longer: list[str], longest: int, settings: Settings) -> Refusal:
-    why = f"{' and '.join(longer)} are longer (the longest has {longest} tokens)."
-    fix = f"model.max_seq_length={-(-longest // 64) * 64}\ndataset.overlong=drop   leaves them out\n"
+def _too_long(longer: list[str], longest: int, whole: bool, settings: Settings) -> Refusal:
+    """`whole` says that every row was tokenised to its end, so that the longest is known."""
+    why = f"{' and '.join(longer)} are longer (the longest has {longest if whole else f'more than {longest}'} tokens)."
+    fix = f"model.max_seq_length={-(-longest // 64) * 64}\n" if whole else ""
+    fix += "dataset.overlong=drop   leaves them out\n"
     fix += "dataset.overlong=truncate   cuts their end: they no longer teach the model to stop"
     return refuse(f"model.max_seq_length={settings.model.max_seq_length}", why, fix)
 

@@ -392,3 +392,26 @@ def test_rows_of_an_eval_split_are_counted_apart(monkeypatch, loaded_tokenizer):
 def test_the_cache_lies_where_the_user_says(cache, run):
     run()
     assert Path(cache).is_dir() and len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("shape", ["word ", "x"])
+def test_a_row_of_a_hundred_megabytes_is_not_tokenised_to_its_end(run, shape, monkeypatch):
+    tokenised, make = [], module.tokenise
+    monkeypatch.setattr(module, "tokenise", lambda rows, t: tokenised.extend(len(r.text) for r in rows) or make(rows, t))
+    rows = [*ROWS, {"instruction": "Question?", "output": shape * (20_000_000 // len(shape))}]
+    prepared = run(rows, overlong=Overlong.drop, eval_fraction=0.0)
+    assert prepared.facts["dropped_rows"] == 1 and len(prepared.train) == 20 and max(tokenised) <= 1_000_000
+    text = refusal_of(run, rows, eval_fraction=0.0)
+    assert (
+        "1 of 21 train rows are longer (the longest has more than" in text
+        and "model.max_seq_length=" not in text.split("hint")[1]
+    )
+
+
+def test_the_tokens_of_a_row_that_is_cut_are_those_of_the_whole_row(run, monkeypatch):
+    rows = [{"instruction": "Question?", "output": "some words " * 2000}] * 2
+    options = {"overlong": Overlong.truncate, "eval_fraction": 0.0, "max_seq_length": 60}
+    whole = run(rows, **options).train[0]
+    monkeypatch.setattr(module, "FAR_LEAST", 6000)
+    short = run(rows, file="again.jsonl", seed=1, **options).train[0]
+    assert len(short["input_ids"]) == 60 and short["input_ids"] == whole["input_ids"] and short["labels"] == whole["labels"]
