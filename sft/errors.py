@@ -33,6 +33,10 @@ class Refusal(SftError):
         super().__init__(format_problems(self.problems))
 
 
+class ModelFault(SftError):
+    """The model itself cannot be trained: its loss before the first step is no finite number."""
+
+
 class HubError(SftError):
     """A push to the hub failed; everything made is still on disk. The message is one line and never holds a token."""
 

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 
 from sft import distributed, runtime
-from sft.errors import Refusal, SaveFailed, first_line
+from sft.errors import ModelFault, Refusal, SaveFailed, first_line
 from sft.printable import without_passwords
 
 log = logging.getLogger(__name__)
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 def reason_of(error: BaseException) -> str:
     """One line for run.json and the terminal, without passwords."""
-    if isinstance(error, distributed.RankLost):
+    if isinstance(error, distributed.RankLost | ModelFault):
         return without_passwords(str(error))
     if isinstance(error, Refusal):
         return without_passwords("; ".join(f"{p.what}: {p.why}" for p in error.problems))

@@ -379,6 +379,8 @@ def _train(
     stop.training = True
     with record.timed("train"):
         trainer.train()
+    if trainer.bad_steps.count and trainer.bad_steps.count == trainer.state.global_step:
+        stop.failure = stop.failure or f"all {trainer.bad_steps.count} steps had a loss or gradient that is not a finite number"
     _keep_best(trainer, recorder)
     if distributed.is_first() or sharded:
         with trainer.compute_loss_context_manager(), fast.evaluating(model, trainer.fast):

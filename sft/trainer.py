@@ -1,6 +1,7 @@
 """TRL's SFTTrainer over our tokens, and the one callback that records, samples and stops."""
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from sft import distributed, fast, flat, shared, shares, strategy
 from sft.bad_steps import BadSteps
 from sft.batch import EVAL_ROWS, EvenPasses, eval_rows, planned_steps
 from sft.data import Prepared, token_counts
+from sft.errors import ModelFault
 from sft.looks import steps_between
 from sft.loop import Loop, resumable, writes_late
 from sft.models import torch_dtype, uses_checkpointing
@@ -281,6 +283,11 @@ def _run_callback(trainer, settings: Settings) -> Any:
                 clock.logged = {"tokens": tokens, "seconds": seconds}
             if "eval_loss" in logs:
                 log.info("step %4d   held-out loss %.4f", state.global_step, logs["eval_loss"])
+                if state.global_step == 0 and not math.isfinite(logs["eval_loss"]):
+                    why = (
+                        "The model's held-out loss before the first step is not a finite number. Its weights are the cause, or"
+                    )
+                    raise ModelFault(f"{why} their type: model.dtype={settings.model.dtype.value}. Nothing was trained.")
             if "loss" in logs or "eval_loss" in logs:
                 recorder.add(line)
 

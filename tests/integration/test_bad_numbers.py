@@ -3,12 +3,14 @@
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import transformers
 
 from scripts.fault_campaign import BASE, compare, write_rows
+from sft import embedded
 from sft.run import run
 from tests.conftest import make_settings
 
@@ -108,3 +110,28 @@ def test_a_time_limit_stops_in_time_and_the_run_goes_on_to_the_same_end(short, t
         assert last["step"] == record["metrics"]["steps"], "evaluated before it stopped"
     assert len(record["sessions"]) == 3
     assert compare(tmp_path / "whole", tmp_path / "cut") == []
+
+
+def test_a_model_whose_weights_are_no_numbers_fails_with_that_sentence(short, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(embedded.local_model(embedded.TINY_RANDOM), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], math.nan)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    result = run(short(f"model.name={folder}"), tmp_path / "run")
+    assert (result.status, result.exit_code) == ("failed", 1)
+    reason = record_of(tmp_path / "run")["reason"]
+    assert reason.startswith("The model's held-out loss before the first step is not a finite number.") and "row" not in reason
+    result = run(short(f"model.name={folder}", "dataset.eval_fraction=0"), tmp_path / "none_held_out")
+    assert (result.status, result.exit_code) == ("failed", 1)
+    assert record_of(tmp_path / "none_held_out")["reason"].startswith("all 5 steps had a loss or gradient")
+
+
+def test_a_run_all_of_whose_steps_were_skipped_has_failed(plant, short, tmp_path):
+    plant(*range(1, 50))
+    result = run(short(), tmp_path / "run")
+    assert (result.status, result.exit_code) == ("failed", 1)
+    assert record_of(tmp_path / "run")["reason"] == "all 5 steps had a loss or gradient that is not a finite number"
