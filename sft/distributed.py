@@ -124,8 +124,8 @@ def plain_environment() -> dict[str, str]:
 def start(settings: Settings, folder: Path, context: Any) -> Any:
     """Run `settings` in processes of this machine; returns and raises what `run` does.
 
-    Ctrl-C and SIGTERM go to rank 0 alone, which decides for all. A rank that was killed makes the run a failed one, with the
-    signal's name in run.json.
+    Ctrl-C, SIGTERM and SIGHUP go to rank 0 alone, which decides for all. A rank that was killed makes the run a failed
+    one, with the signal's name in run.json.
     """
     with tempfile.TemporaryDirectory(prefix="sft-ranks-", ignore_cleanup_errors=True) as place:  # for this user alone
         job, answer = Path(place, "job"), Path(place, "answer")
@@ -288,7 +288,7 @@ def _open_lines(group: Group) -> None:
         line.settimeout(None)
         line.sendall(f"{word} {group.rank}\n".encode())
         group.lines.append(line)
-        for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 hears them, and decides
+        for number in runtime.stop_signals():  # rank 0 hears them, and decides
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=_hear_first, args=(group, line.makefile("rb")), daemon=True).start()
     broadcast(None)  # all lines stand
@@ -388,7 +388,7 @@ def _environment(place: Path, rank: int, count: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _passing_on(children: list[subprocess.Popen]) -> Iterator[None]:
-    """Send Ctrl-C and SIGTERM on to rank 0; where it is not there, they interrupt."""
+    """Send Ctrl-C, SIGTERM and SIGHUP on to rank 0; where it is not there, they interrupt."""
 
     def pass_on(number: int, frame: Any) -> None:
         if not children or children[0].poll() is not None:
@@ -397,7 +397,7 @@ def _passing_on(children: list[subprocess.Popen]) -> Iterator[None]:
 
     before = {}
     with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us handles signals
-        before = {s: signal.signal(s, pass_on) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, pass_on) for s in runtime.stop_signals()}
     try:
         yield
     finally:
@@ -522,7 +522,7 @@ class SharedStop(runtime.StopRequest):
 
 
 def stop_request() -> runtime.StopRequest:
-    """What hears of Ctrl-C and SIGTERM in this run."""
+    """What hears of Ctrl-C, SIGTERM and SIGHUP in this run."""
     return SharedStop() if _group else runtime.StopRequest()
 
 
