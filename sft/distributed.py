@@ -1,17 +1,22 @@
-"""One run in several processes, one a GPU: who they are, what they agree on, and how they end. torchrun starts them.
+"""One run in several processes, one a GPU: who they are, what they agree on, and how they end.
 
 Rank 0 is the run. It checks, writes the run folder, tracks, takes the answers, saves, and hears the signals. The other ranks
 take over its settings, train on their share of each step's rows and write nothing; `run.follow` is their story. In a run of
 one process every function here gives back what it was given.
 
-    python train.py distributed.num_processes=2 ...     `start` starts torch's launcher, and the ranks begin in `work`
+    python train.py distributed.num_processes=2 ...     `start` starts the ranks, which begin in `work`
     torchrun --nproc-per-node 2 train.py ...            rank 0 is train.py as ever; the others leave it for `run.follow`
 
 Every rank holds a line (a socket) to rank 0. What ends a rank is told over it, and a line that breaks off says that a process
 is gone, which a collective may wait for without end.
+
+Ranks that `start` has started meet through a file in a folder that this user alone can read, listen on loopback alone, and
+unpickle only what is signed with a secret of that folder. What torchrun has started meets through torchrun's store, which
+listens on all interfaces and has no secret.
 """
 
 import contextlib
+import hmac
 import json
 import logging.config
 import os
@@ -19,12 +24,12 @@ import pickle
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -33,6 +38,7 @@ from typing import Any
 
 from sft import runtime
 from sft.errors import Refusal
+from sft.processes import child_environment, python_command
 from sft.records import read_json
 from sft.settings import Settings
 from sft.validate import processes_of
@@ -44,7 +50,7 @@ GRACE = 20.0
 NEWS = 3.0
 """Seconds in which the line tells what made a collective fail."""
 KILL = 60
-"""Seconds that the launcher leaves the other ranks after one has died."""
+"""Seconds that `start` leaves the other ranks after one has died."""
 WAIT = timedelta(days=7)
 """How long a rank waits for what rank 0 does alone: answers, a checkpoint. A dead rank 0 is told by the line."""
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK",
@@ -78,6 +84,10 @@ class Group:
 
 
 _group: Group | None = None
+_store: Path | None = None
+"""The file through which ranks meet that `start` has started."""
+_secret = b""
+"""What those ranks sign with what they tell each other. Under torchrun there is none."""
 
 
 # --------------------------------------------------------------------------------------------------- who is who
@@ -112,39 +122,15 @@ def plain_environment() -> dict[str, str]:
 
 
 def start(settings: Settings, folder: Path, context: Any) -> Any:
-    """Run `settings` in processes of this machine, started by torch's launcher; returns and raises what `run` does.
+    """Run `settings` in processes of this machine; returns and raises what `run` does.
 
-    Ctrl-C and SIGTERM go to rank 0 alone, which decides for all. A rank that was killed makes the run a failed one, with the
-    signal's name in run.json.
+    Ctrl-C, SIGTERM and SIGHUP go to rank 0 alone, which decides for all. A rank that was killed makes the run a failed
+    one, with the signal's name in run.json.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    for name in ("torch.distributed", "torch.distributed.elastic", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # its report of a dead process repeats ours at length
-    count, failed = processes_of(settings), None
-    with tempfile.TemporaryDirectory(prefix="sft-ranks-", ignore_cleanup_errors=True) as place:
+    with tempfile.TemporaryDirectory(prefix="sft-ranks-", ignore_cleanup_errors=True) as place:  # for this user alone
         job, answer = Path(place, "job"), Path(place, "answer")
-        job.write_bytes(pickle.dumps((settings, folder, context, os.getcwd(), os.getpid())))
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            signals_to_handle="SIGHUP,SIGQUIT",  # SIGINT and SIGTERM are handled below
-            shutdown_timeout=KILL,
-            logs_specs=DefaultLogsSpecs(log_dir=place),  # else in a folder that nobody removes
-        )
-        with _environment(count, place), _passing_on():
-            try:
-                elastic_launch(config, sys.executable)("-m", "sft.distributed", str(job))
-            except ChildFailedError as error:
-                failed = error.get_first_failure()
+        job.write_bytes(pickle.dumps((settings, folder, context, os.getcwd(), os.getpid(), secrets.token_bytes(32))))
+        failed = _run_ranks(job, processes_of(settings))
         told = pickle.loads(answer.read_bytes()) if answer.exists() else None
     if failed is None and isinstance(told, list):
         raise Refusal(told)
@@ -152,7 +138,7 @@ def start(settings: Settings, folder: Path, context: Any) -> Any:
         raise told
     if failed is None and told is not None:
         return told
-    return _failed(folder, context, *(failed or (0, None)))
+    return _failed(folder, context, *(failed or (0, 1)))
 
 
 def work(job: Path) -> int:
@@ -160,7 +146,9 @@ def work(job: Path) -> int:
 
     Rank 0 leaves its result, or what it raised, in the file `answer` beside the job.
     """
-    settings, folder, context, place, parent = pickle.loads(job.read_bytes())
+    global _store, _secret
+    settings, folder, context, place, parent, _secret = pickle.loads(job.read_bytes())
+    _store = job.with_name("store")
     os.chdir(place)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     from sft import run
@@ -196,7 +184,13 @@ def join() -> None:
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    meeting: dict[str, Any] = {}  # torchrun's variables say where
+    if _store:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        # Other users of this machine reach loopback too: all objects that torch sends around, also for FSDP, are signed.
+        dist.distributed_c10d._pickler, dist.distributed_c10d._unpickler = SignedPickler, SignedUnpickler
+        meeting = {"store": dist.FileStore(str(_store), size), "rank": rank, "world_size": size}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", **meeting)
     _group = Group(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=WAIT))
     _open_lines(_group)
 
@@ -294,7 +288,7 @@ def _open_lines(group: Group) -> None:
         line.settimeout(None)
         line.sendall(f"{word} {group.rank}\n".encode())
         group.lines.append(line)
-        for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 hears them, and decides
+        for number in runtime.stop_signals():  # rank 0 hears them, and decides
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=_hear_first, args=(group, line.makefile("rb")), daemon=True).start()
     broadcast(None)  # all lines stand
@@ -341,40 +335,69 @@ def _end_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@contextlib.contextmanager
-def _environment(count: int, place: str) -> Iterator[None]:
-    """What the ranks inherit: where this project is, their share of the cores, and `place` for temporary files, since a rank
-    that does not wait for its threads leaves them behind.
+def _run_ranks(job: Path, count: int) -> tuple[int, int] | None:
+    """Start the ranks and wait until all have ended; returns the number and exit code of the one that failed first."""
+    children: list[subprocess.Popen] = []
+    command = [*python_command("sft.distributed"), str(job)]
+    with _passing_on(children):
+        try:
+            for rank in range(count):
+                environment = _environment(job.parent, rank, count)
+                # In a session of its own, since the terminal's Ctrl-C is passed on to rank 0 alone.
+                children.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
+            return _first_failure(children)
+        finally:
+            _end(children)
+
+
+def _first_failure(children: list[subprocess.Popen]) -> tuple[int, int] | None:
+    """Wait until all have ended, or one has failed; returns its number and exit code."""
+    while True:
+        codes = [child.poll() for child in children]
+        if failed := [(rank, code) for rank, code in enumerate(codes) if code]:
+            return min(failed, key=lambda pair: pair[1] > 0)  # a rank that was killed makes others fail, not they it
+        if None not in codes:
+            return None
+        time.sleep(0.1)
+
+
+def _end(children: list[subprocess.Popen]) -> None:
+    """End those that are still there, after KILL seconds by force."""
+    for child in children:
+        child.terminate()
+    limit = time.monotonic() + KILL
+    for child in children:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, limit - time.monotonic()))
+        child.kill()
+        child.wait()
+
+
+def _environment(place: Path, rank: int, count: int) -> dict[str, str]:
+    """What a rank inherits: who it is, its share of the cores, loopback to talk over, and `place` for temporary files, since a
+    rank that does not wait for its threads leaves them behind.
     """
-    root = str(Path(__file__).resolve().parent.parent)
-    ours = {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    ours["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
-    ours["TMPDIR"] = place
-    before = {key: os.environ.get(key) for key in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "TMPDIR": place}
+    ours["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // count)
+    ours["GLOO_SOCKET_IFNAME"] = loopback
+    ours["NCCL_SOCKET_IFNAME"] = os.environ.get("NCCL_SOCKET_IFNAME") or loopback
+    plain = {key: value for key, value in child_environment().items() if key not in TORCHRUN}
+    return plain | {key: str(value) for key, value in ours.items()}
 
 
 @contextlib.contextmanager
-def _passing_on() -> Iterator[None]:
-    """Send Ctrl-C and SIGTERM on to rank 0; before it has started, they interrupt."""
-    import psutil
+def _passing_on(children: list[subprocess.Popen]) -> Iterator[None]:
+    """Send Ctrl-C, SIGTERM and SIGHUP on to rank 0; where it is not there, they interrupt."""
 
     def pass_on(number: int, frame: Any) -> None:
-        for child in psutil.Process().children():
-            with contextlib.suppress(psutil.Error):
-                if child.environ().get("RANK") == "0":
-                    child.send_signal(number)
-                    return
-        raise KeyboardInterrupt(signal.Signals(number).name)
+        if not children or children[0].poll() is not None:
+            raise KeyboardInterrupt(signal.Signals(number).name)
+        children[0].send_signal(number)
 
     before = {}
     with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us handles signals
-        before = {s: signal.signal(s, pass_on) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.signal(s, pass_on) for s in runtime.stop_signals()}
     try:
         yield
     finally:
@@ -382,12 +405,11 @@ def _passing_on() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _failed(folder: Path, context: Any, rank: int, failure: Any) -> Any:
-    """The result of a run one of whose ranks was lost. run.json gets the signal's name, which only the launcher knows."""
+def _failed(folder: Path, context: Any, rank: int, code: int) -> Any:
+    """The result of a run one of whose ranks was lost. run.json gets the signal's name, which only the parent knows."""
     from sft.run import RunResult
 
     run = read_json(folder / "run.json")
-    code = failure.exitcode if failure else 1
     reason = run.get("reason")
     if code < 0 or run.get("status") != "failed":
         name = signal.Signals(-code).name if code < 0 else ""
@@ -423,6 +445,32 @@ def gathered(value: Any) -> list[Any]:
     values = [None] * _group.size
     dist.all_gather_object(values, value, group=_group.control)
     return values
+
+
+class SignedPickler:
+    """Writes a value behind its signature."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def dump(self, value: Any) -> None:
+        """Write it."""
+        text = pickle.dumps(value)
+        self.file.write(hmac.digest(_secret, text, "sha256") + text)
+
+
+class SignedUnpickler:
+    """Reads a value that another rank has signed."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def load(self) -> Any:
+        """Read it; raises RuntimeError, and unpickles nothing, if somebody else has written it."""
+        signature, text = self.file.read(32), self.file.read()
+        if not hmac.compare_digest(signature, hmac.digest(_secret, text, "sha256")):
+            raise RuntimeError("what came from another process of the run is not signed by it")
+        return pickle.loads(text)
 
 
 def total(value: Any) -> float:
@@ -467,14 +515,14 @@ class SharedStop(runtime.StopRequest):
             raise runtime.Interrupted(self.agreed)
 
     def _receive(self, number: int, frame: Any) -> None:
-        # The launcher sends SIGTERM when another rank has died. Then there is nothing to stop cleanly.
+        # The parent sends SIGTERM when another rank has died. Then there is nothing to stop cleanly.
         if number == signal.SIGTERM and _group and _group.news.wait(1.0):
             return
         super()._receive(number, frame)
 
 
 def stop_request() -> runtime.StopRequest:
-    """What hears of Ctrl-C and SIGTERM in this run."""
+    """What hears of Ctrl-C, SIGTERM and SIGHUP in this run."""
     return SharedStop() if _group else runtime.StopRequest()
 
 

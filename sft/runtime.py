@@ -329,8 +329,14 @@ class Interrupted(KeyboardInterrupt):
     """An evaluation or an answer is given up because the run has to stop."""
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """What asks a run to stop: Ctrl-C, SIGTERM, and SIGHUP (a lost ssh session) where it is not ignored, as under nohup."""
+    hang_up = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGINT, signal.SIGTERM, *hang_up)
+
+
 class StopRequest:
-    """Ctrl-C and SIGTERM: while training, the first one asks for a clean stop after the step; else they interrupt."""
+    """Ctrl-C, SIGTERM and SIGHUP: while training, the first one asks for a clean stop after the step; else they interrupt."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -359,10 +365,10 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Handle both signals inside the block and restore what handled them before."""
+        """Handle the signals inside the block and restore what handled them before."""
         before = {}
         with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us handles signals
-            before = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+            before = {s: signal.signal(s, self._receive) for s in stop_signals()}
         try:
             yield self
         finally:
@@ -371,6 +377,8 @@ class StopRequest:
 
     def _receive(self, number: int, frame: Any) -> None:
         first = self.signal is None
+        if number == signal.SIGHUP and not first:
+            return  # a shell that is gone and the terminal behind it each send one
         self.signal = signal.Signals(number).name
         if not (first and self.training):
             raise KeyboardInterrupt(self.signal)

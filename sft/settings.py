@@ -419,7 +419,7 @@ class DistributedSettings:
     """Several processes for one run, one a GPU. Without effect on what is learnt: a step has the same rows."""
 
     num_processes: int | str = 1
-    """Processes on this machine, which train.py starts through torchrun; `auto`: one for each GPU. Under a torchrun of your own
+    """Processes on this machine, which train.py starts; `auto`: one for each GPU. Under a torchrun of your own
     leave it alone."""
     strategy: Strategy = Strategy.ddp
     """`ddp`: each process has the whole model (LoRA, also on a 4-bit base). `fsdp`: each has a share of its weights (full

@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sft import runtime
+from sft.processes import child_environment, python_command
 from sft.report import number, read_json
 from sft.settings import Settings
 
@@ -33,15 +34,13 @@ HINTS = {
 def run_apart(settings: Settings, folder: Path, context: Any, logging_config: Any) -> Any:
     """`run()` in a child process; returns the same result. A child that was killed is a failed run with the signal named.
 
-    Ctrl-C and SIGTERM are passed on to the child, which saves and stops.
+    Ctrl-C, SIGTERM and SIGHUP are passed on to the child, which saves and stops.
     """
     job = pickle.dumps((settings, folder, context, OmegaConf.to_container(logging_config, resolve=True)))
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     child = subprocess.Popen(
-        [sys.executable, "-m", "sft.sweep.isolate"],
+        python_command("sft.sweep.isolate"),
         stdin=subprocess.PIPE,
-        env=environment,
+        env=child_environment(),
         start_new_session=True,  # else the terminal's Ctrl-C would reach it twice, and the second one stops at once
     )
     with _passing_on(child):
@@ -56,7 +55,7 @@ def run_apart(settings: Settings, folder: Path, context: Any, logging_config: An
 
 @contextlib.contextmanager
 def _passing_on(child: subprocess.Popen):
-    before = {s: signal.signal(s, lambda number, _: child.send_signal(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, lambda number, _: child.send_signal(number)) for s in runtime.stop_signals()}
     try:
         yield
     finally:

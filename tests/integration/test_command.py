@@ -1,12 +1,18 @@
 """train.py as people run it: exit codes, what is printed, Ctrl-C, sweeps, and what W&B can read afterwards."""
 
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import ROOT, SMALL
 
@@ -75,6 +81,54 @@ def test_ctrl_c_saves_and_marks_the_run_as_stopped(tmp_path):
     assert record["status"] == "stopped" and record["reason"].startswith("SIGINT at step")
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "run" / "report.html").is_file() and "Traceback" not in errors
+
+
+def wait_for_lines(process: subprocess.Popen, metrics: Path, count: int, terminal: int | None = None) -> None:
+    """Wait until a run has logged so many steps, and read what it writes to its terminal."""
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and not (metrics.is_file() and metrics.read_text().count('"loss"') >= count):
+        assert process.poll() is None
+        while terminal is not None and select.select([terminal], [], [], 0)[0]:
+            os.read(terminal, 65536)
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_whose_terminal_is_gone_stops_and_saves(tmp_path, processes):
+    """The terminal takes no line any more, and a shell sends the signal once more."""
+    overrides = (*SMALL, "trainer.max_steps=100000", "trainer.eval_steps=50000", "trainer.save_steps=50000")
+    words = command(*overrides, "hydra.run.dir=run", f"distributed.num_processes={processes}")
+    outside, terminal = pty.openpty()
+    process = subprocess.Popen(
+        words, cwd=tmp_path, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    try:
+        wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 3, outside)
+        os.close(outside)
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(120) == 130
+    finally:
+        process.kill()
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "stopped" and record["reason"].startswith("SIGHUP at step")
+    step = record["reason"].rsplit(" ", 1)[1]
+    assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" / "manifest.json").is_file()
+
+
+def test_under_nohup_a_run_goes_on(tmp_path):
+    words = command(*SMALL, "trainer.max_steps=60", "trainer.save_steps=60", "hydra.run.dir=run")
+    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL, preexec_fn=ignore)
+    try:
+        wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 2)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+    assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
 
 
 def test_a_data_error_leaves_no_folder_behind(tmp_path):

@@ -1,9 +1,12 @@
 """Runs of several processes are the run of one: the same rows a step, losses, answers and weights; and they end as one."""
 
+import contextlib
+import ipaddress
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +146,49 @@ def test_a_rank_that_is_killed_ends_the_run_with_its_reason(work, torchrun, rank
     assert record["status"] == "failed" and record["ended_at"]
     assert record["reason"].startswith(f"rank {rank}") and ("SIGKILL" in record["reason"] or torchrun)
     assert not [child for child in ranks.values() if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def listeners_of(process: psutil.Process) -> list[str]:
+    """The addresses on which a process listens for TCP, from /proc."""
+    held = set()
+    for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since
+            held.add(os.readlink(descriptor))
+    found = []
+    for kind in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{process.pid}/net/{kind}").read_text(encoding="utf-8").splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in held:  # 0A: it listens
+                words = [bytes.fromhex(local[i : i + 8])[::-1] for i in range(0, len(local) - 5, 8)]
+                found.append(f"{ipaddress.ip_address(b''.join(words))} {int(local[-4:], 16)}")
+    return found
+
+
+def answer_to_store_client(address: str, port: int) -> bytes:
+    """What comes back for the first words of a client of torch's TCPStore: its magic number, and a ping, which is sent back."""
+    with socket.create_connection((address, port), 1) as line, contextlib.suppress(OSError):
+        line.sendall(b"\x00" + (0x3C85F7CE).to_bytes(4, "little") + b"\x0d" + b"ping")
+        return line.recv(8)
+    return b""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_several_processes_listen_on_loopback_alone_and_to_no_client_of_a_store(work):
+    """In a folder whose modules raise: the current folder is not on the path of the ranks."""
+    (work / "theirs" / "sft").mkdir(parents=True)
+    for name in ("sft/__init__.py", "queue.py", "pickle.py"):
+        (work / "theirs" / name).write_text("raise SystemExit('somebody else's code')", encoding="utf-8")
+    write_rows(work / "theirs")
+    process, ranks = start_and_wait(work / "theirs", "run", TWO, "trainer.num_train_epochs=9999")
+    try:
+        everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        found = [listener.split() for one in everyone for listener in listeners_of(one)]
+        assert len(ranks) == 2 and {address for address, _ in found} <= {"127.0.0.1", "::1"}
+        for address, port in found:
+            assert answer_to_store_client(address, int(port)) == b""
+    finally:
+        process.terminate()
+    assert process.wait(60) == 130 and record_of(work / "theirs" / "run")["status"] == "stopped"
 
 
 def test_ctrl_c_stops_all_processes_after_the_step_and_saves(work):

@@ -1,15 +1,20 @@
 """Shares of a step's rows, and what is refused of several processes."""
 
+import io
+import os
+import subprocess
+import sys
+import time
 import types
 
 import pytest
 import torch
 
-from sft import distributed, flat, shares, strategy
+from sft import distributed, flat, processes, shares, strategy
 from sft.batch import check_split
 from sft.settings import TrainerSettings
 from sft.validate import check_settings
-from tests.conftest import make_settings
+from tests.conftest import ROOT, make_settings
 
 
 @pytest.fixture
@@ -57,6 +62,57 @@ def test_shared_weights_are_computed_with_in_16_bits_and_losses_are_not_rounded_
     alone = types.SimpleNamespace(state=types.SimpleNamespace(), ddp_handler=types.SimpleNamespace())
     strategy.settle_accelerator(alone)
     assert alone.ddp_handler.gradient_as_bucket_view
+
+
+def test_what_another_process_has_not_signed_is_not_unpickled(monkeypatch):
+    monkeypatch.setattr(distributed, "_secret", b"the job's")
+    file = io.BytesIO()
+    distributed.SignedPickler(file).dump({"value": 1})
+    signed = file.getvalue()
+    assert distributed.SignedUnpickler(io.BytesIO(signed)).load() == {"value": 1}
+    monkeypatch.setattr(distributed.pickle, "loads", pytest.fail)
+    for other in (b"", signed[:-1], bytes(32) + signed[32:]):
+        with pytest.raises(RuntimeError, match="not signed"):
+            distributed.SignedUnpickler(io.BytesIO(other)).load()
+
+
+def test_all_objects_that_torch_sends_around_pass_through_the_signature(monkeypatch):
+    """The names are torch's private ones, which another version may change."""
+    from torch.distributed import distributed_c10d as c10d
+
+    monkeypatch.setattr(c10d, "_pickler", distributed.SignedPickler)
+    monkeypatch.setattr(c10d, "_unpickler", distributed.SignedUnpickler)
+    monkeypatch.setattr(distributed, "_secret", b"the job's")
+    tensor, size = c10d._object_to_tensor("value", "cpu", None)
+    assert c10d._tensor_to_object(tensor, size, None) == "value"
+    monkeypatch.setattr(distributed, "_secret", b"another's")
+    with pytest.raises(RuntimeError, match="not signed"):
+        c10d._tensor_to_object(tensor, size, None)
+
+
+def test_a_rank_starts_away_from_the_current_folder_and_talks_over_loopback(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "here", "/there"]))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("MASTER_ADDR", "elsewhere")
+    environment = distributed._environment(tmp_path, 1, 2)
+    assert environment["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "/there"]
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["GLOO_SOCKET_IFNAME"][:2]) == ("1", "2", "lo")
+    assert "MASTER_ADDR" not in environment
+    assert processes.python_command("sft.distributed")[1:] == ["-P", "-m", "sft.distributed"]
+
+
+@pytest.mark.parametrize(
+    ("ends", "first"),
+    [(["0", "0"], None), (["0", "exit(3)"], (1, 3)), (["exit(1)", "os.kill(os.getpid(), 9)"], (1, -9)),
+     (["time.sleep(99)", "exit(1)"], (1, 1))],
+)  # fmt: skip
+def test_the_rank_that_was_killed_or_failed_first_is_the_cause(ends, first):
+    children = [subprocess.Popen([sys.executable, "-c", f"import os, time; {end}"]) for end in ends]
+    while any(child.poll() is None for child, end in zip(children, ends, strict=True) if "sleep" not in end):
+        time.sleep(0.01)
+    assert distributed._first_failure(children) == first
+    distributed._end(children)
+    assert None not in [child.poll() for child in children]
 
 
 def test_fillers_are_no_tokens(group):

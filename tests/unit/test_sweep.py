@@ -2,6 +2,7 @@
 
 import csv
 import json
+import types
 
 import pytest
 from hydra import initialize_config_dir
@@ -14,7 +15,7 @@ from sft import report, runtime
 from sft.errors import Refusal
 from sft.runs import find_run
 from sft.settings import Settings
-from sft.sweep import leaderboard
+from sft.sweep import isolate, leaderboard
 from sft.sweep.index import SweepIndex, SweepLock, identify, judge, load_index, make_label
 from sft.sweep.launch import compose_job, preset_values
 from sft.sweep.pairs import check_pairs, expand
@@ -305,3 +306,15 @@ def test_the_wandb_workspace_holds_the_sweeps_settings(sweep, capsys):
     for part in ("Parallel Coordinates Plot", "lora.value.r", "trainer.value.learning_rate", "summary:eval_loss", "samples"):
         assert part in text, part
     assert '"value": "s"' in text, "the sweep's group alone"
+
+
+def test_a_job_in_a_process_of_its_own_does_not_see_the_modules_of_the_current_folder(tmp_path, monkeypatch, capfd):
+    (tmp_path / "sft").mkdir()
+    for name in ("sft/__init__.py", "queue.py"):
+        (tmp_path / name).write_text("import os; os._exit(77)", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+    job = (Settings(), tmp_path / "run", types.SimpleNamespace(name="job", overrides=[]), OmegaConf.create({"version": "none"}))
+    assert isolate.run_apart(*job).status == "failed"  # the project's own code has started, and refuses this logging
+    assert "ValueError" in capfd.readouterr().err
+    assert "77" not in json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["reason"]
