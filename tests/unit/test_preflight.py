@@ -170,7 +170,8 @@ def test_a_disk_that_is_too_small_is_refused(look, monkeypatch):
     assert any("the disk of" in p.what and "merged 16-bit" in p.why for p in found.problems)
 
 
-def test_a_missing_key_is_refused_where_online_was_asked_for(look):
+def test_a_missing_key_is_refused_where_online_was_asked_for(look, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
     assert "wandb login" in lines_of(look("tracking=wandb", "tracking.mode=online"), "Tracking")
     assert "W&B offline (no API key)" in lines_of(look("tracking=wandb"), "Tracking")
     assert "the run folder alone" in lines_of(look(), "Tracking")
