@@ -175,7 +175,7 @@ def read_shape(found: Found, settings: Settings) -> memory.Shape | None:
         shape = memory.read_shape(settings, where)
         why = "it is a mixture of experts, whose memory is not estimated"
     except Exception as error:  # not reachable, unknown to this transformers, code of its own: the load will say so itself
-        shape, why = None, first_line(error)
+        shape, why = None, first_line(error).replace(str(where), settings.model.name).rstrip(".")
         if models.asks_for_code(error):
             problem = models.code_problem(settings.model)
             found.refuse("Model", [problem] if problem not in found.problems else [])  # the tokenizer may have said so
