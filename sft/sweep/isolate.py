@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sft import runtime
-from sft.report import number, read_json
+from sft.records import number, read_json
 from sft.settings import Settings
 
 HINTS = {

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from sft.errors import refuse
 from sft.printable import shown
-from sft.report import number
+from sft.records import number
 from sft.settings import GROUPS, Settings
 from sft.sweep.index import FINISHED, Job, SweepIndex, find_sweeps, flatten, load_index, read_run
 
@@ -329,11 +329,15 @@ def refresh(folder: Path) -> None:
     try:
         board = read_leaderboard(folder)
         write_csv(board)
-        from sft.sweep.report import write_sweep_report
-
-        write_sweep_report(board)
     except Exception as error:  # a table that cannot be drawn must not cost a night of training
         log.warning("The leaderboard could not be written: %s", error)
+        return
+    try:
+        from sft.sweep.report import write_sweep_report  # brings a chart engine with it, which only this line needs
+
+        write_sweep_report(board)
+    except Exception as error:
+        log.warning("The sweep's report could not be drawn (%s); leaderboard.csv has the table.", error)
 
 
 def show(folder: Path, file: TextIO | None = None) -> None:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import pytest
 from hydra import initialize_config_dir
@@ -288,6 +290,19 @@ def test_the_table_in_the_terminal(sweep, capsys):
     assert command.main(["--best"]) == 0 and capsys.readouterr().out.strip() == "outputs/sweeps/s/1_r=16"
     assert command.main(["run=nowhere"]) == 2 and "holds no sweep" in capsys.readouterr().err
     assert command.main(["lora.r=8"]) == 2
+
+
+def test_a_sweep_without_the_chart_engine_has_its_table_and_says_that_no_report_is_drawn(sweep):
+    folder = sweep([("lora.r=8", 2.0), ("lora.r=16", 1.5)])
+    for name in ("leaderboard.csv", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+    code = "import sys; sys.modules['vl_convert'] = None\n"
+    code += "import sft.run, sft.sweep.launch, sft.sweep.isolate; from sft.sweep.leaderboard import refresh\n"
+    code += f"from pathlib import Path; refresh(Path({str(folder.resolve())!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "The sweep's report could not be drawn" in done.stderr and "vl_convert" in done.stderr
+    assert (folder / "leaderboard.csv").is_file() and not (folder / "report.html").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*Pydantic:DeprecationWarning", "ignore:Pydantic V1 style:DeprecationWarning")
