@@ -61,6 +61,8 @@ class Leaderboard:
     keys: list[str]
     """The settings that vary, as columns."""
     rows: list[Row]
+    seeds_apart: bool = False
+    """Settings have several seeds, but each seed has held-out rows of its own."""
     noise: float | None = None
     """Standard deviation between runs that differ in their seed alone; None without such runs."""
     remarks: list[str] = field(default_factory=list)
@@ -209,7 +211,13 @@ def _check_noise(board: Leaderboard, ranked: list[Row]) -> None:
     groups = _groups(board, ranked)
     repeated = [group for group in groups if len(group) > 1]
     if not repeated:
-        if len(ranked) > 1:
+        seeds = (*SEEDS, "dataset.seed")  # of which rows are held out
+        settings = {json.dumps([str(row.values[k]) for k in board.keys if k not in seeds]) for row in ranked}
+        board.seeds_apart = len(settings) < len(ranked)
+        if board.seeds_apart:
+            text = "Settings were run under several seeds, each with held-out rows of its own: these losses do not tell"
+            board.remarks.append(text + " what is chance. Compare each loss minus that before training.")
+        elif len(ranked) > 1:
             text = "No setting was run under several seeds, so it is not known how much of a difference is chance."
             board.remarks.append(text + " Repeat the best one:")
             board.next_commands.append(
