@@ -9,7 +9,6 @@ Needs a W&B account that can be reached, and the sweep's runs uploaded (wandb sy
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
 from sft.errors import Refusal, refuse  # noqa: E402
-from sft.settings import GROUPS  # noqa: E402
+from sft.settings import GROUPS, TrackingSettings  # noqa: E402
 from sft.sweep.index import find_sweeps, read_run  # noqa: E402
 from sft.sweep.leaderboard import Leaderboard, read_leaderboard  # noqa: E402
-from sft.tracking import has_api_key  # noqa: E402
+from sft.tracking import has_api_key, place  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -53,9 +52,12 @@ def main(argv: list[str]) -> int:
 def tracked_at(board: Leaderboard) -> tuple[str, str]:
     """(entity, project) that the sweep's runs were tracked with, from their settings."""
     for row in board.rows:
-        tracking = read_run(board.index.folder / row.job.folder).get("settings", {}).get("tracking")
+        run = read_run(board.index.folder / row.job.folder)
+        tracking = run.get("settings", {}).get("tracking")
         if tracking:
-            return tracking.get("entity") or os.environ.get("WANDB_ENTITY", ""), tracking["project"]
+            named = TrackingSettings(entity=tracking.get("entity"), project=tracking.get("project"))
+            entity, project = place(named, run.get("tracking"))
+            return entity or "", project
     raise refuse(str(board.index.folder), "None of its jobs has begun, so its W&B project is not known.", "run the sweep first")
 
 

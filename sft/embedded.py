@@ -72,7 +72,18 @@ def _gguf_file() -> Path:
 
 
 def _smollm2_tokenizer() -> Path:
-    return made_once(f"models/smollm2-tokenizer-v{VERSION}", lambda folder: _write_tokenizer(_gguf_file(), folder))
+    return made_once(f"models/smollm2-tokenizer-and-config-v{VERSION}", _write_tokenizer_and_config)
+
+
+def _write_tokenizer_and_config(folder: Path) -> None:
+    """What tells the size and renders the rows before the weights are unpacked."""
+    from transformers import AutoConfig
+
+    gguf_file = _gguf_file()
+    config = AutoConfig.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
+    config.save_pretrained(folder)
+    _write_tokenizer(gguf_file, folder)
 
 
 def _write_tokenizer(gguf_file: Path, folder: Path) -> None:

@@ -30,7 +30,7 @@ from sft.errors import Problem, Refusal, first_line
 from sft.export import exporter, gguf, hub
 from sft.runtime import write_json
 from sft.settings import PreflightMode, Settings, Tracker, TrackingMode
-from sft.tracking import choose_mode, has_api_key
+from sft.tracking import choose_mode, has_api_key, place
 from sft.validate import gpu_count, processes_of, warnings_for
 
 log = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def read_shape(found: Found, settings: Settings) -> memory.Shape | None:
         shape = memory.read_shape(settings, where)
         why = "it is a mixture of experts, whose memory is not estimated"
     except Exception as error:  # not reachable, unknown to this transformers, code of its own: the load will say so itself
-        shape, why = None, first_line(error)
+        shape, why = None, first_line(error).replace(str(where), settings.model.name).rstrip(".")
         if models.asks_for_code(error):
             problem = models.code_problem(settings.model)
             found.refuse("Model", [problem] if problem not in found.problems else [])  # the tokenizer may have said so
@@ -411,15 +411,21 @@ def check_tracking(found: Found, settings: Settings) -> None:
     tracking = settings.tracking
     if tracking.tracker == Tracker.none:
         found.ok("Tracking", "the run folder alone")
-    elif tracking.mode == TrackingMode.online and not has_api_key():
-        fix = "wandb login   or   tracking.mode=offline"
-        found.refuse("Tracking", [Problem("tracking.mode=online", "There is no W&B API key on this machine.", fix)])
-    elif choose_mode(tracking.mode) == "online":
-        found.ok("Tracking", f"W&B online, project {tracking.project}")
-    else:
-        why = "its server is not reached" if has_api_key() else "no API key"
-        why = "as set" if tracking.mode == TrackingMode.offline else why
-        found.ok("Tracking", f"W&B offline ({why}); the run says how to upload it")
+        return
+    with found.collecting("Tracking"):
+        mode, why = choose_mode(tracking.mode)
+        entity, project = place(tracking)
+        project = f"project {entity}/{project}" if entity else f"project {project}"
+        if mode == "online":
+            found.ok("Tracking", f"W&B online, {project}")
+        elif mode == "disabled":
+            found.ok("Tracking", f"the run folder alone: W&B is switched off ({why})")
+        elif tracking.mode == TrackingMode.online:
+            why = f"W&B cannot be online: {why}."
+            fix = "wandb login   or   tracking.mode=offline" if not has_api_key() else "tracking.mode=offline"
+            found.refuse("Tracking", [Problem("tracking.mode=online", why, fix)])
+        else:
+            found.ok("Tracking", f"W&B offline ({why}), {project}; the run says how to upload it")
 
 
 def check_export(found: Found, settings: Settings) -> None:

@@ -389,15 +389,16 @@ class TrackingSettings:
     tracker: Tracker = Tracker.wandb
     """`wandb`, or `none` for the run folder alone."""
     mode: TrackingMode = TrackingMode.auto
-    """`auto`: online with an API key and a network, else offline with one line on how to sync."""
-    project: str = "sft"
-    """W&B project."""
+    """`auto`: as WANDB_MODE says, else online with an API key and a network, else offline with one line on how to sync.
+    `online`: a refusal where that cannot be had."""
+    project: str | None = None
+    """W&B project; null is WANDB_PROJECT or that of W&B's settings file, else `sft`."""
     entity: str | None = None
-    """W&B user or team; null is the account's default."""
+    """W&B user or team; null is WANDB_ENTITY or that of W&B's settings file, else the account's default."""
     name: str | None = None
-    """Name of the run; null makes one of the model, the data and what was overridden."""
+    """Name of the run; null is WANDB_NAME, else one of the model, the data and what was overridden."""
     tags: list[str] = field(default_factory=list)
-    """Tags beside the names of the chosen groups."""
+    """Tags beside those of WANDB_TAGS and the names of the chosen groups."""
 
 
 @dataclass

@@ -34,11 +34,11 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, for `restore`."""
-        return {"final": self.final, "eval_step": self.eval_step, "lines": self.tracking.lines}
+        return {"final": self.final, "eval_step": self.eval_step}
 
     def restore(self, kept: dict[str, Any]) -> None:
         """Take up what `state` gave."""
-        self.final, self.eval_step, self.tracking.lines = kept["final"], kept["eval_step"], kept["lines"]
+        self.final, self.eval_step = kept["final"], kept["eval_step"]
 
     def add(self, metrics: dict[str, Any]) -> None:
         """Write one line of metrics."""

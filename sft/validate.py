@@ -19,7 +19,7 @@ from sft import settings as schema
 from sft.batch import check_speed, check_split
 from sft.budget import moment_of
 from sft.errors import Problem
-from sft.settings import Backend, Dtype, GgufSettings, LoraSettings, PreflightMode, Settings, Strategy, TrackingMode
+from sft.settings import Backend, Dtype, GgufSettings, LoraSettings, PreflightMode, Settings, Strategy, TrackingSettings
 from sft.validate_data import check_dataset, shortened, why_lost
 
 # SFTConfig options that another setting of ours decides; two ways to set one thing would let one be ignored.
@@ -79,6 +79,7 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_extra(settings.trainer.extra),
         *_check_export(settings),
         *_check_hub_repo(settings.export.hub.repo),
+        *_check_tracking(settings.tracking),
     ]
     if hardware:
         problems += check_speed(settings, resolve_backend(settings), gpu_present() or settings.preflight.gpu is not None)
@@ -439,6 +440,19 @@ def _check_hub_repo(repo: str | None) -> list[Problem]:
     return [Problem(what, why, fix)]
 
 
+def _check_tracking(tracking: TrackingSettings) -> list[Problem]:
+    """A project name that W&B would refuse after loading."""
+    refused, project = r"/\#?%:", tracking.project
+    if tracking.tracker != schema.Tracker.wandb or project is None or (len(project) <= 128 and not set(project) & set(refused)):
+        return []
+    team, _, rest = project.partition("/")
+    clean = re.sub(r"[^a-zA-Z0-9_.-]+", "-", project)[:128].strip("-") or "sft"
+    two = re.fullmatch(r"[a-zA-Z0-9_.-]+/[a-zA-Z0-9_.-]{1,128}", project)
+    fix = f"tracking.entity={team} tracking.project={rest}" if two else f"tracking.project={clean}"
+    why = f"The name of a W&B project has none of {' '.join(refused)} in it, and at most 128 characters."
+    return [Problem(f"tracking.project={project}", why, fix)]
+
+
 def _check_hardware(settings: Settings) -> list[Problem]:
     model, problems = settings.model, []
     gpu = gpu_present()
@@ -471,12 +485,6 @@ def _check_hardware(settings: Settings) -> list[Problem]:
     if settings.lora.use_dora and resolve_backend(settings) == "unsloth":
         why = "Unsloth's adapters have no DoRA."
         problems.append(Problem("lora.use_dora=true model.backend=unsloth", why, "model.backend=transformers"))
-    if settings.tracking.tracker == schema.Tracker.wandb and settings.tracking.mode == TrackingMode.online:
-        from sft.tracking import has_api_key
-
-        if not has_api_key():
-            fix = "wandb login   or   tracking.mode=offline"
-            problems.append(Problem("tracking.mode=online", "There is no W&B API key on this machine.", fix))
     return problems
 
 

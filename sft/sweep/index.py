@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import runtime
-from sft.report import number, read_json
+from sft.records import number, read_json
 from sft.settings import GROUPS, Settings
 
 WAITING, RUNNING, FINISHED, DIVERGED, STOPPED, FAILED = "waiting", "running", "finished", "diverged", "stopped", "failed"

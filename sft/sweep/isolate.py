@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from sft import runtime
 from sft.processes import child_environment, python_command
-from sft.report import number, read_json
+from sft.records import number, read_json
 from sft.settings import Settings
 
 HINTS = {

@@ -97,7 +97,8 @@ class Sweep:
         _say(f"Sweep  {', '.join(f'{count} {status}' for status, count in counts.items())}")
         track_summary(self.folder, self.settings)
         for name in ("leaderboard.csv", "report.html"):
-            _say(f"       {_short(self.folder / name)}")
+            if (self.folder / name).is_file():
+                _say(f"       {_short(self.folder / name)}")
 
     def _plan(self, batch: list[list[str]]) -> list[Job]:
         """The index's job for each member of the batch; equal settings are one job."""

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from sft.errors import refuse
 from sft.printable import shown
-from sft.report import number
+from sft.records import number
 from sft.settings import GROUPS, Settings
 from sft.sweep.index import FINISHED, Job, SweepIndex, find_sweeps, flatten, load_index, read_run
 
@@ -61,6 +61,8 @@ class Leaderboard:
     keys: list[str]
     """The settings that vary, as columns."""
     rows: list[Row]
+    seeds_apart: bool = False
+    """Settings have several seeds, but each seed has held-out rows of its own."""
     noise: float | None = None
     """Standard deviation between runs that differ in their seed alone; None without such runs."""
     remarks: list[str] = field(default_factory=list)
@@ -209,7 +211,13 @@ def _check_noise(board: Leaderboard, ranked: list[Row]) -> None:
     groups = _groups(board, ranked)
     repeated = [group for group in groups if len(group) > 1]
     if not repeated:
-        if len(ranked) > 1:
+        seeds = (*SEEDS, "dataset.seed")  # of which rows are held out
+        settings = {json.dumps([str(row.values[k]) for k in board.keys if k not in seeds]) for row in ranked}
+        board.seeds_apart = len(settings) < len(ranked)
+        if board.seeds_apart:
+            text = "Settings were run under several seeds, each with held-out rows of its own: these losses do not tell"
+            board.remarks.append(text + " what is chance. Compare each loss minus that before training.")
+        elif len(ranked) > 1:
             text = "No setting was run under several seeds, so it is not known how much of a difference is chance."
             board.remarks.append(text + " Repeat the best one:")
             board.next_commands.append(
@@ -329,11 +337,15 @@ def refresh(folder: Path) -> None:
     try:
         board = read_leaderboard(folder)
         write_csv(board)
-        from sft.sweep.report import write_sweep_report
-
-        write_sweep_report(board)
     except Exception as error:  # a table that cannot be drawn must not cost a night of training
         log.warning("The leaderboard could not be written: %s", error)
+        return
+    try:
+        from sft.sweep.report import write_sweep_report  # brings a chart engine with it, which only this line needs
+
+        write_sweep_report(board)
+    except Exception as error:
+        log.warning("The sweep's report could not be drawn (%s); leaderboard.csv has the table.", error)
 
 
 def show(folder: Path, file: TextIO | None = None) -> None:

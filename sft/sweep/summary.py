@@ -6,7 +6,7 @@ from typing import Any
 
 from sft.settings import Settings, Tracker
 from sft.sweep.leaderboard import COLUMNS, Leaderboard, read_leaderboard
-from sft.tracking import choose_mode
+from sft.tracking import choose_mode, place
 
 log = logging.getLogger(__name__)
 
@@ -21,14 +21,18 @@ def track_summary(folder: Path, settings: Settings) -> None:
     try:
         import wandb
 
+        mode = choose_mode(settings.tracking.mode)[0]
+        if mode == "disabled":
+            return
+        entity, project = place(settings.tracking)
         board = read_leaderboard(folder)
         run = wandb.init(
             id=f"sweep-{folder.name}"[:128],
-            resume="allow" if choose_mode(settings.tracking.mode) == "online" else None,
-            mode=choose_mode(settings.tracking.mode),
+            resume="allow" if mode == "online" else None,
+            mode=mode,
             dir=folder,
-            project=settings.tracking.project,
-            entity=settings.tracking.entity,
+            project=project,
+            entity=entity,
             name=f"sweep {folder.name}",
             group=folder.name,
             job_type="sweep",

@@ -2,11 +2,15 @@
 
 import itertools
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from sft import checkpoints
 from sft.run import Context, run
 from sft.runtime import StopRequest
 
@@ -267,6 +271,42 @@ def test_a_run_that_was_stopped_after_its_best_step_goes_on_from_its_last(small,
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert record["metrics"]["kept_step"] < 5
     assert (tmp_path / "checkpoints" / "checkpoint-5").is_dir()
+
+
+def test_a_cut_run_that_goes_on_loses_no_line_and_no_answer_in_wandb(small, tmp_path, monkeypatch):
+    from sft.trainer import Recorder
+
+    def add_and_fail(self, metrics, add=Recorder.add):
+        add(self, metrics)
+        if metrics["step"] == 3:
+            raise RuntimeError("cut")
+
+    settings = small(*QUICK, "tracking=wandb", "tracking.mode=offline")
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "add", add_and_fail)
+        assert run(settings, tmp_path).status == "failed"
+    kept = checkpoints.read_state(tmp_path / "checkpoints/checkpoint-2")["bytes"]["metrics.jsonl"]
+    assert kept < (tmp_path / "metrics.jsonl").stat().st_size, "lines came after the checkpoint"
+    time.sleep(1.1)  # W&B names a folder by the second
+    assert run(settings, tmp_path).status == "finished"
+    given = []
+    for binary in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
+        command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", binary]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        records = [json.loads(line) for line in shown.splitlines() if line.startswith("{")]
+        given.append([record["history"]["item"] for record in records if record["type"] == "history"])
+    assert len(given) == 2
+    first, second = ([line["_step"] for line in lines] for lines in given)
+    assert max(first) < min(second) and second == sorted(set(second))
+    for key in ("loss", "eval_loss", "eos_share"):
+        wanted = {(line["step"], line[key]) for line in read_lines(tmp_path / "metrics.jsonl") if key in line}
+        assert wanted <= {(line["step"], line[key]) for lines in given for line in lines if key in line}
+    asked = [(line["step"], line["completion"]) for line in read_lines(tmp_path / "samples.jsonl")]
+    last = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["tracking"]["id"]
+    tables = sorted(tmp_path.glob(f"wandb/offline-run-*-{last}/files/media/table/*.json"), key=lambda p: p.stat().st_mtime)
+    tables = [table for table in tables if table.parents[3] == max(tmp_path.glob("wandb/offline-run-*"))]
+    rows = [row for table in tables for row in json.loads(table.read_text(encoding="utf-8"))["data"]]
+    assert sorted((row[0], row[3]) for row in rows) == sorted(asked)
 
 
 def test_full_fine_tuning_saves_a_whole_model(small, tmp_path):

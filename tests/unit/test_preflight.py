@@ -10,7 +10,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from sft import memory, preflight, probe, run, runtime, shared, speeds, versions
+from sft import embedded, memory, preflight, probe, run, runtime, shared, speeds, versions
 from sft.batch import Split
 from sft.command_line import check_command_line
 from sft.data import Prepared
@@ -170,7 +170,27 @@ def test_a_disk_that_is_too_small_is_refused(look, monkeypatch):
     assert any("the disk of" in p.what and "merged 16-bit" in p.why for p in found.problems)
 
 
-def test_a_missing_key_is_refused_where_online_was_asked_for(look):
+def test_the_built_in_models_size_is_known_before_its_weights_are_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path))
+    old = tmp_path / f"models/smollm2-tokenizer-v{embedded.VERSION}"
+    old.mkdir(parents=True)  # as an earlier version left it, without a config
+    found = Found()
+    shape = preflight.read_shape(found, Settings())
+    assert shape.parameters == 134515008 and found.warnings == []
+
+
+def test_a_size_that_is_not_known_is_said_without_the_cache_and_with_one_full_stop(small, tmp_path, monkeypatch):
+    error = ValueError(f"Unrecognized model in {tmp_path}. Should have a `model_type`.")
+    monkeypatch.setattr(preflight.models, "locate", lambda *args, **kwargs: (str(tmp_path), None))
+    monkeypatch.setattr(memory, "read_shape", lambda *args: (_ for _ in ()).throw(error))
+    found = Found()
+    assert preflight.read_shape(found, small()) is None
+    (warning,) = found.warnings
+    assert str(tmp_path) not in warning and warning.endswith("`model_type`.")
+
+
+def test_a_missing_key_is_refused_where_online_was_asked_for(look, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
     assert "wandb login" in lines_of(look("tracking=wandb", "tracking.mode=online"), "Tracking")
     assert "W&B offline (no API key)" in lines_of(look("tracking=wandb"), "Tracking")
     assert "the run folder alone" in lines_of(look(), "Tracking")

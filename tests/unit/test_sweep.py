@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 import types
 
 import pytest
@@ -289,6 +291,29 @@ def test_the_table_in_the_terminal(sweep, capsys):
     assert command.main(["--best"]) == 0 and capsys.readouterr().out.strip() == "outputs/sweeps/s/1_r=16"
     assert command.main(["run=nowhere"]) == 2 and "holds no sweep" in capsys.readouterr().err
     assert command.main(["lora.r=8"]) == 2
+
+
+def test_seeds_with_held_out_rows_of_their_own_are_not_said_to_be_missing(sweep):
+    jobs = [(f"lora.r={r} seed={seed}", 2.0, {"data": {"held_out_hash": f"of {seed}", "eval_rows": 4}})
+            for r in (8, 16) for seed in (1, 2)]  # fmt: skip
+    board = leaderboard.read_leaderboard(sweep(jobs))
+    text = "\n".join(board.remarks)
+    assert "several seeds, each with held-out rows of its own" in text and "No setting was run" not in text
+    page = write_sweep_report(board).read_text(encoding="utf-8")
+    assert "each seed has held-out rows of its own" in page and "no setting has several seeds" not in page
+
+
+def test_a_sweep_without_the_chart_engine_has_its_table_and_says_that_no_report_is_drawn(sweep):
+    folder = sweep([("lora.r=8", 2.0), ("lora.r=16", 1.5)])
+    for name in ("leaderboard.csv", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+    code = "import sys; sys.modules['vl_convert'] = None\n"
+    code += "import sft.run, sft.sweep.launch, sft.sweep.isolate; from sft.sweep.leaderboard import refresh\n"
+    code += f"from pathlib import Path; refresh(Path({str(folder.resolve())!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "The sweep's report could not be drawn" in done.stderr and "vl_convert" in done.stderr
+    assert (folder / "leaderboard.csv").is_file() and not (folder / "report.html").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*Pydantic:DeprecationWarning", "ignore:Pydantic V1 style:DeprecationWarning")
