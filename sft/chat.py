@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 from sft import decode
 from sft.errors import ExportError, refuse
+from sft.processes import child_environment
 from sft.records import read_json
 from sft.runs import find_run, settings_of
 from sft.settings import Settings, Shape
@@ -157,7 +157,7 @@ class Speaker:
             command = [sys.executable, str(program), "chat", str(self.target.place)]
             self.child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                env={**os.environ, "OMP_WAIT_POLICY": "passive"},  # threads that wait actively slow each other down
+                env=child_environment(OMP_WAIT_POLICY="passive"),  # threads that wait actively slow each other down
                 start_new_session=True,  # Ctrl-C stops an answer here, not the process
             )  # fmt: skip
         asked = {"ids": ids, "max_new_tokens": max_new_tokens, "temperature": temperature, "stop_ids": self.stop_ids}

@@ -31,6 +31,7 @@ from sft.looks import with_looks
 from sft.loop import Loop
 from sft.origins import find_origins
 from sft.printable import without_passwords
+from sft.processes import child_environment, python_command
 from sft.records import read_json
 from sft.settings import Backend, Isolation, PreflightMode, Settings, Tracker
 from sft.tracking import Tracking
@@ -484,12 +485,10 @@ def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) 
     """
     runtime.release_memory()
     record.update()  # the export holds the saved weights against what the record says of the training
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**distributed.plain_environment(), "PYTHONPATH": path}
+    environment = {**distributed.plain_environment(), "PYTHONPATH": child_environment()["PYTHONPATH"]}
     words = [WORD] if record.facts["settings"]["model"]["trust_remote_code"] else []  # this command has it from its user
     with record.timed("export"):
-        child = subprocess.Popen([sys.executable, "-m", "sft.export", *words, str(folder)], env=environment)
+        child = subprocess.Popen([*python_command("sft.export"), *words, str(folder)], env=environment)
         while child.poll() is None:
             if stop.signal:
                 child.terminate()
