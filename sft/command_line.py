@@ -7,6 +7,7 @@ schema. Here each override is checked against the schema first, then each job is
 import functools
 import os
 import pickle
+import re
 import shlex
 import sys
 import tempfile
@@ -145,18 +146,31 @@ def read_settings(config_dir: Path, argv: list[str], hardware: bool = True) -> S
 
 
 def to_settings(config: DictConfig) -> Settings:
-    """Turn a composed config into plain settings objects.
+    """Turn a composed config into plain settings objects. Raises Refusal."""
+    return fill_settings(OmegaConf.to_container(config, resolve=True, enum_to_str=True))
 
-    Merges the plain values into the schema once more, because Hydra's `+key=value` walks past it. Raises Refusal.
+
+def fill_settings(plain: dict[str, Any]) -> Settings:
+    """The settings with these values, taken as they are: `${` in a text stays `${`. Raises Refusal.
+
+    Composed values are merged into the schema once more, because Hydra's `+key=value` walks past it.
     """
-    plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     problems = [unknown_key(path, value) for path, value in stray_keys(plain, Settings)]
     if problems:
         raise Refusal(problems)
     try:
-        return OmegaConf.to_object(OmegaConf.unsafe_merge(pickle.loads(_pickled_schema()), plain))
-    except OmegaConfBaseException as error:
-        raise Refusal([Problem(str(error.full_key or "settings"), first_line(error))]) from error
+        return OmegaConf.to_object(OmegaConf.unsafe_merge(pickle.loads(_pickled_schema()), _escaped(plain)))
+    except (OmegaConfBaseException, OverflowError) as error:
+        raise Refusal([Problem(str(getattr(error, "full_key", None) or "settings"), first_line(error))]) from error
+
+
+def _escaped(value: Any) -> Any:
+    """A value that OmegaConf reads as the plain one: it halves the backslashes before `${` and takes one for an escape."""
+    if isinstance(value, dict):
+        return {key: _escaped(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 @functools.cache
@@ -300,7 +314,7 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
         raise Refusal([Problem(text.replace("\n", "\\n"), lost, "resume=outputs/<run>")])
     place = Path(folder).expanduser().resolve()
     settings, record = recorded_run(place, WORD in argv, counts[-1].removeprefix(PROCESSES) if counts else None)
-    with working_folder(record):
+    with working_folder(record, place):
         problems = check_settings(settings, hardware) + _check_writable(place)
     if problems:
         raise Refusal(problems)

@@ -84,9 +84,7 @@ def recorded_run(folder: Path, trusted: bool = False, processes: str | None = No
     Raises Refusal if there is nothing to go on with, or the run needs code of its model that the command line does not allow
     (`trusted`). `processes` is another `distributed.num_processes` than before, as typed. Under torchrun it has no say.
     """
-    from omegaconf import OmegaConf
-
-    from sft.command_line import to_settings
+    from sft.command_line import fill_settings
 
     what = f"resume={folder}"
     record = read_record(folder)
@@ -103,7 +101,7 @@ def recorded_run(folder: Path, trusted: bool = False, processes: str | None = No
     problems = _check_lock(folder)
     if problems:
         raise Refusal(problems)
-    settings = to_settings(OmegaConf.create(record["settings"]))
+    settings = fill_settings(record["settings"])
     check_trust(settings, what, trusted)
     if record.get("config_hash") != config_hash(settings):
         log.warning("The settings of %s were written by another version of this project.", folder)
@@ -114,10 +112,18 @@ def recorded_run(folder: Path, trusted: bool = False, processes: str | None = No
     return settings, record
 
 
-def working_folder(record: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
-    """Work where the run was started, if that folder is here: relative paths in its settings are looked up there."""
+def working_folder(record: dict[str, Any], folder: Path) -> contextlib.AbstractContextManager[Any]:
+    """Work where the run in `folder` was started, if that is here: relative paths in its settings are looked up there.
+
+    The run folder itself is no such place: what a run reads would come with the record that names it.
+    """
     place = record.get("working_folder")
-    return contextlib.chdir(place) if place and os.path.isdir(place) else contextlib.nullcontext()
+    if not place:
+        return contextlib.nullcontext()
+    if not isinstance(place, str) or not os.path.isabs(place) or Path(place).resolve().is_relative_to(folder.resolve()):
+        log.warning("run.json names %r as the run's working folder, which is not believed: paths are looked up here.", place)
+        return contextlib.nullcontext()
+    return contextlib.chdir(place) if os.path.isdir(place) else contextlib.nullcontext()
 
 
 def find_checkpoint(folder: Path, before: dict[str, Any] | None, data_hash: str) -> Path | None:

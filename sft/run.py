@@ -325,7 +325,7 @@ def _recorded(
 ) -> tuple[Settings, Context]:
     """Settings and context of the run in `folder`, for `resume=`; until `stack` closes, the run works where it began."""
     settings, record = resume.recorded_run(folder, trusted, processes)
-    stack.enter_context(resume.working_folder(record))
+    stack.enter_context(resume.working_folder(record, folder))
     named = (record.get("name", "run"), record.get("command", ""), record.get("overrides", ()), record.get("tags", ()))
     origins = dict.fromkeys(leaf_keys(), "run.json")
     return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), origins)

@@ -39,13 +39,11 @@ def settings_of(folder: Path, trusted: bool = False) -> tuple[Settings, dict[str
 
     Raises Refusal if its run.json holds none, or has code of a model run while the command line does not (`trusted`).
     """
-    from omegaconf import OmegaConf
-
-    from sft.command_line import to_settings
+    from sft.command_line import fill_settings
 
     record = read_json(folder / "run.json")
     if "settings" not in record:
         raise refuse(f"run={folder}", "Its run.json holds no settings: nothing was trained.", "run=outputs/<another run>")
-    settings = to_settings(OmegaConf.create(record["settings"]))
+    settings = fill_settings(record["settings"])
     check_trust(settings, f"run={folder}", trusted)
     return settings, record
