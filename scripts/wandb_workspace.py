@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 from sft.errors import Refusal, refuse  # noqa: E402
 from sft.settings import GROUPS  # noqa: E402
-from sft.sweep.index import find_sweeps, read_run  # noqa: E402
+from sft.sweep.index import find_sweeps, read_run, readable_index  # noqa: E402
 from sft.sweep.leaderboard import Leaderboard, read_leaderboard  # noqa: E402
 from sft.tracking import has_api_key  # noqa: E402
 
@@ -30,9 +30,8 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        named = [Path(word.partition("=")[2]) for word in argv if word.startswith("run=")] or find_sweeps(
-            Path("outputs/sweeps")
-        )
+        named = [Path(word.partition("=")[2]) for word in argv if word.startswith("run=")]
+        named = named or [sweep for sweep in find_sweeps(Path("outputs/sweeps")) if readable_index(sweep)]
         if not named:
             raise refuse("outputs/sweeps", "There is no sweep here yet.", "python train.py -m lora.r=8,16")
         board = read_leaderboard(named[0])
@@ -53,9 +52,10 @@ def main(argv: list[str]) -> int:
 def tracked_at(board: Leaderboard) -> tuple[str, str]:
     """(entity, project) that the sweep's runs were tracked with, from their settings."""
     for row in board.rows:
-        tracking = read_run(board.index.folder / row.job.folder).get("settings", {}).get("tracking")
-        if tracking:
-            return tracking.get("entity") or os.environ.get("WANDB_ENTITY", ""), tracking["project"]
+        settings = read_run(board.index.folder / row.job.folder).get("settings")
+        tracking = settings.get("tracking") if isinstance(settings, dict) else None
+        if isinstance(tracking, dict) and tracking.get("project"):
+            return str(tracking.get("entity") or os.environ.get("WANDB_ENTITY", "")), str(tracking["project"])
     raise refuse(str(board.index.folder), "None of its jobs has begun, so its W&B project is not known.", "run the sweep first")
 
 

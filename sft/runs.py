@@ -6,7 +6,7 @@ from typing import Any
 
 from sft.errors import refuse
 from sft.records import read_json
-from sft.settings import Settings
+from sft.settings import Settings, Shape
 from sft.trust import check_trust
 
 
@@ -32,6 +32,16 @@ def find_run(text: str) -> tuple[Path, Path | None]:
     close = difflib.get_close_matches(place.name, runs, 1, 0.3) or runs[-1:]
     why = "It is no run: there is no run.json in it." if place.is_dir() else "There is no such folder."
     raise refuse(f"run={text}", why, f"run={near / close[0]}" if close else "run=outputs/<run>")
+
+
+def prompt_form(folder: Path) -> tuple[Shape, list[str]]:
+    """The shape of a run's rows and the tokens that end its answers, from preflight.json. Raises Refusal without them."""
+    preflight = read_json(folder / "preflight.json")
+    shape, stops = preflight.get("shape"), preflight.get("stop_tokens")
+    if shape not in [shape.value for shape in Shape] or not stops:
+        why = "It does not say how the run's prompts are shaped, or which tokens end its answers."
+        raise refuse(str(folder / "preflight.json"), why, "bring the file back as the run wrote it")
+    return Shape(shape), stops
 
 
 def settings_of(folder: Path, trusted: bool = False) -> tuple[Settings, dict[str, Any]]:

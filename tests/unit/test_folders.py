@@ -76,6 +76,7 @@ def test_a_working_folder_that_comes_with_the_run_is_not_believed(folder, tmp_pa
     monkeypatch.chdir(tmp_path)
     (folder / "sub").mkdir()
     (tmp_path / "alias").symlink_to(folder)
-    with working_folder({"working_folder": place.format(folder=folder) if isinstance(place, str) else place}, tmp_path / "alias"):
+    named = {"working_folder": place.format(folder=folder) if isinstance(place, str) else place}
+    with working_folder(named, tmp_path / "alias"):
         assert Path.cwd() == tmp_path
     assert "not believed" in caplog.text
