@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sft import settings as schema
 from sft.distributed import is_first, launched
 from sft.errors import Problem, Refusal, first_line
-from sft.keys import stray_keys, unknown_key
+from sft.keys import find_field, leaf_keys, plain_type, stray_keys, unknown_key
 from sft.overrides import check_override, is_known, looks_secret, needs_sweep, one_line, parse_overrides, secret
 from sft.resume import check_folder, recorded_run, working_folder
 from sft.settings import Settings
@@ -155,13 +155,28 @@ def fill_settings(plain: dict[str, Any]) -> Settings:
 
     Composed values are merged into the schema once more, because Hydra's `+key=value` walks past it.
     """
+    if not isinstance(plain, dict):
+        raise Refusal([Problem("settings", "They are no table of settings.", "docs/settings.md lists all settings")])
     problems = [unknown_key(path, value) for path, value in stray_keys(plain, Settings)]
+    problems += [
+        Problem(key, "It is a list of single values, and one of them is a list or a table.", f"{key}=[a,b]")
+        for key in leaf_keys()
+        if str(plain_type(*find_field(key))).startswith("list") and _holds_tables(plain, key)
+    ]
     if problems:
         raise Refusal(problems)
     try:
         return OmegaConf.to_object(OmegaConf.unsafe_merge(pickle.loads(_pickled_schema()), _escaped(plain)))
     except (OmegaConfBaseException, OverflowError) as error:
         raise Refusal([Problem(str(getattr(error, "full_key", None) or "settings"), first_line(error))]) from error
+
+
+def _holds_tables(plain: dict[str, Any], key: str) -> bool:
+    """Whether the list at a dotted key holds lists or tables, which OmegaConf overlooks."""
+    value: Any = plain
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
 
 
 def _escaped(value: Any) -> Any:

@@ -159,10 +159,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is the old one or the whole new one, also after a power cut."""
+    """Write a text file so that it is the old one or the whole new one, also after a power cut.
+
+    Half a character, as JSON can hold one, becomes `?`.
+    """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -319,7 +319,7 @@ def write_csv(board: Leaderboard) -> Path:
         writer.writerow(["" if cell is None else cell for cell in cells])
     target = board.index.folder / "leaderboard.csv"
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(text.getvalue(), encoding="utf-8")
+    temporary.write_text(text.getvalue(), encoding="utf-8", errors="replace")  # half a character
     os.replace(temporary, target)
     return target
 
