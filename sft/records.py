@@ -19,13 +19,18 @@ def number(value: Any) -> float | int | None:
     return value if good else None
 
 
-def parse(text: str) -> dict:
-    """Parse a JSON object; what is not one becomes {}, and numbers that are not finite become None."""
+def parse_object(text: str) -> dict | None:
+    """Parse a JSON object; None for what is not one, and numbers that are not finite become None."""
     try:
         value = json.loads(text, parse_constant=lambda _: None, parse_float=_parse_float, parse_int=_parse_int)
     except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def parse(text: str) -> dict:
+    """Parse a JSON object; what is not one becomes {}, and numbers that are not finite become None."""
+    return parse_object(text) or {}
 
 
 def _parse_float(digits: str) -> float | None:

@@ -17,7 +17,7 @@ from sft import checkpoints, durable
 from sft.batch import Split
 from sft.errors import Problem, Refusal, refuse
 from sft.forms import fitted
-from sft.records import parse, read_lines
+from sft.records import parse_object, read_lines
 from sft.runtime import AROUND, config_hash, jsonable
 from sft.settings import Settings
 from sft.trust import check_trust
@@ -29,9 +29,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """The contents of a folder's run.json; None where there is none, or none that can be read."""
     path = folder / "run.json"
     try:
-        return fitted(parse(path.read_text(encoding="utf-8")), path) or None
+        record = parse_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return None if record is None else fitted(record, path)
 
 
 @contextlib.contextmanager
