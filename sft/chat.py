@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +11,9 @@ from typing import Any
 
 from sft import decode
 from sft.errors import ExportError, refuse
-from sft.records import read_json
-from sft.runs import find_run, settings_of
-from sft.settings import Settings, Shape
+from sft.processes import child_environment
+from sft.runs import find_run, prompt_form, settings_of
+from sft.settings import Settings
 from sft.trust import with_word
 
 
@@ -79,9 +78,8 @@ class Speaker:
         self.target, self.settings = target, target.settings
         kept = target.folder / ("adapter" if self.settings.lora.enabled else "model")
         self.tokenizer = AutoTokenizer.from_pretrained(kept, trust_remote_code=self.settings.model.trust_remote_code)
-        preflight = read_json(target.folder / "preflight.json")
-        self.shape = Shape(preflight["shape"])
-        self.stop_ids = sorted(self.tokenizer.convert_tokens_to_ids(preflight["stop_tokens"]))
+        self.shape, stops = prompt_form(target.folder)
+        self.stop_ids = sorted(self.tokenizer.convert_tokens_to_ids(stops))
         self.child: Any = None
         self.model = None if target.kind == "gguf" else self._load()
 
@@ -157,7 +155,7 @@ class Speaker:
             command = [sys.executable, str(program), "chat", str(self.target.place)]
             self.child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                env={**os.environ, "OMP_WAIT_POLICY": "passive"},  # threads that wait actively slow each other down
+                env=child_environment(OMP_WAIT_POLICY="passive"),  # threads that wait actively slow each other down
                 start_new_session=True,  # Ctrl-C stops an answer here, not the process
             )  # fmt: skip
         asked = {"ids": ids, "max_new_tokens": max_new_tokens, "temperature": temperature, "stop_ids": self.stop_ids}

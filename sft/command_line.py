@@ -7,6 +7,7 @@ schema. Here each override is checked against the schema first, then each job is
 import functools
 import os
 import pickle
+import re
 import shlex
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sft import settings as schema
 from sft.distributed import is_first, launched
 from sft.errors import Problem, Refusal, first_line
-from sft.keys import stray_keys, unknown_key
+from sft.keys import find_field, leaf_keys, plain_type, stray_keys, unknown_key
 from sft.overrides import check_override, is_known, looks_secret, needs_sweep, one_line, parse_overrides, secret
 from sft.resume import check_folder, recorded_run, working_folder
 from sft.settings import Settings
@@ -145,18 +146,46 @@ def read_settings(config_dir: Path, argv: list[str], hardware: bool = True) -> S
 
 
 def to_settings(config: DictConfig) -> Settings:
-    """Turn a composed config into plain settings objects.
+    """Turn a composed config into plain settings objects. Raises Refusal."""
+    return fill_settings(OmegaConf.to_container(config, resolve=True, enum_to_str=True))
 
-    Merges the plain values into the schema once more, because Hydra's `+key=value` walks past it. Raises Refusal.
+
+def fill_settings(plain: dict[str, Any]) -> Settings:
+    """The settings with these values, taken as they are: `${` in a text stays `${`. Raises Refusal.
+
+    Composed values are merged into the schema once more, because Hydra's `+key=value` walks past it.
     """
-    plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    if not isinstance(plain, dict):
+        raise Refusal([Problem("settings", "They are no table of settings.", "docs/settings.md lists all settings")])
     problems = [unknown_key(path, value) for path, value in stray_keys(plain, Settings)]
+    problems += [
+        Problem(key, "It is a list of single values, and one of them is a list or a table.", f"{key}=[a,b]")
+        for key in leaf_keys()
+        if str(plain_type(*find_field(key))).startswith("list") and _holds_tables(plain, key)
+    ]
     if problems:
         raise Refusal(problems)
     try:
-        return OmegaConf.to_object(OmegaConf.unsafe_merge(pickle.loads(_pickled_schema()), plain))
-    except OmegaConfBaseException as error:
-        raise Refusal([Problem(str(error.full_key or "settings"), first_line(error))]) from error
+        return OmegaConf.to_object(OmegaConf.unsafe_merge(pickle.loads(_pickled_schema()), _escaped(plain)))
+    except (OmegaConfBaseException, OverflowError) as error:
+        raise Refusal([Problem(str(getattr(error, "full_key", None) or "settings"), first_line(error))]) from error
+
+
+def _holds_tables(plain: dict[str, Any], key: str) -> bool:
+    """Whether the list at a dotted key holds lists or tables, which OmegaConf overlooks."""
+    value: Any = plain
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
+
+
+def _escaped(value: Any) -> Any:
+    """A value that OmegaConf reads as the plain one: it halves the backslashes before `${` and takes one for an escape."""
+    if isinstance(value, dict):
+        return {key: _escaped(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 @functools.cache
@@ -300,7 +329,7 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
         raise Refusal([Problem(text.replace("\n", "\\n"), lost, "resume=outputs/<run>")])
     place = Path(folder).expanduser().resolve()
     settings, record = recorded_run(place, WORD in argv, counts[-1].removeprefix(PROCESSES) if counts else None)
-    with working_folder(record):
+    with working_folder(record, place):
         problems = check_settings(settings, hardware) + _check_writable(place)
     if problems:
         raise Refusal(problems)

@@ -5,34 +5,59 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sft.forms import FORMS, fit, fitted, tell
+
 ASSETS = Path(__file__).resolve().parent / "assets"
 
 
 def number(value: Any) -> float | int | None:
     """Return value if it is a finite number, else None."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return None
     return value if good else None
+
+
+def parse_object(text: str) -> dict | None:
+    """Parse a JSON object; None for what is not one, and numbers that are not finite become None."""
+    try:
+        value = json.loads(text, parse_constant=lambda _: None, parse_float=_parse_float, parse_int=_parse_int)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def parse(text: str) -> dict:
     """Parse a JSON object; what is not one becomes {}, and numbers that are not finite become None."""
-    try:
-        value = json.loads(text, parse_constant=lambda _: None, parse_float=lambda digits: number(float(digits)))
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+    return parse_object(text) or {}
+
+
+def _parse_float(digits: str) -> float | None:
+    return number(float(digits))
+
+
+def _parse_int(digits: str) -> int | None:
+    return number(int(digits)) if len(digits) < 400 else None
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file without its null entries; a missing or broken file reads as {}."""
-    found = parse(path.read_text("utf-8", errors="replace")) if path.is_file() else {}
+    """Read a JSON file without its null entries; a missing or broken file reads as {}.
+
+    Entries of an odd form are left out, with a warning.
+    """
+    found = fitted(parse(path.read_text("utf-8", errors="replace")), path) if path.is_file() else {}
     return {key: value for key, value in found.items() if value is not None}
 
 
 def read_lines(path: Path) -> list[dict]:
     """Read a JSON-lines file, leaving out lines that do not parse: a killed run tears its last one."""
     lines = path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else []
-    return [event for event in map(parse, lines) if event]
+    odd: list[str] = []
+    events = [fit(event, FORMS.get(path.name, {}), odd, f"line {number}") for number, event in enumerate(map(parse, lines), 1)]
+    if odd:
+        tell(path, odd)
+    return [event for event in events if event]
 
 
 def merge_steps(events: list[dict]) -> list[dict]:

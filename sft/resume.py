@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from sft import checkpoints, durable
+from sft.batch import Split
 from sft.errors import Problem, Refusal, refuse
+from sft.forms import fitted
+from sft.records import parse_object, read_lines
 from sft.runtime import AROUND, config_hash, jsonable
 from sft.settings import Settings
 from sft.trust import check_trust
@@ -24,11 +27,12 @@ log = logging.getLogger(__name__)
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The contents of a folder's run.json; None where there is none, or none that can be read."""
+    path = folder / "run.json"
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        record = parse_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) else None
+    return None if record is None else fitted(record, path)
 
 
 @contextlib.contextmanager
@@ -84,9 +88,7 @@ def recorded_run(folder: Path, trusted: bool = False, processes: str | None = No
     Raises Refusal if there is nothing to go on with, or the run needs code of its model that the command line does not allow
     (`trusted`). `processes` is another `distributed.num_processes` than before, as typed. Under torchrun it has no say.
     """
-    from omegaconf import OmegaConf
-
-    from sft.command_line import to_settings
+    from sft.command_line import fill_settings
 
     what = f"resume={folder}"
     record = read_record(folder)
@@ -94,7 +96,7 @@ def recorded_run(folder: Path, trusted: bool = False, processes: str | None = No
         raise refuse(what, "There is no such folder.", f"looked for {folder.resolve()}")
     if record is None and (folder / "multirun.yaml").is_file():
         raise refuse(what, "This is the folder of a sweep.", f"name one of its runs: resume={folder}/<run>")
-    if record is None or "settings" not in record:
+    if record is None or record.get("settings") is None:
         near = next((p for p in (folder.parent, folder.parent.parent) if (p / "run.json").is_file()), None)
         fix = f"resume={near}" if near else "name a folder with a run.json in it, or start the run again: nothing was trained"
         raise refuse(what, "It holds no run.json with the settings of a run.", fix)
@@ -103,7 +105,7 @@ def recorded_run(folder: Path, trusted: bool = False, processes: str | None = No
     problems = _check_lock(folder)
     if problems:
         raise Refusal(problems)
-    settings = to_settings(OmegaConf.create(record["settings"]))
+    settings = fill_settings(record["settings"])
     check_trust(settings, what, trusted)
     if record.get("config_hash") != config_hash(settings):
         log.warning("The settings of %s were written by another version of this project.", folder)
@@ -114,10 +116,27 @@ def recorded_run(folder: Path, trusted: bool = False, processes: str | None = No
     return settings, record
 
 
-def working_folder(record: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
-    """Work where the run was started, if that folder is here: relative paths in its settings are looked up there."""
+def working_folder(record: dict[str, Any], folder: Path) -> contextlib.AbstractContextManager[Any]:
+    """Work where the run in `folder` was started, if that is here: relative paths in its settings are looked up there.
+
+    The run folder itself is no such place: what a run reads would come with the record that names it.
+    """
     place = record.get("working_folder")
-    return contextlib.chdir(place) if place and os.path.isdir(place) else contextlib.nullcontext()
+    if not place:
+        return contextlib.nullcontext()
+    if not isinstance(place, str) or not os.path.isabs(place) or Path(place).resolve().is_relative_to(folder.resolve()):
+        log.warning("run.json names %r as the run's working folder, which is not believed: paths are looked up here.", place)
+        return contextlib.nullcontext()
+    return contextlib.chdir(place) if os.path.isdir(place) else contextlib.nullcontext()
+
+
+def read_split(before: dict[str, Any] | None) -> Split | None:
+    """How the run's batches were split before; None where its record does not say it."""
+    kept = (before or {}).get("split") or {}
+    counts = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    names = (*counts, "gradient_checkpointing", "every_n_layers")
+    good = all((kept.get(name) or 0) > 0 for name in counts) and (kept.get("every_n_layers", 1) or 0) > 0
+    return Split(**{"gradient_checkpointing": None, **{name: kept[name] for name in names if name in kept}}) if good else None
 
 
 def find_checkpoint(folder: Path, before: dict[str, Any] | None, data_hash: str) -> Path | None:
@@ -132,7 +151,7 @@ def find_checkpoint(folder: Path, before: dict[str, Any] | None, data_hash: str)
     checkpoint = checkpoints.find_last(folder)
     if checkpoint is None or before is None:
         return None
-    if before.get("data", {}).get("hash") != data_hash:
+    if (before.get("data") or {}).get("hash") != data_hash:
         why = f"The data is not what it was when {folder} was trained up to {checkpoint.name.replace('-', ' ')}."
         raise refuse(f"hydra.run.dir={folder}", why, "bring the data back as it was, or start a new run")
     return checkpoint
@@ -146,13 +165,9 @@ def take_up(folder: Path, checkpoint: Path | None, recorder: Any) -> None:
     if kept:
         recorder.restore(kept)
     if kept and recorder.writes:
-        recorder.tracking.remember(read_lines(folder / "samples.jsonl"))
+        answers = [line for line in read_lines(folder / "samples.jsonl") if {"index", "completion"} <= line.keys()]
+        recorder.tracking.remember(answers)
         log.info("Resume from step %s", checkpoint.name.rpartition("-")[2])
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none if it is missing."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def _check_lock(folder: Path) -> list[Problem]:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from sft import distributed, durable, fast, lora, models, preflight, resume, runtime, samples, shared, strategy
 from sft import trainer as training
 from sft.answers import Answers
-from sft.batch import Split, with_split
+from sft.batch import with_split
 from sft.budget import TimeBudget
 from sft.command_line import PROCESSES, command_text, to_settings
 from sft.errors import Refusal, SaveFailed, first_line
@@ -31,6 +31,7 @@ from sft.looks import with_looks
 from sft.loop import Loop
 from sft.origins import find_origins
 from sft.printable import without_passwords
+from sft.processes import child_environment, python_command
 from sft.records import read_json
 from sft.settings import Backend, Isolation, PreflightMode, Settings, Tracker
 from sft.tracking import Tracking
@@ -199,7 +200,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
         backend = models.import_backend(settings)
         runtime.quiet_libraries()
         runtime.seed_everything(settings.seed)
-        split = Split(**before["split"]) if before and before.get("split") else None
+        split = resume.read_split(before)
         if split and split.gradient_accumulation_steps % processes_of(settings):
             split = None  # decided for another number of processes
         found = preflight.examine(settings, folder, backend, context.origins, split)
@@ -243,7 +244,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
 def _settle_backend(settings: Settings, before: dict | None) -> Settings:
     """The settings with the backend that the run began with, or that this machine calls for."""
     began = ((before or {}).get("model") or {}).get("backend")
-    if began and settings.model.backend == Backend.auto:
+    if began in [backend.value for backend in Backend] and settings.model.backend == Backend.auto:
         settings = replace(settings, model=replace(settings.model, backend=Backend(began)))
     settings = models.settle_backend(settings)
     distributed.broadcast(settings)
@@ -303,7 +304,7 @@ def _start_record(settings: Settings, folder: Path, context: Context, before: di
 
 def _record_data(record: runtime.RunRecord, facts: dict, checkpoint: Path | None) -> None:
     rows = facts["rows"]
-    sessions = [*record.facts.get("sessions", []), {"started_at": runtime.now(), "from": checkpoint and checkpoint.name}]
+    sessions = [*(record.facts.get("sessions") or []), {"started_at": runtime.now(), "from": checkpoint and checkpoint.name}]
     record.update(
         data={
             "source": facts["source"],
@@ -324,8 +325,8 @@ def _recorded(
 ) -> tuple[Settings, Context]:
     """Settings and context of the run in `folder`, for `resume=`; until `stack` closes, the run works where it began."""
     settings, record = resume.recorded_run(folder, trusted, processes)
-    stack.enter_context(resume.working_folder(record))
-    named = (record.get("name", "run"), record.get("command", ""), record.get("overrides", ()), record.get("tags", ()))
+    stack.enter_context(resume.working_folder(record, folder))
+    named = [record.get(key) or empty for key, empty in (("name", "run"), ("command", ""), ("overrides", ()), ("tags", ()))]
     origins = dict.fromkeys(leaf_keys(), "run.json")
     return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), origins)
 
@@ -454,7 +455,7 @@ def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResul
     if cut:  # to be made when the run goes on
         status, reason = "stopped", "; ".join([*([reason] if reason else []), f"trained; {cut} ended the export"])
     code = 1 if failures else {"finished": 0, "failed": 1, "stopped": 130 if stop.signal else 0}[status]
-    artifacts = {**record.facts.get("artifacts", {}), "report": "report.html"}
+    artifacts = {**(record.facts.get("artifacts") or {}), "report": "report.html"}
     ending = {"status": status, "reason": reason, "artifacts": artifacts, "ended_at": runtime.now()}
     try:
         from sft.report import write_report  # brings a chart engine with it, which only this line needs
@@ -486,20 +487,20 @@ def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) 
     """
     runtime.release_memory()
     record.update()  # the export holds the saved weights against what the record says of the training
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**distributed.plain_environment(), "PYTHONPATH": path}
-    words = [WORD] if record.facts["settings"]["model"]["trust_remote_code"] else []  # this command has it from its user
+    environment = {**distributed.plain_environment(), "PYTHONPATH": child_environment()["PYTHONPATH"]}
+    words = [WORD] if _runs_code(record.facts) else []  # this command has it from its user
     with record.timed("export"):
-        child = subprocess.Popen([sys.executable, "-m", "sft.export", *words, str(folder)], env=environment)
+        child = subprocess.Popen([*python_command("sft.export"), *words, str(folder)], env=environment)
         while child.poll() is None:
             if stop.signal:
                 child.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=0.5)
     report = read_json(folder / "export" / "verify.json")
-    artifacts = {f"export/{n}": f["path"] for n, f in report.get("artifacts", {}).items() if f.get("path") and n != "adapter"}
-    record.update(artifacts={**record.facts.get("artifacts", {}), **artifacts})
+    artifacts = {
+        f"export/{n}": f["path"] for n, f in (report.get("artifacts") or {}).items() if f and f.get("path") and n != "adapter"
+    }
+    record.update(artifacts={**(record.facts.get("artifacts") or {}), **artifacts})
     failures = exporter.failures(report) if report else []
     cut = stop.signal if child.returncode and not failures else None
     if child.returncode and not failures and not cut:
@@ -510,6 +511,11 @@ def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) 
         again = f"python scripts/export.py run={os.path.relpath(folder)} export.formats=[...]"
         log.error("hint: %s   exports again", " ".join([again, *words]))
     return failures, cut
+
+
+def _runs_code(facts: dict[str, Any]) -> bool:
+    model = (facts.get("settings") or {}).get("model")
+    return isinstance(model, dict) and model.get("trust_remote_code") is True
 
 
 def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:

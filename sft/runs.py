@@ -6,7 +6,7 @@ from typing import Any
 
 from sft.errors import refuse
 from sft.records import read_json
-from sft.settings import Settings
+from sft.settings import Settings, Shape
 from sft.trust import check_trust
 
 
@@ -34,18 +34,26 @@ def find_run(text: str) -> tuple[Path, Path | None]:
     raise refuse(f"run={text}", why, f"run={near / close[0]}" if close else "run=outputs/<run>")
 
 
+def prompt_form(folder: Path) -> tuple[Shape, list[str]]:
+    """The shape of a run's rows and the tokens that end its answers, from preflight.json. Raises Refusal without them."""
+    preflight = read_json(folder / "preflight.json")
+    shape, stops = preflight.get("shape"), preflight.get("stop_tokens")
+    if shape not in [shape.value for shape in Shape] or not stops:
+        why = "It does not say how the run's prompts are shaped, or which tokens end its answers."
+        raise refuse(str(folder / "preflight.json"), why, "bring the file back as the run wrote it")
+    return Shape(shape), stops
+
+
 def settings_of(folder: Path, trusted: bool = False) -> tuple[Settings, dict[str, Any]]:
     """The settings that a run was made with, and its record.
 
     Raises Refusal if its run.json holds none, or has code of a model run while the command line does not (`trusted`).
     """
-    from omegaconf import OmegaConf
-
-    from sft.command_line import to_settings
+    from sft.command_line import fill_settings
 
     record = read_json(folder / "run.json")
     if "settings" not in record:
         raise refuse(f"run={folder}", "Its run.json holds no settings: nothing was trained.", "run=outputs/<another run>")
-    settings = to_settings(OmegaConf.create(record["settings"]))
+    settings = fill_settings(record["settings"])
     check_trust(settings, f"run={folder}", trusted)
     return settings, record

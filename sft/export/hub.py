@@ -161,7 +161,8 @@ def push(folder: Path, repo: str, format: str, private: bool) -> str:
 
     `repo` is `export.hub.repo`, without the suffix. Readers see all of the files or none. What the server has already,
     committed or left from a push that failed, is not sent again. Nothing is deleted but weights of an earlier push that
-    would be loaded in place of these. Hidden files stay here. Raises HubError with the reason in one line.
+    would be loaded in place of these. Hidden files stay here, and links are refused. Raises HubError with the
+    reason in one line.
     """
     target, token = repo_for(repo, format), None
     try:
@@ -223,9 +224,17 @@ def _commit(api: Any, target: str, files: dict[str, Path], format: str) -> None:
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
-    """The files of a folder by their names in the repository, without hidden ones and what lies in hidden folders."""
-    found = {p.relative_to(folder): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {name.as_posix(): path for name, path in found.items() if not any(part.startswith(".") for part in name.parts)}
+    """The plain files of a folder by their names in the repository, without hidden ones and what lies in hidden folders.
+
+    Raises HubError for links: an export makes none, and what they point to is no part of it.
+    """
+    if folder.is_symlink():
+        raise HubError(f"{folder.name} is a link, which is not followed; nothing was sent")
+    found = {p.relative_to(folder): p for p in sorted(folder.rglob("*"))}
+    found = {name: path for name, path in found.items() if not any(part.startswith(".") for part in name.parts)}
+    if links := [name.as_posix() for name, path in found.items() if path.is_symlink()]:
+        raise HubError(f"it holds links, which are not followed; remove {', '.join(links)}; nothing was sent")
+    return {name.as_posix(): path for name, path in found.items() if path.is_file()}
 
 
 # ------------------------------------------------------------------------------------------------------ the client

@@ -6,6 +6,7 @@ A job is its resolved settings. Its number and its folder are given once and sta
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 from dataclasses import dataclass, field
@@ -13,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from sft import runtime
+from sft.errors import Refusal, refuse
+from sft.forms import NUMBER, TEXT, TEXTS, fit
 from sft.records import number, read_json
 from sft.settings import GROUPS, Settings
+
+log = logging.getLogger(__name__)
 
 WAITING, RUNNING, FINISHED, DIVERGED, STOPPED, FAILED = "waiting", "running", "finished", "diverged", "stopped", "failed"
 DONE = (FINISHED, DIVERGED)
@@ -47,6 +52,14 @@ class Job:
     def label(self) -> str:
         """Its folder's name without the number."""
         return self.folder.partition("_")[2]
+
+
+JOB = {
+    **dict.fromkeys(("folder", "config_hash", "status", "reason", "place"), TEXT),
+    **{"number": int, "attempts": int, "seconds": NUMBER, "overrides": TEXTS, "settings": {}},
+}
+NEEDED = ("number", "folder", "config_hash", "overrides", "settings")
+SWEEP = {**dict.fromkeys(("identity", "command", "created_at"), TEXT), "jobs": [JOB]}
 
 
 @dataclass
@@ -95,12 +108,39 @@ class SweepIndex:
 
 
 def load_index(folder: Path) -> SweepIndex | None:
-    """The index of a sweep folder; None where it has none."""
-    content = read_json(folder / "sweep.json")
+    """The index of a sweep folder; None where it has none. Keys that it does not know are left out.
+
+    Raises Refusal if sweep.json is not what a sweep writes, or a job's folder is not one name inside the sweep's.
+    """
+    path = folder / "sweep.json"
+    content = read_json(path)
     if not content:
         return None
-    jobs = [Job(**job) for job in content.pop("jobs", [])]
-    return SweepIndex(folder, jobs=jobs, **content)
+    odd: list[str] = []
+    content = fit({key: value for key, value in content.items() if key in SWEEP}, SWEEP, odd)
+    jobs = [{key: value for key, value in job.items() if key in JOB and value is not None} for job in content.get("jobs") or []]
+    odd += [f"jobs[{i}] without {key}" for i, job in enumerate(jobs) for key in NEEDED if key not in job]
+    odd += [f"jobs[{i}].folder" for i, job in enumerate(jobs) if not _is_inside(folder, job.get("folder"))]
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        why = f"It is not what a sweep writes: {', '.join(odd[:3])}{more}. A job's folder is one name inside the sweep's."
+        raise refuse(str(path), why, f"mend the file, or remove {path} to begin the sweep anew")
+    return SweepIndex(**{**content, "folder": folder, "jobs": [Job(**job) for job in jobs]})
+
+
+def readable_index(folder: Path) -> SweepIndex | None:
+    """The index of a sweep that nobody named; one that cannot be read is left out, with a warning."""
+    try:
+        return load_index(folder)
+    except Refusal as refusal:
+        log.warning("%s is left out: %s", refusal.problems[0].what, refusal.problems[0].why)
+        return None
+
+
+def _is_inside(sweep: Path, name: Any) -> bool:
+    """Whether a job's folder is one name inside the sweep's, and no link out of it."""
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+    return plain and not (sweep / name).is_symlink()
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -117,8 +157,10 @@ def judge(run: dict[str, Any]) -> tuple[str, str | None]:
             DIVERGED,
             "diverged: the held-out loss is not a number" if loss == "eval_loss" else "diverged: the loss is no number",
         )
-    allowed = run.get("settings", {}).get("trainer", {}).get("max_bad_steps")
-    if status == FAILED and allowed is not None and metrics.get("bad_steps", 0) > allowed:
+    settings = run.get("settings")
+    trainer = settings.get("trainer") if isinstance(settings, dict) else None
+    allowed = number(trainer.get("max_bad_steps")) if isinstance(trainer, dict) else None
+    if status == FAILED and allowed is not None and (metrics.get("bad_steps") or 0) > allowed:
         return DIVERGED, reason
     if status in (FINISHED, FAILED, STOPPED):
         return status, reason

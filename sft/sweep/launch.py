@@ -41,6 +41,7 @@ from sft.sweep.index import (
     judge,
     load_index,
     read_run,
+    readable_index,
 )
 from sft.sweep.summary import track_summary
 
@@ -62,7 +63,10 @@ class Sweep:
         self.lock = _choose_folder(config, identity)
         self.folder = self.lock.folder
         config.hydra.sweep.dir = str(self.folder)
-        self.index = load_index(self.folder) or SweepIndex(self.folder, identity, created_at=runtime.now())
+        try:
+            self.index = load_index(self.folder) or SweepIndex(self.folder, identity, created_at=runtime.now())
+        except Refusal as refusal:
+            _exit_with(refusal)
         self.composed: dict[int, bytes] = {}
         self.planned: list[Job] = []
         self.index.command = command_text()
@@ -196,7 +200,7 @@ def _choose_folder(config: DictConfig, identity: str) -> SweepLock:
             _exit_with(refuse(f"hydra.sweep.dir={folder}", why, "wait for it, or leave hydra.sweep.dir out for a new folder"))
         return lock
     for earlier in find_sweeps(folder.parent):
-        index = load_index(earlier)
+        index = readable_index(earlier)
         if index and index.identity == identity:
             lock = SweepLock(earlier)
             if lock.take():

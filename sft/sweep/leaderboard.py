@@ -18,7 +18,7 @@ from sft.errors import refuse
 from sft.printable import shown
 from sft.records import number
 from sft.settings import GROUPS, Settings
-from sft.sweep.index import FINISHED, Job, SweepIndex, find_sweeps, flatten, load_index, read_run
+from sft.sweep.index import FINISHED, Job, SweepIndex, find_sweeps, flatten, load_index, read_run, readable_index
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def best_run(sweep: Path | str | None = None) -> Path:
     Raises Refusal if there is no sweep, or none of its jobs finished with a held-out loss.
     """
     if sweep is None:
-        sweeps = find_sweeps(Path("outputs/sweeps"))
+        sweeps = [sweep for sweep in find_sweeps(Path("outputs/sweeps")) if readable_index(sweep)]
         if not sweeps:
             raise refuse("run=best", "There is no sweep in outputs/sweeps.", "run=<run folder>   for a single run")
         sweep = sweeps[0]
@@ -327,7 +327,7 @@ def write_csv(board: Leaderboard) -> Path:
         writer.writerow(["" if cell is None else cell for cell in cells])
     target = board.index.folder / "leaderboard.csv"
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(text.getvalue(), encoding="utf-8")
+    temporary.write_text(text.getvalue(), encoding="utf-8", errors="replace")  # half a character
     os.replace(temporary, target)
     return target
 

@@ -16,7 +16,7 @@ import pytest
 from sft.errors import HubError
 from sft.export import hub as ours
 from sft.export.hub import check_access, push, repo_for
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SMALL, make_settings
 from tests.hub_server import TOKEN, HubServer, Repo
 
 FORMATS = ["merged_16bit", "adapter", "merged_4bit", "gguf"]
@@ -200,6 +200,36 @@ def test_a_push_puts_every_file_there_and_no_hidden_one(hub, merged):
     expected = {name: content for name, content in expected.items() if not name.startswith(".")}
     assert {n: c for n, c in repo.files.items() if n != ".gitattributes"} == expected and "sub/notes.txt" in expected
     assert repo.private and len(repo.lfs) == 3 and len(repo.commits) == 2
+
+
+@pytest.mark.parametrize("made", ["file", "folder", "itself"])
+def test_a_link_in_an_export_is_named_and_not_followed(hub, tmp_path, made):
+    secret = make_folder(tmp_path / "ssh", id_rsa="PRIVATE")
+    place = make_folder(tmp_path / "export" / "adapter", config__json="{}")
+    if made == "itself":
+        shutil.rmtree(place)
+    links = {
+        "file": (place / "notes.txt", secret / "id_rsa"),
+        "folder": (place / "notes.txt", secret),
+        "itself": (place, secret),
+    }
+    os.symlink(links[made][1], links[made][0])
+    with pytest.raises(HubError, match="adapter is a link" if made == "itself" else "links.*notes.txt"):
+        push(place, "me/model", "adapter", True)
+    assert hub.repos == {}
+
+
+def test_the_hint_after_a_failed_push_pushes_what_is_on_disk(hub, tmp_path):
+    from scripts import export
+    from sft.runtime import jsonable
+
+    run = tmp_path / "run"
+    make_folder(run / "adapter", adapter_config__json="{}")
+    make_folder(run / "export" / "adapter", adapter_config__json="{}", adapter_model__safetensors="weights")
+    (run / "run.json").write_text(json.dumps({"status": "finished", "settings": jsonable(make_settings(*SMALL))}))
+    (run / "export" / "verify.json").write_text(json.dumps({"artifacts": {"adapter": {"status": "ok", "path": "adapter"}}}))
+    assert export.main([f"run={run}", "push=true", "export.hub.repo=me/demo"]) == 0
+    assert hub.repos["me/demo-LoRA"].files["adapter_model.safetensors"] == b"weights"
 
 
 def test_large_files_go_in_parts_where_the_server_asks_for_it(hub, tmp_path):

@@ -343,3 +343,42 @@ def test_a_job_in_a_process_of_its_own_does_not_see_the_modules_of_the_current_f
     assert isolate.run_apart(*job).status == "failed"  # the project's own code has started, and refuses this logging
     assert "ValueError" in capfd.readouterr().err
     assert "77" not in json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["reason"]
+
+
+def edit_index(folder, change) -> None:
+    content = json.loads((folder / "sweep.json").read_text())
+    change(content)
+    (folder / "sweep.json").write_text(json.dumps(content))
+
+
+def test_keys_of_another_version_in_a_sweep_are_left_out(sweep):
+    folder = sweep([("lora.r=8", 1.5), ("lora.r=4", 1.6)])
+    before = load_index(folder)
+    edit_index(folder, lambda content: [content.update(colour="red"), *(job.update(colour="red") for job in content["jobs"])])
+    assert load_index(folder) == before
+    assert find_run("best")[0].name == "0_r=8"
+
+
+@pytest.mark.parametrize("name", ["../../../precious", "/abs/target", "..", ".", "", "a/b", "a\\b", "link", None, 7, ["x"]])
+def test_a_job_that_would_be_trained_outside_of_its_sweep_is_refused(sweep, name):
+    folder = sweep([("lora.r=8", 1.5), ("lora.r=4", 1.6)])
+    (folder / "link").symlink_to(folder.parent)
+    edit_index(folder, lambda content: content["jobs"][1].update(folder=name))
+    for read in (load_index, leaderboard.read_leaderboard, lambda place: find_run(str(place))):
+        with pytest.raises(Refusal, match=r"sweep\.json[\s\S]*jobs\[1\]"):
+            read(folder)
+
+
+@pytest.mark.parametrize("change", [
+    *(lambda c, v=v: c.update(jobs=v) for v in (5, "x", {"a": 1}, [5], [[1]], [{}])),
+    *(lambda c, v=v: c["jobs"][0].update(overrides=v) for v in (5, [1], {"lora.r": 8})),
+    *(lambda c, v=v: c["jobs"][0].update(number=v) for v in (None, "x", 1.5, True)),
+    lambda c: c.update(identity=["x"]), lambda c: c["jobs"][0].update(settings=[1]),
+])  # fmt: skip
+def test_a_sweep_of_an_odd_form_is_refused_by_name_and_left_out_of_the_others(sweep, caplog, change):
+    sweep([("lora.r=8", 1.5)], "outputs/sweeps/a")
+    odd = sweep([("lora.r=8", 1.4)], "outputs/sweeps/b")
+    edit_index(odd, change)
+    with pytest.raises(Refusal, match=r"b/sweep\.json"):
+        leaderboard.read_leaderboard(odd)
+    assert find_run("best")[0].parent.name == "a" and "b/sweep.json is left out" in caplog.text
