@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from datetime import UTC, datetime
@@ -103,6 +104,14 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
+    # PEFT's about an adapter on tied embeddings: they are saved whole, and sft/export/merge.py parts them.
+    tied = (
+        "Model (has|with) `tie_word_embeddings",
+        "Input and output embeddings are no longer tied",
+        "Setting `save_embedding_l",
+    )
+    for told in tied:
+        warnings.filterwarnings("ignore", told)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
 

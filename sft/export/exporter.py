@@ -285,7 +285,7 @@ def _make_gguf_adapter(trained: Trained, report: dict, merged: Path, whole: Path
     def make() -> None:
         if not whole.exists():
             gguf.convert(merged, whole)
-        layers = gguf.write_adapter(trained.weights, merged, whole, file)
+        layers = gguf.write_adapter(trained.weights, merged, whole, file, _has_tied_ends(trained))
         told = f"{layers} layers in the order of llama.cpp's own converter"
         _note(trained, report, "gguf/adapter", file, [verify.Check("tensors", True, told, told)], {}, begun)
 
@@ -545,6 +545,15 @@ def _source(trained: Trained) -> str:
     from sft import models
 
     return models.locate(trained.settings.model)[0]
+
+
+def _has_tied_ends(trained: Trained) -> bool:
+    """Whether the base's output layer and its embeddings are one weight."""
+    from transformers import AutoConfig
+
+    model = trained.settings.model
+    config = AutoConfig.from_pretrained(_source(trained), revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return bool(config.get_text_config().tie_word_embeddings)
 
 
 def _torch_dtype(trained: Trained) -> Any:

@@ -61,13 +61,14 @@ def quantise(source: Path, target: Path, kind: str) -> None:
             raise ExportError(f"{error} ({free:.2f} GiB of the disk are free)") from error
 
 
-def write_adapter(adapter: Path, merged: Path, whole: Path, target: Path) -> int:
+def write_adapter(adapter: Path, merged: Path, whole: Path, target: Path, tied: bool) -> int:
     """Write the adapter alone, complete or not at all, and let llama.cpp load it onto `whole`; returns its layers.
+    `tied` says that the base's output layer and its embeddings are one weight.
 
     Raises ExportError where the adapter cannot be kept alone, or llama.cpp does not take it.
     """
     with _beside(target) as work:
-        layers = lora_gguf.write_adapter(adapter, merged, whole, work)
+        layers = lora_gguf.write_adapter(adapter, merged, whole, work, tied)
         _llama_cpp({"do": "load_adapter", "gguf": str(whole), "adapter": str(work)})
     return layers
 
