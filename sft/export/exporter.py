@@ -18,6 +18,7 @@ from sft.errors import ExportError, HubError, Problem, Refusal, first_line
 from sft.export import card, gguf, hub, merge, modelfile, proof, verify
 from sft.records import read_json, read_lines
 from sft.render import starts_with_bos
+from sft.runs import check_base
 from sft.settings import Bias, ExportSettings, Settings, Shape
 from sft.trust import with_word
 
@@ -156,8 +157,8 @@ def failures(report: dict[str, Any]) -> list[str]:
 
 
 def check_export(folder: Path, settings: Settings) -> list[Problem]:
-    """What can be known to keep an export from working before a weight is loaded: parts, the disk, the hub."""
-    wanted, problems = settings.export, []
+    """What can be known to keep an export from working before a weight is loaded: the base, parts, the disk, the hub."""
+    wanted, problems = settings.export, check_base(folder, settings) if settings.lora.enabled else []
     if "gguf" in wanted.formats:
         problems += gguf.missing_parts()
     problems += check_disk(folder, settings)

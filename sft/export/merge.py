@@ -147,5 +147,7 @@ def _sentencepiece_file(source: str | None) -> Path | None:
     if Path(source).is_dir():
         found = Path(source) / "tokenizer.model"
         return found if found.is_file() else None
+    if Path(source).is_absolute():  # a folder that is gone: only what was trained whole is exported without it
+        return None
     cached = try_to_load_from_cache(source, "tokenizer.model")
     return Path(cached) if isinstance(cached, str) else None
