@@ -22,7 +22,10 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 from sft.chat import Speaker, find_target  # noqa: E402
 from sft.errors import ExportError, Problem, Refusal  # noqa: E402
 from sft.printable import shown  # noqa: E402
+from sft.threads import spin_briefly  # noqa: E402
 from sft.trust import WORD  # noqa: E402
+
+spin_briefly()
 
 OPTIONS = ("run", "against", "prompt", "max_new_tokens", "temperature", "model.name", "model.trust_remote_code")
 

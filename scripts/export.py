@@ -23,7 +23,10 @@ from sft.command_line import read_settings  # noqa: E402
 from sft.errors import ExportError, Problem, Refusal  # noqa: E402
 from sft.runs import find_run, settings_of  # noqa: E402
 from sft.settings import Settings  # noqa: E402
+from sft.threads import spin_briefly  # noqa: E402
 from sft.trust import WORD, with_word  # noqa: E402
+
+spin_briefly()
 
 OWN = ("run", "push", "model.name")
 

@@ -162,7 +162,8 @@ class Speaker:
             command = [sys.executable, str(program), "chat", str(self.target.place)]
             self.child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                env={**os.environ, "OMP_WAIT_POLICY": "passive"},  # threads that wait actively slow each other down
+                # Threads that wait actively slow each other down.
+                env={**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"},
                 start_new_session=True,  # Ctrl-C stops an answer here, not the process
             )  # fmt: skip
         asked = {"ids": ids, "max_new_tokens": max_new_tokens, "temperature": temperature, "stop_ids": self.stop_ids}

@@ -27,6 +27,7 @@ from sft.durable import sync_file
 from sft.embedded import cache_dir
 from sft.printable import shown, without_passwords
 from sft.settings import Settings
+from sft.threads import spin_briefly
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def prepare_environment() -> None:
 
     A value that the user has set stays.
     """
+    spin_briefly()
     cache = cache_dir()
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",

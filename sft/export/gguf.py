@@ -116,7 +116,7 @@ def _llama_cpp(job: dict[str, Any]) -> dict:
 
 def _run(command: list[str], what: str, environment: dict[str, str] | None = None) -> None:
     command = [command[0], str(Path(__file__).with_name("program.py")), *command[1:]]
-    quiet = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", **(environment or {})}
+    quiet = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", **(environment or {})}
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env={**os.environ, **quiet})
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
