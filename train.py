@@ -9,11 +9,11 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from sft import settings, threads
 from sft.command_line import stop_on_refusal
-from sft.settings import register
 from sft.sweep import exit_codes, summarise
 
-CONFIG_DIR = Path(__file__).parent / "conf"
+threads.spin_briefly()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -29,8 +29,8 @@ def train(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    register()
-    stop_on_refusal(CONFIG_DIR)
+    settings.register()
+    stop_on_refusal(Path(__file__).parent / "conf")
     try:
         train()
     except KeyboardInterrupt:

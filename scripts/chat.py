@@ -7,7 +7,8 @@
     python scripts/chat.py run=outputs/<run> against=base                     two answers side by side: the base's too
     python scripts/chat.py run=outputs/<run> against=outputs/<another run>    or those of another run
 
-Further: max_new_tokens=256, temperature=0 (greedy, as in samples.jsonl), model.trust_remote_code=true for a run that has that.
+Further: max_new_tokens=256, temperature=0 (greedy, as in samples.jsonl), model.name=<folder> where the model that
+was trained on is elsewhere now, model.trust_remote_code=true for a run that has that.
 In the chat: /reset forgets what was said, /quit or Ctrl-D ends, Ctrl-C stops an answer. Exit codes: 0, 1 failed, 2 refused.
 """
 
@@ -21,9 +22,12 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 from sft.chat import Speaker, find_target  # noqa: E402
 from sft.errors import ExportError, Problem, Refusal  # noqa: E402
 from sft.printable import shown  # noqa: E402
+from sft.threads import spin_briefly  # noqa: E402
 from sft.trust import WORD  # noqa: E402
 
-OPTIONS = ("run", "against", "prompt", "max_new_tokens", "temperature", "model.trust_remote_code")
+spin_briefly()
+
+OPTIONS = ("run", "against", "prompt", "max_new_tokens", "temperature", "model.name", "model.trust_remote_code")
 
 
 def main(argv: list[str]) -> int:
@@ -34,10 +38,11 @@ def main(argv: list[str]) -> int:
     try:
         options = read_options(argv)
         trusted = "model.trust_remote_code" in options
-        targets = [find_target(options["run"], trusted)]
+        base = options.get("model.name")
+        targets = [find_target(options["run"], trusted, base)]
         if "against" in options:
             other = f"base:{targets[0].folder}" if options["against"] == "base" else options["against"]
-            targets.append(find_target(other, trusted))
+            targets.append(find_target(other, trusted, base if other.startswith("base:") else None))
         speakers = load(targets)
     except Refusal as refusal:
         print(refusal, file=sys.stderr)

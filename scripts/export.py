@@ -6,7 +6,8 @@
     python scripts/export.py run=outputs/<run> export=all export.hub.repo=me/my-model
     python scripts/export.py run=outputs/<run> push=true export.hub.repo=me/my-model      what is exported already
 
-Takes run= and the overrides of the export group, and model.trust_remote_code=true for a run that was trained with it.
+Takes run= and the overrides of the export group; model.name=<folder> where the model that was trained on is elsewhere now;
+model.trust_remote_code=true for a run that was trained with it.
 Exit codes: 0 all hold, 1 one failed, 2 refused.
 """
 
@@ -22,9 +23,12 @@ from sft.command_line import read_settings  # noqa: E402
 from sft.errors import ExportError, Problem, Refusal  # noqa: E402
 from sft.runs import find_run, settings_of  # noqa: E402
 from sft.settings import Settings  # noqa: E402
+from sft.threads import spin_briefly  # noqa: E402
 from sft.trust import WORD, with_word  # noqa: E402
 
-OWN = ("run", "push")
+spin_briefly()
+
+OWN = ("run", "push", "model.name")
 
 
 def main(argv: list[str]) -> int:
@@ -61,7 +65,9 @@ def read_request(argv: list[str]) -> tuple[Path, Path | None, Settings, bool]:
     own = dict(a.split("=", 1) for a in argv if a.split("=", 1)[0] in OWN and "=" in a)
     others = [a for a in argv if a.split("=", 1)[0] not in OWN and a != WORD]
     problems = [
-        Problem(a, "An export takes run=, push= and the settings of the export group.", "export=gguf   for example")
+        Problem(
+            a, "An export takes run=, push=, model.name= and the settings of the export group.", "export=gguf   for example"
+        )
         for a in others
         if not a.lstrip("+").startswith(("export=", "export."))
     ]
@@ -75,7 +81,7 @@ def read_request(argv: list[str]) -> tuple[Path, Path | None, Settings, bool]:
     asked = read_settings(ROOT / "conf", [*(["export=adapter"] if push and not told else []), *others], hardware=False).export
     asked.formats = asked.formats if told else []
     folder, weights = find_run(own["run"])
-    settings, record = settings_of(folder, WORD in argv)
+    settings, record = settings_of(folder, WORD in argv, own.get("model.name"))
     settings.export = asked
     if weights is not None and weights.parent.name != "checkpoints":
         why = "It is neither a run nor a checkpoint of one."

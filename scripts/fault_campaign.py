@@ -29,6 +29,10 @@ import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from sft.threads import spin_briefly  # noqa: E402
+
+spin_briefly()
+
 MEASURED = {"tokens_per_second", "memory_gib", "memory_allocated_gib"}
 BASE = ("model=tiny_random", "tracking=none", "samples.max_new_tokens=4", "samples.num_held_out=2", "samples.every_steps=3",
         "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=8",

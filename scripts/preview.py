@@ -17,6 +17,9 @@ from sft.errors import Refusal  # noqa: E402
 from sft.printable import shown  # noqa: E402
 from sft.runtime import prepare_environment, quiet_libraries  # noqa: E402
 from sft.settings import Settings  # noqa: E402
+from sft.threads import spin_briefly  # noqa: E402
+
+spin_briefly()
 
 
 def main(argv: list[str]) -> int:

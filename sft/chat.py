@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sft import decode
-from sft.errors import ExportError, refuse
+from sft.errors import ExportError, Refusal, refuse
 from sft.processes import child_environment
-from sft.runs import find_run, prompt_form, settings_of
+from sft.runs import check_base, find_run, prompt_form, settings_of
 from sft.settings import Settings
 from sft.trust import with_word
 
@@ -31,11 +31,12 @@ class Target:
     settings: Settings
 
 
-def find_target(text: str, trusted: bool = False) -> Target:
+def find_target(text: str, trusted: bool = False, base: str | None = None) -> Target:
     """Whom `run=<text>` names: a run, a checkpoint, an export of a run, or `base:<run>`, its model before training.
 
-    Raises Refusal, without reading a weight, if there is no such thing, it belongs to no run, or the run needs code of its
-    model that the command line does not allow (`trusted`).
+    `base` is where the run's model is now, if it is elsewhere. Raises Refusal, without reading a weight, if there is no such
+    thing, it belongs to no run, its model's folder is gone, or the run needs code of its model that the command line does not
+    allow (`trusted`).
     """
     kind, _, rest = text.partition(":")
     place = Path(rest if kind == "base" and rest else text).expanduser()
@@ -55,11 +56,15 @@ def find_target(text: str, trusted: bool = False) -> Target:
             raise refuse(f"run={text}", problems[0].why, problems[0].fix)
         return Target(place.name, "gguf", owner, place, settings_of(owner, trusted)[0])
     folder, weights = find_run(str(place))
-    settings, record = settings_of(folder, trusted)
+    settings, record = settings_of(folder, trusted, base)
+    plain = weights is not None and not (weights / "adapter_config.json").is_file() and weights.parent.name != "checkpoints"
+    if (kind == "base" and rest) or (settings.lora.enabled and not plain):
+        problems = check_base(folder, settings)
+        if problems:
+            raise Refusal(problems)
     if kind == "base" and rest:
         return Target(settings.model.name, "base", folder, None, settings)
     if weights is not None:
-        plain = not (weights / "adapter_config.json").is_file() and weights.parent.name != "checkpoints"
         return Target(weights.name, "merged" if plain else "adapter", folder, weights, settings)
     kept = folder / ("adapter" if settings.lora.enabled else "model")
     if not kept.is_dir():
@@ -155,7 +160,8 @@ class Speaker:
             command = [sys.executable, str(program), "chat", str(self.target.place)]
             self.child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                env=child_environment(OMP_WAIT_POLICY="passive"),  # threads that wait actively slow each other down
+                # Threads that wait actively slow each other down.
+                env=child_environment(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="0"),
                 start_new_session=True,  # Ctrl-C stops an answer here, not the process
             )  # fmt: skip
         asked = {"ids": ids, "max_new_tokens": max_new_tokens, "temperature": temperature, "stop_ids": self.stop_ids}

@@ -289,10 +289,10 @@ def load_of(settings: Settings, backend: str, gpu: bool, flat: bool = False, tok
     )
 
 
-def read_shape(settings: Settings, where: str) -> Shape | None:
-    """The shape of the model at `where`, a folder or hub id, with the adapter of `settings`; reads its config.json alone.
+def empty_model(settings: Settings, where: str) -> tuple[Any, Any]:
+    """(the model at `where`, a folder or hub id, without its weights; its config): reads its config.json alone.
 
-    None for a mixture of experts, which this does not estimate. Raises what transformers does for a config that cannot be had.
+    Raises what transformers does for a config that cannot be had.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -300,12 +300,12 @@ def read_shape(settings: Settings, where: str) -> Shape | None:
     trusted = settings.model.trust_remote_code  # said either way: unsaid, transformers asks on the terminal
     config = AutoConfig.from_pretrained(where, revision=settings.model.revision, trust_remote_code=trusted)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
-    return shape_of(model, config, settings)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted), config
 
 
 def shape_of(model: Any, config: Any, settings: Settings) -> Shape | None:
-    """The shape of a model on the meta device."""
+    """The shape of a model on the meta device, with the adapter of `settings`; None for a mixture of experts, which this does
+    not estimate."""
     import torch
 
     text, lora = config.get_text_config(), settings.lora

@@ -127,7 +127,7 @@ def locate(model: ModelSettings, weights: bool = True) -> tuple[str, str]:
     """
     folder = Path(model.name).expanduser()
     if folder.is_dir():
-        return str(folder), f"local folder {folder.resolve()}"
+        return str(folder.absolute()), f"local folder {folder.resolve()}"  # PEFT writes the first into adapter_config.json
     if model.name != embedded.TINY_RANDOM and _hub_has(model):
         return model.name, f"hub {model.name}" + (f" at {model.revision}" if model.revision else "")
     local = embedded.local_model(model.name, weights)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sft import looks, memory, models, origins, shared, speeds, versions
+from sft import looks, lora, memory, models, origins, shared, speeds, versions
 from sft.batch import (
     CPU_ROWS,
     Split,
@@ -192,10 +192,13 @@ def check_ids(found: Found, settings: Settings) -> None:
 
 
 def read_shape(found: Found, settings: Settings) -> memory.Shape | None:
-    """The model's shape by its config; None, with a warning, where it cannot be told."""
+    """The model's shape by its config, with what is wrong with the modules that `lora` names; None, with a warning, where it
+    cannot be told."""
     where = models.locate(settings.model, weights=False)[0]
     try:
-        shape = memory.read_shape(settings, where)
+        model, config = memory.empty_model(settings, where)
+        check_adapter(found, settings, model)
+        shape = memory.shape_of(model, config, settings)
         why = "it is a mixture of experts, whose memory is not estimated"
     except Exception as error:  # not reachable, unknown to this transformers, code of its own: the load will say so itself
         shape, why = None, first_line(error).replace(str(where), settings.model.name).rstrip(".")
@@ -206,6 +209,15 @@ def read_shape(found: Found, settings: Settings) -> memory.Shape | None:
     if shape is None:
         found.warn("Memory", f"The size of {settings.model.name} is not known beforehand: {why}.")
     return shape
+
+
+def check_adapter(found: Found, settings: Settings, model: Any) -> None:
+    """Whether the model has the modules that `lora` names, and PEFT an adapter for each; `model` needs no weights."""
+    if settings.lora.enabled:
+        problems, warnings = lora.check_modules(model, settings.lora)
+        found.refuse("Model", problems)
+        for warning in warnings:
+            found.warn("Model", warning)
 
 
 def check_memory(found: Found, settings: Settings, backend: str, shape: memory.Shape | None, whole: bool) -> None:

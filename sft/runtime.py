@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from sft.durable import sync_file
 from sft.embedded import cache_dir
 from sft.printable import shown, without_passwords
 from sft.settings import Settings
+from sft.threads import spin_briefly
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def prepare_environment() -> None:
 
     A value that the user has set stays.
     """
+    spin_briefly()
     cache = cache_dir()
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -103,6 +106,14 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
+    # PEFT's about an adapter on tied embeddings: they are saved whole, and sft/export/merge.py parts them.
+    tied = (
+        "Model (has|with) `tie_word_embeddings",
+        "Input and output embeddings are no longer tied",
+        "Setting `save_embedding_l",
+    )
+    for told in tied:
+        warnings.filterwarnings("ignore", told)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
 

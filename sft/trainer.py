@@ -13,6 +13,7 @@ from sft.data import Prepared, token_counts
 from sft.errors import ModelFault
 from sft.looks import steps_between
 from sft.loop import Loop, resumable, writes_late
+from sft.lora import base_of
 from sft.models import torch_dtype, uses_checkpointing
 from sft.runtime import append_jsonl, peak_allocated_gib, peak_memory_gib
 from sft.settings import Settings
@@ -149,7 +150,7 @@ def build_trainer(
     longest = int(max(token_counts(split).max() for split in (data.train, data.eval) if split is not None))
     many = choice.padding_free and torch.cuda.is_available() and data.eval is not None
     rows = eval_rows(settings.trainer, token_counts(data.eval) if many else None, distributed.world_size())
-    args = training_arguments(settings, loop.folder, data.eval is not None, choice, rows)
+    args = training_arguments(settings, loop.folder, data.eval is not None, choice, rows, _takes_chunks(model, settings))
     strategy.settle_device(args)
     trainer = Trainer(
         model=model,
@@ -177,8 +178,24 @@ def build_trainer(
     return trainer
 
 
-def training_arguments(settings: Settings, folder: Path, has_eval: bool, choice: fast.Fast, rows: int = EVAL_ROWS) -> Any:
-    """The SFTConfig of these settings; every value is plain, none is a config node. An evaluation's pass has `rows` rows."""
+def _takes_chunks(model: Any, settings: Settings) -> bool:
+    """Whether TRL's default loss, `chunked_nll`, computes what the model does: it multiplies by the output layer's own weight,
+    past an adapter on it and past a scale of the logits (Granite's), and has no logits to smooth labels with.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = base_of(model)
+    scaled = getattr(base.config.get_text_config(), "logits_scaling", 1) != 1
+    smoothed = bool(settings.trainer.extra.get("label_smoothing_factor"))
+    return not (isinstance(base.get_output_embeddings(), BaseTunerLayer) or scaled or smoothed)
+
+
+def training_arguments(
+    settings: Settings, folder: Path, has_eval: bool, choice: fast.Fast, rows: int = EVAL_ROWS, chunked: bool = True
+) -> Any:
+    """The SFTConfig of these settings; every value is plain, none is a config node. An evaluation's pass has `rows` rows;
+    `chunked` says whether padded rows can have TRL's default loss.
+    """
     import torch
     from trl import SFTConfig
 
@@ -217,8 +234,8 @@ def training_arguments(settings: Settings, folder: Path, has_eval: bool, choice:
         accelerator_config={"non_blocking": gpu},  # else each pass would wait for the one before to be moved to the GPU
         max_length=settings.model.max_seq_length,
         dataset_kwargs={"skip_prepare_dataset": True},
-        # The head's loss of sft/flat.py needs no patch; else TRL's default.
-        **({"loss_type": "nll"} if choice.padding_free else {}),
+        # The head's loss of sft/flat.py needs no patch; else TRL's default, where it fits.
+        **({"loss_type": "nll"} if choice.padding_free or not chunked else {}),
         # None lets Unsloth lay rows end to end, which its GPU kernels keep apart; everything else pads them.
         padding_free=None if gpu and resolve_backend(settings) == "unsloth" else False,
         remove_unused_columns=False,

@@ -18,7 +18,7 @@ from sft.errors import ExportError, HubError, Problem, Refusal, first_line
 from sft.export import card, gguf, hub, merge, modelfile, proof, verify
 from sft.records import read_json, read_lines
 from sft.render import starts_with_bos
-from sft.runs import prompt_form
+from sft.runs import check_base, prompt_form
 from sft.settings import Bias, ExportSettings, Settings
 from sft.trust import with_word
 
@@ -160,8 +160,8 @@ def failures(report: dict[str, Any]) -> list[str]:
 
 
 def check_export(folder: Path, settings: Settings) -> list[Problem]:
-    """What can be known to keep an export from working before a weight is loaded: parts, the disk, the hub."""
-    wanted, problems = settings.export, []
+    """What can be known to keep an export from working before a weight is loaded: the base, parts, the disk, the hub."""
+    wanted, problems = settings.export, check_base(folder, settings) if settings.lora.enabled else []
     if "gguf" in wanted.formats:
         problems += gguf.missing_parts()
     problems += check_disk(folder, settings)
@@ -288,7 +288,7 @@ def _make_gguf_adapter(trained: Trained, report: dict, merged: Path, whole: Path
     def make() -> None:
         if not whole.exists():
             gguf.convert(merged, whole)
-        layers = gguf.write_adapter(trained.weights, merged, whole, file)
+        layers = gguf.write_adapter(trained.weights, merged, whole, file, _has_tied_ends(trained))
         told = f"{layers} layers in the order of llama.cpp's own converter"
         _note(trained, report, "gguf/adapter", file, [verify.Check("tensors", True, told, told)], {}, begun)
 
@@ -548,6 +548,15 @@ def _source(trained: Trained) -> str:
     from sft import models
 
     return models.locate(trained.settings.model)[0]
+
+
+def _has_tied_ends(trained: Trained) -> bool:
+    """Whether the base's output layer and its embeddings are one weight."""
+    from transformers import AutoConfig
+
+    model = trained.settings.model
+    config = AutoConfig.from_pretrained(_source(trained), revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return bool(config.get_text_config().tie_word_embeddings)
 
 
 def _torch_dtype(trained: Trained) -> Any:

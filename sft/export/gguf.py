@@ -62,13 +62,14 @@ def quantise(source: Path, target: Path, kind: str) -> None:
             raise ExportError(f"{error} ({free:.2f} GiB of the disk are free)") from error
 
 
-def write_adapter(adapter: Path, merged: Path, whole: Path, target: Path) -> int:
+def write_adapter(adapter: Path, merged: Path, whole: Path, target: Path, tied: bool) -> int:
     """Write the adapter alone, complete or not at all, and let llama.cpp load it onto `whole`; returns its layers.
+    `tied` says that the base's output layer and its embeddings are one weight.
 
     Raises ExportError where the adapter cannot be kept alone, or llama.cpp does not take it.
     """
     with _beside(target) as work:
-        layers = lora_gguf.write_adapter(adapter, merged, whole, work)
+        layers = lora_gguf.write_adapter(adapter, merged, whole, work, tied)
         _llama_cpp({"do": "load_adapter", "gguf": str(whole), "adapter": str(work)})
     return layers
 
@@ -116,7 +117,7 @@ def _llama_cpp(job: dict[str, Any]) -> dict:
 
 def _run(command: list[str], what: str, environment: dict[str, str] | None = None) -> None:
     command = [command[0], str(Path(__file__).with_name("program.py")), *command[1:]]
-    quiet = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", **(environment or {})}
+    quiet = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", **(environment or {})}
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=child_environment(**quiet))
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]

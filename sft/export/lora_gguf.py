@@ -13,25 +13,26 @@ from typing import Any
 from sft.errors import ExportError, first_line
 
 
-def write_adapter(adapter: Path, merged: Path, whole: Path, target: Path) -> int:
+def write_adapter(adapter: Path, merged: Path, whole: Path, target: Path, tied: bool) -> int:
     """Write the adapter in the folder `adapter` to the file `target`; returns how many layers it has.
 
     `merged` is the merged model's folder and `whole` the GGUF file that llama.cpp's converter made of it: from the two it is
     seen, layer by layer, under which name and in which order of rows the converter keeps a weight, and that no other change
-    was made to it. Raises ExportError where that is not so, or the adapter holds what llama.cpp's format cannot.
+    was made to it; `tied` says that the base's output layer and its embeddings are one weight, which llama.cpp keeps once.
+    Raises ExportError where a layer was changed, or the adapter holds what llama.cpp's format cannot.
     """
     from gguf import MODEL_ARCH_NAMES, GGUFReader, GGUFWriter, get_tensor_name_map
     from safetensors.torch import load_file
 
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    _refuse_unknown_parts(config)
+    matrices = load_file(adapter / "adapter_model.safetensors")
+    _refuse_unknown_parts(config, matrices, tied)
     reader = GGUFReader(whole)
     arch = reader.fields["general.architecture"].contents()
     blocks = int(reader.fields[f"{arch}.block_count"].contents())
     heads = [int(reader.fields[f"{arch}.attention.{key}"].contents()) for key in ("head_count", "head_count_kv")]
     names = get_tensor_name_map(next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == arch), blocks)
     held = {tensor.name: tensor for tensor in reader.tensors}
-    matrices = load_file(adapter / "adapter_model.safetensors")
     weights = _open_weights(merged)
     # llama.cpp multiplies by alpha / r; rank-stabilised LoRA divides by the root of r (arXiv 2312.03732).
     alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config.get("use_rslora") else 1.0)
@@ -62,10 +63,12 @@ def write_adapter(adapter: Path, merged: Path, whole: Path, target: Path) -> int
     return len(modules)
 
 
-def _refuse_unknown_parts(config: dict[str, Any]) -> None:
+def _refuse_unknown_parts(config: dict[str, Any], matrices: dict[str, Any], tied: bool) -> None:
     parts = {"use_dora": "DoRA's magnitudes", "modules_to_save": "whole modules beside the adapter"}
     found = [what for key, what in parts.items() if config.get(key)]
     found += ["trained bias terms"] if config.get("bias", "none") != "none" else []
+    found += ["a layer of embeddings"] if any(".lora_embedding_A" in key for key in matrices) else []
+    found += ["a tied output layer"] if tied and any(key.endswith(".lm_head.lora_A.weight") for key in matrices) else []
     if found:
         raise ExportError(f"a GGUF adapter has no place for {' and '.join(found)}; the merged GGUF files hold them")
 

@@ -43,6 +43,7 @@ def merge(model: Any) -> Any:
     stored = getattr(model.config, "dtype", None)
     dtype = torch.float16 if _stored_dtype(model) == "float16" or stored == torch.float16 else torch.bfloat16
     if hasattr(model, "peft_config"):
+        _part_tied(model.get_base_model())
         for layer in [m for m in model.modules() if isinstance(m, LoraLayer)]:
             weight = layer.get_base_layer().weight
             weight.data = weight.data.float()
@@ -53,8 +54,21 @@ def merge(model: Any) -> Any:
             model = model.merge_and_unload(progressbar=False)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if model.config.tie_word_embeddings and head is not None and head.weight is not embedding.weight:
-        model.config.tie_word_embeddings = False  # both were trained, each by itself
+        model.config.tie_word_embeddings = False  # what was learnt parted them
     return model.to(dtype)
+
+
+def _part_tied(model: Any) -> None:
+    """Give the output layer a copy of the weight that it shares with the embeddings, where one of them has an adapter: what is
+    added to the one is not the other's. The merged model is then one whose weights are not tied.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight and any(isinstance(m, LoraLayer) for m in (head, embedding)):
+        plain = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        plain.weight = torch.nn.Parameter(plain.weight.data.clone(), requires_grad=False)
 
 
 def _stored_dtype(model: Any) -> str | None:
@@ -133,5 +147,7 @@ def _sentencepiece_file(source: str | None) -> Path | None:
     if Path(source).is_dir():
         found = Path(source) / "tokenizer.model"
         return found if found.is_file() else None
+    if Path(source).is_absolute():  # a folder that is gone: only what was trained whole is exported without it
+        return None
     cached = try_to_load_from_cache(source, "tokenizer.model")
     return Path(cached) if isinstance(cached, str) else None

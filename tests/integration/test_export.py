@@ -311,6 +311,28 @@ def test_every_kind_of_training_merges(tmp_path, overrides):
     assert report["artifacts"]["merged_16bit"]["status"] == "ok", report["artifacts"]
 
 
+@pytest.mark.parametrize("targets", ["q_proj,embed_tokens", "q_proj,lm_head"])
+def test_an_adapter_on_one_end_of_tied_embeddings_is_merged_into_that_end(tmp_path, targets):
+    """tiny_random ties them: added to the shared weight, the one end's update would reach the other."""
+    rate = ("trainer.learning_rate=0.05", "samples.num_held_out=1", f"lora.target_modules=[{targets}]")
+    settings = make_settings(*SMALL, *[o for o in LEARNT if "learning_rate" not in o], *rate)
+    assert run(settings, tmp_path / "run").exit_code == 0
+    kinds = ("merged_16bit", "merged_4bit", *([] if gguf.missing_parts() else ["gguf"]))
+    settings, _ = settings_of(tmp_path / "run")
+    settings.export.gguf.quantizations, settings.export.gguf.adapter = ["f16"], True
+    settings.export.formats, settings.export.num_prompts = list(kinds), 2
+    found = exporter.export_run(tmp_path / "run", settings)["artifacts"]
+    made = {name: facts["status"] for name, facts in found.items()}
+    adapter = made.pop("gguf/adapter", "error")
+    assert set(made.values()) == {"ok"}, found
+    assert adapter == "error", "llama.cpp keeps a tied weight once, so that its adapter would act on both ends"
+    config = json.loads((tmp_path / "run/export/merged_16bit/config.json").read_text(encoding="utf-8"))
+    weights = load_file(tmp_path / "run/export/merged_16bit/model.safetensors")
+    assert config["tie_word_embeddings"] is False
+    away = (weights["lm_head.weight"].float() - weights["model.embed_tokens.weight"].float()).norm()
+    assert away > 0.1 * weights["lm_head.weight"].float().norm()
+
+
 def test_a_checkpoint_is_exported_too(copied):
     checkpoint = copied / "checkpoints" / "checkpoint-6"
     done = subprocess.run([sys.executable, str(ROOT / "scripts/export.py"), f"run={checkpoint}", "export=merged_16bit"],

@@ -206,7 +206,7 @@ def test_repositories_are_only_made_by_a_run(look, small, tmp_path, monkeypatch)
 
 
 def test_skip_looks_at_the_data_alone(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "read_shape", lambda *args: pytest.fail("the model was looked at"))
+    monkeypatch.setattr(memory, "empty_model", lambda *args: pytest.fail("the model was looked at"))
     found = examine(small("preflight.mode=skip"), tmp_path, "transformers", {})
     assert {line.part for line in found.lines} == {"Settings", "Data"} and found.split.effective_batch_size == 8
 
@@ -229,7 +229,7 @@ def test_preflight_json_keeps_its_keys_and_gains_the_lines(small, tmp_path):
 @pytest.fixture
 def on(small, tmp_path, monkeypatch):
     """`on("h100", "lora.r=8")`: what is said of the memory of a model with Llama 3 8B's shape on that GPU."""
-    monkeypatch.setattr(memory, "read_shape", lambda *args: LLAMA_8B)
+    monkeypatch.setattr(memory, "shape_of", lambda *args: LLAMA_8B)
 
     def look(gpu: str, *overrides: str) -> Found:
         settings = small("preflight.mode=only", f"preflight.gpu={gpu}", *overrides)
@@ -263,7 +263,7 @@ def test_a_size_that_is_not_known_is_said_and_refuses_nothing(look, monkeypatch)
     def unreachable(*args):
         raise OSError("no such thing\nand more")
 
-    monkeypatch.setattr(memory, "read_shape", unreachable)
+    monkeypatch.setattr(memory, "empty_model", unreachable)
     found = look()
     assert found.problems == [] and "is not known beforehand: no such thing." in lines_of(found, "Memory")
 
