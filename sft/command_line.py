@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sft import settings as schema
+from sft.destinations import KEYS, check_destinations, destinations
 from sft.distributed import is_first, launched
 from sft.errors import Problem, Refusal, first_line
 from sft.keys import find_field, leaf_keys, plain_type, stray_keys, unknown_key
@@ -315,10 +316,14 @@ def _check_writable(folder: Path) -> list[Problem]:
 
 
 def _check_resume(argv: list[str], hardware: bool) -> None:
-    """Refuse `resume=<run folder>` that does not stand alone (but for the word of sft.trust), or whose run cannot go on."""
+    """Refuse `resume=<run folder>` that does not stand alone, or whose run cannot go on.
+
+    Beside it may stand the words of sft/trust.py and sft/destinations.py, and a number of processes.
+    """
     text = next(a for a in argv if a.startswith("resume="))
     counts = [a for a in argv if a.startswith(PROCESSES)]
-    others = [a for a in argv if a not in (text, WORD, *counts)]
+    sent = [a for a in argv if a.partition("=")[0] in KEYS]
+    others = [a for a in argv if a not in (text, WORD, *counts, *sent)]
     if others:
         why = f"A run goes on with its own settings, so that {shlex.join(others)} would be ignored."
         raise Refusal([Problem(shlex.join(argv), why, f"{shlex.quote(text)}   alone")])
@@ -329,8 +334,15 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
         raise Refusal([Problem(text.replace("\n", "\\n"), lost, "resume=outputs/<run>")])
     place = Path(folder).expanduser().resolve()
     settings, record = recorded_run(place, WORD in argv, counts[-1].removeprefix(PROCESSES) if counts else None)
+    goes_to = [f"{key}={value}" for key, value in destinations(settings).items()]
+    others = [word for word in sent if word not in goes_to]
+    problems = check_destinations(settings, record, sent, shlex.quote(text))
+    if others:
+        named = " and ".join(goes_to) or "nobody"
+        why = f"The run sends what it makes to {named}, so that {shlex.join(others)} would be ignored."
+        problems.append(Problem(shlex.join(argv), why, f"{shlex.quote(text)}   alone"))
     with working_folder(record, place):
-        problems = check_settings(settings, hardware) + _check_writable(place)
+        problems += check_settings(settings, hardware) + _check_writable(place)
     if problems:
         raise Refusal(problems)
 

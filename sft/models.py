@@ -12,6 +12,7 @@ from sft import embedded, strategy
 from sft.batch import why_padded
 from sft.errors import Problem, Refusal, first_line, refuse
 from sft.memory import CAPACITY, CONTEXT, within_limit
+from sft.model_files import check_model_files
 from sft.rows import hub_unreachable
 from sft.runtime import hub_reachable
 from sft.settings import Attention, Backend, Dtype, Gpu, ModelSettings, Settings
@@ -139,11 +140,15 @@ def locate(model: ModelSettings, weights: bool = True) -> tuple[str, str]:
 def load_tokenizer(model: ModelSettings) -> tuple[Any, set[int]]:
     """The tokenizer with a padding token that is not its EOS, and the ids that end an answer.
 
-    Raises Refusal if it cannot be reached, has no EOS, or gives no character offsets.
+    Raises Refusal if it cannot be reached, has no EOS, or gives no character offsets, and for model files that cannot be
+    believed (sft/model_files.py).
     """
     from transformers import AutoTokenizer, GenerationConfig
 
     where, _ = locate(model, weights=False)
+    problems = check_model_files(_files_of(where, model), model)
+    if problems:
+        raise Refusal(problems)
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     with _loading(model):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
@@ -164,6 +169,16 @@ def load_tokenizer(model: ModelSettings) -> tuple[Any, set[int]]:
     except OSError:
         pass  # a model without generation settings stops at its tokenizer's EOS
     return tokenizer, stop_ids
+
+
+def _files_of(where: str, model: ModelSettings) -> Path:
+    """The folder of a model's files: a local one, or the hub's copy as far as it is in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(where).is_dir():
+        return Path(where)
+    cached = try_to_load_from_cache(where, "config.json", revision=model.revision or "main")
+    return Path(cached).parent if isinstance(cached, str) else Path(where)
 
 
 def load_model(settings: Settings, backend: str) -> tuple[Any, str]:

@@ -132,6 +132,9 @@ def check_settings(found: Found, settings: Settings, sources: dict[str, str]) ->
     for key, entry in chosen.items():
         found.ok("Settings", f"{key}={_shown(entry['value'])}   {entry['origin']}")
     found.ok("Settings", f"the other {len(described) - len(chosen)} have their defaults: docs/settings.md")
+    source = sources.get("model.trust_remote_code", origins.DEFAULT)
+    if settings.model.trust_remote_code and source not in (origins.TYPED, "run.json"):  # the latter was asked for anew
+        found.warn("Settings", f"model.trust_remote_code=true comes from {source}: the model's own code runs with your rights.")
     for warning in warnings_for(settings):
         found.warn("Settings", warning)
 

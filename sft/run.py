@@ -23,6 +23,7 @@ from sft.answers import Answers
 from sft.batch import with_split
 from sft.budget import TimeBudget
 from sft.command_line import PROCESSES, command_text, to_settings
+from sft.destinations import mark
 from sft.errors import Refusal, SaveFailed, first_line
 from sft.export import exporter, proof
 from sft.failures import reason_of, tell_failure
@@ -214,6 +215,8 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
         strategy.check_checkpoint(checkpoint, settings)
         _record_data(record, facts, checkpoint)
         record.update(split=asdict(found.split), processes=distributed.world_size())
+        if signed := mark(settings):
+            record.update(destinations_mark=signed)
         distributed.broadcast((settings, checkpoint, facts["data_hash"]))
         tracking = Tracking()
         recorder = training.Recorder(folder, tracking)

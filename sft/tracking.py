@@ -52,6 +52,7 @@ class Tracking:
             if mode == "offline" and settings.tracking.mode == TrackingMode.online:
                 log.warning("tracking.mode=online cannot be had (%s): W&B is offline.", why)
             before = dict(before) if before and before.get("id") else {}
+            before.pop("entity", None)  # the team is said by settings alone, which sft/destinations.py vouches for
             self.lines = before.get("lines", 0) + _lines_in(folder) if before else 0
             self._open = lambda mode: self._begin(settings, folder, name, tags, before, mode)
             try:

@@ -1,0 +1,66 @@
+"""A run folder from elsewhere cannot say where its reader sends what is made; a run of one's own goes on without a word."""
+
+import json
+
+import pytest
+
+from sft import embedded, runtime
+from sft.command_line import check_command_line
+from sft.destinations import check_destinations, mark
+from sft.errors import Refusal
+from sft.settings import ExportSettings, HubSettings, Settings, Tracker, TrackingSettings
+from tests.conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+
+
+def sending(repo="me/demo", private=True, entity=None) -> Settings:
+    export = ExportSettings(formats=["adapter"], hub=HubSettings(repo=repo, private=private))
+    tracker = Tracker.wandb if entity else Tracker.none
+    return Settings(export=export, tracking=TrackingSettings(tracker=tracker, entity=entity))
+
+
+def check(settings, record, *typed) -> str:
+    return "\n".join(f"{p.why}\n{p.fix}" for p in check_destinations(settings, record, list(typed), "resume=outputs/r"))
+
+
+def test_a_run_of_ones_own_goes_on_without_a_word():
+    settings = sending(entity="team")
+    assert check(settings, {"destinations_mark": mark(settings)}) == ""
+    assert (embedded.cache_dir() / "destinations.key").stat().st_mode & 0o77 == 0
+
+
+def test_a_run_that_sends_nothing_needs_no_mark():
+    assert mark(Settings(tracking=TrackingSettings(tracker=Tracker.none))) is None and check(sending(repo=None), {}) == ""
+
+
+@pytest.mark.parametrize("changed", [
+    sending(repo="attacker/demo"), sending(private=False), sending(entity="attacker"),
+])  # fmt: skip
+def test_a_mark_vouches_for_the_destinations_it_was_made_of_alone(changed):
+    assert "not begun by you on this machine" in check(changed, {"destinations_mark": mark(sending())})
+
+
+@pytest.mark.parametrize("known", [None, "", "0" * 64, 7, ["x"], "ü"])
+def test_a_folder_from_elsewhere_is_asked_about_and_the_hint_is_the_word(known):
+    mark(sending())  # the reader has a key
+    settings = sending(private=False, entity="team")
+    text = check(settings, {"destinations_mark": known})
+    assert "(public)" in text and "resume=outputs/r export.hub.repo=me/demo tracking.entity=team" in text
+    assert check(settings, {"destinations_mark": known}, "export.hub.repo=me/demo", "tracking.entity=team") == ""
+
+
+def test_resume_asks_before_anything_is_sent(small, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    settings = small("export=adapter", "export.hub.repo=attacker/demo")
+    record = {"status": "stopped", "settings": runtime.jsonable(settings), "config_hash": runtime.config_hash(settings)}
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(Refusal, match=r"sends what it makes to export\.hub\.repo=attacker/demo"):
+        check_command_line(ROOT / "conf", [f"resume={folder}"])
+    check_command_line(ROOT / "conf", [f"resume={folder}", "export.hub.repo=attacker/demo"])
+    with pytest.raises(Refusal, match="would be ignored"):
+        check_command_line(ROOT / "conf", [f"resume={folder}", "export.hub.repo=me/demo"])
