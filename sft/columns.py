@@ -295,6 +295,8 @@ def cell_text(value: Any, column: str) -> str:
         if holds_turns(value):
             error.fix = f"dataset.columns.messages={column}"
         raise error
+    if isinstance(value, float) and math.isinf(value):  # as 1e999 in a JSON file
+        raise ValueError(f"column {column!r} holds an infinite number")
     return as_text(value)
 
 

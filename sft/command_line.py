@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sft import settings as schema
 from sft.destinations import KEYS, check_destinations, destinations
 from sft.distributed import is_first, launched
+from sft.embedded import cache_dir
 from sft.errors import Problem, Refusal, first_line
 from sft.keys import find_field, leaf_keys, plain_type, stray_keys, unknown_key
 from sft.overrides import check_override, is_known, looks_secret, needs_sweep, one_line, parse_overrides, secret
@@ -303,16 +304,33 @@ def _run_folder(overrides: list[Override]) -> Path | None:
 
 
 def _check_writable(folder: Path) -> list[Problem]:
-    """The problem of a run folder that cannot be written, asked of the nearest folder that is there. Leaves no trace."""
+    """The problems of a run folder and of the cache folder if they cannot be written. Leaves no trace."""
+    problems = []
+    if why := _why_unwritable(folder):
+        problems.append(Problem(f"hydra.run.dir={folder}", why, "hydra.run.dir=<a folder that can be written>"))
+    try:
+        cache = cache_dir()
+    except RuntimeError:  # no home folder, as in some containers
+        why, cache = "There is no home folder for it.", "~/.cache/sft"
+    else:
+        why = _why_unwritable(cache)
+    if why:
+        problems.append(
+            Problem(f"the cache folder {cache}", why, "SFT_CACHE=<a folder that can be written> python train.py ...")
+        )
+    return problems
+
+
+def _why_unwritable(folder: Path) -> str:
+    """Why nothing can be written to a folder, asked of the nearest one that is there; an empty text where it can."""
     if lost := why_lost(str(folder)):
-        return [Problem(f"hydra.run.dir={folder}", lost, "hydra.run.dir=outputs/<name>")]
+        return lost
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
-            return []
+            return ""
     except OSError as error:
-        why = f"Nothing can be written to {place}: {error.strerror}."
-        return [Problem(f"hydra.run.dir={folder}", why, "hydra.run.dir=<a folder that can be written>")]
+        return f"Nothing can be written to {place}: {error.strerror}."
 
 
 def _check_resume(argv: list[str], hardware: bool) -> None:

@@ -58,6 +58,8 @@ def hub_unreachable(what: str, error: Exception, local: str):
     """The refusal of a download that failed, naming the mirror variable and the local way."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     why = f"The hub at {without_passwords(endpoint)} could not be reached: {first_line(error)}"
+    if "Expecting value" in str(error):  # JSON was wanted
+        why = f"{without_passwords(endpoint)} answered with a page that is not the hub's (a proxy or a login page?)."
     fix = "HF_ENDPOINT=https://hf-mirror.com python train.py ...   where only a mirror can be reached"
     fix += f"\n{local}   for a local copy"
     return refuse(what, why, fix)

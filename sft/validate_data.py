@@ -87,7 +87,7 @@ def _check_path(path_text: str) -> list[Problem]:
     if not path.exists():
         folder = path.parent if path.parent.is_dir() else Path(".")
         names = [p.name for p in folder.iterdir() if p.suffix.lower() in TEXT_FORMATS]
-        close = difflib.get_close_matches(path.name, names, 1)
+        close = [name for name in difflib.get_close_matches(path.name, names, 2) if name != path.name]
         fix = f"dataset.path={folder / close[0]}" if close else f"looked in {folder.resolve()}"
         return [Problem(f"dataset.path={path_text}", "There is no such file.", fix)]
     if path.is_dir():

@@ -178,6 +178,10 @@ def test_cells_become_what_they_mean():
         as_text(b"\xff\xfe\x00")
 
 
+def test_an_infinite_number_is_refused(run):
+    assert "column 'output' holds an infinite number" in refusal_of(run, [{"instruction": "q", "output": math.inf}] * 2)
+
+
 def test_nan_in_a_file_is_blank(run, tokenizer):
     rows = [{"instruction": "Say hi.", "input": math.nan, "output": "Hi!"}] * 2
     assert {row["question"] for row in run(rows, CHATML).train} == {"Say hi."}

@@ -14,7 +14,10 @@ from sft import validate
 from sft.command_line import check_command_line, read_settings, stop_on_refusal
 from sft.errors import Problem, Refusal
 from sft.resume import locked
+from sft.rows import hub_unreachable
 from sft.runtime import config_hash, jsonable
+from sft.settings import DatasetSettings
+from sft.validate_data import check_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -691,3 +694,23 @@ def test_speed_that_cannot_be_had():
 def test_a_limit_of_memory_that_is_none():
     for value in ("0", "0.5", "-3", "inf"):
         assert "at least 1, or null" in problem_of(f"trainer.max_memory_gib={value}").why
+
+
+def test_a_cache_folder_that_cannot_be_written_is_refused_with_the_variable(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("SFT_CACHE", str(file / "cache"))
+    with pytest.raises(Refusal, match="SFT_CACHE=<a folder that can be written>"):
+        check_command_line(ROOT / "conf", ["preflight.mode=only"])
+
+
+def test_a_link_to_itself_is_not_its_own_hint(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.symlink_to(path)
+    (problem,) = check_dataset(DatasetSettings(path=str(path)))
+    assert f"dataset.path={path}" not in problem.fix
+
+
+def test_a_page_that_is_not_the_hubs_is_said():
+    text = str(hub_unreachable("model.name=x", ValueError("Expecting value: line 1 column 1 (char 0)"), "model.name=/path"))
+    assert "answered with a page that is not the hub's (a proxy or a login page?)" in text
