@@ -45,22 +45,26 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _vocabulary(config: dict[str, Any]) -> Any:
-    inner = config.get("text_config")
-    return config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
+    inner = config.get("text_config")  # of a model that reads pictures too
+    return (inner.get("vocab_size") if isinstance(inner, dict) else None) or config.get("vocab_size")
 
 
 def _check_kernels(config: dict[str, Any]) -> list[Problem]:
     """An attention named as a repository, from which transformers loads code where the package `kernels` is installed."""
-    problems, waiting = [], [config]
+    named, waiting = [], [(False, config)]
     while waiting:
-        for key, value in waiting.pop().items():
-            if isinstance(value, dict):
-                waiting.append(value)
-            elif "attn_implementation" in key and isinstance(value, str) and "/" in value:
-                why = f"It names {value!r} as its attention: code from the hub, which would run with your rights."
-                fix = "model.trust_remote_code=true   runs it; set it only for a repository that you have read"
-                problems.append(Problem("config.json", why, fix))
-    return problems
+        kernels, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(kernels or "_implementation" in key, inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(kernels, inner) for inner in value]
+        elif kernels and isinstance(value, str) and "/" in value:
+            named.append(value)
+    if not named:
+        return []
+    why = f"It names {named[0][:80]!r} as its attention: code from the hub, which would run with your rights."
+    fix = "model.trust_remote_code=true   runs it; set it only for a repository that you have read"
+    return [Problem("config.json", why, fix)]
 
 
 def _check_stop_tokens(generation: dict[str, Any], vocabulary: Any) -> list[Problem]:
@@ -86,7 +90,10 @@ def _check_index(index: dict[str, Any]) -> list[Problem]:
 
 def _check_weights(file: Path, config: dict[str, Any]) -> list[Problem]:
     """A safetensors file whose header cannot be, or whose embeddings have other sizes than config.json says."""
-    size, fix = file.stat().st_size, "take the model from its maker again"
+    fix = "take the model from its maker again"
+    if not file.is_file():
+        return [Problem(file.name, "It is no file.", fix)]
+    size = file.stat().st_size
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
@@ -95,7 +102,7 @@ def _check_weights(file: Path, config: dict[str, Any]) -> list[Problem]:
             ]
         try:
             header = json.loads(opened.read(length))
-            shapes = {k: v["shape"] for k, v in header.items() if k != "__metadata__" and k.endswith(EMBEDDINGS)}
+            shapes = {k: list(v["shape"]) for k, v in header.items() if k.endswith(EMBEDDINGS)}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             return [Problem(file.name, f"Its header cannot be read: {first_line(error)}.", fix)]
     rows = _vocabulary(config)

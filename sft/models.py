@@ -12,7 +12,7 @@ from sft import embedded, strategy
 from sft.batch import why_padded
 from sft.errors import Problem, Refusal, first_line, refuse
 from sft.memory import CAPACITY, CONTEXT, within_limit
-from sft.model_files import check_model_files
+from sft.model_files import INDEX, check_model_files
 from sft.rows import hub_unreachable
 from sft.runtime import hub_reachable
 from sft.settings import Attention, Backend, Dtype, Gpu, ModelSettings, Settings
@@ -172,19 +172,22 @@ def load_tokenizer(model: ModelSettings) -> tuple[Any, set[int]]:
 
 
 def _files_of(where: str, model: ModelSettings) -> Path:
-    """The folder of a model's files: a local one, or the hub's copy as far as it is in the cache."""
-    from huggingface_hub import try_to_load_from_cache
+    """The folder of a model's files: a local one, or the hub's copy, whose small files are fetched for this."""
+    from huggingface_hub import hf_hub_download
 
-    if Path(where).is_dir():
-        return Path(where)
-    cached = try_to_load_from_cache(where, "config.json", revision=model.revision or "main")
-    return Path(cached).parent if isinstance(cached, str) else Path(where)
+    folder = Path(where)
+    for name in () if folder.is_dir() else (INDEX, "generation_config.json", "config.json"):
+        with contextlib.suppress(Exception):  # what cannot be had is said by loading, in more words
+            folder = Path(hf_hub_download(where, name, revision=model.revision)).parent
+    return folder
 
 
 def load_model(settings: Settings, backend: str) -> tuple[Any, str]:
     """The model in memory, on the GPU where there is one, and the source of its weights for the record."""
     model = settings.model
     where, source = locate(model)
+    if Path(where).is_dir() and (problems := check_model_files(Path(where), model)):
+        raise Refusal(problems)
     with _loading(model):
         loaded = _load_unsloth(settings, where) if backend == "unsloth" else _load_transformers(settings, where)
     commit = getattr(loaded.config, "_commit_hash", None)

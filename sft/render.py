@@ -16,6 +16,9 @@ from sft.settings import DatasetSettings, Settings, Shape
 IGNORED = -100
 """Label of a token that is not learnt, as torch's cross entropy has it."""
 
+MOST_TEMPLATE = 1_000_000
+"""Characters that a chat template may write besides contents: a batch of rows is held in memory."""
+
 # The prompt of the Unsloth notebook, which is Stanford Alpaca's with an input (github.com/tatsu-lab/stanford_alpaca).
 ALPACA = """Below is an instruction that describes a task, paired with an input that provides further context. \
 Write a response that appropriately completes the request.
@@ -122,6 +125,11 @@ def render_chat(turns: list[Turn], tokenizer, tools: list[dict] | None = None) -
     text = _apply_template(turns, tokenizer, tools)
     marked = _marked_text(tuple((t.role, head + mark, t.reasoning) for t, head, mark in zip(turns, heads, marks, strict=True)),
                           json.dumps(tools) if tools else "", tokenizer, tokenizer.chat_template)  # fmt: skip
+    if len(marked) > MOST_TEMPLATE + len(json.dumps(tools)) + sum(
+        len(h) + len(t.reasoning) for h, t in zip(heads, turns, strict=True)
+    ):
+        why = f"It writes {len(marked):,} characters around what the turns say."
+        raise refuse(f"the chat template of {_model_of(tokenizer)}", why, "model.chat_template=chatml")
     opening = _generation_prompt(tokenizer, tokenizer.chat_template)
     ends = _end_marks(tokenizer, opening)
     pieces = re.split("\ue000\\d+\ue001", marked)

@@ -62,8 +62,15 @@ def test_they_are_waited_for_before_the_first_step_and_after_the_weights_are_sav
     assert lines[0] == lines[1] and [line["step"] for line in lines[1]] == [0, 0, 1, 2, 2, 3, 3, 4, 4, 4]
 
 
-def test_the_last_ones_are_not_asked_for_before_the_best_weights_are_back(short, tmp_path, later):  # noqa: F811
-    best = ("trainer.load_best_model_at_end=true", "trainer.eval_steps=2", "trainer.learning_rate=30", "trainer.warmup_steps=0")
+def test_the_last_ones_are_not_asked_for_before_the_best_weights_are_back(short, tmp_path, later, monkeypatch):  # noqa: F811
+    original, calls = trl.SFTTrainer.prediction_step, itertools.count()
+
+    def prediction_step(*args, **kwargs):  # each evaluation is worse than the one before
+        loss, *others = original(*args, **kwargs)
+        return (loss + next(calls), *others)
+
+    monkeypatch.setattr(trl.SFTTrainer, "prediction_step", prediction_step)
+    best = ("trainer.load_best_model_at_end=true", "trainer.eval_steps=2")
     assert run(short(*ASKED, *best), tmp_path / "run").status == "finished"
     assert record_of(tmp_path / "run")["metrics"]["kept_step"] == 2
     assert later[-5:] == ["evaluation", "checkpoint", "asked at 4", "saved", "answered at 4"]

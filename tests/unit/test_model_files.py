@@ -35,7 +35,8 @@ def refusal_of(folder, **options) -> str:
 
 @pytest.mark.parametrize("keys", [
     {"attn_implementation": "attacker/kernel"}, {"_attn_implementation": "attacker/kernel"},
-    {"text_config": {"_attn_implementation_internal": "attacker/kernel:fn"}},
+    {"text_config": {"_attn_implementation_internal": "attacker/kernel:fn"}}, {"attn_implementation": {"": "attacker/kernel"}},
+    {"attn_implementation": ["attacker/kernel"]}, {"experts_implementation": "attacker/kernel"},
 ])  # fmt: skip
 def test_an_attention_from_a_repository_needs_the_word(model, keys):
     folder = model("config.json", **keys)
@@ -66,6 +67,15 @@ def test_weights_whose_header_cannot_be_are_refused(model, start):
     folder = model("config.json")
     (folder / "model.safetensors").write_bytes(start + b"" if len(start) < 8 else start + bytes(100))
     assert ": model.safetensors" in refusal_of(folder)
+
+
+@pytest.mark.parametrize("shape", [5, {"a": 1, "b": 2}, None, "x"])
+def test_headers_of_an_odd_form_end_without_a_traceback(model, shape):
+    folder = model("config.json")
+    header = json.dumps({"model.embed_tokens.weight": {"shape": shape}, "__metadata__": 5}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    (folder / "odd.safetensors").mkdir()
+    assert ": odd.safetensors" in refusal_of(folder)
 
 
 @pytest.mark.parametrize("rows", [2**31, 49153])

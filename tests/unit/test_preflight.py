@@ -182,7 +182,7 @@ def test_the_built_in_models_size_is_known_before_its_weights_are_unpacked(tmp_p
 def test_a_size_that_is_not_known_is_said_without_the_cache_and_with_one_full_stop(small, tmp_path, monkeypatch):
     error = ValueError(f"Unrecognized model in {tmp_path}. Should have a `model_type`.")
     monkeypatch.setattr(preflight.models, "locate", lambda *args, **kwargs: (str(tmp_path), None))
-    monkeypatch.setattr(memory, "read_shape", lambda *args: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(memory, "empty_model", lambda *args: (_ for _ in ()).throw(error))
     found = Found()
     assert preflight.read_shape(found, small()) is None
     (warning,) = found.warnings

@@ -245,7 +245,7 @@ def test_a_leaderboard_of_hostile_runs_is_plain_and_its_report_text(sweep, capsy
     for job in index["jobs"]:
         job["overrides"] |= {"tracking.name": f"{EVIL}{job['number']}", f"{EVIL}.{EVIL}": f"{job['number']}"}
         job["reason"] = EVIL
-    index["jobs"][2]["folder"] = 'javascript:alert(1)//"><script>'
+    index["jobs"][2]["folder"] = 'javascript:alert(1)"><script>'
     (place / "sweep.json").write_text(json.dumps({**index, "command": EVIL}), encoding="utf-8")
     assert leaderboard_command.main([f"run={place}"]) == 0
     leaderboard.show(place)
