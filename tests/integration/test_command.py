@@ -167,11 +167,19 @@ def test_no_secret_reaches_a_file(tmp_path):
 
 
 def test_a_failure_outside_of_training_is_recorded_too(tmp_path):
-    """The cache folder is a file, so nothing can be prepared: one line, exit 1, and the reason in run.json."""
-    (tmp_path / "cache").write_text("in the way", encoding="utf-8")
-    environment = {**os.environ, "SFT_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command(*QUICK, "hydra.run.dir=run"), capture_output=True, text=True, cwd=tmp_path, env=environment,
-                          timeout=120)  # fmt: skip
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "Failed:" in done.stderr, done.stderr[-3000:]
+    """The trainer cannot be built, for a reason nobody foresaw: one line, exit 1, and the reason in run.json."""
+    program = f"""
+import runpy, sys
+import sft.trainer
+def fail(*arguments, **keywords):
+    raise OSError("a fault that nobody foresaw")
+sft.trainer.build_trainer = fail
+sys.argv = [{str(ROOT / "train.py")!r}, *sys.argv[1:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program, *QUICK, "hydra.run.dir=run"], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert "Failed:" in done.stderr and "a fault that nobody foresaw" in done.stderr, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "failed"
     assert "Traceback" in (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
