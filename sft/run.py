@@ -262,7 +262,7 @@ def follow() -> int:
     logging.disable(logging.CRITICAL)  # one speaks for all
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
-        distributed.join()
+        distributed.meet()
         settings, folder, place = distributed.broadcast(None)
         os.chdir(place)
         distributed.watch(folder)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from omegaconf import DictConfig
 
 from sft import runtime
+from sft.paths import ROOT
 from sft.sweep.index import FINISHED, RUNNING, STOPPED, WAITING, Job, judge, read_run
 
 POLL = 1.0
@@ -46,8 +47,7 @@ class Cluster(Protocol):
 
 def make_task(run: Callable[..., Any]) -> Callable[[DictConfig], Any]:
     """`run(config)` as the task of a job elsewhere: in this folder, and with what the job takes from this command."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(dict.fromkeys([root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+    path = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
     os.environ["PYTHONPATH"] = path  # inherited by what the cluster starts, which has to find this package
     group = {"WANDB_RUN_GROUP": os.environ["WANDB_RUN_GROUP"]}
     return functools.partial(run, command=list(sys.argv), working_folder=os.getcwd(), environment=group)
