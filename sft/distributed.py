@@ -158,6 +158,15 @@ def start(settings: Settings, folder: Path, context: Any) -> Any:
     return _failed(folder, context, *(failed or (0, 1)))
 
 
+def launch(settings: Settings, folder: Path, context: Any) -> Any:
+    """`run`, in as many processes as the settings say."""
+    if processes_of(settings) > 1 and not launched():
+        return start(settings, folder, context)  # each of them comes back to `run`
+    from sft.run import run
+
+    return run(settings, folder, context)
+
+
 def work(job: Path) -> int:
     """One rank that `start` has started: run its part of the job; returns the exit code.
 
@@ -167,15 +176,15 @@ def work(job: Path) -> int:
     meet_at(job.with_name("store"), secret)
     os.chdir(place)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    from sft import run
+    from sft.run import follow, run
 
     if not is_first():
-        return run.follow()
+        return follow()
     if context.logging:
         folder.mkdir(parents=True, exist_ok=True)  # train.log opens in it
         logging.config.dictConfig(context.logging)
     try:
-        told: Any = run.run(settings, folder, context)
+        told: Any = run(settings, folder, context)
     except Refusal as refusal:
         told = refusal.problems
     except KeyboardInterrupt as interrupt:
@@ -431,14 +440,14 @@ def _failed(folder: Path, context: Any, rank: int, code: int) -> Any:
     """The result of a run one of whose ranks was lost. run.json gets the signal's name, which only the parent knows."""
     from sft.run import RunResult
 
-    run = read_json(folder / "run.json")
-    reason = run.get("reason")
-    if code < 0 or run.get("status") != "failed":
+    record = read_json(folder / "run.json")
+    reason = record.get("reason")
+    if code < 0 or record.get("status") != "failed":
         name = signal.Signals(-code).name if code < 0 else ""
         reason = f"rank {rank} was killed by {name}" if name else f"rank {rank} ended with exit code {code}"
         reason += f" ({KILLERS[name]})" if name in KILLERS else ""
         print(runtime.safe(f"Failed: {reason}"), file=sys.stderr, flush=True)
-    facts = {"name": context.name, "overrides": list(context.overrides), **run}
+    facts = {"name": context.name, "overrides": list(context.overrides), **record}
     folder.mkdir(parents=True, exist_ok=True)
     runtime.write_json(folder / "run.json", {**facts, "status": "failed", "reason": reason, "ended_at": runtime.now()})
     return RunResult("failed", 1, folder)

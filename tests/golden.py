@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ("model=tiny_random", "trainer=debug", "tracking=none", "dataset.max_rows=40", "samples.num_held_out=2",
         "samples.max_new_tokens=8", "trainer.max_steps=6", "trainer.save_steps=2", "trainer.eval_steps=3")  # fmt: skip
-CLOCK = re.compile(r"(_at|seconds?|_gib|memory|_s|_bytes|speed|git_commit|host|pid|working_folder|command)$|^(timings?|time|at)$")
+CLOCK = re.compile(r"(_at|seconds?|_gib|memory|_s|_bytes|speed|git_commit|host|pid|folder|command)$|^(timings?|time|at)$")
 PLACES = {"versions", "hardware", "machine", "environment", "python", "platform", "destinations_mark", "cpu", "libraries"}
 HASHED = (".safetensors", ".gguf", "tokenizer.json", "adapter_config.json", "Modelfile")
 
@@ -83,7 +83,16 @@ def golden(folder: Path) -> dict[str, Any]:
     done(train("resume=resumed"))
     done(train("-m", *BASE, "lora.r=4,8", "trainer.learning_rate=1e-3,2e-3", "hydra.sweep.dir=sweep"))
     done(train(*BASE, "export=all", "hydra.run.dir=exported"))
-    done(train(*BASE, "lora.lora_dropout=0", "distributed.num_processes=2", "hydra.run.dir=two"))
+    done(
+        train(
+            *BASE,
+            "lora.lora_dropout=0",
+            "distributed.num_processes=2",
+            "trainer.effective_batch_size=2",
+            "trainer.gradient_accumulation_steps=null",
+            "hydra.run.dir=two",
+        )
+    )
     found = {name: facts_of(folder / name, folder) for name in ("plain", "resumed", "exported", "two", "sweep")}
     for session in found["resumed"]["run.json"]["sessions"]:
         session.pop("from", None)  # where the kill came
