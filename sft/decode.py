@@ -11,7 +11,6 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sft import flat
@@ -90,52 +89,17 @@ def greedy(
     stop_ids: set[int],
     max_new_tokens: int,
     check_stop: Callable[[], None],
-    later: bool = False,
-) -> Callable[[], list[list[int]]]:
-    """A function that gives the likeliest tokens after each prompt, at most `max_new_tokens`; an answer may go on after its end
-    mark.
+) -> list[list[int]]:
+    """The likeliest tokens after each prompt, at most `max_new_tokens`; an answer may go on after its end mark.
 
     input_ids, attention_mask: [prompts, tokens], padded on the left; `model` is a causal language model that `fits`, without an
-    adapter around it. `check_stop` is called at every look and may raise. With `later` a GPU answers while the caller goes on,
-    who must not write to its weights until the answers are there. Call it without gradients.
+    adapter around it. `check_stop` is called at every look and may raise. Call it without gradients.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
-    with few_kernels(model) as light, without_cudnn(), flat.attention_of(model, ATTENTION):
-        go_on = _greedy(model, input_ids, attention_mask, stop_ids, max_new_tokens, check_stop)
-        if input_ids.device.type != "cuda":
-            answers = go_on()
-            return lambda: answers
-
-    weights = [tensor.data for tensor in (*model.parameters(), *model.buffers())]
-
-    def replay() -> list[list[int]]:
-        answers = go_on()
-        weights.clear()  # until here the recorded steps read them, whatever the model has in their place by now
-        light.clear()
-        return answers
-
-    return _aside(replay, input_ids.device) if later else replay
-
-
-def _aside(work: Callable[[], Any], device: Any) -> Callable[[], Any]:
-    """Begin `work` in a thread and on a stream of its own; what is returned waits for its result. The host could not queue all
-    of it and go on: with 15 replayed steps in the queue the next one waits (8B shape, H100, 2026-11-28).
-    """
-    import torch
-
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-
-    def begin() -> Any:
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            return work()
-
-    executor = ThreadPoolExecutor(1)
-    future = executor.submit(begin)
-    executor.shutdown(wait=False)
-    return future.result
+    with few_kernels(model), without_cudnn(), flat.attention_of(model, ATTENTION):
+        return _greedy(model, input_ids, attention_mask, stop_ids, max_new_tokens, check_stop)
 
 
 def _greedy(
@@ -145,8 +109,8 @@ def _greedy(
     stop_ids: set[int],
     max_new_tokens: int,
     check_stop: Callable[[], None],
-) -> Callable[[], list[list[int]]]:
-    """Do the first steps, record one on a GPU, and give the function that does the rest; in a model as `greedy` changes it."""
+) -> list[list[int]]:
+    """Do the first steps, record one on a GPU, and replay it for the rest; in a model as `greedy` changes it."""
     import torch
     from transformers import StaticCache
 
@@ -210,12 +174,8 @@ def _greedy(
         go_on(step, min(1 + LAUNCHED, max_new_tokens))
         if LAUNCHED < count < max_new_tokens:
             graph = _record(step)
-
-    def finish() -> list[list[int]]:
-        go_on(graph.replay if graph else step, max_new_tokens)
-        return chosen[:, length : length + max_new_tokens].tolist()
-
-    return finish
+    go_on(graph.replay if graph else step, max_new_tokens)
+    return chosen[:, length : length + max_new_tokens].tolist()
 
 
 def _as_bias(seen: Any, dtype: Any) -> Any:
@@ -263,11 +223,9 @@ def without_cudnn() -> Any:
 
 
 @contextlib.contextmanager
-def few_kernels(model: Any) -> Iterator[dict[Any, Callable[..., Any]]]:
+def few_kernels(model: Any) -> Iterator[None]:
     """Inside the block plain LoRA layers, RMS norms and the rotation of queries and keys of `model` compute what they did, up
     to rounding, in fewer kernels, and adapters that have learnt nothing yet in none. Not for gradients.
-
-    Gives the forward passes of the layers, some with weights of their own.
     """
     import torch
 
@@ -286,7 +244,7 @@ def few_kernels(model: Any) -> Iterator[dict[Any, Callable[..., Any]]]:
         module.forward = forward
     try:
         with _light_rotation(model):
-            yield changed
+            yield
     finally:
         for module in changed:
             del module.forward

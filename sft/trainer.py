@@ -62,8 +62,8 @@ def build_trainer(
 ) -> Any:
     """An SFTTrainer for `data`, which is already tokenised and masked; it goes on from `loop.checkpoint` if there is one.
 
-    `loop.answers` are asked for at the steps that `samples.every_steps` names, but not before the first and after the
-    last one: those belong to the caller, who knows which weights are kept.
+    `loop.answers` are taken before the first step and at those that `samples.every_steps` names, but not after the last one:
+    those belong to the caller, who knows which weights are kept.
     """
     import torch
     import transformers
@@ -266,8 +266,6 @@ def _run_callback(trainer, settings: Settings) -> Any:
     class RunCallback(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             strategy.spread_random_state(settings.seed)
-            if loop.begin and loop.checkpoint is None:
-                loop.begin()
             trainer.restore()
             self.step_ended, self.steps = clock.seconds, 0
 
@@ -275,8 +273,9 @@ def _run_callback(trainer, settings: Settings) -> Any:
             loop.stop.check()
 
         def on_step_begin(self, args, state, control, **kwargs):
-            with loop.budget.measured("samples"):
-                loop.answers.keep()  # those of the weights as they still are
+            if state.global_step == 0:  # after their held-out loss
+                with loop.budget.measured("samples"):
+                    loop.answers.take(0)
             clock.start()
 
         def on_log(self, args, state, control, logs=None, **kwargs):

@@ -23,7 +23,7 @@ def answers(tiny, stop_ids, at_once, monkeypatch):
     settings, tokenizer, _, model = tiny
     monkeypatch.setattr(samples, "at_once", lambda backend: at_once)
     prompts = [Prompt(i, "config", list(range(20 * i + 5, 20 * i + 7 + 3 * i)), f"q{i}", None) for i in range(5)]
-    return samples.generate(model, tokenizer, prompts, settings, stop_ids, 0, "transformers")()
+    return samples.generate(model, tokenizer, prompts, settings, stop_ids, 0, "transformers")
 
 
 @pytest.mark.parametrize("at_once", [2, 8])
@@ -108,9 +108,9 @@ def test_answers_of_a_cache_of_fixed_size_are_those_of_generate(kind):
         expected = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None,
                                   pad_token_id=0)[:, 9:].tolist()  # fmt: skip
         assert decode.fits(model)
-        assert decode.greedy(model, ids, mask, {63}, 20, lambda: looks.append(1))() == expected and len(looks) == 19
+        assert decode.greedy(model, ids, mask, {63}, 20, lambda: looks.append(1)) == expected and len(looks) == 19
         stops = {answer[3] for answer in expected}
-        ended = decode.greedy(model, ids, mask, stops, 20, lambda: None)()
+        ended = decode.greedy(model, ids, mask, stops, 20, lambda: None)
     told = max(next(i for i, token in enumerate(answer) if token in stops) for answer in expected) + 1
     assert [answer[:told] for answer in ended] == [answer[:told] for answer in expected]
     assert all(answer[told:] == [0] * (20 - told) for answer in ended) and told < 20
