@@ -9,7 +9,6 @@ time.
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -224,8 +223,8 @@ def without_cudnn() -> Any:
 
 @contextlib.contextmanager
 def few_kernels(model: Any) -> Iterator[None]:
-    """Inside the block plain LoRA layers, RMS norms and the rotation of queries and keys of `model` compute what they did, up
-    to rounding, in fewer kernels, and adapters that have learnt nothing yet in none. Not for gradients.
+    """Inside the block plain LoRA layers and RMS norms of `model` compute what they did, up to rounding, in fewer kernels, and
+    adapters that have learnt nothing yet in none. Not for gradients.
     """
     import torch
 
@@ -243,8 +242,7 @@ def few_kernels(model: Any) -> Iterator[None]:
     for module, forward in changed.items():
         module.forward = forward
     try:
-        with _light_rotation(model):
-            yield
+        yield
     finally:
         for module in changed:
             del module.forward
@@ -272,87 +270,12 @@ def _light_adapter(module: Any, name: str) -> Callable[..., Any]:
     up = (module.lora_B[name].weight * module.scaling[name]).to(base.weight.dtype).T
 
     def forward(x: Any) -> Any:
-        # The small product is computed while the large one waits for its weights.
-        low = _beside(lambda: torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), down))
+        low = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), down)
         found = base(x)  # of another type than the weights' under autocast
-        found.view(-1, found.shape[-1]).addmm_(low(), up.to(found.dtype))
+        found.view(-1, found.shape[-1]).addmm_(low, up.to(found.dtype))
         return found
 
     return forward
-
-
-def _beside(work: Callable[[], Any]) -> Callable[[], Any]:
-    """While a step is recorded, `work` begins now, on a second stream; what is returned waits for its result. Else it is done
-    where the result is asked for.
-
-    Its result must be used before the next one begins, on the stream that asked: then nothing of it is written over too early.
-    """
-    import torch
-
-    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
-        return work
-    stream, second = torch.cuda.current_stream(), _second_stream()
-    second.wait_stream(stream)
-    with torch.cuda.stream(second):
-        result = work()
-
-    def wait() -> Any:
-        stream.wait_stream(second)
-        return result
-
-    return wait
-
-
-@functools.cache
-def _second_stream() -> Any:
-    import torch
-
-    return torch.cuda.Stream()
-
-
-@contextlib.contextmanager
-def _light_rotation(model: Any) -> Iterator[None]:
-    """Queries and keys rotated by `rotate` inside the block, if the model's own function computes the same, which is tried."""
-    import torch
-
-    layer = next((module for name, module in model.named_modules() if name.endswith("self_attn")), None)
-    file = sys.modules[type(layer).__module__]
-    own = getattr(file, "apply_rotary_pos_emb", None)
-    try:
-        q, k, cos, sin = torch.linspace(-3, 2, 64, device=model.device, dtype=model.dtype).view(4, 1, 2, 1, 8).unbind()
-        pairs = zip(own(q, k, cos[:, 0], sin[:, 0]), rotate(q, k, cos[:, 0], sin[:, 0]), strict=True)
-        same = all(torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in pairs)
-    except Exception:  # no such function, or one of other arguments
-        same = False
-    if not same:
-        yield
-        return
-
-    def light(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        usual = args or kwargs or cos.shape[-1] != q.shape[-1]  # some models rotate a part of the width
-        return own(q, k, cos, sin, *args, **kwargs) if usual else rotate(q, k, cos, sin)
-
-    file.apply_rotary_pos_emb = light
-    try:
-        yield
-    finally:
-        file.apply_rotary_pos_emb = own
-
-
-def rotate(q: Any, k: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
-    """Rotary position embedding (Su et al. 2021) as most models of transformers write it, in three kernels each.
-
-    q, k: [rows, heads, tokens, width], of unlike heads; cos, sin: [rows, tokens, width].
-    """
-    half, cos, sin = q.shape[-1] // 2, cos.unsqueeze(1), sin.unsqueeze(1)
-
-    def rotated(x: Any) -> Any:
-        found = x * cos
-        found[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        found[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return found
-
-    return rotated(q), rotated(k)
 
 
 def _light_norm(module: Any, checked: dict[type, bool]) -> Callable[..., Any] | None:

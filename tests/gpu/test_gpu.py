@@ -131,7 +131,7 @@ def test_two_gpus_learn_what_one_does(small_llama, tmp_path, way, options):
 
 @pytest.mark.parametrize("learnt", [False, True])
 def test_recorded_answers_are_those_of_generate(small_llama, monkeypatch, learnt):
-    """Steps replayed as a CUDA graph, with adapters on a stream of their own, name the same tokens in float32."""
+    """Steps replayed as a CUDA graph name the same tokens in float32."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -134,37 +134,6 @@ def test_attention_of_one_token_is_that_of_transformers():
     assert found.shape == (2, 1, 6, 8) and torch.allclose(found, expected, atol=1e-6)
 
 
-def test_queries_and_keys_are_rotated_as_by_the_model_and_only_inside_the_block(tiny):
-    from transformers.models.llama import modeling_llama
-
-    model, own = tiny[3], modeling_llama.apply_rotary_pos_emb
-    torch.manual_seed(0)
-    q, k, (cos, sin) = torch.randn(2, 6, 3, 8), torch.randn(2, 2, 3, 8), torch.randn(2, 2, 3, 8)
-    half = torch.randn(2, 2, 3, 4)
-    with decode.few_kernels(model):
-        light = modeling_llama.apply_rotary_pos_emb
-        assert light is not own
-        for found, expected in zip(light(q, k, cos, sin), own(q, k, cos, sin), strict=True):
-            assert torch.allclose(found, expected, atol=1e-6)
-        over_heads = light(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
-        assert torch.equal(over_heads[1], own(k.transpose(1, 2), k.transpose(1, 2), cos, sin, 2)[1])
-        with pytest.raises(RuntimeError):  # a part of the width: left to the model, and llama's has no word for it
-            light(q, k, *half)
-    assert modeling_llama.apply_rotary_pos_emb is own
-
-
-def test_a_model_that_rotates_in_another_way_keeps_it(tiny, monkeypatch):
-    from transformers.models.llama import modeling_llama
-
-    def by_pairs(q, k, cos, sin):  # neighbours make a pair, as in GPT-J
-        return tuple(x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin for x in (q, k))
-
-    for other in (by_pairs, lambda q: q):
-        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
-        with decode.few_kernels(tiny[3]):
-            assert modeling_llama.apply_rotary_pos_emb is other
-
-
 def test_an_adapter_that_has_learnt_nothing_yet_takes_no_kernels(tiny):
     from peft import LoraConfig, get_peft_model
 
