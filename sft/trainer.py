@@ -18,10 +18,14 @@ from sft.models import torch_dtype, uses_checkpointing
 from sft.runtime import append_jsonl, peak_allocated_gib, peak_memory_gib
 from sft.settings import Settings
 from sft.smaller_passes import SmallerPasses
+from sft.speeds import duration
 from sft.tracking import Tracking
 from sft.validate import resolve_backend
 
 log = logging.getLogger(__name__)
+
+FIRST = 3
+"""Steps that say nothing of the others: layers are compiled and passes recorded in them."""
 
 
 class Recorder:
@@ -311,6 +315,11 @@ def _run_callback(trainer, settings: Settings) -> Any:
             self.steps += 1
             if self.steps == 2:
                 shared.freeze()
+            if self.steps == FIRST:
+                self.settled = clock.now
+            if self.steps == 10 and (left := state.max_steps - state.global_step) > 0:
+                a_step = (clock.now - self.settled) / (10 - FIRST)
+                log.info("step %4d   about %s of training left", state.global_step, duration(left * a_step))
             # From end to end: a GPU computes a step while the next one is already prepared.
             loop.budget.note("step", clock.now - self.step_ended)
             self.step_ended = clock.now
