@@ -1,6 +1,5 @@
-"""What a run does with its answers to fixed prompts: ask for them, go on, and keep them when they are there."""
+"""A run's answers to fixed prompts: given, written to samples.jsonl, and their share of end marks noted."""
 
-import functools
 import logging
 import traceback
 from collections.abc import Callable
@@ -12,9 +11,6 @@ from sft.smaller_passes import give_back
 
 log = logging.getLogger(__name__)
 
-Wait = Callable[[], list[dict]]
-"""Waits for the answers of a step; gives their lines of samples.jsonl."""
-
 
 class Answers:
     """The answers of a run."""
@@ -24,44 +20,22 @@ class Answers:
         folder: Path,
         recorder: Any,
         timed: Callable[[str], Any],
-        generate: Callable[[int, bool], Wait] | None,
+        generate: Callable[[int], list[dict]] | None,
         by_all: bool = False,
     ):
-        """`generate(step, later)` asks for those of a step, as `samples.generate` does; None if there are no prompts. `by_all`:
-        an answer needs what each process has of the weights.
+        """`generate(step)` gives the lines of samples.jsonl; None if there are no prompts. `by_all`: an answer needs what each
+        process has of the weights.
         """
         self.folder, self.recorder, self.timed, self.generate, self.by_all = folder, recorder, timed, generate, by_all
-        self.pending: Callable[[], None] | None = None
-        """Waits for the answers that were asked for last, and keeps them."""
-        self._ask_as_agreed = self._ask if by_all else distributed.alone(self._ask)
+        self._take_as_agreed = self._take if by_all else distributed.alone(self._take)
 
-    def ask(self, step: int, later: bool = False) -> None:
-        """Ask for the answers of a step, which `keep` keeps; with `later` they may be given in between.
-
-        Raises Interrupted where the run is to stop.
-        """
+    def take(self, step: int) -> None:
+        """Have the prompts answered by the weights of this step, and keep that. Raises Interrupted where the run is to stop."""
         if self.generate is not None:
-            self._ask_as_agreed(step, later and distributed.world_size() == 1)  # untried beside other processes' messages
+            self._take_as_agreed(step)
 
-    def keep(self) -> bool:
-        """Wait for the answers that were asked for, and keep them; whether there were any. Raises Interrupted too."""
-        keep, self.pending = self.pending, None
-        if keep is not None:
-            keep()
-        return keep is not None
-
-    def _ask(self, step: int, later: bool) -> None:
-        def ask() -> Wait:
-            wait = self.generate(step, later)
-            if not later:
-                wait()
-            return wait
-
-        wait = self._if_it_fits(step, ask)
-        self.pending = functools.partial(self._keep, wait, step) if wait else None
-
-    def _keep(self, wait: Wait, step: int) -> None:
-        recorder, lines = self.recorder, self._if_it_fits(step, wait)
+    def _take(self, step: int) -> None:
+        recorder, lines = self.recorder, self._if_it_fits(step)
         if lines is None or not recorder.writes:
             return
         for line in lines:
@@ -72,13 +46,13 @@ class Answers:
         recorder.add({"step": step, "eos_share": share})
         recorder.tracking.samples(lines)
 
-    def _if_it_fits(self, step: int, action: Callable[[], Any]) -> Any:
-        """What `action()` gives; None, with a warning, where the memory is too small: nothing that is trained depends on it."""
+    def _if_it_fits(self, step: int) -> list[dict] | None:
+        """The lines; None, with a warning, where the memory is too small: nothing that is trained depends on them."""
         import torch
 
         try:
             with self.timed("samples"):
-                return action()
+                return self.generate(step)
         except torch.OutOfMemoryError as error:
             if self.by_all:
                 raise  # the other processes wait for this one

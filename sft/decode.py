@@ -9,9 +9,7 @@ time.
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sft import flat
@@ -90,52 +88,17 @@ def greedy(
     stop_ids: set[int],
     max_new_tokens: int,
     check_stop: Callable[[], None],
-    later: bool = False,
-) -> Callable[[], list[list[int]]]:
-    """A function that gives the likeliest tokens after each prompt, at most `max_new_tokens`; an answer may go on after its end
-    mark.
+) -> list[list[int]]:
+    """The likeliest tokens after each prompt, at most `max_new_tokens`; an answer may go on after its end mark.
 
     input_ids, attention_mask: [prompts, tokens], padded on the left; `model` is a causal language model that `fits`, without an
-    adapter around it. `check_stop` is called at every look and may raise. With `later` a GPU answers while the caller goes on,
-    who must not write to its weights until the answers are there. Call it without gradients.
+    adapter around it. `check_stop` is called at every look and may raise. Call it without gradients.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
-    with few_kernels(model) as light, without_cudnn(), flat.attention_of(model, ATTENTION):
-        go_on = _greedy(model, input_ids, attention_mask, stop_ids, max_new_tokens, check_stop)
-        if input_ids.device.type != "cuda":
-            answers = go_on()
-            return lambda: answers
-
-    weights = [tensor.data for tensor in (*model.parameters(), *model.buffers())]
-
-    def replay() -> list[list[int]]:
-        answers = go_on()
-        weights.clear()  # until here the recorded steps read them, whatever the model has in their place by now
-        light.clear()
-        return answers
-
-    return _aside(replay, input_ids.device) if later else replay
-
-
-def _aside(work: Callable[[], Any], device: Any) -> Callable[[], Any]:
-    """Begin `work` in a thread and on a stream of its own; what is returned waits for its result. The host could not queue all
-    of it and go on: with 15 replayed steps in the queue the next one waits (8B shape, H100, 2026-11-28).
-    """
-    import torch
-
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-
-    def begin() -> Any:
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            return work()
-
-    executor = ThreadPoolExecutor(1)
-    future = executor.submit(begin)
-    executor.shutdown(wait=False)
-    return future.result
+    with few_kernels(model), without_cudnn(), flat.attention_of(model, ATTENTION):
+        return _greedy(model, input_ids, attention_mask, stop_ids, max_new_tokens, check_stop)
 
 
 def _greedy(
@@ -145,8 +108,8 @@ def _greedy(
     stop_ids: set[int],
     max_new_tokens: int,
     check_stop: Callable[[], None],
-) -> Callable[[], list[list[int]]]:
-    """Do the first steps, record one on a GPU, and give the function that does the rest; in a model as `greedy` changes it."""
+) -> list[list[int]]:
+    """Do the first steps, record one on a GPU, and replay it for the rest; in a model as `greedy` changes it."""
     import torch
     from transformers import StaticCache
 
@@ -210,12 +173,8 @@ def _greedy(
         go_on(step, min(1 + LAUNCHED, max_new_tokens))
         if LAUNCHED < count < max_new_tokens:
             graph = _record(step)
-
-    def finish() -> list[list[int]]:
-        go_on(graph.replay if graph else step, max_new_tokens)
-        return chosen[:, length : length + max_new_tokens].tolist()
-
-    return finish
+    go_on(graph.replay if graph else step, max_new_tokens)
+    return chosen[:, length : length + max_new_tokens].tolist()
 
 
 def _as_bias(seen: Any, dtype: Any) -> Any:
@@ -263,11 +222,9 @@ def without_cudnn() -> Any:
 
 
 @contextlib.contextmanager
-def few_kernels(model: Any) -> Iterator[dict[Any, Callable[..., Any]]]:
-    """Inside the block plain LoRA layers, RMS norms and the rotation of queries and keys of `model` compute what they did, up
-    to rounding, in fewer kernels, and adapters that have learnt nothing yet in none. Not for gradients.
-
-    Gives the forward passes of the layers, some with weights of their own.
+def few_kernels(model: Any) -> Iterator[None]:
+    """Inside the block plain LoRA layers and RMS norms of `model` compute what they did, up to rounding, in fewer kernels, and
+    adapters that have learnt nothing yet in none. Not for gradients.
     """
     import torch
 
@@ -285,8 +242,7 @@ def few_kernels(model: Any) -> Iterator[dict[Any, Callable[..., Any]]]:
     for module, forward in changed.items():
         module.forward = forward
     try:
-        with _light_rotation(model):
-            yield changed
+        yield
     finally:
         for module in changed:
             del module.forward
@@ -314,87 +270,12 @@ def _light_adapter(module: Any, name: str) -> Callable[..., Any]:
     up = (module.lora_B[name].weight * module.scaling[name]).to(base.weight.dtype).T
 
     def forward(x: Any) -> Any:
-        # The small product is computed while the large one waits for its weights.
-        low = _beside(lambda: torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), down))
+        low = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), down)
         found = base(x)  # of another type than the weights' under autocast
-        found.view(-1, found.shape[-1]).addmm_(low(), up.to(found.dtype))
+        found.view(-1, found.shape[-1]).addmm_(low, up.to(found.dtype))
         return found
 
     return forward
-
-
-def _beside(work: Callable[[], Any]) -> Callable[[], Any]:
-    """While a step is recorded, `work` begins now, on a second stream; what is returned waits for its result. Else it is done
-    where the result is asked for.
-
-    Its result must be used before the next one begins, on the stream that asked: then nothing of it is written over too early.
-    """
-    import torch
-
-    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
-        return work
-    stream, second = torch.cuda.current_stream(), _second_stream()
-    second.wait_stream(stream)
-    with torch.cuda.stream(second):
-        result = work()
-
-    def wait() -> Any:
-        stream.wait_stream(second)
-        return result
-
-    return wait
-
-
-@functools.cache
-def _second_stream() -> Any:
-    import torch
-
-    return torch.cuda.Stream()
-
-
-@contextlib.contextmanager
-def _light_rotation(model: Any) -> Iterator[None]:
-    """Queries and keys rotated by `rotate` inside the block, if the model's own function computes the same, which is tried."""
-    import torch
-
-    layer = next((module for name, module in model.named_modules() if name.endswith("self_attn")), None)
-    file = sys.modules[type(layer).__module__]
-    own = getattr(file, "apply_rotary_pos_emb", None)
-    try:
-        q, k, cos, sin = torch.linspace(-3, 2, 64, device=model.device, dtype=model.dtype).view(4, 1, 2, 1, 8).unbind()
-        pairs = zip(own(q, k, cos[:, 0], sin[:, 0]), rotate(q, k, cos[:, 0], sin[:, 0]), strict=True)
-        same = all(torch.allclose(a, b, rtol=2e-2, atol=2e-2) for a, b in pairs)
-    except Exception:  # no such function, or one of other arguments
-        same = False
-    if not same:
-        yield
-        return
-
-    def light(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        usual = args or kwargs or cos.shape[-1] != q.shape[-1]  # some models rotate a part of the width
-        return own(q, k, cos, sin, *args, **kwargs) if usual else rotate(q, k, cos, sin)
-
-    file.apply_rotary_pos_emb = light
-    try:
-        yield
-    finally:
-        file.apply_rotary_pos_emb = own
-
-
-def rotate(q: Any, k: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
-    """Rotary position embedding (Su et al. 2021) as most models of transformers write it, in three kernels each.
-
-    q, k: [rows, heads, tokens, width], of unlike heads; cos, sin: [rows, tokens, width].
-    """
-    half, cos, sin = q.shape[-1] // 2, cos.unsqueeze(1), sin.unsqueeze(1)
-
-    def rotated(x: Any) -> Any:
-        found = x * cos
-        found[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        found[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return found
-
-    return rotated(q), rotated(k)
 
 
 def _light_norm(module: Any, checked: dict[type, bool]) -> Callable[..., Any] | None:

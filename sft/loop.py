@@ -79,8 +79,6 @@ class Loop:
     """What is still to do at the step that has ended: `evaluate`, `samples`."""
     save_due: bool = False
     """Whether a checkpoint belongs to that step, a stop aside."""
-    begin: Callable[[], None] | None = None
-    """What comes before the first step of a run but needs the model as it is trained."""
 
 
 @dataclass
@@ -122,7 +120,6 @@ def resumable(base: type) -> type:
             except BaseException:
                 if distributed.world_size() == 1:  # others may be gone, and would be waited for
                     with contextlib.suppress(Exception):  # so may the GPU
-                        self.loop.answers.keep()
                         self.write_line()
                 raise
             finally:
@@ -246,14 +243,10 @@ def resumable(base: type) -> type:
                         if part == "evaluate":
                             loop.save_due |= self._is_new_best()  # at once: a later checkpoint would hold other weights
                         else:
-                            loop.answers.ask(step)
-                            loop.answers.keep()
+                            loop.answers.take(step)
                 except Interrupted:
                     break
                 loop.due.remove(part)
-            if self._has_the_last_weights():
-                with contextlib.suppress(Interrupted):
-                    loop.answers.ask(step, later=True)  # a GPU gives them while these weights are saved
             if loop.save_due or loop.stop.wanted:
                 with loop.budget.measured("save"):
                     self._save_checkpoint(self.model, None)
@@ -266,13 +259,6 @@ def resumable(base: type) -> type:
                     self._is_new_best()
                     self.state.best_model_checkpoint = self._best_checkpoint()
             loop.due, loop.save_due = [], False
-
-        def _has_the_last_weights(self) -> bool:
-            """Whether these weights are already known to be the ones that the run keeps."""
-            state, ended = self.state, self.state.global_step >= self.state.max_steps
-            best = not self.args.load_best_model_at_end or state.best_global_step == state.global_step
-            # Several processes have to ask at the same time; whether they can is decided after the training.
-            return ended and best and not self.loop.stop.wanted and distributed.world_size() == 1
 
         def _is_new_best(self) -> bool:
             """Evaluate; whether these weights are the best so far and are to be kept."""

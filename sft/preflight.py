@@ -22,7 +22,6 @@ from sft.batch import (
     is_auto,
     planned_steps,
     split_of,
-    why_launched,
     why_padded,
 )
 from sft.data import Prepared, token_counts
@@ -316,7 +315,7 @@ def _fix_memory(settings: Settings, load: memory.Load, shape: memory.Shape, long
 
 
 def check_length(found: Found, settings: Settings, backend: str, shape: memory.Shape | None) -> None:
-    """Steps, epochs and tokens of the run; the time they take, where the speed of such a run was measured."""
+    """Steps, epochs and tokens of the run; roughly the time they take, where the speed of such a run was measured."""
     if found.prepared is None:
         return
     facts, trainer, split = found.prepared.facts, settings.trainer, found.split
@@ -333,17 +332,13 @@ def check_length(found: Found, settings: Settings, backend: str, shape: memory.S
     load = _as_split(load, split)
     rows = split.per_device_train_batch_size
     speed = speeds.measured_speed(device, shape.parameters, load, rows) if shape else None
-    recorded = load.flat and trainer.cuda_graphs is not False and not why_launched(settings)
-    how = "replayed" if recorded else "launched kernel by kernel"
-    source = f"measured with {speeds.SOURCE[device]}" if speed else f"by a try of three layers on it, {how}"
-    if speed is None and capacity and shape and not settings.preflight.gpu:
-        speed = _try_speed(found, settings, load, shape, rows, recorded)
     if speed is None:
-        found.ok("Length", f"no speed was measured for such a model on {name}: the progress bar tells after the first steps")
+        found.ok("Length", f"no speed was measured for such a model on {name}: the run tells after its first ten steps")
         return
     seconds = tokens / speed
     found.facts["plan"]["seconds"] = round(seconds)
-    text = f"about {_duration(seconds)} of training at {speed:,.0f} tokens a second, {source}"
+    text = f"roughly {speeds.duration(seconds)} of training at {speed:,.0f} tokens a second, "
+    text += f"measured with {speeds.SOURCE[device]}; the run tells more exactly after its first ten steps"
     if trainer.max_hours and seconds > 3600 * trainer.max_hours:
         fix = "trainer.max_steps=...   for a shorter run; else it stops there and the same command goes on"
         found.warn("Length", f"{text}; trainer.max_hours={trainer.max_hours:g} is less.", fix)
@@ -368,28 +363,6 @@ def _plan_looks(found: Found, settings: Settings, steps: int) -> None:
         share = looks.evaluation_work(settings.trainer, steps, facts)
         text += f"; at every quarter it would be {100 * share:.0f} % of the training's work (trainer.eval_steps=0.25)"
     found.ok("Length", text)
-
-
-_tried: dict[tuple, float | None] = {}
-"""Speeds that were tried in this process: once for all jobs of a sweep."""
-
-
-def _try_speed(
-    found: Found, settings: Settings, load: memory.Load, shape: memory.Shape, rows: int, recorded: bool
-) -> float | None:
-    """Tokens a second by sft/probe.py with rows of the median length; None where it cannot be tried."""
-    from sft import probe
-
-    where, length = models.locate(settings.model, weights=False)[0], found.prepared.facts["lengths"]["train"]["p50"]
-    key = where, rows, max(int(length), 2), load.again(shape.num_hidden_layers) / shape.num_hidden_layers, recorded
-    if key not in _tried:
-        models.limit_memory(settings)
-        try:
-            _tried[key] = probe.speed(settings, *key)
-        except Exception as error:  # too little memory left, or a model whose code wants more than shapes: the run will tell
-            log.debug("the speed could not be tried: %s", first_line(error))
-            _tried[key] = None
-    return _tried[key]
 
 
 def check_disk(found: Found, settings: Settings, folder: Path, shape: memory.Shape | None) -> None:
@@ -544,7 +517,3 @@ def _shown(value: Any) -> str:
 
 def _size(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.0f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

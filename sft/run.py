@@ -356,23 +356,16 @@ def _train(
     sharded = strategy.shards(settings)
     asked = [[asdict(prompt) for prompt in prompts], sorted(stop_ids), settings.samples.max_new_tokens]
 
-    def generate(step: int, later: bool) -> Callable[[], list[dict]]:
+    def generate(step: int) -> list[dict]:
         check = stop.check if sharded else stop.check_here
 
-        def ask() -> Callable[[], list[dict]]:
-            return samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check, later)
+        def ask() -> list[dict]:
+            return samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check)
 
         return ask() if step else shared.of_base("answers", model, settings, asked, ask)
 
-    def begin() -> None:
-        with budget.measured("samples"):
-            answers.ask(0, later=budget.deadline is None)
-
     answers = Answers(folder, recorder, record.timed, generate if prompts else None, sharded)
     loop = Loop(folder, stop, recorder, budget, answers, record.timed, checkpoint, settings.trainer.save_total_limit)
-    loop.begin = begin if sharded else None
-    if checkpoint is None and not sharded:
-        begin()  # first, because what follows waits for other things than the GPU
     tracking.start(settings, folder, context.name, [*context.tags, backend], record.facts.get("tracking"))
     record.update(tracking=tracking.facts)
     trainer = training.build_trainer(model, tokenizer, prepared, settings, loop, backend)
@@ -389,16 +382,14 @@ def _train(
             rows, flat = proof.read_rows(folder), trainer.end_to_end  # what an export of these weights is held against
             loss = proof.flat_loss(model, rows, flat) if flat else proof.row_losses(model, rows)[0]
             recorder.final["proof_loss"] = round(loss, 6)
-    with contextlib.suppress(runtime.Interrupted):
-        if not stop.failure and answers.pending is None:
-            stop.check()
-            answers.ask(trainer.state.global_step, later=True)
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
     if distributed.is_first():
         name = save_weights(model, tokenizer, settings, folder, weights)
         record.update(artifacts={name: name})
     with contextlib.suppress(runtime.Interrupted):
-        answers.keep()
+        if not stop.failure:
+            stop.check()
+            answers.take(trainer.state.global_step)
     if stop.failure:
         return "failed", stop.failure
     if stop.wanted:

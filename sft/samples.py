@@ -1,7 +1,6 @@
 """Answers to fixed prompts, generated greedily, so that what the model learns can be read and not only plotted."""
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,14 +51,11 @@ def generate(
     step: int,
     backend: str,
     check_stop: Callable[[], None] = lambda: None,
-    later: bool = False,
-) -> Callable[[], list[dict]]:
-    """A function that waits for one greedy answer a prompt, as the lines of samples.jsonl, and may be called again. Weights,
-    mode and random state are left as they were.
+) -> list[dict]:
+    """One greedy answer a prompt, as the lines of samples.jsonl. Weights, mode and random state are left as they were.
 
     Prompts are answered `at_once` many at a time, padded on the left. `check_stop` is called at every token and raises where
-    the answers have to be given up. With `later` a GPU answers while the host goes on; where it cannot, the answers are given
-    when they are waited for, so that neither has to be done before what the caller does meanwhile.
+    the answers have to be given up.
     """
     import torch
     from transformers import GenerationConfig
@@ -78,37 +74,26 @@ def generate(
     )
     count = at_once(backend)
     fits = count > 1 and not strategy.shards(settings) and decode.fits(base_of(model))
-    beside = fits and model.device.type == "cuda"
 
-    def ask(part: list[list[int]]) -> Callable[[], list[list[int]]]:
+    def ask(part: list[list[int]]) -> list[list[int]]:
         ids, mask = decode.padded(part, tokenizer.pad_token_id, model.device)
         if fits:
             try:
-                return decode.greedy(base_of(model), ids, mask, stop_ids, config.max_new_tokens, check_stop, later)
+                return decode.greedy(base_of(model), ids, mask, stop_ids, config.max_new_tokens, check_stop)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # what CUDA says where a step cannot be recorded
                 log.debug("answers are not recorded: %s", first_line(error))
         return model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[check]
-        )[:, ids.shape[1] :].tolist  # fmt: skip
+        )[:, ids.shape[1] :].tolist()  # fmt: skip
 
-    def ask_all() -> list[Callable[[], list[list[int]]]]:
-        with _answering(model, settings, backend), decode.plain(model):
-            parts = decode.grouped([prompt.input_ids for prompt in prompts], config.max_new_tokens, count)
-            return [ask(part) for part in parts]
-
-    asked = ask_all() if beside or not later else []
-
-    @functools.cache
-    def lines() -> list[dict]:
-        answers = [answer for wait in asked or ask_all() for answer in wait()]
-        asked.clear()
-        if torch.cuda.is_available() and not later:  # later they lie among blocks that the training is using
-            torch.cuda.empty_cache()  # the answers' keys and values would leave the memory in pieces
-        return [_line(prompt, answer, tokenizer, stop_ids, step) for prompt, answer in zip(prompts, answers, strict=True)]
-
-    return lines
+    with _answering(model, settings, backend), decode.plain(model):
+        parts = decode.grouped([prompt.input_ids for prompt in prompts], config.max_new_tokens, count)
+        answers = [answer for part in parts for answer in ask(part)]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the answers' keys and values would leave the memory in pieces
+    return [_line(prompt, answer, tokenizer, stop_ids, step) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def _line(prompt: Prompt, answer: list[int], tokenizer: Any, stop_ids: set[int], step: int) -> dict:

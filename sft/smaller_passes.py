@@ -62,10 +62,6 @@ class SmallerPasses:
                     results.append((predict(batch), learnt))
                 return results
             except torch.OutOfMemoryError as error:
-                if world_size() == 1 and self.trainer.loop.answers.keep():  # what they needed is free now
-                    traceback.clear_frames(error.__traceback__)
-                    give_back()
-                    continue
                 count = len(rows) if isinstance(rows, list) else len(cut(rows))
                 if count <= 1 or world_size() > 1:
                     raise

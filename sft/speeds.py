@@ -68,6 +68,11 @@ def measured_speed(device: str | None, parameters: int, load: Load, rows: int) -
     return max(alike, key=lambda m: (min(m.rows, rows), -m.rows)).tokens_per_second if alike else None
 
 
+def duration(seconds: float) -> str:
+    """Seconds for people, as `12 min`."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def device_of(name: str) -> str | None:
     """The value of `preflight.gpu` for a GPU's own name, as `NVIDIA H100 80GB HBM3`; None for another kind."""
     words = re.findall(r"[A-Z]+\d+", name.upper())

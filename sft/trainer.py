@@ -18,10 +18,14 @@ from sft.models import torch_dtype, uses_checkpointing
 from sft.runtime import append_jsonl, peak_allocated_gib, peak_memory_gib
 from sft.settings import Settings
 from sft.smaller_passes import SmallerPasses
+from sft.speeds import duration
 from sft.tracking import Tracking
 from sft.validate import resolve_backend
 
 log = logging.getLogger(__name__)
+
+FIRST = 3
+"""Steps that say nothing of the others: layers are compiled and passes recorded in them."""
 
 
 class Recorder:
@@ -62,8 +66,8 @@ def build_trainer(
 ) -> Any:
     """An SFTTrainer for `data`, which is already tokenised and masked; it goes on from `loop.checkpoint` if there is one.
 
-    `loop.answers` are asked for at the steps that `samples.every_steps` names, but not before the first and after the
-    last one: those belong to the caller, who knows which weights are kept.
+    `loop.answers` are taken before the first step and at those that `samples.every_steps` names, but not after the last one:
+    those belong to the caller, who knows which weights are kept.
     """
     import torch
     import transformers
@@ -266,8 +270,6 @@ def _run_callback(trainer, settings: Settings) -> Any:
     class RunCallback(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             strategy.spread_random_state(settings.seed)
-            if loop.begin and loop.checkpoint is None:
-                loop.begin()
             trainer.restore()
             self.step_ended, self.steps = clock.seconds, 0
 
@@ -275,8 +277,9 @@ def _run_callback(trainer, settings: Settings) -> Any:
             loop.stop.check()
 
         def on_step_begin(self, args, state, control, **kwargs):
-            with loop.budget.measured("samples"):
-                loop.answers.keep()  # those of the weights as they still are
+            if state.global_step == 0:  # after their held-out loss
+                with loop.budget.measured("samples"):
+                    loop.answers.take(0)
             clock.start()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -312,6 +315,11 @@ def _run_callback(trainer, settings: Settings) -> Any:
             self.steps += 1
             if self.steps == 2:
                 shared.freeze()
+            if self.steps == FIRST:
+                self.settled = clock.now
+            if self.steps == 10 and (left := state.max_steps - state.global_step) > 0:
+                a_step = (clock.now - self.settled) / (10 - FIRST)
+                log.info("step %4d   about %s of training left", state.global_step, duration(left * a_step))
             # From end to end: a GPU computes a step while the next one is already prepared.
             loop.budget.note("step", clock.now - self.step_ended)
             self.step_ended = clock.now

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -322,3 +323,11 @@ def test_extra_reaches_the_trainer(small, tmp_path, monkeypatch):
     settings = small("trainer.extra.adam_beta2=0.95")
     arguments = training_arguments(with_split(settings, split_of(settings.trainer, 2)), tmp_path, True, Fast())
     assert arguments.adam_beta2 == 0.95
+
+
+def test_after_ten_steps_the_run_says_how_long_the_others_take(small, tmp_path, caplog):
+    caplog.set_level("INFO")
+    short = ("trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=1", "trainer.max_steps=13")
+    assert run(small(*short, "trainer.logging_steps=5", "samples.num_held_out=0"), tmp_path / "run").status == "finished"
+    told = [record.getMessage() for record in caplog.records if "of training left" in record.getMessage()]
+    assert len(told) == 1 and re.fullmatch(r"step   10   about \d+ s of training left", told[0])

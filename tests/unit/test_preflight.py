@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from packaging.requirements import Requirement
 
-from sft import embedded, memory, preflight, probe, run, runtime, shared, speeds, versions
+from sft import embedded, memory, preflight, run, runtime, shared, speeds, versions
 from sft.batch import Split
 from sft.command_line import check_command_line
 from sft.data import Prepared
-from sft.embedded import TINY_RANDOM, local_model
 from sft.errors import Problem, Refusal
 from sft.export import gguf
 from sft.memory import Load, Shape
@@ -277,30 +275,20 @@ def test_problems_are_collected_and_not_raised(small, tmp_path, monkeypatch):
     assert [p.what for p in found.problems] == ["x"] and {"Memory", "Disk"} <= {line.part for line in found.lines}
 
 
-def test_a_speed_that_was_not_measured_is_tried_on_the_gpu_that_is_there(settings_of, monkeypatch):
-    """Where there is one: a machine without tells no speed, and neither does one asked about another."""
-    asked = []
-    monkeypatch.setattr(preflight, "_tried", {})
-    monkeypatch.setattr(probe, "speed", lambda settings, *key: asked.append(key) or 100.0)
-    facts = {"rows": {"train": 8}, "train_tokens": 80, "lengths": {"train": {"p50": 10.0}}}
+def test_the_rough_time_of_a_run_is_told_where_its_speed_was_measured_and_no_other(settings_of, monkeypatch):
+    facts = {"rows": {"train": 8}, "train_tokens": 159_000, "lengths": {"train": {"p50": 10.0}}}
 
-    def length(gpu, *overrides):
+    def length(*overrides):
         found = Found(split=Split(2, 4, None))
         found.prepared = Prepared(None, None, facts)
-        monkeypatch.setattr(preflight, "_device", lambda settings: ("NVIDIA B300", 200.0) if gpu else ("this machine", None))
-        settings = settings_of("trainer.max_steps=10", *overrides)
-        preflight.check_length(found, settings, "transformers", LLAMA_8B)
-        return found.lines[-1].text
+        settings = settings_of("trainer.max_steps=10", "model.load_in_4bit=true", *overrides)
+        preflight.check_length(found, settings, "unsloth", LLAMA_8B)
+        return found.lines[-1].text, found.facts["plan"].get("seconds")
 
-    text = "about 8 s of training at 100 tokens a second, by a try of three layers on it, "
-    assert text + "launched kernel by kernel" in length(True)
-    assert "no speed was measured" in length(False) and "no speed was measured" in length(True, "preflight.gpu=t4")
-    length(True)
-    assert len(asked) == 1 and asked[0][1:3] == (2, 10), "once for all jobs of a sweep"
-
-
-def test_a_tried_speed_leaves_the_random_state_alone(settings_of):
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    assert probe.speed(settings_of(), str(local_model(TINY_RANDOM)), 2, 8, 0, device="cpu") > 0
-    assert torch.equal(torch.get_rng_state(), before)
+    measured = ("preflight.gpu=h100", "trainer.gradient_checkpointing=true")
+    text, seconds = length(*measured)
+    assert text.startswith("roughly 44 min of training at 606 tokens a second, measured with ") and seconds == 2624
+    text, seconds = length("preflight.gpu=t4")
+    assert "no speed was measured for such a model on t4" in text and seconds is None
+    monkeypatch.setattr(preflight, "_device", lambda settings: ("NVIDIA B300", 200.0))
+    assert "no speed was measured for such a model on NVIDIA B300" in length()[0]

@@ -23,7 +23,7 @@ def answers(tiny, stop_ids, at_once, monkeypatch):
     settings, tokenizer, _, model = tiny
     monkeypatch.setattr(samples, "at_once", lambda backend: at_once)
     prompts = [Prompt(i, "config", list(range(20 * i + 5, 20 * i + 7 + 3 * i)), f"q{i}", None) for i in range(5)]
-    return samples.generate(model, tokenizer, prompts, settings, stop_ids, 0, "transformers")()
+    return samples.generate(model, tokenizer, prompts, settings, stop_ids, 0, "transformers")
 
 
 @pytest.mark.parametrize("at_once", [2, 8])
@@ -108,9 +108,9 @@ def test_answers_of_a_cache_of_fixed_size_are_those_of_generate(kind):
         expected = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None,
                                   pad_token_id=0)[:, 9:].tolist()  # fmt: skip
         assert decode.fits(model)
-        assert decode.greedy(model, ids, mask, {63}, 20, lambda: looks.append(1))() == expected and len(looks) == 19
+        assert decode.greedy(model, ids, mask, {63}, 20, lambda: looks.append(1)) == expected and len(looks) == 19
         stops = {answer[3] for answer in expected}
-        ended = decode.greedy(model, ids, mask, stops, 20, lambda: None)()
+        ended = decode.greedy(model, ids, mask, stops, 20, lambda: None)
     told = max(next(i for i, token in enumerate(answer) if token in stops) for answer in expected) + 1
     assert [answer[:told] for answer in ended] == [answer[:told] for answer in expected]
     assert all(answer[told:] == [0] * (20 - told) for answer in ended) and told < 20
@@ -132,37 +132,6 @@ def test_attention_of_one_token_is_that_of_transformers():
     expected, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.3, is_causal=False)
     found, _ = decode.attend(layer, query, key, value, mask, scaling=0.3)
     assert found.shape == (2, 1, 6, 8) and torch.allclose(found, expected, atol=1e-6)
-
-
-def test_queries_and_keys_are_rotated_as_by_the_model_and_only_inside_the_block(tiny):
-    from transformers.models.llama import modeling_llama
-
-    model, own = tiny[3], modeling_llama.apply_rotary_pos_emb
-    torch.manual_seed(0)
-    q, k, (cos, sin) = torch.randn(2, 6, 3, 8), torch.randn(2, 2, 3, 8), torch.randn(2, 2, 3, 8)
-    half = torch.randn(2, 2, 3, 4)
-    with decode.few_kernels(model):
-        light = modeling_llama.apply_rotary_pos_emb
-        assert light is not own
-        for found, expected in zip(light(q, k, cos, sin), own(q, k, cos, sin), strict=True):
-            assert torch.allclose(found, expected, atol=1e-6)
-        over_heads = light(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
-        assert torch.equal(over_heads[1], own(k.transpose(1, 2), k.transpose(1, 2), cos, sin, 2)[1])
-        with pytest.raises(RuntimeError):  # a part of the width: left to the model, and llama's has no word for it
-            light(q, k, *half)
-    assert modeling_llama.apply_rotary_pos_emb is own
-
-
-def test_a_model_that_rotates_in_another_way_keeps_it(tiny, monkeypatch):
-    from transformers.models.llama import modeling_llama
-
-    def by_pairs(q, k, cos, sin):  # neighbours make a pair, as in GPT-J
-        return tuple(x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin for x in (q, k))
-
-    for other in (by_pairs, lambda q: q):
-        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
-        with decode.few_kernels(tiny[3]):
-            assert modeling_llama.apply_rotary_pos_emb is other
 
 
 def test_an_adapter_that_has_learnt_nothing_yet_takes_no_kernels(tiny):
