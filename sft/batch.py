@@ -116,7 +116,7 @@ class EvenPasses:
     """A sampler that gives the rows of another one, in the same steps, with about as many tokens in each pass of a step.
 
     What is learnt stays the same. The largest pass takes less memory, and where several processes share the passes of a step,
-    none waits long for another: of 32 rows of scripts/bench/make_rows.py in two passes, the larger one had 10.5 % more tokens
+    none waits long for another: of 32 rows of benchmarks/make_rows.py in two passes, the larger one had 10.5 % more tokens
     than the mean as they came, and 0.5 % so (500 draws).
     """
 

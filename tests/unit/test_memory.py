@@ -60,7 +60,7 @@ def test_unsloth_is_estimated_within_15_percent(measured, load, tokens):
     assert guess.reserved == pytest.approx(measured, rel=0.15)
 
 
-# Two rows of one length, 1B shape, by scripts/bench/memory_table.py on an H100, 2026-11-25.
+# Two rows of one length, 1B shape, by benchmarks/memory_table.py on an H100, 2026-11-25.
 UNSLOTH_1B = [
     (1.55, dict(bits=4, checkpointing=True), 1024),
     (2.84, dict(bits=4, checkpointing=True), 8192),

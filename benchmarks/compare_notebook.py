@@ -1,6 +1,6 @@
 """Measure `experiment=colab_notebook` against a plain script that does what the notebook does, in one session.
 
-    python scripts/bench/compare_notebook.py --model DIR --data rows.json --out DIR [--load-in-4bit] [--steps 60] [--pairs 2]
+    python benchmarks/compare_notebook.py --model DIR --data rows.json --out DIR [--load-in-4bit] [--steps 60] [--pairs 2]
 
 Runs the two in turn (A B B A ...), each in a process of its own, and prints, for every run: the median seconds a step after
 ten steps of warm-up, the non-padding tokens a second over the same steps, the peak memory, and the largest difference
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 10
 
 
@@ -55,7 +55,7 @@ def main() -> None:
 
 def run_notebook(args: argparse.Namespace, out: Path) -> dict:
     """One run of notebook_baseline.py."""
-    command = [sys.executable, str(ROOT / "scripts/bench/notebook_baseline.py"), "--model", args.model, "--data", args.data]
+    command = [sys.executable, str(ROOT / "benchmarks/notebook_baseline.py"), "--model", args.model, "--data", args.data]
     command += ["--out", f"{out}.json", "--steps", str(args.steps), *(["--load-in-4bit"] if args.load_in_4bit else [])]
     with open(f"{out}.log", "w", encoding="utf-8") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)

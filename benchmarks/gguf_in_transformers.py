@@ -1,7 +1,7 @@
 """Where a GGUF file's answers part from transformers': at the file's weights, or at llama.cpp's arithmetic?
 
-    python scripts/bench/gguf_in_transformers.py outputs/<run> 16               # 16 prompts; `scripts/export.py` made the files
-    python scripts/bench/gguf_in_transformers.py outputs/<run> 0 q4_k_m q5_k_m   # these files, the loss alone
+    python benchmarks/gguf_in_transformers.py outputs/<run> 16               # 16 prompts; `scripts/export.py` made the files
+    python benchmarks/gguf_in_transformers.py outputs/<run> 0 q4_k_m q5_k_m   # these files, the loss alone
 
 The same file is read in three ways: transformers unpacks its weights to float32; llama.cpp computes with them as they are, and
 rounds what it multiplies them with to 8 bits (q8_0 and the k-types) or 16 (f16); and llama.cpp reads a copy whose weights are
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,6 +1,6 @@
 """What the Unsloth notebook does, as a plain script: the peer that `compare_notebook.py` measures against.
 
-    python scripts/bench/notebook_baseline.py --model DIR --data rows.json --load-in-4bit --out result.json
+    python benchmarks/notebook_baseline.py --model DIR --data rows.json --load-in-4bit --out result.json
 
 Unsloth and TRL are called as the notebook "Llama-3 8b" calls them, with its numbers. Nothing of this project is imported.
 Writes {"losses": [...], "seconds": [...], "peak_allocated_gib": x, "peak_reserved_gib": x}, one entry a step.

@@ -1,6 +1,6 @@
 """A run whose answers never end: the longest that answers on a GPU can take, beside `seconds` in its run.json.
 
-    python scripts/bench/endless_answers.py model.name=DIR dataset=local dataset.path=rows.json dataset.template=alpaca
+    python benchmarks/endless_answers.py model.name=DIR dataset=local dataset.path=rows.json dataset.template=alpaca
 
 Takes what train.py takes. A model of random weights learns above all to end its answers, so that those after its training take
 a fraction of what a real model's take.
@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 

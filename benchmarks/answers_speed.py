@@ -1,7 +1,7 @@
 """Seconds of greedy answers (sft/decode.py), with adapters and norms in few kernels and as the libraries write them.
 
-    python scripts/bench/answers_speed.py --model DIR                             on a GPU
-    python scripts/bench/answers_speed.py --model HuggingFaceTB/SmolLM2-135M-Instruct --tokens 96 --one-by-one     on the CPU
+    python benchmarks/answers_speed.py --model DIR                             on a GPU
+    python benchmarks/answers_speed.py --model HuggingFaceTB/SmolLM2-135M-Instruct --tokens 96 --one-by-one     on the CPU
 
 Four prompts of 80 random tokens, r 16 on seven projections, the two ways in turn, with adapters that have learnt nothing yet
 and with others. The first go of each also sets up what libraries set up once, and reads them from the disk. A step is what the
@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def main() -> None:
