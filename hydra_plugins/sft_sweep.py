@@ -78,7 +78,7 @@ class SlurmSweepLauncher(SweepLauncher):
         from sft.sweep.slurm_jobs import SlurmJobs
 
         def make(sweep: Sweep) -> SlurmJobs:
-            return SlurmJobs(self.options, sweep.folder, hydra_context, config)
+            return SlurmJobs(self.options, sweep.folder, hydra_context, config, run_job)
 
         self.sweep = Sweep(hydra_context, task_function, config, make)
 
@@ -94,7 +94,17 @@ class RaySweepLauncher(SweepLauncher):
         from sft.sweep.launch import Sweep
         from sft.sweep.ray_tasks import RayTasks
 
-        self.sweep = Sweep(hydra_context, task_function, config, lambda _: RayTasks(self.options, hydra_context, config))
+        def make(_: Sweep) -> RayTasks:
+            return RayTasks(self.options, hydra_context, config, run_job)
+
+        self.sweep = Sweep(hydra_context, task_function, config, make)
+
+
+def run_job(config: DictConfig) -> Any:
+    """One job of a sweep, in whatever process it runs."""
+    from sft.run import run_job
+
+    return run_job(config)
 
 
 def _plain(options: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sft import decode
 from sft.errors import ExportError, Refusal, refuse
+from sft.paths import PACKAGE
 from sft.processes import child_environment
 from sft.runs import check_base, find_run, prompt_form, settings_of
 from sft.settings import Settings
@@ -156,7 +157,7 @@ class Speaker:
     def _ask_child(self, ids: list[int], writer: "_Writer", max_new_tokens: int, temperature: float) -> None:
         """One question to the process around llama.cpp, which answers with a token id a line and `null` at the end."""
         if self.child is None:
-            program = Path(__file__).parent / "export" / "llama_cpp.py"
+            program = PACKAGE / "export" / "llama_cpp.py"
             command = [sys.executable, str(program), "chat", str(self.target.place)]
             self.child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,

@@ -38,6 +38,8 @@ from sft.rows import choose_indices, read_rows, select, source_of
 from sft.runtime import row_seed
 from sft.settings import LossOn, Overlong, Settings, Shape
 
+TOKENS_VERSION = 1
+"""Raise it when a row comes to be read, rendered, tokenised or counted in another way: the cache keeps tokens by it."""
 BATCH = 1000
 """Rows tokenised at a time."""
 FIRST_ROWS = 20
@@ -239,8 +241,8 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
 
 
 def _end_to_end(lists: list[list[int]]) -> tuple[array, array]:
-    """The numbers of all lists one after the other, and where the first begins and each one ends: Arrow's own form. By lists of
-    Python's numbers 100,000 rows took 18.8 s in place of 17.6 (docs/dataset.md, 2026-11-27).
+    """The numbers of all lists one after the other, and where the first begins and each one ends: Arrow's own form. Lists of
+    Python's numbers take longer.
     """
     ends = array("i", itertools.accumulate(map(len, lists), initial=0))
     return array("i", list(itertools.chain.from_iterable(lists))), ends
@@ -539,11 +541,7 @@ def readable(ids: list[int], tokenizer) -> list[str]:
 
 
 def _place(settings: Settings, tokenizer, stop_ids: set[int], sources: list[dict | None]) -> Path:
-    """The folder in the cache, named by a hash of all that shapes the tokens: rows, settings, tokenizer and this code."""
-    code = [
-        (Path(__file__).parent / name).read_text(encoding="utf-8")
-        for name in ("data.py", "render.py", "rows.py", "files.py", "columns.py")
-    ]
+    """The folder in the cache, named by a hash of all that shapes the tokens: rows, settings, tokenizer and TOKENS_VERSION."""
     parts = [
         [source and source["hash"] for source in sources],
         {k: str(v) for k, v in asdict(settings.dataset).items() if k not in ("path", "name", "seed")},
@@ -553,7 +551,7 @@ def _place(settings: Settings, tokenizer, stop_ids: set[int], sources: list[dict
         tokenizer.chat_template,
         [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token],
         sorted(stop_ids),
-        code,
+        TOKENS_VERSION,
     ]
     return embedded.cache_dir() / "tokens" / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -103,6 +103,23 @@ def is_first() -> bool:
     return _group.rank == 0 if _group else int(os.environ.get("RANK", "0")) == 0
 
 
+def current() -> Group | None:
+    """The processes of this run; None in a run of one process, and before they have joined."""
+    return _group
+
+
+def meet_at(store: Path, secret: bytes) -> None:
+    """Let `join` meet the ranks of this machine through the file `store`, and sign what they tell each other with `secret`."""
+    global _store, _secret
+    _store, _secret = store, secret
+
+
+def leave() -> None:
+    """Be one process again."""
+    global _group
+    _group = None
+
+
 def rank() -> int:
     """Number of this process among those that train together, once they have joined."""
     return _group.rank if _group else 0
@@ -141,25 +158,33 @@ def start(settings: Settings, folder: Path, context: Any) -> Any:
     return _failed(folder, context, *(failed or (0, 1)))
 
 
+def launch(settings: Settings, folder: Path, context: Any) -> Any:
+    """`run`, in as many processes as the settings say."""
+    if processes_of(settings) > 1 and not launched():
+        return start(settings, folder, context)  # each of them comes back to `run`
+    from sft.run import run
+
+    return run(settings, folder, context)
+
+
 def work(job: Path) -> int:
     """One rank that `start` has started: run its part of the job; returns the exit code.
 
     Rank 0 leaves its result, or what it raised, in the file `answer` beside the job.
     """
-    global _store, _secret
-    settings, folder, context, place, parent, _secret = pickle.loads(job.read_bytes())
-    _store = job.with_name("store")
+    settings, folder, context, place, parent, secret = pickle.loads(job.read_bytes())
+    meet_at(job.with_name("store"), secret)
     os.chdir(place)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    from sft import run
+    from sft.run import follow, run
 
     if not is_first():
-        return run.follow()
+        return follow()
     if context.logging:
         folder.mkdir(parents=True, exist_ok=True)  # train.log opens in it
         logging.config.dictConfig(context.logging)
     try:
-        told: Any = run.run(settings, folder, context)
+        told: Any = run(settings, folder, context)
     except Refusal as refusal:
         told = refusal.problems
     except KeyboardInterrupt as interrupt:
@@ -167,14 +192,12 @@ def work(job: Path) -> int:
     work = job.with_name("answer.part")
     work.write_bytes(pickle.dumps(told))
     work.rename(job.with_name("answer"))
-    return 1 if _group and _group.lost else 0
+    group = current()
+    return 1 if group and group.lost else 0
 
 
 def join() -> None:
-    """Meet the other ranks and open the lines. Nothing happens in a run of one process, or a second time.
-
-    Collectives work from here on. A line that breaks off ends a rank by itself, and rank 0 after GRACE seconds.
-    """
+    """Meet the other ranks, so that collectives work. Nothing happens in a run of one process, or a second time."""
     global _group
     if not launched() or _group:
         return
@@ -192,21 +215,29 @@ def join() -> None:
         meeting = {"store": dist.FileStore(str(_store), size), "rank": rank, "world_size": size}
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", **meeting)
     _group = Group(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=WAIT))
-    _open_lines(_group)
 
 
 @contextlib.contextmanager
 def together(job: Callable[[], Any]) -> Iterator[None]:
     """Rank 0's part of a run, between meeting the others and letting them go. `job()` is what the others are told to do."""
-    join()
-    if _group is None:
+    group = meet()
+    if group is None:
         yield
         return
     broadcast(job())
     try:
         yield
     finally:
-        _let_go(_group)
+        _let_go(group)
+
+
+def meet() -> Group | None:
+    """Join the other ranks and open the lines: one that breaks off ends a rank by itself, and rank 0 after GRACE seconds."""
+    join()
+    group = current()
+    if group and not group.lines:
+        _open_lines(group)
+    return group
 
 
 def watch(record: Any) -> None:
@@ -214,15 +245,16 @@ def watch(record: Any) -> None:
 
     Another rank than 0 gives the run folder, whose record it closes if rank 0 is gone.
     """
-    if _group:
-        _group.record = record
+    if group := current():
+        group.record = record
 
 
 def find_cause(error: BaseException) -> BaseException:
     """The lost rank behind an error of this one, where there is one: its line tells within seconds."""
-    if _group and _group.rank == 0:
-        _group.news.wait(NEWS)
-        return _group.lost or error
+    group = current()
+    if group and group.rank == 0:
+        group.news.wait(NEWS)
+        return group.lost or error
     return error
 
 
@@ -238,10 +270,10 @@ def report(error: BaseException) -> None:
         "reason": f"{type(error).__name__}: {text[0]}" if text else type(error).__name__,
         "traceback": "".join(traceback.format_exception(error)),
     }
-    if _group:
+    if group := current():
         with contextlib.suppress(OSError):
-            _group.lines[0].sendall(json.dumps(told).encode() + b"\n")
-        if _group.news.wait(1.0):  # rank 0 is gone, and this one failed for it: the line's thread says so and ends the process
+            group.lines[0].sendall(json.dumps(told).encode() + b"\n")
+        if group.news.wait(1.0):  # rank 0 is gone, and this one failed for it: the line's thread says so and ends the process
             wait_for_end()
 
 
@@ -249,7 +281,6 @@ def _let_go(group: Group) -> None:
     """End the run for all: the other ranks exit, their work being done or not."""
     import torch.distributed as dist
 
-    global _group
     group.over = True
     for line in group.lines:
         with contextlib.suppress(OSError):
@@ -258,7 +289,7 @@ def _let_go(group: Group) -> None:
     if group.lost is None:
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
-        _group = None
+        leave()
 
 
 def _open_lines(group: Group) -> None:
@@ -409,14 +440,14 @@ def _failed(folder: Path, context: Any, rank: int, code: int) -> Any:
     """The result of a run one of whose ranks was lost. run.json gets the signal's name, which only the parent knows."""
     from sft.run import RunResult
 
-    run = read_json(folder / "run.json")
-    reason = run.get("reason")
-    if code < 0 or run.get("status") != "failed":
+    record = read_json(folder / "run.json")
+    reason = record.get("reason")
+    if code < 0 or record.get("status") != "failed":
         name = signal.Signals(-code).name if code < 0 else ""
         reason = f"rank {rank} was killed by {name}" if name else f"rank {rank} ended with exit code {code}"
         reason += f" ({KILLERS[name]})" if name in KILLERS else ""
         print(runtime.safe(f"Failed: {reason}"), file=sys.stderr, flush=True)
-    facts = {"name": context.name, "overrides": list(context.overrides), **run}
+    facts = {"name": context.name, "overrides": list(context.overrides), **record}
     folder.mkdir(parents=True, exist_ok=True)
     runtime.write_json(folder / "run.json", {**facts, "status": "failed", "reason": reason, "ended_at": runtime.now()})
     return RunResult("failed", 1, folder)
@@ -516,14 +547,14 @@ class SharedStop(runtime.StopRequest):
 
     def _receive(self, number: int, frame: Any) -> None:
         # The parent sends SIGTERM when another rank has died. Then there is nothing to stop cleanly.
-        if number == signal.SIGTERM and _group and _group.news.wait(1.0):
+        if number == signal.SIGTERM and (group := current()) and group.news.wait(1.0):
             return
         super()._receive(number, frame)
 
 
 def stop_request() -> runtime.StopRequest:
     """What hears of Ctrl-C, SIGTERM and SIGHUP in this run."""
-    return SharedStop() if _group else runtime.StopRequest()
+    return SharedStop() if current() else runtime.StopRequest()
 
 
 def alone(action: Callable[..., None]) -> Callable[..., None]:
@@ -539,16 +570,17 @@ def alone(action: Callable[..., None]) -> Callable[..., None]:
         if signal_ := broadcast(signal_):
             raise runtime.Interrupted(signal_)
 
-    return act if _group else action
+    return act if current() else action
 
 
 @contextlib.contextmanager
 def shared_folder(writing: contextlib.AbstractContextManager[Path]) -> Iterator[Path]:
     """The folder that `writing` gives to rank 0, for all ranks to write into; it counts when the last one is done."""
-    if _group is None:
+    group = current()
+    if group is None:
         with writing as work:
             yield work
-    elif _group.rank == 0:
+    elif group.rank == 0:
         with writing as work:
             broadcast(work)
             yield work

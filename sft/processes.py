@@ -2,7 +2,8 @@
 
 import os
 import sys
-from pathlib import Path
+
+from sft.paths import ROOT
 
 
 def python_command(module: str) -> list[str]:
@@ -12,6 +13,5 @@ def python_command(module: str) -> list[str]:
 
 def child_environment(**extra: str) -> dict[str, str]:
     """This process's environment, with the project's root and only absolute folders in PYTHONPATH, and `extra`."""
-    root = str(Path(__file__).resolve().parent.parent)
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *path]), **extra}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *path]), **extra}

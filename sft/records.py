@@ -7,8 +7,6 @@ from typing import Any
 
 from sft.forms import FORMS, fit, fitted, tell
 
-ASSETS = Path(__file__).resolve().parent / "assets"
-
 
 def number(value: Any) -> float | int | None:
     """Return value if it is a finite number, else None."""

@@ -20,7 +20,8 @@ import vl_convert
 from markupsafe import Markup, escape
 
 from sft.embedded import made_once
-from sft.records import ASSETS, merge_steps, number, read_json, read_lines, summarise
+from sft.paths import ASSETS
+from sft.records import merge_steps, number, read_json, read_lines, summarise
 
 MAX_POINTS = 1500  # a chart is about 1,000 pixels wide: more points only grow the file
 MAX_TOKENS = 3000  # tokens shown of one training example

@@ -103,7 +103,7 @@ def run_job(config: DictConfig) -> RunResult:
             from sft.sweep.isolate import run_apart
 
             return run_apart(settings, folder, context, hydra.job_logging)
-        return run(settings, folder, context)
+        return distributed.launch(settings, folder, context)
 
     with stack:
         return guarded(start, folder, context, sweeping)
@@ -161,8 +161,6 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
     failure is recorded and returned.
     """
     context = context or Context()
-    if processes_of(settings) > 1 and not distributed.launched():
-        return distributed.start(settings, folder, context)  # which come back to this function, in their own processes
     folder.mkdir(parents=True, exist_ok=True)
     with distributed.together(lambda: (settings, folder.absolute(), os.getcwd())), resume.locked(folder):
         problems = resume.check_folder(folder, settings, locked=True)
@@ -262,7 +260,7 @@ def follow() -> int:
     logging.disable(logging.CRITICAL)  # one speaks for all
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
-        distributed.join()
+        distributed.meet()
         settings, folder, place = distributed.broadcast(None)
         os.chdir(place)
         distributed.watch(folder)

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from sft.durable import sync_file
 from sft.embedded import cache_dir
+from sft.paths import ROOT
 from sft.printable import shown, without_passwords
 from sft.settings import Settings
 from sft.threads import spin_briefly
@@ -284,10 +285,9 @@ def _cpu_name() -> str:
 
 def _git_commit() -> str | None:
     """Commit of the checkout this code runs from, with `+` where it was changed since; None outside a checkout."""
-    root = Path(__file__).parent.parent
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, timeout=5)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=5)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") if commit.returncode == 0 else None

@@ -2,11 +2,12 @@
 
 import configparser
 from importlib import metadata
-from pathlib import Path
 
 from packaging.requirements import Requirement
 
-SETUP = Path(__file__).resolve().parent.parent / "setup.cfg"
+from sft.paths import ROOT
+
+SETUP = ROOT / "setup.cfg"
 TOOLS = ("dev", "docs")
 """Extras that no run uses."""
 

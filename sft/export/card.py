@@ -16,7 +16,8 @@ import jinja2
 
 from sft import embedded
 from sft.export.hub import repo_for
-from sft.records import ASSETS, merge_steps, number, read_json, read_lines, summarise
+from sft.paths import ASSETS
+from sft.records import merge_steps, number, read_json, read_lines, summarise
 
 KINDS = {
     "adapter": "LoRA adapter",

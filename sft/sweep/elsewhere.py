@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from omegaconf import DictConfig
 
 from sft import runtime
+from sft.paths import ROOT
 from sft.sweep.index import FINISHED, RUNNING, STOPPED, WAITING, Job, judge, read_run
 
 POLL = 1.0
@@ -44,25 +45,25 @@ class Cluster(Protocol):
         """(`failed` or `stopped`, reason) of a job that ended without writing down why."""
 
 
-def make_task(run: Callable[..., Any]) -> Callable[[DictConfig], Any]:
-    """`run(config)` as the task of a job elsewhere: in this folder, and with what the job takes from this command."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(dict.fromkeys([root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+def make_task(run: Callable[..., Any], job: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """`run(config)`, which does `job(config)`, as a task elsewhere: in this folder, with what it takes from this command."""
+    path = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
     os.environ["PYTHONPATH"] = path  # inherited by what the cluster starts, which has to find this package
     group = {"WANDB_RUN_GROUP": os.environ["WANDB_RUN_GROUP"]}
-    return functools.partial(run, command=list(sys.argv), working_folder=os.getcwd(), environment=group)
+    return functools.partial(run, job=job, command=list(sys.argv), working_folder=os.getcwd(), environment=group)
 
 
-def run_here(config: DictConfig, command: list[str], working_folder: str, environment: dict[str, str]) -> Any:
+def run_here(
+    config: DictConfig, job: Callable[[DictConfig], Any], command: list[str], working_folder: str, environment: dict[str, str]
+) -> Any:
     """The task of one job, in the process that the cluster started for it; returns its RunResult."""
-    from sft.run import run_job
     from sft.settings import register
 
     sys.argv[:] = command  # for the record
     os.environ.update(environment)
     os.chdir(working_folder)
     register()
-    return run_job(config)
+    return job(config)
 
 
 def hand_over(cluster: Cluster, jobs: list[Job], overrides: dict[int, list[str]], folder: Path) -> dict[str, Job]:

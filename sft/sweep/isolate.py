@@ -95,9 +95,10 @@ def main() -> int:
     settings, folder, context, logging_config = pickle.loads(sys.stdin.buffer.read(size))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.config.dictConfig(logging_config)
-    from sft.run import guarded, run
+    from sft.distributed import launch
+    from sft.run import guarded
 
-    return guarded(lambda: run(settings, folder, context), folder, context, sweeping=True).exit_code
+    return guarded(lambda: launch(settings, folder, context), folder, context, sweeping=True).exit_code
 
 
 if __name__ == "__main__":

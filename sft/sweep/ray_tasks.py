@@ -5,7 +5,7 @@ goes on from its last checkpoint.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hydra.core.singleton import Singleton
@@ -21,9 +21,9 @@ class RayTasks:
 
     name = "Ray task"
 
-    def __init__(self, options: dict[str, Any], hydra_context: Any, config: DictConfig):
+    def __init__(self, options: dict[str, Any], hydra_context: Any, config: DictConfig, job: Callable):
         self.options, self.context, self.config = OmegaConf.create(options), hydra_context, config
-        self.task = make_task(run_here)
+        self.task = make_task(run_here, job)
         self.tasks: dict[str, Any] = {}
 
     def start(self, jobs: list[Job], overrides: list[list[str]]) -> list[str]:

@@ -6,7 +6,7 @@ A job that Slurm takes off its node, or that reaches its time limit, saves, is q
 import logging
 import signal
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,12 @@ class SlurmJobs:
     answers = True
     """Whether Slurm did when it was asked last."""
 
-    def __init__(self, options: dict[str, Any], folder: Path, hydra_context: Any, config: DictConfig):
+    def __init__(self, options: dict[str, Any], folder: Path, hydra_context: Any, config: DictConfig, job: Callable):
         from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
 
         self.options = {**options, "submitit_folder": str(folder.resolve() / options["submitit_folder"])}
         self.launcher = SlurmLauncher(**self.options)
-        self.launcher.setup(hydra_context=hydra_context, task_function=make_task(run_in_slurm), config=config)
+        self.launcher.setup(hydra_context=hydra_context, task_function=make_task(run_in_slurm, job), config=config)
 
     def start(self, jobs: list[Job], overrides: list[list[str]]) -> list[str]:
         """Submit one array; at most `hydra.launcher.array_parallelism` of its jobs run at the same time."""

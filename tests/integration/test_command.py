@@ -177,8 +177,8 @@ sft.trainer.build_trainer = fail
 sys.argv = [{str(ROOT / "train.py")!r}, *sys.argv[1:]]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    done = subprocess.run([sys.executable, "-c", program, *QUICK, "hydra.run.dir=run"], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program, *QUICK, "hydra.run.dir=run"], capture_output=True, text=True,
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert "Failed:" in done.stderr and "a fault that nobody foresaw" in done.stderr, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "failed"

@@ -17,8 +17,9 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from sft.distributed import launch
 from sft.errors import Refusal
-from sft.run import run
+from sft.run import Context, run
 from tests.conftest import ROOT, make_settings
 from tests.faults.fault_campaign import BASE, MEASURED, write_rows
 from tests.integration.test_bad_numbers import lines_of, quick_report, record_of  # noqa: F401
@@ -94,7 +95,7 @@ def test_two_processes_are_the_run_of_one(work, whole, torchrun):
 
 def test_a_loss_that_each_process_divides_by_its_own_tokens_is_found_different(work, whole):
     fault = "trainer.extra.average_tokens_across_devices=false"  # refused on the command line
-    run(make_settings(*JOB, f"dataset.path={work / 'rows.jsonl'}", TWO, fault), work / "fault")
+    launch(make_settings(*JOB, f"dataset.path={work / 'rows.jsonl'}", TWO, fault), work / "fault", Context())
     assert any("step 1" in line for line in differences(whole, work / "fault"))
 
 
@@ -109,7 +110,10 @@ def cut_back(finished: Path, folder: Path) -> None:
 def test_a_run_goes_on_in_another_number_of_processes(work, whole):
     """From one to two processes with the command typed again, and from two to one with `resume=`."""
     cut_back(whole, work / "from one")
-    assert run(make_settings(*JOB, f"dataset.path={work / 'rows.jsonl'}", TWO), work / "from one").status == "finished"
+    assert (
+        launch(make_settings(*JOB, f"dataset.path={work / 'rows.jsonl'}", TWO), work / "from one", Context()).status
+        == "finished"
+    )
     assert differences(whole, work / "from one") == [] and record_of(work / "from one")["processes"] == 2
 
     checkpoint = work / "from one" / "checkpoints" / "checkpoint-6"  # which two processes have written
