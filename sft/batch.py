@@ -116,8 +116,7 @@ class EvenPasses:
     """A sampler that gives the rows of another one, in the same steps, with about as many tokens in each pass of a step.
 
     What is learnt stays the same. The largest pass takes less memory, and where several processes share the passes of a step,
-    none waits long for another: of 32 rows of scripts/bench/make_rows.py in two passes, the larger one had 10.5 % more tokens
-    than the mean as they came, and 0.5 % so (500 draws).
+    none waits long for another: as they come, the larger of two passes has some 10 % more tokens than the mean.
     """
 
     def __init__(self, sampler: Any, lengths: Sequence[int], rows_a_pass: int, passes: int):
@@ -210,9 +209,8 @@ def _check_shares(trainer: TrainerSettings, rows: int, processes: int) -> list[P
 
 
 COMPILED_FROM = 500_000
-"""Tokens of training from which compiling the layers pays. With an H100 and an 8B shape the first step came 15 s later than
-with kernels on the disk, and a step of some 1,400 tokens took 0.105 s in place of 0.168 (both replayed; docs/trainer.md,
-2026-11-25)."""
+"""Tokens of training from which compiling the layers pays. Compiling takes some 15 s of an 8B shape, and saves a
+third of a replayed step."""
 
 
 def is_compiled(trainer: TrainerSettings, tokens: float) -> bool:

@@ -1,6 +1,6 @@
 """Greedy answers to several prompts at once, whose steps of one token are recorded as a CUDA graph.
 
-A step of an 8B model launches some 2,500 kernels, for which a host takes 38 ms (H100, 2026-11-27); an H100 reads its weights
+A step of an 8B model launches some 2,500 kernels, for which a host takes 38 ms; an H100 reads its weights
 in 5. Keys and values therefore get a place of fixed size (transformers' StaticCache), and everything that changes from token
 to token, the choice of the next one among it, is done by the recorded kernels. Without a GPU the same steps are launched.
 Adapters, norms and attention take fewer kernels there: at one token a row, what a kernel costs by itself is a good part of the
@@ -213,8 +213,8 @@ def attend(
 
 
 def without_cudnn() -> Any:
-    """A block in which attention with a mask is not cuDNN's, which plans anew for each length: four answers of 96 tokens took
-    2.7 s the first time with it, 1.2 s without, and 1.3 and 1.2 s the second time (8B shape, H100, 2026-11-28).
+    """A block in which attention with a mask is not cuDNN's, which plans anew for each length: the
+    first answers took twice as long with it.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

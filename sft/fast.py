@@ -31,10 +31,10 @@ TOLERANCE = {4: 1e-4, 2: 1e-2}
 HIDDEN = {4: 1e-4, 2: 5e-2}
 """The same for the last hidden states of a row, as a share of their norm: kernels of two kinds round differently in 16 bits."""
 CHECKED = 256
-"""Tokens of a row that are looked at. Of 8,192 the model's own loss took 12 GiB (vocabulary of 128,256; 2026-11-27), more than
-the training that it was to make sure of."""
+"""Tokens of a row that are looked at. The model's own loss has all logits of them at once: of long rows these can take more
+memory than the training that is made sure of."""
 NUM_LENGTHS = 16
-"""Lengths that passes are recorded for. Each takes about half a second on an H100 (8B shape, 2026-11-25)."""
+"""Lengths that passes are recorded for. Each takes about half a second on an H100 (8B shape)."""
 PASSES_A_LENGTH = 10
 """Passes of a run for each of them, at least: a replayed pass saved 60 to 200 ms there."""
 
@@ -179,8 +179,8 @@ def compile_layers(base: Any) -> None:
 
 
 def _settle_shapes(base: Any) -> None:
-    """Let the rank be a variable of what is compiled, which else is compiled anew for each: 15 s in a sweep over ranks (8B
-    shape on an H100, 2026-11-27). All other sizes of a layer's tensors are constants, as they are without this.
+    """Let the rank be a variable of what is compiled, which else is compiled anew for each: 15 s in a sweep over ranks of
+    an 8B shape. All other sizes of a layer's tensors are constants, as they are without this.
 
     An adapter's scale, a number that would be compiled in, becomes a tensor where 16 bits hold it exactly, as they do a ratio
     of powers of two.

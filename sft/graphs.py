@@ -1,7 +1,7 @@
 """Passes through the decoder layers that are recorded once as CUDA graphs and replayed.
 
 A pass of an 8B shape launches some 5,000 kernels. An H100 computes up to 3,000 tokens faster than a host can launch them
-(1,024 tokens: 139 ms launched one by one, 72 ms replayed; 2026-11-25). A graph holds for one number of tokens, so passes are
+(1,024 tokens: 139 ms launched one by one, 72 ms replayed). A graph holds for one number of tokens, so passes are
 filled up to a few lengths. The output layer and the loss, whose size differs from pass to pass, are launched as ever.
 
 Nothing else sees a difference: gradients arrive at the weights through autograd, copied out of the graph, so that passes add

@@ -17,8 +17,8 @@ WORK = 0.1
 EVALUATED = 0.5
 """Work of an evaluated token against a trained one: a forward pass, where training also takes the gradients of the inputs."""
 STEPS_A_TOKEN = 2
-"""Steps of a run for each token of an answer, from which on there are answers in between: a token took a fifteenth of a step of
-8 rows, so that they take 3 % (8B shape on an H100, 2026-11-28)."""
+"""Steps of a run for each token of an answer, from which on there are answers in between: a token takes about a fifteenth of
+a step of 8 rows, so that they take some 3 %."""
 
 
 def with_looks(settings: Settings, facts: dict[str, Any]) -> Settings:

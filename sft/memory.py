@@ -4,7 +4,7 @@
 
 The sizes of the weights are exact: the model is built on torch's meta device, which holds shapes and no numbers. What a forward
 pass keeps is counted from the layers' code, a Llama-like decoder layer (RMSNorm, attention, gated MLP), so that other kinds
-are estimated less well and mixtures of experts not at all. `scripts/bench/memory_table.py` holds the estimate against a GPU.
+are estimated less well and mixtures of experts not at all. `benchmarks/memory_table.py` holds the estimate against a GPU.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ CAPACITY = {Gpu.t4: 14.74, Gpu.l4: 22.16, Gpu.a100_40: 39.56, Gpu.a100_80: 79.15
 CONTEXT = 0.6
 """GiB that CUDA, cuBLAS and the kernels take outside of torch's own count."""
 FRAGMENTATION = 1.02
-"""torch reserves more than tensors hold: 6.29 for 6.21 GiB and 15.79 for 15.74 in the README's comparison."""
+"""torch reserves more than tensors hold: 6.29 for 6.21 GiB and 15.79 for 15.74 through Unsloth."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in nf4: 4 bits, an 8-bit scale for 64 weights, a 32-bit one for 256 of those (double quantisation, section 3 of
 QLoRA, arXiv 2305.14314)."""
@@ -29,7 +29,7 @@ NF4_OPEN_BYTES = 0.5 + 4 / 64
 """The same in the form of sft/nf4.py: a 32-bit scale for 64 weights."""
 UNPACKED = 200
 """Tokens that could be computed while the 4-bit weights of a model are unpacked for a pass: with an 8B shape a step of 1,520
-tokens took 13 ms longer than in bf16, where a token takes 67 us (H100, 2026-11-25)."""
+tokens takes 13 ms longer than in bf16 on an H100, where a token takes 67 us."""
 OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0, "paged_adamw": 0,
                    "sgd": 0, "adafactor": 0.1, "lion_8bit": 1, "lion_32bit": 4, "rmsprop": 4, "adagrad": 4}  # fmt: skip
 """Bytes of optimiser state a trained weight; Adam's two float32 moments (8) for every optimiser not named."""
@@ -176,7 +176,7 @@ def kept_by_layer(shape: Shape, load: Load, value: int = 2) -> float:
     Unsloth's fused kernels keep the norms' inputs, queries, keys, values and the result, the inputs of the two blocks, gate and
     up: 27 hidden_size for Llama 3 8B.
     torch.compile keeps the inputs of the norms, of the blocks and of the adapters' layers once, queries, keys, values, gate, up
-    and their product: 36 hidden_size for Llama 3 8B (measured 36.5; 53.2 where nothing is compiled; H100, 2026-11-25).
+    and their product: 36 hidden_size for Llama 3 8B (measured 36.5; 53.2 where nothing is compiled).
     """
     hidden, inner, heads = shape.hidden_size, shape.intermediate_size, 2 * shape.query_size + 2 * shape.key_value_size
     if load.backend == "unsloth":

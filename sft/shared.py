@@ -128,7 +128,7 @@ def take_back() -> None:
     """After a run: take its adapter off the kept model, and give back the memory of all that was the run's own.
 
     What is left after the first run of several, the imported libraries above all, is not looked through again when garbage is
-    collected: that took half a second a job (80 jobs on tiny_random, 2026-11-25).
+    collected: that takes half a second a job.
     """
     global _frozen
     if "model" in _kept and (changed := _kept["model"][1].restore()):
@@ -142,7 +142,7 @@ def take_back() -> None:
 
 def freeze() -> None:
     """Do not look for garbage among all that there is by now, until `thaw`. After the first steps of a run that is what the
-    compiler has left: to look through it takes half a second (8B on an H100, 2026-11-27).
+    compiler has left: to look through it takes half a second.
     """
     if not _frozen:
         gc.freeze()

@@ -4,7 +4,7 @@ import os
 
 SPIN_COUNT = "3000"
 """Rounds that a thread of libgomp looks for work before it sleeps, where 300,000 are its default: beside other work the threads
-that spin keep the cores from those that are waited for (scripts/bench/threads.py)."""
+that spin keep the cores from those that are waited for (benchmarks/threads.py)."""
 
 
 def spin_briefly() -> None:

@@ -42,7 +42,7 @@ def test_backends_agree_on_a_gpu(small_llama, tmp_path, load_in_4bit):
         lines = (tmp_path / backend / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses[backend] = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
     assert len(losses["unsloth"]) == 6
-    # bf16 kernels of two kinds: 2e-3 was seen on an H200 (2026-11-24), on another small model.
+    # bf16 kernels of two kinds: 2e-3 was seen on an H200, on another small model.
     assert all(abs(a - b) < 2e-2 for a, b in zip(losses["unsloth"], losses["transformers"], strict=True))
 
 

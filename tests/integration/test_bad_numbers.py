@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import transformers
 
-from scripts.fault_campaign import BASE, compare, write_rows
 from sft import embedded
 from sft.run import run
 from tests.conftest import make_settings
+from tests.faults.fault_campaign import BASE, compare, write_rows
 
 JOB = (*BASE, "dataset=local", "trainer.max_steps=5", "trainer.eval_steps=3", "trainer.save_steps=3", "samples.num_held_out=0",
        "lora.lora_dropout=0")  # fmt: skip

@@ -17,11 +17,11 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from scripts.fault_campaign import BASE, MEASURED, write_rows
 from sft.distributed import launch
 from sft.errors import Refusal
 from sft.run import Context, run
 from tests.conftest import ROOT, make_settings
+from tests.faults.fault_campaign import BASE, MEASURED, write_rows
 from tests.integration.test_bad_numbers import lines_of, quick_report, record_of  # noqa: F401
 
 # 11 rows in steps of 4, so that the last step of each of the two epochs has 3: one process gets a pass without a row.

@@ -15,13 +15,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from scripts.export import main
-from scripts.fault_campaign import export_hashes
 from sft import runtime
 from sft.errors import ExportError, Refusal
 from sft.export import exporter, gguf, merge
 from sft.run import run
 from sft.runs import settings_of
 from tests.conftest import ROOT, SMALL, make_settings
+from tests.faults.fault_campaign import export_hashes
 
 # A learning rate that moves the loss well beyond the tolerances, so that a lost adapter cannot pass.
 LEARNT = ("trainer.max_steps=12", "trainer.learning_rate=2e-2", "trainer.warmup_steps=0", "trainer.eval_steps=6",

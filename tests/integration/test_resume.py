@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from scripts.fault_campaign import BASE, compare, write_rows
 from sft import checkpoints, durable, resume
 from sft.errors import Refusal
 from sft.run import run
 from sft.runtime import jsonable
 from tests.conftest import ROOT, make_settings
+from tests.faults.fault_campaign import BASE, compare, write_rows
 
 JOB = (*BASE, "dataset=local", "dataset.path=rows.jsonl")
 
@@ -157,7 +157,15 @@ def test_a_run_of_an_older_version_is_the_same_run_if_only_settings_are_new(tmp_
 
 
 def test_runs_killed_at_random_moments_end_as_if_they_never_were(tmp_path):
-    """A part of the fault campaign with a fixed seed; scripts/fault_campaign.py has the long form."""
-    command = [sys.executable, str(ROOT / "scripts" / "fault_campaign.py"), "kills=4", "seed=5", "shapes=epochs"]
+    """A part of the fault campaign with a fixed seed; tests/faults/fault_campaign.py has the long form."""
+    command = [sys.executable, str(ROOT / "tests" / "faults" / "fault_campaign.py"), "kills=4", "seed=5", "shapes=epochs"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
     assert done.returncode == 0 and "0 lost or different" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_the_exports_of_a_fault_campaign_end_where_openmp_may_have_several_threads(tmp_path):
+    """They are forked from a run that has trained: a fork that waits for a thread that it does not have waits for ever."""
+    command = [sys.executable, str(ROOT / "tests" / "faults" / "fault_campaign.py"), "kills=0", "shapes=export"]
+    threads = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=threads, timeout=280)
+    assert done.returncode == 0 and "0 lost or different" in done.stdout, done.stdout + done.stderr

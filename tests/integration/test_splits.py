@@ -6,11 +6,11 @@ import pytest
 import torch
 import trl
 
-from scripts.fault_campaign import BASE, write_rows
 from sft import checkpoints
 from sft.flat import cut
 from sft.run import run
 from tests.conftest import make_settings
+from tests.faults.fault_campaign import BASE, write_rows
 from tests.integration.test_bad_numbers import lines_of, quick_report, record_of  # noqa: F401
 
 # 12 rows: every second step has only four of them.

@@ -40,8 +40,8 @@ def test_adapters_and_whole_modules_are_counted(llama):
     assert trained(enabled=False) == 8030261248
 
 
-# Measured on one H100 80 GB in November 2026 with this shape. The rows were of uneven length (make_rows.py): the tokens of the
-# largest pass, which the peak depends on, are the average over simulations of the same number of steps.
+# Measured on one H100 80 GB with this shape (benchmarks/LOG.md). The rows were of uneven length (make_rows.py): the tokens of
+# the largest pass, which the peak depends on, are the average over simulations of the same number of steps.
 UNSLOTH = [
     (6.29, dict(bits=4, checkpointing=True), 1316),
     (15.79, dict(bits=16, checkpointing=True), 1316),
@@ -60,7 +60,7 @@ def test_unsloth_is_estimated_within_15_percent(measured, load, tokens):
     assert guess.reserved == pytest.approx(measured, rel=0.15)
 
 
-# Two rows of one length, 1B shape, by scripts/bench/memory_table.py on an H100, 2026-11-25.
+# Two rows of one length, 1B shape, by benchmarks/memory_table.py on an H100.
 UNSLOTH_1B = [
     (1.55, dict(bits=4, checkpointing=True), 1024),
     (2.84, dict(bits=4, checkpointing=True), 8192),
@@ -89,7 +89,7 @@ def test_stock_layers_are_estimated_within_5_percent(measured, rows, length):
     [(56.9, False, 6144), (44.2, True, 6144), (30.6, True, 2944), (23.9, True, 1472), (22.0, True, 1024)],
 )
 def test_rows_end_to_end_are_estimated_within_5_percent(measured, compiled, tokens):
-    """What tensors held at the peak of a forward and a backward pass (H100, bfloat16 base, 2026-11-25)."""
+    """What tensors held at the peak of a forward and a backward pass (H100, bfloat16 base)."""
     load = Load("transformers", checkpointing=False, flat=True, compiled=compiled)
     assert estimate(LLAMA_8B, load, 1, tokens).allocated == pytest.approx(measured, rel=0.05)
 

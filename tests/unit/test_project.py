@@ -65,3 +65,7 @@ def test_help_and_errors_import_nothing_heavy():
 
 def test_train_py_stays_short():
     assert len((ROOT / "train.py").read_text(encoding="utf-8").splitlines()) <= 40
+
+
+def test_a_fresh_clone_has_a_folder_for_runs_of_which_git_keeps_nothing_else():
+    assert (ROOT / "outputs" / ".gitignore").read_text(encoding="utf-8").split() == ["*", "!.gitignore"]

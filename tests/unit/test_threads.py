@@ -28,7 +28,7 @@ def look(program: str, **given: str) -> list:
 
 
 @pytest.mark.parametrize(
-    "program", ["train.py", "scripts/export.py", "scripts/chat.py", "scripts/preview.py", "scripts/fault_injection.py"]
+    "program", ["train.py", "scripts/export.py", "scripts/chat.py", "scripts/preview.py", "tests/faults/fault_injection.py"]
 )
 def test_a_program_that_will_load_torch_lets_threads_spin_briefly_before_it_does(program):
     assert look(program) == ["3000", "3000", False]

@@ -1,7 +1,7 @@
 """Other libraries on the work that `speed.py` gives this project, as plain scripts: their own API, nothing of ours.
 
-    python scripts/bench/peer.py unsloth --model DIR --data rows.json --out result.json --rows 8 --passes 1
-    python scripts/bench/peer.py trl --model DIR --data rows.json --out result.json --rows 8 --passes 1 --load-in-4bit
+    python benchmarks/peer.py unsloth --model DIR --data rows.json --out result.json --rows 8 --passes 1
+    python benchmarks/peer.py trl --model DIR --data rows.json --out result.json --rows 8 --passes 1 --load-in-4bit
 
 LoRA r 16 on seven projections, the Alpaca prompt, loss on the whole text, rows in the order of the same seed. Writes
 "seconds", "tokens" and "losses" of whole steps, from the end of one to the end of the next, "first_step" and "saved", the

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The figures of docs/benchmarks.md that want GPUs, on a machine with two of them; about 20 minutes with two H100s.
-#   bash scripts/bench/gpu_figures.sh MODEL OUT [PART ...]
+#   bash benchmarks/gpu_figures.sh MODEL OUT [PART ...]
 # MODEL is a folder with an 8B model (random weights will do). Parts: pair (two GPUs), one, default (what a default run's time goes
 # into), sweep, small (16 GiB), peers, memory, tests; all of them if none is named. `pair` comes first and `tests` last, on both GPUs;
 # the others run side by side between them, half of them on each GPU.
@@ -12,14 +12,14 @@ for part in "$@"; do [[ " $all " == *" $part "* ]] || { echo "no part $part; the
 [[ -f $model/config.json ]] || { echo "$model holds no model: no config.json" >&2; exit 2; }
 model=$(realpath "$model")
 parts=" ${*:-$all} "
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/.."
 mkdir -p "$out"
 rows=$out/rows.json long=$out/long.json
-python3 scripts/bench/make_rows.py "$rows" --rows 1000
-python3 scripts/bench/make_rows.py "$long" --rows 200 --words 1980
+python3 benchmarks/make_rows.py "$rows" --rows 1000
+python3 benchmarks/make_rows.py "$long" --rows 200 --words 1980
 wanted() { [[ $parts == *" $1 "* ]]; }
-speed() { python3 scripts/bench/speed.py --model "$model" --data "$rows" --warm-up 25 "$@"; }
-long_rows() { python3 scripts/bench/speed.py --model "$model" --data "$long" --warm-up 4 --steps 14 "$@"; }
+speed() { python3 benchmarks/speed.py --model "$model" --data "$rows" --warm-up 25 "$@"; }
+long_rows() { python3 benchmarks/speed.py --model "$model" --data "$long" --warm-up 4 --steps 14 "$@"; }
 note() { echo "[$SECONDS s] $*"; }
 
 two="trainer.torch_compile=true distributed.num_processes=2 trainer.per_device_train_batch_size=16"
@@ -34,16 +34,13 @@ fi
     note "one GPU"
   fi
   if wanted default; then
-    for script in train.py scripts/bench/endless_answers.py; do
-      name="$out/default_$(basename "$script" .py)"
-      python3 "$script" model.name="$model" dataset=local dataset.path="$rows" dataset.template=alpaca tracking=none \
-        hydra.run.dir="$name" >"$name.log" 2>&1
-      grep -A 6 '"seconds"' "$name/run.json"
-      note "a default run by $script"
-    done
+    python3 train.py model.name="$model" dataset=local dataset.path="$rows" dataset.template=alpaca tracking=none \
+      hydra.run.dir="$out/default" >"$out/default.log" 2>&1
+    grep -A 6 '"seconds"' "$out/default/run.json"
+    note "a default run"
   fi
   if wanted sweep; then
-    python3 scripts/bench/sweep_speed.py --model "$model" --data "$rows" --out "$out/sweep" \
+    python3 benchmarks/sweep_speed.py --model "$model" --data "$rows" --out "$out/sweep" \
       --overrides trainer.torch_compile=true >"$out/sweep.log" 2>&1
     tail -n 9 "$out/sweep.log"
     note "sweep"
@@ -62,8 +59,8 @@ fi
     note "peers"
   fi
   if wanted memory; then
-    python3 scripts/bench/memory_table.py --shapes 8b --lengths 512,2048,8192 --backends transformers
-    python3 scripts/bench/memory_table.py --shapes 1b --lengths 512,1024,2048,8192 --backends transformers
+    python3 benchmarks/memory_table.py --shapes 8b --lengths 512,2048,8192 --backends transformers
+    python3 benchmarks/memory_table.py --shapes 1b --lengths 512,1024,2048,8192 --backends transformers
     note "memory"
   fi
 ) &

@@ -1,8 +1,8 @@
 """Peak GPU memory, estimated and measured, for a grid of model shapes, loadings and lengths.
 
-    python scripts/bench/memory_table.py --dry                     the estimates alone, on any machine
-    python scripts/bench/memory_table.py                           on a GPU: the whole grid, as a Markdown table
-    python scripts/bench/memory_table.py --shapes 1b --lengths 512,2048 --backends transformers --compiled
+    python benchmarks/memory_table.py --dry                     the estimates alone, on any machine
+    python benchmarks/memory_table.py                           on a GPU: the whole grid, as a Markdown table
+    python benchmarks/memory_table.py --shapes 1b --lengths 512,2048 --backends transformers --compiled
 
 Each cell is a process of its own: a model with random weights in the shape of Llama 3 8B or Llama 3.2 1B, LoRA r 16 on all
 seven projections, three steps of `--rows` rows of one length through this project's trainer. Measured is
@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SHAPES = {

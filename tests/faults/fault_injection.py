@@ -1,9 +1,9 @@
 """Fail or kill every system call of one checkpoint save or one export, and look at what is left.
 
-    python scripts/fault_injection.py                 every call of a save; needs strace
-    python scripts/fault_injection.py every=10        each tenth of a kind, the first and the last among them
-    python scripts/fault_injection.py resume=5        goes on with each fifth folder to its end and compares
-    python scripts/fault_injection.py what=export every=20 resume=5
+    python tests/faults/fault_injection.py                 every call of a save; needs strace
+    python tests/faults/fault_injection.py every=10        each tenth of a kind, the first and the last among them
+    python tests/faults/fault_injection.py resume=5        goes on with each fifth folder to its end and compares
+    python tests/faults/fault_injection.py what=export every=20 resume=5
 
 A tiny run is stopped in front of its second checkpoint, or of its exports. From there processes are forked, each with a copy
 of the run folder; strace makes one call fail (ENOSPC, EIO) or kills the process in it, in each program that the export starts
@@ -24,10 +24,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from scripts.fault_campaign import compare, prepare, start, unkilled, wait  # noqa: E402
+from tests.faults.fault_campaign import compare, prepare, start, unkilled, wait  # noqa: E402
 
 FAULTS = {
     "write": ("signal=SIGKILL", "error=ENOSPC", "error=EIO"),
@@ -81,9 +81,9 @@ def main(argv: list[str]) -> int:
 def run_to_the_save(work: Path, report: Path, every: int) -> None:
     """Train up to the second save, try every fault on it from there, and end this process."""
     try:
-        from scripts.fault_campaign import settings_of
         from sft import trainer as training
         from sft.run import run
+        from tests.faults.fault_campaign import settings_of
 
         build = training.build_trainer
 
@@ -118,9 +118,9 @@ def run_to_the_save(work: Path, report: Path, every: int) -> None:
 def run_to_the_export(work: Path, report: Path, every: int) -> None:
     """Train to the end, try every fault on the exports from there, and end this process."""
     try:
-        from scripts.fault_campaign import export_hashes, settings_of
         from sft import run
         from sft.export.__main__ import main as export
+        from tests.faults.fault_campaign import export_hashes, settings_of
 
         whole = export_hashes(work / "whole-export")
 
@@ -211,7 +211,7 @@ def judge_save(folder: Path, code: int) -> str | None:
 
 def judge_export(folder: Path, code: int, whole: dict[str, str]) -> str | None:
     """What is wrong with the exports after one that ended with `code`, or None."""
-    from scripts.fault_campaign import export_hashes
+    from tests.faults.fault_campaign import export_hashes
 
     try:
         found = export_hashes(folder)

@@ -1,8 +1,8 @@
 """What a sweep costs beyond its jobs: seconds and memory a job, in one process and in a process each.
 
-    python scripts/bench/sweep_overhead.py 30             30 jobs, with the memory after each
-    python scripts/bench/sweep_overhead.py 8 process      the same with sweep.isolation=process
-    python scripts/bench/sweep_overhead.py 200
+    python benchmarks/sweep_overhead.py 30             30 jobs, with the memory after each
+    python benchmarks/sweep_overhead.py 8 process      the same with sweep.isolation=process
+    python benchmarks/sweep_overhead.py 200
 
 The jobs are one training step each on tiny_random. Overhead is the whole command's time without the time that the jobs'
 own run.json names, divided by their number; so it includes the start of the command.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 JOB = ("trainer=debug", "model=tiny_random", "dataset.max_rows=24", "samples.num_held_out=0", "tracking=none",
        "trainer.max_steps=1", "trainer.eval_steps=1", "trainer.save_steps=1")  # fmt: skip
 

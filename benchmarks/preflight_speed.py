@@ -1,7 +1,7 @@
 """How long `preflight.mode=only` takes on many rows, with nothing tokenised yet and with the tokens in the cache.
 
-    python scripts/bench/preflight_speed.py ruozhiba_qa.json
-    python scripts/bench/preflight_speed.py my_rows.json --rows 200000
+    python benchmarks/preflight_speed.py ruozhiba_qa.json
+    python benchmarks/preflight_speed.py my_rows.json --rows 200000
 
 Makes `--rows` rows (50,000) from those of a JSON file with `instruction` and `output`, by repetition with another number in
 each question, and runs the command on them three times in processes of their own: once with an empty cache of tokens, twice
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:

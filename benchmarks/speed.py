@@ -1,8 +1,8 @@
 """Training speed of this project beside its peers: the same model, rows and effective batch, in one session.
 
-    python scripts/bench/speed.py --model DIR --data rows.json --out DIR                      everything, once
-    python scripts/bench/speed.py ... --only ours_bf16_8:200,unsloth_bf16_8,notebook          some; of ours 200 steps, not 60
-    python scripts/bench/speed.py --cpu --data ruozhiba_qa.json --out DIR                     SmolLM2 on this machine's CPU
+    python benchmarks/speed.py --model DIR --data rows.json --out DIR                      everything, once
+    python benchmarks/speed.py ... --only ours_bf16_8:200,unsloth_bf16_8,notebook          some; of ours 200 steps, not 60
+    python benchmarks/speed.py --cpu --data ruozhiba_qa.json --out DIR                     SmolLM2 on this machine's CPU
 
 Every measurement is a process of its own. Seconds are those of whole steps, from the end of one to the end of the next: data,
 optimiser and logging included. Tokens a second are non-padding tokens over these seconds after `--warm-up` steps; beside the
@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 BF16 = ("model.backend=transformers", "model.load_in_4bit=false", "trainer.gradient_checkpointing=false")
 NF4 = ("model.backend=transformers", "model.load_in_4bit=true", "trainer.gradient_checkpointing=false")
@@ -140,7 +140,7 @@ def measure_ours(args: argparse.Namespace, name: str, steps: int, place: Path) -
 def measure_peer(args: argparse.Namespace, name: str, steps: int, place: Path) -> dict:
     """One run of peer.py."""
     library, rows, passes, options = PEERS[name]
-    command = [sys.executable, str(ROOT / "scripts/bench/peer.py"), library, "--model", args.model, "--data", args.data]
+    command = [sys.executable, str(ROOT / "benchmarks/peer.py"), library, "--model", args.model, "--data", args.data]
     command += ["--out", f"{place}.json", "--steps", str(steps), "--rows", str(rows), "--passes", str(passes), *options]
     with open(f"{place}.log", "w", encoding="utf-8") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)

@@ -1,6 +1,6 @@
 """Rows to tokens beside the tokenizer's own batch call on the same texts.
 
-    python scripts/bench/data_speed.py ruozhiba_qa.json --rows 1000,10000,100000
+    python benchmarks/data_speed.py ruozhiba_qa.json --rows 1000,10000,100000
 
 Three times, in processes of their own: `encode_batch` of the tokenizers library (texts are rendered before the clock starts),
 the same through transformers' `tokenizer(texts)`, and this project's `prepare`, which reads the file, renders, tokenises,
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 WAYS = ("encode_batch", "tokenizer", "prepare", "cached")
 
@@ -34,7 +34,7 @@ def main() -> None:
     if args.way:
         print(json.dumps(measure(args.way, args.source)))
         return
-    from scripts.bench.preflight_speed import make_rows
+    from benchmarks.preflight_speed import make_rows
 
     print(f"load of the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     heads = (

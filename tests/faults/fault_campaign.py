@@ -1,7 +1,7 @@
 """Kill runs at random moments, go on, and compare with the run that was never cut.
 
-    python scripts/fault_campaign.py kills=500 seed=1
-    python scripts/fault_campaign.py mode=stop kills=100       SIGTERM; measures the seconds to a durable checkpoint
+    python tests/faults/fault_campaign.py kills=500 seed=1
+    python tests/faults/fault_campaign.py mode=stop kills=100       SIGTERM; measures the seconds to a durable checkpoint
 
 Each case is a tiny run in one of a few shapes (dropout, early stopping, full fine-tuning ...). It is started, killed, started
 again with the same settings, and so on, until it is let through. Then every value in metrics.jsonl, every line of
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from sft.threads import spin_briefly  # noqa: E402
@@ -84,6 +84,8 @@ def main(argv: list[str]) -> int:
 
 def prepare(work: Path) -> None:
     """Import everything a run imports, and write the rows."""
+    # A fork has none of the threads that OpenMP started before it, and would wait for them for ever: there are to be none.
+    os.environ["OMP_NUM_THREADS"] = "1"
     from sft.runtime import prepare_environment
     from sft.settings import register
 

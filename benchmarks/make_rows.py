@@ -1,7 +1,7 @@
 """Write rows of random words with lengths like a real instruction set's, for speed measurements.
 
-    python scripts/bench/make_rows.py rows.json --rows 1000
-    python scripts/bench/make_rows.py long.json --rows 100 --words 2000
+    python benchmarks/make_rows.py rows.json --rows 1000
+    python benchmarks/make_rows.py long.json --rows 100 --words 2000
 
 The words are w0 ... w7999, one token each with a word-level tokenizer. Lengths follow a log-normal, 20 to 1,200 words, about
 150 on average, which the Alpaca prompt brings to about 190 tokens.

@@ -1,7 +1,7 @@
 """Seconds of the demo's training steps on the CPU, quiet and beside busy processes, by how its threads wait.
 
-    python scripts/bench/threads.py                     3 runs of each, of 4 steps
-    python scripts/bench/threads.py --runs 5 --busy 4
+    python benchmarks/threads.py                     3 runs of each, of 4 steps
+    python benchmarks/threads.py --runs 5 --busy 4
 
 `default` is libgomp's own 300,000 rounds, `ours` what train.py sets (sft/threads.py), `passive` OMP_WAIT_POLICY=passive. The
 kinds take turns, so that a machine that slows down slows all of them. Prints the medians and every number.
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"default": {"GOMP_SPINCOUNT": "300000"}, "ours": {}, "passive": {"OMP_WAIT_POLICY": "passive"}}
 OURS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
 

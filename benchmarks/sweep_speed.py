@@ -1,6 +1,6 @@
 """Eight jobs of a sweep, command to last adapter, beside eight processes of a peer.
 
-    python scripts/bench/sweep_speed.py --model DIR --data rows.json --out DIR --peers DIR/speed.json
+    python benchmarks/sweep_speed.py --model DIR --data rows.json --out DIR --peers DIR/speed.json
 
 The sweep is `python train.py -m lora.r=8,16 trainer.learning_rate=...` over four learning rates, `--steps` steps of 8 rows each
 with an evaluation before and after. A peer's eight processes are eight times the "saved" seconds of one, which `speed.py`
@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
