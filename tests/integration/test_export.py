@@ -95,6 +95,7 @@ def test_every_format_holds_what_was_trained(trained):
     assert moved > 0.05, "the training moved nothing, so that this test could not fail"
     for name in ("adapter", "merged_16bit", "merged_4bit", "gguf"):
         assert (trained / "export" / name / "README.md").is_file(), name
+        assert {*found["files"][name], "README.md"} == {p.name for p in (trained / "export" / name).iterdir()}, name
     assert not list((trained / "export").rglob(".*"))
     assert "<|im_start|>" in (trained / "export/gguf/Modelfile.q8_0").read_text(encoding="utf-8")
     assert record["artifacts"]["export/gguf/q8_0"] == "export/gguf/model-q8_0.gguf"
