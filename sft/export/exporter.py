@@ -306,8 +306,9 @@ def _attempt(report: dict, name: str, action: Callable[[], None]) -> bool:
     try:
         action()
     except Exception as error:  # safetensors, bitsandbytes and transformers each raise their own
-        log.error("%s could not be made: %s", name, first_line(error))
-        report["artifacts"][name] = {"status": "error", "error": first_line(error), "checks": [], "failed": ["made"]}
+        why = error.problems[0].why if isinstance(error, Refusal) else first_line(error)
+        log.error("%s could not be made: %s", name, why)
+        report["artifacts"][name] = {"status": "error", "error": why, "checks": [], "failed": ["made"]}
         return False
     return True
 
