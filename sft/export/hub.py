@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft.errors import HubError, Problem, first_line
+from sft.errors import HubError, Problem, chain_of, first_line, is_page
 from sft.printable import shown
 
 log = logging.getLogger(__name__)
@@ -296,21 +296,11 @@ def _client(silence: float) -> Iterator[None]:
         set_client_factory(before)
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error and what it was raised from, outermost first."""
-    found: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in found:
-        found.append(current)
-        current = current.__cause__ or current.__context__
-    return found
-
-
 def _status(error: BaseException) -> int | None:
     """The HTTP status that the hub answered with, if it answered."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return next((e.response.status_code for e in _chain(error) if isinstance(e, HfHubHTTPError)), None)
+    return next((e.response.status_code for e in chain_of(error) if isinstance(e, HfHubHTTPError)), None)
 
 
 def _reason(error: BaseException, token: str | None = None) -> str:
@@ -318,7 +308,7 @@ def _reason(error: BaseException, token: str | None = None) -> str:
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    chain = _chain(error)
+    chain = chain_of(error)
     answer = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
     network = next((e for e in chain if isinstance(e, httpx.TransportError)), None)
     if isinstance(error, HubError):
@@ -333,6 +323,8 @@ def _reason(error: BaseException, token: str | None = None) -> str:
         text = f"{_shown_endpoint()} does not answer"
     elif network is not None:
         text = f"no connection to {_shown_endpoint()}: {first_line(network)}"
+    elif is_page(error):
+        text = f"{_shown_endpoint()} answered with a page that is not the hub's (a proxy or a login page?)"
     else:
         root = chain[-1]
         text = f"{type(error).__name__}: {first_line(error)}"
