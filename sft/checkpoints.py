@@ -86,6 +86,7 @@ def cut_back(folder: Path, sizes: dict[str, int]) -> None:
     """Cut metrics.jsonl and samples.jsonl to the length they had at the checkpoint: later lines are written again."""
     for name in ("metrics.jsonl", "samples.jsonl"):
         path, size = folder / name, sizes.get(name, 0)
+        durable.drop_link(path)
         if not path.is_file():
             if size:
                 log.warning("%s is gone; it begins anew where the run goes on.", name)

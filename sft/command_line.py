@@ -28,7 +28,7 @@ from sft import settings as schema
 from sft.destinations import KEYS, check_destinations, destinations
 from sft.distributed import is_first, launched
 from sft.embedded import cache_dir
-from sft.errors import Problem, Refusal, first_line
+from sft.errors import Problem, Refusal, chain_of, first_line
 from sft.keys import find_field, leaf_keys, plain_type, stray_keys, unknown_key
 from sft.overrides import check_override, is_known, looks_secret, needs_sweep, one_line, parse_overrides, secret
 from sft.resume import check_folder, recorded_run, working_folder
@@ -413,6 +413,9 @@ def _check_job(config_name: str, overrides: list[str], hardware: bool, folder: P
     except Refusal as refusal:
         return refusal.problems
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        refusal = next((e for e in chain_of(error) if isinstance(e, Refusal)), None)
+        if refusal:  # of a resolver
+            return refusal.problems
         broken = _check_yaml(config_name, [o for o in overrides if o.startswith("hydra.searchpath=")])
         if broken:
             return broken  # whatever the overrides are

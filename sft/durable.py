@@ -6,12 +6,17 @@ A manifest with the size and the hash of every file lies in such a folder, so th
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from sft.printable import shown
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 ASIDE = "aside"
@@ -65,6 +70,13 @@ def remove_leftovers(parent: Path, *names: str) -> None:
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.unlink(missing_ok=True)
+
+
+def drop_link(path: Path) -> None:
+    """Take away a link where a file of a run is about to be changed: what it points to belongs to no run."""
+    if path.is_symlink():
+        log.warning("%s is a link, which is not followed: it is removed.", shown(str(path)))
+        path.unlink()
 
 
 def sync_file(path: Path) -> None:

@@ -64,6 +64,21 @@ def refuse(what: str, why: str, fix: str = "") -> Refusal:
     return Refusal([Problem(what, why, fix)])
 
 
+def chain_of(error: BaseException) -> list[BaseException]:
+    """An error and what it was raised from, outermost first."""
+    found: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in found:
+        found.append(current)
+        current = current.__cause__ or current.__context__
+    return found
+
+
+def is_page(error: BaseException) -> bool:
+    """Whether a page came in place of the hub's answer, as a proxy or a login sends one: no JSON, or no header of the hub's."""
+    return any("Expecting value" in str(e) or "X-Repo-Commit" in str(e) for e in chain_of(error))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none; without the password of an address in it."""
     return (without_passwords(str(error)).strip() or type(error).__name__).splitlines()[0][:300]

@@ -6,7 +6,7 @@ import logging
 import traceback
 from pathlib import Path
 
-from sft import distributed, runtime
+from sft import distributed, durable, runtime
 from sft.errors import ModelFault, Refusal, SaveFailed, first_line
 from sft.printable import without_passwords
 
@@ -35,8 +35,10 @@ def tell_failure(error: BaseException, folder: Path) -> None:
     log.error("Failed: %s", reason_of(error))
     for hint in _hints(error):
         log.error("hint: %s", hint)
-    with contextlib.suppress(OSError), open(folder / "train.log", "a", encoding="utf-8") as file:
-        file.write(runtime.safe("".join(traceback.format_exception(error))))
+    with contextlib.suppress(OSError):
+        durable.drop_link(folder / "train.log")
+        with open(folder / "train.log", "a", encoding="utf-8") as file:
+            file.write(runtime.safe("".join(traceback.format_exception(error))))
 
 
 def _hints(error: BaseException) -> list[str]:

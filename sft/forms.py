@@ -55,7 +55,13 @@ ARTIFACT = {
     "failed": [TEXT],
 }
 REFERENCE = {"source": TEXT, "weights": TEXT, ...: NUMBER}
-VERIFY = {"artifacts": {...: ARTIFACT}, "reference": REFERENCE, "hub": {...: TEXTS}, "modelfile": TEXT}
+VERIFY = {
+    "artifacts": {...: ARTIFACT},
+    "files": {...: [TEXT]},
+    "reference": REFERENCE,
+    "hub": {...: TEXTS},
+    "modelfile": TEXT,
+}
 SAMPLE = {
     **dict.fromkeys(("source", "prompt", "question", "reference", "completion", "finish"), TEXT),
     "step": NUMBER,

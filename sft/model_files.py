@@ -1,6 +1,7 @@
 """A model's folder as data from elsewhere: what its files say is checked before a library believes it. Reads no weight."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,53 @@ INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100 * 2**20
 """Bytes of a safetensors header, the limit of the safetensors library itself."""
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size")
+"""Keys that the width of the embeddings can stand under."""
+PLAIN = ("F64", "F32", "F16", "BF16")
+"""Types of which a number is a column; quantised ones may be packed."""
+IMPORTED = {"megatron_core": (None, "megatron.core"), "megatron_config": (None,), "auto_mapping": (None,)}
+"""Keys of an adapter's config that name a module, and their values where none is imported."""
 
 
-def check_model_files(folder: Path, model: ModelSettings) -> list[Problem]:
-    """What is wrong with the files of the model in `folder`: each problem names its file.
+def check_model_files(folder: Path, model: ModelSettings, what: str | None = None) -> list[Problem]:
+    """What is wrong with the files of the model in `folder`: each problem names its file, behind `what`.
 
     They could name code or files outside of the folder, or sizes and tokens that cannot be.
     """
+    what = what or f"model.name={model.name}"
     try:
         config, generation, index = (_read(folder / name) for name in ("config.json", "generation_config.json", INDEX))
     except ValueError as error:
-        return [Problem(f"model.name={model.name}", f"{error}", "bring the file back as its maker wrote it")]
+        return [Problem(what, f"{error}", "bring the file back as its maker wrote it")]
     problems = [] if model.trust_remote_code else _check_kernels(config)
-    problems += _check_stop_tokens(generation, _vocabulary(config))
+    problems += _check_stop_tokens("generation_config.json", generation, _vocabulary(config))
+    if not (folder / "generation_config.json").is_file():  # transformers makes one of config.json
+        problems += _check_stop_tokens("config.json", config, _vocabulary(config))
     problems += _check_index(index)
     if not problems:
         for file in sorted(folder.glob("*.safetensors")):
             problems += _check_weights(file, config)
-    return [Problem(f"model.name={model.name}: {p.what}", p.why, p.fix) for p in problems]
+    return [Problem(f"{what}: {p.what}", p.why, p.fix) for p in problems]
+
+
+def check_adapter_files(folder: Path, what: str) -> list[Problem]:
+    """What is wrong with the adapter in `folder`, behind `what`: PEFT would import what its config names, or not know it."""
+    from peft import LoraConfig
+
+    fix = "bring the file back as the run wrote it"
+    try:
+        config = _read(folder / "adapter_config.json")
+    except ValueError as error:
+        return [Problem(what, f"{error}", fix)]
+    known = {field.name for field in fields(LoraConfig) if field.init}
+    wrong = [f"It asks for {key}, which is not used here." for key, usual in IMPORTED.items() if config.get(key) not in usual]
+    if config.get("peft_type") != "LORA":
+        wrong.append(f"peft_type is {str(config.get('peft_type'))[:40]!r}, and a run trains LORA.")
+    if strange := sorted(set(config) - known):
+        wrong.append(f"The installed PEFT does not know {', '.join(key[:40] for key in strange[:5])}.")
+    problems = [Problem("adapter_config.json", why, fix) for why in wrong]
+    problems = problems or _check_weights(folder / "adapter_model.safetensors", {})
+    return [Problem(f"{what}: {p.what}", p.why, p.fix) for p in problems]
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -67,15 +97,15 @@ def _check_kernels(config: dict[str, Any]) -> list[Problem]:
     return [Problem("config.json", why, fix)]
 
 
-def _check_stop_tokens(generation: dict[str, Any], vocabulary: Any) -> list[Problem]:
-    named = generation.get("eos_token_id")
+def _check_stop_tokens(file: str, content: dict[str, Any], vocabulary: Any) -> list[Problem]:
+    named = content.get("eos_token_id")
     tokens = named if isinstance(named, list) else [named]
     most = vocabulary if isinstance(vocabulary, int) else 2**31
     wrong = [t for t in tokens if t is not None and not (type(t) is int and 0 <= t < most)]
     if not wrong:
         return []
     why = f"eos_token_id holds {str(wrong[0])[:40]}, which is no token of a vocabulary of {most}."
-    return [Problem("generation_config.json", why, "correct it in a local copy of the model")]
+    return [Problem(file, why, "correct it in a local copy of the model")]
 
 
 def _check_index(index: dict[str, Any]) -> list[Problem]:
@@ -102,12 +132,38 @@ def _check_weights(file: Path, config: dict[str, Any]) -> list[Problem]:
             ]
         try:
             header = json.loads(opened.read(length))
-            shapes = {k: list(v["shape"]) for k, v in header.items() if k.endswith(EMBEDDINGS)}
+            tensors = {key: value for key, value in header.items() if key != "__metadata__"}
+            shapes = {k: list(v["shape"]) for k, v in tensors.items() if k.endswith(EMBEDDINGS)}
+            places = sorted(tuple(v["data_offsets"]) for v in tensors.values())
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             return [Problem(file.name, f"Its header cannot be read: {first_line(error)}.", fix)]
-    rows = _vocabulary(config)
-    return [
-        Problem("config.json", f"vocab_size is {rows}, and {name} in {file.name} has {shape[0]} rows.", fix)
-        for name, shape in shapes.items()
-        if isinstance(rows, int) and len(shape) == 2 and shape[0] != rows
-    ]
+    if why := _odd_places(places, size - 8 - length):
+        return [Problem(file.name, f"{why}: it is damaged, or was not copied to its end.", fix)]
+    problems, rows, widths = [], _vocabulary(config), _widths(config)
+    for name, shape in shapes.items():
+        if isinstance(rows, int) and len(shape) == 2 and shape[0] != rows:
+            why = f"vocab_size is {rows}, and {name} in {file.name} has {shape[0]} rows."
+            problems.append(Problem("config.json", why, fix))
+        if widths and len(shape) == 2 and shape[1] not in widths.values() and tensors[name].get("dtype") in PLAIN:
+            key, width = next(iter(widths.items()))
+            why = f"{key} is {width}, and {name} in {file.name} has {shape[1]} columns."
+            problems.append(Problem("config.json", why, fix))
+    return problems
+
+
+def _widths(config: dict[str, Any]) -> dict[str, int]:
+    inner = config.get("text_config")
+    found = [(key, of.get(key)) for of in (inner, config) if isinstance(of, dict) for key in WIDTHS]
+    return {key: width for key, width in found if type(width) is int}
+
+
+def _odd_places(places: list[tuple], size: int) -> str | None:
+    """What cannot be about the places of the tensors of a file, in their order; `size` bytes of data follow the header."""
+    end = 0
+    for place in places:
+        if len(place) != 2 or any(type(at) is not int for at in place) or not 0 <= place[0] <= place[1]:
+            return f"Its header puts a tensor at {str(list(place))[:60]}"
+        if place[0] < end:
+            return f"Its header puts two tensors on each other, at byte {place[0]:,} of the data"
+        end = place[1]
+    return f"Its header asks for {end:,} bytes of data, and {size:,} are there" if end > size else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from sft import embedded, strategy
 from sft.batch import why_padded
-from sft.errors import Problem, Refusal, first_line, refuse
+from sft.errors import Problem, Refusal, first_line, is_page, refuse
 from sft.memory import CAPACITY, CONTEXT, within_limit
 from sft.model_files import INDEX, check_model_files
 from sft.rows import hub_unreachable
@@ -301,6 +301,8 @@ def _loading(model: ModelSettings) -> Iterator[None]:
     except OSError as error:
         raise _load_failed(model, error) from error
     except ValueError as error:
+        if is_page(error) and not Path(model.name).expanduser().is_dir():
+            raise _load_failed(model, error) from error
         if not asks_for_code(error):
             raise
         raise Refusal([code_problem(model)]) from error
@@ -318,9 +320,11 @@ def code_problem(model: ModelSettings) -> Problem:
     return Problem(f"model.name={model.name}", why, fix)
 
 
-def _load_failed(model: ModelSettings, error: OSError):
+def _load_failed(model: ModelSettings, error: OSError | ValueError):
     text = str(error)
     what = f"model.name={model.name}"
+    if is_page(error):  # its text names the file that was asked for
+        return hub_unreachable(what, error, "model.name=/path/to/the/model")
     if "gated" in text.lower() or "401" in text or "403" in text:
         fix = f"accept its licence at https://huggingface.co/{model.name}, then: hf auth login   or set HF_TOKEN"
         return refuse(what, "The model is gated or private, and this machine has no access to it.", fix)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sft import embedded, limits
 from sft.columns import as_text
-from sft.errors import first_line, refuse
+from sft.errors import first_line, is_page, refuse
 from sft.files import read_file
 from sft.printable import without_passwords
 from sft.settings import DatasetSettings
@@ -50,6 +50,8 @@ def _read_hub(data: DatasetSettings, split: str) -> tuple[Sequence[dict], dict[s
     except (ConnectionError, OSError) as error:
         raise hub_unreachable(what, error, "dataset.path=/path/to/a/file.jsonl") from error
     except ValueError as error:
+        if is_page(error):
+            raise hub_unreachable(what, error, "dataset.path=/path/to/a/file.jsonl") from error
         raise refuse(f"{what} dataset.split={split}", first_line(error)) from error
     return rows, {"name": f"{data.name} ({split})", "hash": rows._fingerprint}
 
@@ -58,7 +60,7 @@ def hub_unreachable(what: str, error: Exception, local: str):
     """The refusal of a download that failed, naming the mirror variable and the local way."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     why = f"The hub at {without_passwords(endpoint)} could not be reached: {first_line(error)}"
-    if "Expecting value" in str(error):  # JSON was wanted
+    if is_page(error):
         why = f"{without_passwords(endpoint)} answered with a page that is not the hub's (a proxy or a login page?)."
     fix = "HF_ENDPOINT=https://hf-mirror.com python train.py ...   where only a mirror can be reached"
     fix += f"\n{local}   for a local copy"

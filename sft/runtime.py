@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sft.durable import sync_file
+from sft.durable import drop_link, sync_file
 from sft.embedded import cache_dir
 from sft.paths import ROOT
 from sft.printable import shown, without_passwords
@@ -54,6 +54,10 @@ class ConsoleHandler(logging.StreamHandler):
 
 class LogFile(logging.FileHandler):
     """train.log. A line that the disk does not take is lost in silence: the run says itself what is wrong with the disk."""
+
+    def _open(self) -> Any:
+        drop_link(Path(self.baseFilename))
+        return super()._open()
 
     def format(self, record: logging.LogRecord) -> str:
         """The line as a terminal may show it: `cat` and `tail -f` would send on what rows and file names hold."""
@@ -192,6 +196,7 @@ def write_text(path: Path, text: str) -> None:
 
 def append_jsonl(path: Path, entry: dict[str, Any]) -> None:
     """Add one line to a JSON-lines file."""
+    drop_link(path)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(jsonable(entry), ensure_ascii=False, allow_nan=False) + "\n")
 

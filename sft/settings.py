@@ -15,6 +15,12 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from omegaconf.resolvers import oc
+
+from sft.errors import refuse
+
+SECRET_NAME = re.compile(r"SECRET|PASSW|APIKEY|CREDENTIAL|TOKEN(?![A-Z])|(^|_)KEY(?![A-Z])")
+"""Environment variables, in capitals, of which no setting is filled in."""
 
 
 class Backend(Enum):
@@ -482,6 +488,16 @@ def register() -> None:
     warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     OmegaConf.register_new_resolver("pick", _pick, replace=True)
     OmegaConf.register_new_resolver("job_label", _job_label, replace=True)
+    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+
+
+def _environment(name: str, *default: Any) -> Any:
+    """`${oc.env:NAME}`, but for what is named like a secret: a setting's value is written to the run folder."""
+    if SECRET_NAME.search(str(name).upper()):
+        why = "It is named like a secret, and a setting's value is written to the run folder and to the log."
+        fix = "leave it out: the libraries read HF_TOKEN and WANDB_API_KEY themselves\nrename the variable if it is none"
+        raise refuse(f"${{oc.env:{name}}}", why, fix)
+    return oc.env(name, *default)
 
 
 def _pick(condition: bool, if_true: Any, if_false: Any) -> Any:

@@ -72,7 +72,7 @@ def _export(folder: Path, settings: Settings, weights: Path | None) -> dict[str,
     _clear_leftovers(folder / "export")
     trained = read_trained(folder, settings, weights)
     with_merged = {"merged_16bit", "merged_4bit", "gguf"} & set(wanted.formats)
-    report: dict[str, Any] = {"artifacts": {}, "made_at": runtime.now()}
+    report: dict[str, Any] = {"artifacts": {}, "files": _earlier_files(folder), "made_at": runtime.now()}
     started = time.monotonic()
     log.info("Export %s of %s", ", ".join(wanted.formats), os.path.relpath(trained.weights))
     model = merge.load_trained(settings, trained.weights)
@@ -93,10 +93,12 @@ def _export(folder: Path, settings: Settings, weights: Path | None) -> dict[str,
                 merge.save(model, trained.tokenizer, trained.stop_ids, merged, _source(trained))
             except Exception as error:  # safetensors raises its own on a full disk
                 raise ExportError(f"the merged weights could not be saved: {first_line(error)}") from error
+            if "merged_16bit" in wanted.formats:
+                _list_folder(report, merged)
         del model
         runtime.release_memory()
-        if "adapter" in wanted.formats:
-            _attempt(report, "adapter", lambda: _copy_adapter(trained))
+        if "adapter" in wanted.formats and _attempt(report, "adapter", lambda: _copy_adapter(trained)):
+            _list_folder(report, folder / "export" / "adapter")
         rounded = None
         if "merged_16bit" in wanted.formats:
             rounded = _prove_folder(trained, report, reference, "merged_16bit", merged, None, begun)
@@ -233,6 +235,7 @@ def _copy_adapter(trained: Trained) -> None:
 def _make_4bit(trained: Trained, report: dict, reference: proof.Measurement, merged: Path) -> None:
     place, begun = trained.folder / "export" / "merged_4bit", time.monotonic()
     if _attempt(report, "merged_4bit", lambda: merge.save_4bit(merged, place)):
+        _list_folder(report, place)
         runtime.release_memory()
         limit = trained.settings.export.max_loss_increase
         _prove_folder(trained, report, reference, "merged_4bit", place, limit, begun)
@@ -262,6 +265,7 @@ def _make_gguf(
                 else:
                     made = _attempt(report, name, lambda k=kind, f=file: gguf.quantise(whole, f, k))
             if made:
+                _list_gguf(report, file)
                 _write_modelfile(trained, report, file)
                 proving = functools.partial(_prove_gguf, trained, report, reference, rounded, name, file, kind, begun)
                 _attempt(report, name, proving)
@@ -276,7 +280,8 @@ def _write_modelfile(trained: Trained, report: dict, file: Path) -> None:
     """Put an Ollama Modelfile beside a GGUF file, or say why Ollama could not render the prompts of the training."""
     try:
         shape, stops = prompt_form(trained.folder)
-        modelfile.write_modelfile(file.parent, file.name, trained.settings, shape, trained.tokenizer, stops)
+        place = modelfile.write_modelfile(file.parent, file.name, trained.settings, shape, trained.tokenizer, stops)
+        _list_gguf(report, place)
     except ExportError as error:
         report["modelfile"] = str(error)
         log.warning("%s: %s", file.name, error)
@@ -289,6 +294,7 @@ def _make_gguf_adapter(trained: Trained, report: dict, merged: Path, whole: Path
         if not whole.exists():
             gguf.convert(merged, whole)
         layers = gguf.write_adapter(trained.weights, merged, whole, file, _has_tied_ends(trained))
+        _list_gguf(report, file)
         told = f"{layers} layers in the order of llama.cpp's own converter"
         _note(trained, report, "gguf/adapter", file, [verify.Check("tensors", True, told, told)], {}, begun)
 
@@ -300,8 +306,9 @@ def _attempt(report: dict, name: str, action: Callable[[], None]) -> bool:
     try:
         action()
     except Exception as error:  # safetensors, bitsandbytes and transformers each raise their own
-        log.error("%s could not be made: %s", name, first_line(error))
-        report["artifacts"][name] = {"status": "error", "error": first_line(error), "checks": [], "failed": ["made"]}
+        why = error.problems[0].why if isinstance(error, Refusal) else first_line(error)
+        log.error("%s could not be made: %s", name, why)
+        report["artifacts"][name] = {"status": "error", "error": why, "checks": [], "failed": ["made"]}
         return False
     return True
 
@@ -515,6 +522,37 @@ def _with_earlier(folder: Path, report: dict) -> dict:
     return {**report, "artifacts": {**kept, **report["artifacts"]}}
 
 
+# ------------------------------------------------------------------------------- what the export wrote, for a push
+
+
+def _list_folder(report: dict, place: Path) -> None:
+    """Note the files of an export's folder, which has just been put in place as a whole."""
+    report["files"][place.name] = sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file())
+
+
+def _list_gguf(report: dict, file: Path) -> None:
+    """Note one file of export/gguf/, in which those of earlier exports stay."""
+    report["files"]["gguf"] = sorted({*report["files"].get("gguf", []), file.name})
+
+
+def _written(report: dict, format: str) -> list[str] | None:
+    """The files that an export wrote, relative to its folder; None where verify.json does not say."""
+    files = report.get("files")
+    names = files.get(format) if isinstance(files, dict) else None
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else None
+
+
+def _earlier_files(folder: Path) -> dict[str, list[str]]:
+    """The lists of earlier exports; GGUF files from before there were lists are known by their artifacts."""
+    earlier = read_json(folder / "export" / "verify.json")
+    files = {format: names for format in FORMATS if (names := _written(earlier, format)) is not None}
+    kinds = [n.partition("/")[2] for n in earlier.get("artifacts") or {} if n.startswith("gguf/")]
+    names = [name for k in kinds for name in (f"model-{k}.gguf", f"Modelfile.{k}", f"{k}.gguf")]
+    if kinds and "gguf" not in files:
+        files["gguf"] = [name for name in names if (folder / "export" / "gguf" / name).is_file()]
+    return files
+
+
 # ------------------------------------------------------------------------------------------- the card and the hub
 
 
@@ -535,7 +573,8 @@ def _describe_and_push(folder: Path, settings: Settings, report: dict) -> None:
             pushed[format] = {"error": f"not pushed, because of {', '.join(drifted)}"}
         else:
             try:
-                pushed[format] = {"url": hub.push(place, repo, format, wanted.hub.private)}
+                url = hub.push(place, repo, format, wanted.hub.private, _written(report, format))
+                pushed[format] = {"url": url}
                 log.info("       pushed        %s", pushed[format]["url"])
             except HubError as error:
                 again = f"python scripts/export.py run={os.path.relpath(folder)} push=true export.hub.repo={repo}"

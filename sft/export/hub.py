@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft.errors import HubError, Problem, first_line
+from sft.errors import HubError, Problem, chain_of, first_line, is_page
+from sft.printable import shown
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,9 @@ REPO_SUFFIX = {"merged_16bit": "", "adapter": "-LoRA", "merged_4bit": "-bnb-4bit
 # with another number of shards would be loaded in place of the new weights, or beside them.
 MODEL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 WEIGHTS = {"merged_16bit": MODEL_WEIGHTS, "merged_4bit": MODEL_WEIGHTS}
+CARD = "README.md"
+NAMED = 10
+"""How many of the files that are left out are named."""
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 15.0
@@ -156,10 +160,11 @@ def _create(api: Any, target: str, private: bool, token: str) -> list[Problem]:
 # ----------------------------------------------------------------------------------------------------------- send
 
 
-def push(folder: Path, repo: str, format: str, private: bool) -> str:
+def push(folder: Path, repo: str, format: str, private: bool, written: list[str] | None = None) -> str:
     """Send the files of `folder` to the repository of `format`, all in one commit, and return the repository's address.
 
-    `repo` is `export.hub.repo`, without the suffix. Readers see all of the files or none. What the server has already,
+    `repo` is `export.hub.repo`, without the suffix; `written` names the files that the export wrote, the only ones sent beside
+    the card. Without it all are. Readers see all of the files or none. What the server has already,
     committed or left from a push that failed, is not sent again. Nothing is deleted but weights of an earlier push that
     would be loaded in place of these. Hidden files stay here, and links are refused. Raises HubError with the
     reason in one line.
@@ -169,7 +174,7 @@ def push(folder: Path, repo: str, format: str, private: bool) -> str:
         token = _find_token()
         if not token:
             raise HubError("there is no token: hf auth login, or set HF_TOKEN")
-        files = _files_of(folder)
+        files = _files_of(folder, written)
         if not files:
             raise HubError(f"the folder {folder.name} holds no files")
         _refuse_local_base(folder / "adapter_config.json")
@@ -223,10 +228,11 @@ def _commit(api: Any, target: str, files: dict[str, Path], format: str) -> None:
         raise HubError(f"its .gitignore keeps out {', '.join(ignored)}")
 
 
-def _files_of(folder: Path) -> dict[str, Path]:
+def _files_of(folder: Path, written: list[str] | None) -> dict[str, Path]:
     """The plain files of a folder by their names in the repository, without hidden ones and what lies in hidden folders.
 
-    Raises HubError for links: an export makes none, and what they point to is no part of it.
+    With `written` only these and the card; a name in it that leads out of the folder is the name of none. Raises HubError for
+    links: an export makes none, and what they point to is no part of it.
     """
     if folder.is_symlink():
         raise HubError(f"{folder.name} is a link, which is not followed; nothing was sent")
@@ -234,7 +240,14 @@ def _files_of(folder: Path) -> dict[str, Path]:
     found = {name: path for name, path in found.items() if not any(part.startswith(".") for part in name.parts)}
     if links := [name.as_posix() for name, path in found.items() if path.is_symlink()]:
         raise HubError(f"it holds links, which are not followed; remove {', '.join(links)}; nothing was sent")
-    return {name.as_posix(): path for name, path in found.items() if path.is_file()}
+    files = {name.as_posix(): path for name, path in found.items() if path.is_file()}
+    if written is None:
+        log.info("       %s/ has no list of what the export wrote: every file in it is sent.", folder.name)
+        return files
+    if others := [name for name in files if name not in written and name != CARD]:
+        told = ", ".join(map(shown, others[:NAMED])) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
+        log.warning("%s/: %d files that the export did not write are not sent: %s", folder.name, len(others), told)
+    return {name: path for name, path in files.items() if name not in others}
 
 
 # ------------------------------------------------------------------------------------------------------ the client
@@ -283,21 +296,11 @@ def _client(silence: float) -> Iterator[None]:
         set_client_factory(before)
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error and what it was raised from, outermost first."""
-    found: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in found:
-        found.append(current)
-        current = current.__cause__ or current.__context__
-    return found
-
-
 def _status(error: BaseException) -> int | None:
     """The HTTP status that the hub answered with, if it answered."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return next((e.response.status_code for e in _chain(error) if isinstance(e, HfHubHTTPError)), None)
+    return next((e.response.status_code for e in chain_of(error) if isinstance(e, HfHubHTTPError)), None)
 
 
 def _reason(error: BaseException, token: str | None = None) -> str:
@@ -305,7 +308,7 @@ def _reason(error: BaseException, token: str | None = None) -> str:
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    chain = _chain(error)
+    chain = chain_of(error)
     answer = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
     network = next((e for e in chain if isinstance(e, httpx.TransportError)), None)
     if isinstance(error, HubError):
@@ -320,6 +323,8 @@ def _reason(error: BaseException, token: str | None = None) -> str:
         text = f"{_shown_endpoint()} does not answer"
     elif network is not None:
         text = f"no connection to {_shown_endpoint()}: {first_line(network)}"
+    elif is_page(error):
+        text = f"{_shown_endpoint()} answered with a page that is not the hub's (a proxy or a login page?)"
     else:
         root = chain[-1]
         text = f"{type(error).__name__}: {first_line(error)}"

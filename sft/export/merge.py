@@ -3,32 +3,45 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sft import durable
-from sft.errors import refuse
-from sft.settings import Settings
+from sft.errors import Refusal, first_line, refuse
+from sft.model_files import check_adapter_files, check_model_files
+from sft.settings import ModelSettings, Settings
 
 
 def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> Any:
     """The trained model, loaded afresh through transformers and PEFT: the base and `weights`, adapter/ or model/.
 
     `quantised=False` turns a base that was trained in 4 or 8 bits into plain layers that hold the very same values, so that
-    an adapter can be folded in without being rounded to 4 bits. Raises Refusal if the base cannot be found.
+    an adapter can be folded in without being rounded to 4 bits. Raises Refusal if the base cannot be found, or the files of
+    `weights` cannot be believed.
     """
     from sft import models
 
     if not settings.lora.enabled:
         return _load_folder(weights, models.torch_dtype(settings.model))
+    import torch
     from peft import PeftModel
 
     if not (weights / "adapter_model.safetensors").is_file():  # PEFT would take adapter_model.bin, which can run code
         raise refuse(f"run={weights.parent}", f"{weights.name}/ holds no adapter_model.safetensors.", "train it again")
+    problems = check_adapter_files(weights, f"run={weights.parent}")
+    if problems:
+        raise Refusal(problems)
     base, _ = models.load_model(settings, "transformers")
     if not quantised and getattr(base, "is_quantized", False):
         base = base.dequantize()
-    return PeftModel.from_pretrained(base, str(weights))
+    try:
+        return PeftModel.from_pretrained(base, str(weights))
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        why = f"PEFT cannot put {weights.name}/ on the model: {first_line(error)}"
+        raise refuse(f"run={weights.parent}", why, "bring the files of the folder back as the run wrote them") from error
 
 
 def merge(model: Any) -> Any:
@@ -126,6 +139,9 @@ def _load_folder(folder: Path, dtype: Any, quantise: bool = False) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    problems = check_model_files(folder, ModelSettings(name=str(folder)), str(folder))
+    if problems:
+        raise Refusal([replace(p, fix="export it again, or bring the file back as the export wrote it") for p in problems])
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     if torch.cuda.is_available():
         options["device_map"] = {"": 0}

@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sft import runtime
+from sft.errors import first_line
 from sft.processes import child_environment, python_command
 from sft.records import number, read_json
 from sft.settings import Settings
@@ -102,7 +103,13 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:  # before the run, which tells its own; Python's own way out would abort at the waiting thread
+        print(runtime.safe(f"Failed: the job could not begin: {type(error).__name__}: {first_line(error)}"), file=sys.stderr)
+        code = 1
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

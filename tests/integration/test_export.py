@@ -95,6 +95,7 @@ def test_every_format_holds_what_was_trained(trained):
     assert moved > 0.05, "the training moved nothing, so that this test could not fail"
     for name in ("adapter", "merged_16bit", "merged_4bit", "gguf"):
         assert (trained / "export" / name / "README.md").is_file(), name
+        assert {*found["files"][name], "README.md"} == {p.name for p in (trained / "export" / name).iterdir()}, name
     assert not list((trained / "export").rglob(".*"))
     assert "<|im_start|>" in (trained / "export/gguf/Modelfile.q8_0").read_text(encoding="utf-8")
     assert record["artifacts"]["export/gguf/q8_0"] == "export/gguf/model-q8_0.gguf"
@@ -475,6 +476,45 @@ def test_a_disk_that_fills_up_ends_an_export_in_a_line_and_the_next_one_complete
     monkeypatch.undo()
     assert main([f"run={copied}", *words]) == 0
     assert export_hashes(copied).items() <= whole.items() and len(export_hashes(copied)) > len(files)
+
+
+@pytest.mark.parametrize(("keys", "told"), [
+    ({"megatron_core": "a_strangers_module"}, "asks for megatron_core"), ({"megatron_config": {}}, "asks for megatron_config"),
+    ({"auto_mapping": {"parent_library": "queue"}}, "asks for auto_mapping"), ({"colour": "red"}, "does not know colour"),
+    ({"peft_type": "IA3"}, "peft_type is 'IA3'"), ({"r": "x"}, "PEFT cannot put adapter/ on the model"),
+    ({"target_modules": ["nothing"]}, "PEFT cannot put adapter/ on the model"),
+])  # fmt: skip
+def test_an_adapter_config_that_peft_would_obey_or_not_know_is_refused_by_name(copied, capfd, keys, told):
+    from scripts import chat
+
+    file = copied / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    for program in (lambda: main([f"run={copied}", "export=adapter"]), lambda: chat.main([f"run={copied}", "prompt=hello"])):
+        assert program() == 2
+        text = capfd.readouterr().err
+        assert f"run={copied}" in text and told in text and "Traceback" not in text
+
+
+def test_an_adapter_whose_weights_were_cut_off_is_refused_by_name(copied, capfd):
+    file = copied / "adapter" / "adapter_model.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+    assert main([f"run={copied}", "export=adapter"]) == 2
+    assert "adapter_model.safetensors" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "keys", "told"), [
+    ("config.json", {"attn_implementation": "attacker/kernel"}, "attacker/kernel"),
+    ("config.json", {"hidden_size": 48}, "hidden_size is 48"),
+    ("model.safetensors.index.json", {"weight_map": {"a": "../adapter/adapter_model.safetensors"}}, "own folder"),
+])  # fmt: skip
+def test_a_merged_folder_is_checked_before_a_chat_loads_it(copied, capfd, name, keys, told):
+    from scripts import chat
+
+    file = copied / "export" / "merged_16bit" / name
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | keys))
+    assert chat.main([f"run={file.parent}", "prompt=hello"]) == 2
+    text = capfd.readouterr().err
+    assert f"{file.parent}: {name}" in text and told in text and "hint: export it again" in text
 
 
 def test_a_run_without_its_rows_says_so(copied):

@@ -219,6 +219,44 @@ def test_a_link_in_an_export_is_named_and_not_followed(hub, tmp_path, made):
     assert hub.repos == {}
 
 
+def test_a_push_sends_what_the_export_wrote_and_names_the_rest(hub, merged, tmp_path, caplog):
+    written = [p.name for p in merged.iterdir() if p.name != "README.md"]
+    make_folder(merged, notes__txt="mine")
+    make_folder(merged / "sub", id_rsa="PRIVATE")
+    make_folder(tmp_path / "run", secret="PRIVATE")
+    push(merged, "me/model", "merged_16bit", True, [*written, "../../secret", str(tmp_path / "run" / "secret")])
+    assert set(hub.repos["me/model"].files) - {".gitattributes"} == {*written, "README.md"}
+    (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert "2 files" in warning and "notes.txt, sub/id_rsa" in warning
+
+
+def test_an_export_without_a_list_is_pushed_whole_and_says_so(hub, merged, caplog):
+    caplog.set_level(logging.INFO)
+    make_folder(merged, notes__txt="kept")
+    push(merged, "me/model", "merged_16bit", True)
+    assert "notes.txt" in hub.repos["me/model"].files and caplog.text.count("every file in it is sent") == 1
+
+
+LISTED = ["adapter_config.json", "adapter_model.safetensors", "../../run.json", 7]
+
+
+@pytest.mark.parametrize("files", [{"adapter": LISTED}, [], 5])
+def test_the_list_in_verify_json_names_files_of_the_export_alone(hub, tmp_path, files):
+    from sft.export.exporter import _describe_and_push, _earlier_files
+    from sft.runtime import jsonable
+
+    run, settings = tmp_path / "run", make_settings(*SMALL, "export=adapter", "export.hub.repo=me/demo")
+    make_folder(run / "export" / "adapter", adapter_config__json="{}", adapter_model__safetensors="weights", notes__txt="x")
+    (run / "run.json").write_text(json.dumps({"status": "finished", "settings": jsonable(settings)}))
+    report = {"artifacts": {"adapter": {"status": "ok", "path": "adapter"}}, "files": files}
+    (run / "export" / "verify.json").write_text(json.dumps(report))
+    _describe_and_push(run, settings, report)
+    sent = set(hub.repos["me/demo-LoRA"].files) - {".gitattributes"}
+    assert sent - {"notes.txt"} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert ("notes.txt" in sent) == (not isinstance(files, dict))
+    assert set(_earlier_files(run)) == set(files if isinstance(files, dict) else ())
+
+
 def test_the_hint_after_a_failed_push_pushes_what_is_on_disk(hub, tmp_path):
     from scripts import export
     from sft.runtime import jsonable

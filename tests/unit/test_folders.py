@@ -11,14 +11,16 @@ import pytest
 
 from sft import report, resume, run
 from sft.chat import find_target
+from sft.checkpoints import cut_back
 from sft.command_line import check_command_line
 from sft.errors import Refusal
 from sft.export.card import write_card
 from sft.export.exporter import _with_earlier, failures
+from sft.failures import tell_failure
 from sft.records import read_json
 from sft.resume import recorded_run, working_folder
 from sft.runs import prompt_form, settings_of
-from sft.runtime import RunRecord, StopRequest, config_hash, jsonable
+from sft.runtime import LogFile, RunRecord, StopRequest, append_jsonl, config_hash, jsonable
 from sft.sweep.index import load_index
 from sft.sweep.leaderboard import read_leaderboard, write_csv
 from sft.sweep.report import write_sweep_report
@@ -93,6 +95,25 @@ def test_a_working_folder_that_comes_with_the_run_is_not_believed(folder, tmp_pa
     with working_folder(named, tmp_path / "alias"):
         assert Path.cwd() == tmp_path
     assert "not believed" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl", "samples.jsonl"])
+def test_a_link_in_a_run_folder_is_not_written_through(folder, tmp_path, caplog, name):
+    precious = tmp_path / "precious"
+    precious.write_text("mine\n")
+    writers = {
+        "opened": lambda place: LogFile(place, encoding="utf-8").close(),
+        "failed": lambda place: tell_failure(ValueError("x"), folder),
+        "appended": lambda place: append_jsonl(place, {"step": 1}),
+        "cut": lambda place: cut_back(folder, {name: 2}),
+    }
+    for way in ("opened", "failed") if name == "train.log" else ("appended", "cut"):
+        caplog.clear()
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(precious)
+        writers[way](folder / name)
+        assert precious.read_text() == "mine\n" and not (folder / name).is_symlink()
+        assert f"{name} is a link, which is not followed" in caplog.text
 
 
 ODD = (None, True, -1, 0, 1.5, 1e308, 10**400, "", "x", "a\0b", "${oc.env:HOME}", "\ud800", "../..", [], [1], ["x"], [[1]],
@@ -203,4 +224,4 @@ def test_whatever_stands_in_a_folder_ends_in_a_result_or_in_a_refusal(tmp_path, 
             finally:
                 os.chdir(tmp_path)
         shutil.rmtree(sweep)
-    assert raised == []
+    assert not raised, "\n".join(raised)

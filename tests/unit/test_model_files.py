@@ -7,6 +7,7 @@ import pytest
 
 from sft import embedded
 from sft.errors import Refusal
+from sft.model_files import check_model_files
 from sft.models import load_tokenizer
 from sft.preflight import Found, check_settings
 from sft.settings import ModelSettings, Settings
@@ -82,6 +83,47 @@ def test_headers_of_an_odd_form_end_without_a_traceback(model, shape):
 def test_a_vocabulary_that_the_weights_do_not_have_is_refused(model, rows):
     text = refusal_of(model("config.json", vocab_size=rows))
     assert f"vocab_size is {rows}, and model.embed_tokens.weight in model.safetensors has 49152 rows" in text
+
+
+def test_a_width_that_the_weights_do_not_have_is_refused(model):
+    text = refusal_of(model("config.json", hidden_size=48))
+    assert "hidden_size is 48, and model.embed_tokens.weight in model.safetensors has 64 columns" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype"), [({"word_embed_proj_dim": 64, "hidden_size": 48}, "F32"), ({"hidden_size": 48}, "U32")]
+)
+def test_narrower_and_packed_embeddings_are_taken(model, keys, dtype):
+    folder = model("config.json", **keys)
+    write_header(folder, {"model.embed_tokens.weight": {"shape": [49152, 64], "dtype": dtype, "data_offsets": [0, 8]}}, 8)
+    assert check_model_files(folder, ModelSettings(name=str(folder))) == []
+
+
+def write_header(folder, header, data: int) -> None:
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
+
+
+@pytest.mark.parametrize(("places", "told"), [
+    ([[0, 101]], "asks for 101 bytes of data, and 100 are there"), ([[0, 60], [50, 100]], "two tensors on each other"),
+    ([[-4, 10]], "puts a tensor at [-4, 10]"), ([[10, 4]], "puts a tensor at [10, 4]"), ([[0]], "puts a tensor at [0]"),
+    ([[0, True]], "puts a tensor at"), ([[0, 2**70]], "asks for 1,180,591,620,717,411,303,424 bytes"),
+    ([None], "cannot be read"), ([["a", "b"]], "puts a tensor at"), ([[0, "b"], ["a", 1]], "cannot be read"),
+])  # fmt: skip
+def test_tensors_that_lie_where_they_cannot_are_refused(model, places, told):
+    folder = model("config.json")
+    tensors = {f"layer.{i}": {"shape": [1], "dtype": "F32", "data_offsets": place} for i, place in enumerate(places)}
+    write_header(folder, tensors | {"__metadata__": {"format": "pt"}}, 100)
+    text = refusal_of(folder)
+    assert ": model.safetensors" in text and told in text
+
+
+@pytest.mark.parametrize("eos", [-5, 10**9])
+def test_stop_tokens_of_config_json_count_where_there_are_no_others(model, eos):
+    folder = model("config.json", eos_token_id=eos)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    text = refusal_of(folder)
+    assert ": config.json" in text and f"eos_token_id holds {eos}" in text
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "\x00", "[" * 100_000])

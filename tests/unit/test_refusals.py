@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shlex
 import subprocess
@@ -13,10 +14,12 @@ import pytest
 from sft import validate
 from sft.command_line import check_command_line, read_settings, stop_on_refusal
 from sft.errors import Problem, Refusal
+from sft.export.hub import _reason
+from sft.models import _loading
 from sft.resume import locked
 from sft.rows import hub_unreachable
 from sft.runtime import config_hash, jsonable
-from sft.settings import DatasetSettings
+from sft.settings import DatasetSettings, ModelSettings
 from sft.validate_data import check_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -711,6 +714,41 @@ def test_a_link_to_itself_is_not_its_own_hint(tmp_path):
     assert f"dataset.path={path}" not in problem.fix
 
 
-def test_a_page_that_is_not_the_hubs_is_said():
-    text = str(hub_unreachable("model.name=x", ValueError("Expecting value: line 1 column 1 (char 0)"), "model.name=/path"))
-    assert "answered with a page that is not the hub's (a proxy or a login page?)" in text
+NO_JSON = ValueError("Expecting value: line 1 column 1 (char 0)")
+NO_HEADER = OSError("Response from https://h/model.safetensors is missing the 'X-Repo-Commit' header, so it does not seem")
+
+
+@pytest.mark.parametrize("error", [NO_JSON, NO_HEADER])
+@pytest.mark.parametrize("way", ["itself", "cause", "context"])
+def test_a_page_that_is_not_the_hubs_is_said(error, way):
+    outer = error if way == "itself" else OSError("cannot load a file that is named model.safetensors")
+    if way != "itself":
+        setattr(outer, f"__{way}__", ConnectionError("in between"))
+        setattr(getattr(outer, f"__{way}__"), f"__{way}__", error)
+    told = "answered with a page that is not the hub's (a proxy or a login page?)"
+    assert told in str(hub_unreachable("model.name=x", outer, "model.name=/path"))
+    with pytest.raises(Refusal, match=re.escape(told)), _loading(ModelSettings(name="me/no-such-model")):
+        raise outer
+    assert told in _reason(outer)
+
+
+def test_a_broken_file_of_a_model_folder_is_not_taken_for_a_page(tmp_path):
+    with pytest.raises(ValueError, match="Expecting value"), _loading(ModelSettings(name=str(tmp_path))):
+        raise NO_JSON
+
+
+@pytest.mark.parametrize("name", ["MY_TOKEN", "aws_secret_access_key", "API_KEY", "MYSECRET", "DB_PASSWORD", "HF_TOKEN,none"])
+def test_a_setting_is_not_filled_with_what_is_named_like_a_secret(monkeypatch, name):
+    monkeypatch.setenv(name.partition(",")[0], "hunter2")
+    with pytest.raises(Refusal) as refusal:
+        check_command_line(ROOT / "conf", [f"dataset.system_prompt=${{oc.env:{name}}}", "preflight.mode=only"], hardware=False)
+    (problem,) = refusal.value.problems
+    assert problem.what == f"${{oc.env:{name.partition(',')[0]}}}" and "named like a secret" in problem.why
+    assert "hunter2" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["MAX_TOKENS", "TOKENIZER", "KEYBOARD", "MONKEY", "HOME"])
+def test_other_variables_of_the_environment_fill_a_setting(monkeypatch, name):
+    monkeypatch.setenv(name, "plain")
+    argv = [f"dataset.system_prompt=${{oc.env:{name}}}"]
+    assert read_settings(ROOT / "conf", argv, hardware=False).dataset.system_prompt == "plain"

@@ -2,8 +2,12 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 import types
 
 import pytest
@@ -341,8 +345,34 @@ def test_a_job_in_a_process_of_its_own_does_not_see_the_modules_of_the_current_f
     monkeypatch.setenv("PYTHONPATH", "")
     job = (Settings(), tmp_path / "run", types.SimpleNamespace(name="job", overrides=[]), OmegaConf.create({"version": "none"}))
     assert isolate.run_apart(*job).status == "failed"  # the project's own code has started, and refuses this logging
-    assert "ValueError" in capfd.readouterr().err
-    assert "77" not in json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["reason"]
+    text = capfd.readouterr().err
+    assert "Failed: the job could not begin: ValueError" in text and "Traceback" not in text
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["reason"] == "the process ended with exit code 1"
+
+
+WAITS = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGHUP, lambda *_: sys.exit(130))
+pathlib.Path("ready").touch()
+time.sleep(60)
+"""
+
+
+def test_a_lost_terminal_is_passed_on_to_a_job_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(isolate, "python_command", lambda module: [sys.executable, "-c", WAITS])
+
+    def hang_up():
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    threading.Thread(target=hang_up, daemon=True).start()
+    before = signal.getsignal(signal.SIGHUP)
+    job = (Settings(), tmp_path / "run", types.SimpleNamespace(name="job", overrides=[]), OmegaConf.create({}))
+    result = isolate.run_apart(*job)
+    assert (result.status, result.exit_code) == ("stopped", 130) and signal.getsignal(signal.SIGHUP) == before
 
 
 def edit_index(folder, change) -> None:
