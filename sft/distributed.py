@@ -38,7 +38,7 @@ from typing import Any
 
 from sft import runtime
 from sft.errors import Refusal
-from sft.processes import child_environment, python_command
+from sft.processes import child_environment, end_with, killer_of, passing_on, python_command
 from sft.records import read_json
 from sft.settings import Settings
 from sft.validate import processes_of
@@ -56,8 +56,6 @@ WAIT = timedelta(days=7)
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK",
             "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE",
             "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_ERROR_FILE")  # fmt: skip
-KILLERS = {"SIGKILL": "the system does this when memory runs out", "SIGSEGV": "a library broke down",
-           "SIGABRT": "a library gave up"}  # fmt: skip
 
 
 class RankLost(RuntimeError):
@@ -175,7 +173,7 @@ def work(job: Path) -> int:
     settings, folder, context, place, parent, secret = pickle.loads(job.read_bytes())
     meet_at(job.with_name("store"), secret)
     os.chdir(place)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with(parent)
     from sft.run import follow, run
 
     if not is_first():
@@ -359,18 +357,11 @@ def _hear_first(group: Group, reader: Any) -> None:
     os._exit(0 if text == b"over\n" else 1)
 
 
-def _end_with(parent: int) -> None:
-    """End this rank when the process that started it is gone: the same command may go on in the folder."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def _run_ranks(job: Path, count: int) -> tuple[int, int] | None:
     """Start the ranks and wait until all have ended; returns the number and exit code of the one that failed first."""
     children: list[subprocess.Popen] = []
     command = [*python_command("sft.distributed"), str(job)]
-    with _passing_on(children):
+    with passing_on(children, runtime.stop_signals()):
         try:
             for rank in range(count):
                 environment = _environment(job.parent, rank, count)
@@ -417,25 +408,6 @@ def _environment(place: Path, rank: int, count: int) -> dict[str, str]:
     return plain | {key: str(value) for key, value in ours.items()}
 
 
-@contextlib.contextmanager
-def _passing_on(children: list[subprocess.Popen]) -> Iterator[None]:
-    """Send Ctrl-C, SIGTERM and SIGHUP on to rank 0; where it is not there, they interrupt."""
-
-    def pass_on(number: int, frame: Any) -> None:
-        if not children or children[0].poll() is not None:
-            raise KeyboardInterrupt(signal.Signals(number).name)
-        children[0].send_signal(number)
-
-    before = {}
-    with contextlib.suppress(ValueError):  # not in the main thread: whoever runs us handles signals
-        before = {s: signal.signal(s, pass_on) for s in runtime.stop_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _failed(folder: Path, context: Any, rank: int, code: int) -> Any:
     """The result of a run one of whose ranks was lost. run.json gets the signal's name, which only the parent knows."""
     from sft.run import RunResult
@@ -443,9 +415,8 @@ def _failed(folder: Path, context: Any, rank: int, code: int) -> Any:
     record = read_json(folder / "run.json")
     reason = record.get("reason")
     if code < 0 or record.get("status") != "failed":
-        name = signal.Signals(-code).name if code < 0 else ""
-        reason = f"rank {rank} was killed by {name}" if name else f"rank {rank} ended with exit code {code}"
-        reason += f" ({KILLERS[name]})" if name in KILLERS else ""
+        killer = killer_of(code)
+        reason = f"rank {rank} was killed by {killer}" if killer else f"rank {rank} ended with exit code {code}"
         print(runtime.safe(f"Failed: {reason}"), file=sys.stderr, flush=True)
     facts = {"name": context.name, "overrides": list(context.overrides), **record}
     folder.mkdir(parents=True, exist_ok=True)

@@ -95,3 +95,19 @@ def unknown_key(path: str, value: str = "...") -> Problem:
             why += f" {group} has: {', '.join(k.rsplit('.', 1)[-1] for k in siblings)}."
     value = value.replace("\n", "\\n")
     return Problem(f"{path}={value}", why, fix)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def shown(value: Any) -> str:
+    """A setting's value as it is typed on one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = f"{value:g}" if isinstance(value, float) else str(getattr(value, "value", value))
+    return text.replace("\n", "\\n")

@@ -27,6 +27,7 @@ from sft.batch import (
 from sft.data import Prepared, token_counts
 from sft.errors import Problem, Refusal, first_line
 from sft.export import exporter, gguf, hub
+from sft.keys import shown
 from sft.runtime import write_json
 from sft.settings import PreflightMode, Settings, Tracker, TrackingMode
 from sft.tracking import choose_mode, has_api_key, place
@@ -129,7 +130,7 @@ def check_settings(found: Found, settings: Settings, sources: dict[str, str]) ->
     found.facts["settings"] = described
     chosen = {key: entry for key, entry in described.items() if entry["origin"] != origins.DEFAULT}
     for key, entry in chosen.items():
-        found.ok("Settings", f"{key}={_shown(entry['value'])}   {entry['origin']}")
+        found.ok("Settings", f"{key}={shown(entry['value'])}   {entry['origin']}")
     found.ok("Settings", f"the other {len(described) - len(chosen)} have their defaults: docs/settings.md")
     source = sources.get("model.trust_remote_code", origins.DEFAULT)
     if settings.model.trust_remote_code and source not in (origins.TYPED, "run.json"):  # the latter was asked for anew
@@ -506,13 +507,6 @@ def _longest(prepared: Prepared | None, settings: Settings) -> list[int]:
         return [settings.model.max_seq_length] * count
     longest = sorted(token_counts(prepared.train).tolist(), reverse=True)[:count]
     return longest + longest[:1] * (count - len(longest))
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text.replace("\n", "\\n")
 
 
 def _size(size: float) -> str:

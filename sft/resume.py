@@ -17,6 +17,7 @@ from sft import checkpoints, durable
 from sft.batch import Split
 from sft.errors import Problem, Refusal, refuse
 from sft.forms import fitted
+from sft.keys import flatten
 from sft.records import parse_object, read_lines
 from sft.runtime import AROUND, config_hash, jsonable
 from sft.settings import Settings
@@ -188,16 +189,9 @@ def _differences(record: dict[str, Any], settings: Settings) -> str:
 
     A setting that the record does not know is younger than it: there it was what is now the default.
     """
-    there, here, defaults = (_flat(tree) for tree in (record.get("settings") or {}, jsonable(settings), jsonable(Settings())))
+    there, here, defaults = (flatten(tree) for tree in (record.get("settings") or {}, jsonable(settings), jsonable(Settings())))
     keys = [k for k in here if k.partition(".")[0] not in AROUND and there.get(k, defaults.get(k)) != here[k]]
     told = [
         f"{key} is {json.dumps(there.get(key, defaults.get(key)))} there and {json.dumps(here[key])} here" for key in keys[:3]
     ]
     return ", ".join(told) + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

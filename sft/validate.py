@@ -19,6 +19,7 @@ from sft import settings as schema
 from sft.batch import check_speed, check_split
 from sft.budget import moment_of
 from sft.errors import Problem
+from sft.keys import shown
 from sft.settings import Backend, Dtype, GgufSettings, LoraSettings, PreflightMode, Settings, Strategy, TrackingSettings
 from sft.validate_data import check_dataset, shortened, why_lost
 
@@ -221,7 +222,7 @@ def _check_numbers(settings: Settings) -> list[Problem]:
         ("seed", 0 <= settings.seed < 2**32, "between 0 and 4294967295"),
     ]  # fmt: skip
     return [
-        Problem(f"{key}={_shown(_get(settings, key))}", f"It has to be {allowed}.", _default(key))
+        Problem(f"{key}={shown(_get(settings, key))}", f"It has to be {allowed}.", _default(key))
         for key, holds, allowed in rules
         if not holds
     ]
@@ -241,8 +242,7 @@ def _check_blank(settings: Settings) -> list[Problem]:
 
 def _default(key: str) -> str:
     """The hint that names a setting's default."""
-    value = _shown(_get(Settings(), key))
-    return f"{key}={'null' if value is None else value}   is the default"
+    return f"{key}={shown(_get(Settings(), key))}   is the default"
 
 
 def _is_step_count(value: float) -> bool:
@@ -297,7 +297,7 @@ def _check_lora(settings: Settings) -> list[Problem]:
         return problems
     for name in [f.name for f in fields(LoraSettings) if f.name != "enabled"]:
         if getattr(lora, name) != getattr(LoraSettings(), name):
-            value = _shown(getattr(lora, name))
+            value = shown(getattr(lora, name))
             problems.append(Problem(f"lora=none lora.{name}={value}", "Full fine-tuning has no adapter.", "lora=default"))
     if settings.model.load_in_4bit or settings.model.load_in_8bit:
         bits = "4bit" if settings.model.load_in_4bit else "8bit"
@@ -556,9 +556,3 @@ def _get(settings: Settings, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
-
-
-def _shown(value: Any) -> Any:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value).lower() if isinstance(value, bool) else getattr(value, "value", value)

@@ -16,6 +16,7 @@ from typing import Any
 from sft import runtime
 from sft.errors import Refusal, refuse
 from sft.forms import NUMBER, TEXT, TEXTS, fit
+from sft.keys import flatten
 from sft.records import number, read_json
 from sft.settings import GROUPS, Settings
 
@@ -180,14 +181,6 @@ def identify(settings: Settings, swept: list[str]) -> str:
         free = ("",) if key in ("experiment", "sweep") else (f"{key}.",) if key in GROUPS else ()
         fixed = {k: v for k, v in fixed.items() if k != key and not k.startswith(free or ("\0",))}
     return hashlib.sha256(json.dumps([fixed, sorted(swept)], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def find_sweeps(parent: Path) -> list[Path]:

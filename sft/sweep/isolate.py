@@ -2,18 +2,15 @@
 
     python -m sft.sweep.isolate    reads one job from its standard input; only `run_apart` starts it
 
-The pipe stays open while the parent lives. When it closes, the child ends at once: a job must not go on alone while the
-repeated command continues it in the same folder.
+A child ends with its parent: a job must not go on alone while the repeated command continues it in the same folder.
 """
 
 import contextlib
 import logging.config
 import os
 import pickle
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +18,9 @@ from omegaconf import OmegaConf
 
 from sft import runtime
 from sft.errors import first_line
-from sft.processes import child_environment, python_command
+from sft.processes import child_environment, end_with, killer_of, passing_on, python_command
 from sft.records import number, read_json
 from sft.settings import Settings
-
-HINTS = {
-    "SIGKILL": "the system does this when memory runs out",
-    "SIGSEGV": "a library broke down",
-    "SIGABRT": "a library gave up",
-}
 
 
 def run_apart(settings: Settings, folder: Path, context: Any, logging_config: Any) -> Any:
@@ -37,31 +28,18 @@ def run_apart(settings: Settings, folder: Path, context: Any, logging_config: An
 
     Ctrl-C, SIGTERM and SIGHUP are passed on to the child, which saves and stops.
     """
-    job = pickle.dumps((settings, folder, context, OmegaConf.to_container(logging_config, resolve=True)))
+    job = pickle.dumps((settings, folder, context, OmegaConf.to_container(logging_config, resolve=True), os.getpid()))
     child = subprocess.Popen(
         python_command("sft.sweep.isolate"),
         stdin=subprocess.PIPE,
         env=child_environment(),
         start_new_session=True,  # else the terminal's Ctrl-C would reach it twice, and the second one stops at once
     )
-    with _passing_on(child):
-        with contextlib.suppress(BrokenPipeError):
-            child.stdin.write(len(job).to_bytes(8, "big") + job)
-            child.stdin.flush()
+    with passing_on([child], runtime.stop_signals()):
+        with contextlib.suppress(BrokenPipeError), child.stdin:
+            child.stdin.write(job)
         code = child.wait()
-    with contextlib.suppress(BrokenPipeError):
-        child.stdin.close()
     return _result(folder, context, code)
-
-
-@contextlib.contextmanager
-def _passing_on(child: subprocess.Popen):
-    before = {s: signal.signal(s, lambda number, _: child.send_signal(number)) for s in runtime.stop_signals()}
-    try:
-        yield
-    finally:
-        for number_, handler in before.items():
-            signal.signal(number_, handler)
 
 
 def _result(folder: Path, context: Any, code: int) -> Any:
@@ -73,9 +51,8 @@ def _result(folder: Path, context: Any, code: int) -> Any:
         return RunResult(status, code, folder, number(run.get("metrics", {}).get("eval_loss")))
     if code == 130:
         return RunResult("stopped", code, folder)
-    name = signal.Signals(-code).name if code < 0 else ""
-    reason = f"killed by {name}" if name else f"the process ended with exit code {code}"
-    reason += f" ({HINTS[name]})" if name in HINTS else ""
+    killer = killer_of(code)
+    reason = f"killed by {killer}" if killer else f"the process ended with exit code {code}"
     print(runtime.safe(f"Failed: {reason}"), file=sys.stderr, flush=True)
     facts = {"name": context.name, "overrides": list(context.overrides), **run}
     facts |= {"status": "failed", "reason": reason, "ended_at": runtime.now()}
@@ -84,17 +61,10 @@ def _result(folder: Path, context: Any, code: int) -> Any:
     return RunResult("failed", 1, folder)
 
 
-def _end_with_parent() -> None:
-    """Wait for the pipe to close, and end."""
-    sys.stdin.buffer.read(1)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def main() -> int:
     """Run the job that arrives on the standard input; returns its exit code."""
-    size = int.from_bytes(sys.stdin.buffer.read(8), "big")
-    settings, folder, context, logging_config = pickle.loads(sys.stdin.buffer.read(size))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    settings, folder, context, logging_config, parent = pickle.loads(sys.stdin.buffer.read())
+    end_with(parent)
     logging.config.dictConfig(logging_config)
     from sft.distributed import launch
     from sft.run import guarded
@@ -113,4 +83,4 @@ if __name__ == "__main__":
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # without the interpreter's clean-up, in which the waiting thread would hold the standard input
+    os._exit(code)  # without the interpreter's clean-up: nothing is left to do

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from sft import runtime, shared
 from sft.command_line import command_text, to_settings
 from sft.errors import Refusal, refuse
+from sft.keys import flatten
 from sft.settings import Isolation, OnFailure, Settings
 from sft.sweep import elsewhere, exit_codes, leaderboard, summaries
 from sft.sweep.index import (
@@ -36,7 +37,6 @@ from sft.sweep.index import (
     SweepIndex,
     SweepLock,
     find_sweeps,
-    flatten,
     identify,
     judge,
     load_index,

@@ -15,10 +15,11 @@ from statistics import mean, variance
 from typing import Any, TextIO
 
 from sft.errors import refuse
+from sft.keys import flatten
 from sft.printable import shown
 from sft.records import number
 from sft.settings import GROUPS, Settings
-from sft.sweep.index import FINISHED, Job, SweepIndex, find_sweeps, flatten, load_index, read_run, readable_index
+from sft.sweep.index import FINISHED, Job, SweepIndex, find_sweeps, load_index, read_run, readable_index
 
 log = logging.getLogger(__name__)
 
