@@ -72,15 +72,20 @@ FORMS = {"run.json": RUN, "preflight.json": PREFLIGHT, "verify.json": VERIFY, "s
 
 
 def fit(value: Any, form: Any, odd: list[str], key: str = "") -> Any:
-    """`value` without what is of another form than `form`, whose keys are added to `odd`; null fits everywhere."""
+    """`value` without what is of another form than `form`, whose keys are added to `odd`.
+
+    Null fits everywhere but among the tables of a list.
+    """
     if value is None:
         return None
     if isinstance(form, dict) and isinstance(value, dict):
         kept = {k: fit(v, form.get(k, form.get(..., ANY)), odd, f"{key}.{k}" if key else k) for k, v in value.items()}
         return {k: v for k, v in kept.items() if v is not None or value[k] is None}
     if isinstance(form, list) and isinstance(value, list):
+        tables = isinstance(form[0], dict)
+        odd += [f"{key}[{i}]" for i, v in enumerate(value) if v is None and tables]
         kept = [fit(v, form[0], odd, f"{key}[{i}]") for i, v in enumerate(value)]
-        return [new for new, old in zip(kept, value, strict=True) if new is not None or old is None]
+        return [new for new, old in zip(kept, value, strict=True) if new is not None or (old is None and not tables)]
     if isinstance(form, dict | list) or not isinstance(value, form) or (isinstance(value, bool) and form in (NUMBER, int)):
         odd.append(key)
         return None

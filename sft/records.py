@@ -2,10 +2,13 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from sft.forms import FORMS, fit, fitted, tell
+
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def number(value: Any) -> float | int | None:
@@ -18,9 +21,14 @@ def number(value: Any) -> float | int | None:
 
 
 def parse_object(text: str) -> dict | None:
-    """Parse a JSON object; None for what is not one, and numbers that are not finite become None."""
+    """Parse a JSON object; None for what is not one, and numbers that are not finite become None.
+
+    Half a character, which no file and no terminal takes, becomes `?`.
+    """
     try:
         value = json.loads(text, parse_constant=lambda _: None, parse_float=_parse_float, parse_int=_parse_int)
+        if HALF.search(text):
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -121,6 +121,7 @@ def load_index(folder: Path) -> SweepIndex | None:
     content = fit({key: value for key, value in content.items() if key in SWEEP}, SWEEP, odd)
     jobs = [{key: value for key, value in job.items() if key in JOB and value is not None} for job in content.get("jobs") or []]
     odd += [f"jobs[{i}] without {key}" for i, job in enumerate(jobs) for key in NEEDED if key not in job]
+    odd += [f"jobs[{i}].overrides" for i, job in enumerate(jobs) if None in job.get("overrides", {}).values()]
     odd += [f"jobs[{i}].folder" for i, job in enumerate(jobs) if not _is_inside(folder, job.get("folder"))]
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""

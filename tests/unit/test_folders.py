@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import traceback
 from pathlib import Path
@@ -176,6 +177,33 @@ def changed(value, place: tuple, new):
     value = value.copy()
     value[place[0]] = changed(value[place[0]], place[1:], new)
     return value
+
+
+@pytest.mark.parametrize(("place", "new", "key"), [
+    (("jobs", 1), None, "jobs[1]"), (("jobs", 0), 10**400, "jobs[0]"), (("jobs",), [None], "jobs[0]"),
+    (("jobs", 0, "overrides", "seed"), None, "jobs[0].overrides"),
+])  # fmt: skip
+def test_a_sweep_with_null_in_place_of_a_job_or_of_a_value_is_refused_by_its_key(folder, small, place, new, key):
+    content = changed(whole_folder(small())["sweep.json"][0], place, new)
+    (folder / "sweep.json").write_text(json.dumps(content))
+    with pytest.raises(Refusal, match=re.escape(key)):
+        read_leaderboard(folder)
+
+
+def test_a_report_leaves_out_null_in_place_of_an_example(folder, small, monkeypatch, caplog):
+    monkeypatch.setattr(report, "bundled_charts", lambda: "/* charts */")
+    record(folder, small())
+    (folder / "preflight.json").write_text('{"examples": [null]}')
+    report.write_report(folder)
+    assert "ignored, because of an odd form: examples[0]" in caplog.text
+
+
+def test_half_a_character_in_a_folder_is_read_as_a_question_mark(folder, small):
+    content = changed(whole_folder(small())["sweep.json"][0], ("jobs", 1, "folder"), "1_\ud800b")
+    (folder / "sweep.json").write_text(json.dumps(content))
+    board = read_leaderboard(folder)
+    assert [job.folder for job in load_index(folder).jobs] == ["0_a", "1_?b"]
+    assert write_csv(board).is_file() and write_sweep_report(board).is_file()
 
 
 def test_whatever_stands_in_a_folder_ends_in_a_result_or_in_a_refusal(tmp_path, monkeypatch, small):
