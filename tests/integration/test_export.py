@@ -47,6 +47,17 @@ def copied(trained, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture
+def converted(trained, monkeypatch):
+    """In place of llama.cpp's converter, a process a call: the file that it has made of the same weights before."""
+
+    def convert(merged, target, kind="f16"):
+        assert kind == "f16"
+        shutil.copy(trained / "export" / "gguf" / "model-f16.gguf", target)
+
+    monkeypatch.setattr(gguf, "convert", convert)
+
+
 def read(folder: Path) -> dict:
     return json.loads((folder / "export" / "verify.json").read_text(encoding="utf-8"))
 
@@ -244,7 +255,7 @@ def test_an_adapter_that_was_saved_wrong_is_caught(copied, factor):
         ("tokenizer.chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}", "chat_template"),
     ],
 )
-def test_a_fault_in_a_gguf_file_is_caught(copied, monkeypatch, key, value, caught):
+def test_a_fault_in_a_gguf_file_is_caught(copied, monkeypatch, converted, key, value, caught):
     original = gguf.convert
 
     def convert(merged, target, kind="f16"):
@@ -281,7 +292,7 @@ def rewrite(file: Path, key: str, value) -> None:
 
 
 @needs_gguf
-def test_a_quantisation_that_costs_too_much_fails(copied):
+def test_a_quantisation_that_costs_too_much_fails(copied, converted):
     settings, _ = settings_of(copied)
     settings.export.formats, settings.export.gguf.quantizations = ["gguf"], ["q2_k"]
     settings.export.max_loss_increase = -1.0  # a limit that nothing keeps; on random weights rounding costs next to nothing
@@ -336,9 +347,7 @@ def test_an_adapter_on_one_end_of_tied_embeddings_is_merged_into_that_end(tmp_pa
 
 def test_a_checkpoint_is_exported_too(copied):
     checkpoint = copied / "checkpoints" / "checkpoint-6"
-    done = subprocess.run([sys.executable, str(ROOT / "scripts/export.py"), f"run={checkpoint}", "export=merged_16bit"],
-                          capture_output=True, text=True, timeout=200)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert main([f"run={checkpoint}", "export=merged_16bit"]) == 0
     found = read(copied)
     assert found["reference"]["weights"] == "checkpoints/checkpoint-6" and found["artifacts"]["merged_16bit"]["status"] == "ok"
 
@@ -407,7 +416,24 @@ def test_a_run_that_is_interrupted_in_its_export_makes_it_when_it_goes_on(tmp_pa
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == weights
 
 
-def test_a_run_that_the_clock_stops_still_gets_its_exports(tmp_path):
+def test_a_run_that_the_clock_stops_still_gets_its_exports(tmp_path, monkeypatch):
+    """The export is made in this process; that it has one of its own is seen where all formats are made."""
+
+    class Exported:
+        def __init__(self, command, *args, **kwargs):
+            folder = Path(command[-1])
+            report = exporter.export_run(folder, settings_of(folder)[0])
+            self.returncode = 1 if exporter.failures(report) else 0
+
+        def poll(self):
+            return self.returncode
+
+    started = subprocess.Popen
+
+    def start(command, *args, **kwargs):
+        return (Exported if "sft.export" in command else started)(command, *args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
     limited = ("trainer.max_steps=50", "trainer.max_hours=1e-9", "export=merged_16bit")
     result = run(make_settings(*SMALL, *LEARNT[1:], *limited), tmp_path / "run")
     assert (result.status, result.exit_code) == ("stopped", 0)
