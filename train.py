@@ -1,6 +1,6 @@
 """Train one run, or sweep over many: python train.py --help
 
-Nothing heavy is imported until the settings are known to be good.
+Nothing heavy is imported until the settings are good.
 """
 
 import sys
@@ -9,8 +9,9 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from sft import settings, threads
-from sft.command_line import stop_on_refusal
+from sft import threads
+from sft.cli.check import stop_on_refusal
+from sft.config import compose
 from sft.sweep import exit_codes, summarise
 
 threads.spin_briefly()
@@ -19,7 +20,7 @@ threads.spin_briefly()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def train(config: DictConfig) -> float | None:
     """One job: run it, keep its exit code, and give a sweeper the held-out loss."""
-    from sft.run import run_job
+    from sft.cli.job import run_job
 
     outcome = run_job(config)
     exit_codes.append(outcome.exit_code)
@@ -29,7 +30,7 @@ def train(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    settings.register()
+    compose.register()
     stop_on_refusal(Path(__file__).parent / "conf")
     try:
         train()

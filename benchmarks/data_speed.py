@@ -80,21 +80,22 @@ def measure(way: str, file: Path) -> dict:
     import functools
     import resource
 
-    from sft import data, models
-    from sft.columns import find_shape
-    from sft.render import choose_template, render_row
-    from sft.rows import read_rows
+    from sft.data import prepare
+    from sft.data.columns import find_shape
+    from sft.data.sources import read_rows
+    from sft.data.templates import choose_template, render_row
+    from sft.model.tokenizer import load_tokenizer
     from tests.conftest import make_settings
 
     settings = make_settings("dataset=local", f"dataset.path={file}")
-    tokenizer, stop_ids = models.load_tokenizer(settings.model)
+    tokenizer, stop_ids = load_tokenizer(settings.model)
     tokenizer(["Warm up."])
     import datasets  # noqa: F401  (a second, which a run takes for it in any case)
 
     tokens = 0
     if way in ("prepare", "cached"):
         began = time.perf_counter()
-        tokens = data.prepare(settings, tokenizer, stop_ids).facts["train_tokens"]
+        tokens = prepare.prepare(settings, tokenizer, stop_ids).facts["train_tokens"]
         seconds = time.perf_counter() - began
     else:
         rows, _ = read_rows(settings.dataset, "train")
@@ -106,8 +107,8 @@ def measure(way: str, file: Path) -> dict:
             "tokenizer": lambda texts: tokenizer(texts, add_special_tokens=False, return_attention_mask=False),
         }[way]
         seconds = 0.0
-        for start in range(0, len(rows), data.BATCH):
-            texts = [render(rows[i]).text for i in range(start, min(start + data.BATCH, len(rows)))]
+        for start in range(0, len(rows), prepare.BATCH):
+            texts = [render(rows[i]).text for i in range(start, min(start + prepare.BATCH, len(rows)))]
             began = time.perf_counter()
             call(texts)
             seconds += time.perf_counter() - began

@@ -6,7 +6,7 @@
 
 Each cell is a process of its own: a model with random weights in the shape of Llama 3 8B or Llama 3.2 1B, LoRA r 16 on all
 seven projections, three steps of `--rows` rows of one length through this project's trainer. Measured is
-`torch.cuda.max_memory_reserved`, estimated is `Estimate.reserved` of sft/memory.py. Models are made under `--models` once:
+`torch.cuda.max_memory_reserved`, estimated is `Estimate.reserved` of sft/plan/memory.py. Models are made under `--models` once:
 16 GB and 2.5 GB. Through transformers rows lie end to end. A cell that runs out of memory is shown as such, and one whose
 estimate is above `--most` GiB is left out.
 """
@@ -69,11 +69,12 @@ def make_config(shape: str):
 
 def estimate(shape: str, backend: str, bits: int, checkpointing: bool, rows: int, length: int, compiled: bool) -> float:
     """GiB that torch should reserve where no pass is recorded: recordings are given up where the memory runs short."""
-    from sft import memory
+    from sft.config import hardware
+    from sft.plan import memory
 
     flat = backend == "transformers"
-    load = memory.Load(backend, bits, checkpointing=checkpointing, flat=flat, compiled=flat and compiled)
-    return memory.estimate(read_shape(shape), load, rows, length).needed - memory.CONTEXT
+    load = memory.LoadPlan(backend, bits, checkpointing=checkpointing, flat=flat, compiled=flat and compiled)
+    return memory.estimate(read_shape(shape), load, rows, length).needed - hardware.CONTEXT
 
 
 @functools.cache
@@ -82,12 +83,12 @@ def read_shape(shape: str):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sft import memory
-    from sft.settings import Settings
+    from sft.config.schema import Settings
+    from sft.model import dims
 
     config = make_config(shape)
     with torch.device("meta"):
-        return memory.shape_of(AutoModelForCausalLM.from_config(config), config, Settings())
+        return dims.dims_of(AutoModelForCausalLM.from_config(config), config, Settings())
 
 
 def measure(args: argparse.Namespace, shape: str, backend: str, bits: int, checkpointing: bool, length: int) -> float | None:

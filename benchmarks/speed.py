@@ -66,9 +66,9 @@ def main() -> None:
     args = parser.parse_args()
     args.data = str(Path(args.data).absolute())
     if args.cpu:
-        from sft import embedded
+        from sft.model import builtin
 
-        args.model = str(embedded.local_model(args.model, weights=True) or args.model)
+        args.model = str(builtin.local_model(args.model, weights=True) or args.model)
         args.only, args.steps, args.warm_up = args.only or ",".join(ON_CPU), args.steps or 8, args.warm_up or 2
     args.only, args.steps, args.warm_up = (
         args.only or ",".join(name for name in [*OURS, *PEERS] if name not in ON_CPU),

@@ -43,7 +43,7 @@ class SweepSweeper(BasicSweeper):
 
     def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         """The batches of jobs: one of all, or several of at most `max_batch_size`."""
-        from sft.sweep.pairs import expand
+        from sft.sweep.grid import expand
 
         jobs = expand(overrides, list(self.config.sweep.paired))
         return list(self.split_overrides_to_chunks(jobs, max_batch_size))
@@ -57,7 +57,7 @@ class SweepLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Find or make the sweep's folder, before Hydra writes into it."""
-        from sft.sweep.launch import Sweep
+        from sft.sweep.runner import Sweep
 
         self.sweep = Sweep(hydra_context, task_function, config)
 
@@ -74,8 +74,8 @@ class SlurmSweepLauncher(SweepLauncher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Find or make the sweep's folder."""
-        from sft.sweep.launch import Sweep
-        from sft.sweep.slurm_jobs import SlurmJobs
+        from sft.sweep.runner import Sweep
+        from sft.sweep.slurm import SlurmJobs
 
         def make(sweep: Sweep) -> SlurmJobs:
             return SlurmJobs(self.options, sweep.folder, hydra_context, config, run_job)
@@ -91,8 +91,8 @@ class RaySweepLauncher(SweepLauncher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Find or make the sweep's folder."""
-        from sft.sweep.launch import Sweep
-        from sft.sweep.ray_tasks import RayTasks
+        from sft.sweep.ray_cluster import RayTasks
+        from sft.sweep.runner import Sweep
 
         def make(_: Sweep) -> RayTasks:
             return RayTasks(self.options, hydra_context, config, run_job)
@@ -102,7 +102,7 @@ class RaySweepLauncher(SweepLauncher):
 
 def run_job(config: DictConfig) -> Any:
     """One job of a sweep, in whatever process it runs."""
-    from sft.run import run_job
+    from sft.cli.job import run_job
 
     return run_job(config)
 

@@ -19,11 +19,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
-from sft.chat import Speaker, find_target  # noqa: E402
-from sft.errors import ExportError, Problem, Refusal  # noqa: E402
-from sft.printable import shown  # noqa: E402
-from sft.threads import spin_briefly  # noqa: E402
-from sft.trust import WORD  # noqa: E402
+from sft.cli.chat import Speaker, find_target
+from sft.config.trust import WORD
+from sft.errors import ExportError, Problem, Refusal
+from sft.sanitize import shown
+from sft.threads import spin_briefly
 
 spin_briefly()
 
@@ -95,10 +95,10 @@ def read_options(argv: list[str]) -> dict:
 
 def load(targets: list) -> list[Speaker]:
     """Load each of them, with a quiet library around it."""
-    from sft import runtime
+    from sft import environment
 
-    runtime.prepare_environment()
-    runtime.quiet_libraries()
+    environment.prepare_environment()
+    environment.quiet_libraries()
     return [Speaker(target) for target in targets]
 
 

@@ -18,13 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
-from sft import runtime  # noqa: E402
-from sft.command_line import read_settings  # noqa: E402
-from sft.errors import ExportError, Problem, Refusal  # noqa: E402
-from sft.runs import find_run, settings_of  # noqa: E402
-from sft.settings import Settings  # noqa: E402
-from sft.threads import spin_briefly  # noqa: E402
-from sft.trust import WORD, with_word  # noqa: E402
+from sft import console, environment
+from sft.cli.check import read_settings
+from sft.cli.target import find_run
+from sft.config.schema import Settings
+from sft.config.trust import WORD, with_word
+from sft.errors import ExportError, Problem, Refusal
+from sft.runs.saved import settings_of
+from sft.threads import spin_briefly
 
 spin_briefly()
 
@@ -38,9 +39,9 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         folder, weights, settings, push = read_request(argv)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[runtime.ConsoleHandler()])
-        runtime.prepare_environment()
-        runtime.quiet_libraries()
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console.ConsoleHandler()])
+        environment.prepare_environment()
+        environment.quiet_libraries()
         from sft.export import exporter
 
         report = exporter.push_run(folder, settings) if push else exporter.export_run(folder, settings, weights)
@@ -49,11 +50,11 @@ def main(argv: list[str]) -> int:
         print(refusal, file=sys.stderr)
         return 2
     except ExportError as error:
-        print(runtime.safe(f"Failed: {error}"), file=sys.stderr)
+        print(console.safe(f"Failed: {error}"), file=sys.stderr)
         return 1
     failures = exporter.failures(report)
     for line in failures:
-        print(runtime.safe(f"Failed: {line}"), file=sys.stderr)
+        print(console.safe(f"Failed: {line}"), file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -107,7 +108,7 @@ def read_request(argv: list[str]) -> tuple[Path, Path | None, Settings, bool]:
 def _renew_report(folder: Path) -> None:
     """Put the verification into report.html; a report that cannot be drawn fails no export."""
     try:
-        from sft.report import write_report
+        from sft.report.page import write_report
 
         write_report(folder)
     except Exception as error:

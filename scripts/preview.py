@@ -12,12 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
-from sft.command_line import read_settings  # noqa: E402
-from sft.errors import Refusal  # noqa: E402
-from sft.printable import shown  # noqa: E402
-from sft.runtime import prepare_environment, quiet_libraries  # noqa: E402
-from sft.settings import Settings  # noqa: E402
-from sft.threads import spin_briefly  # noqa: E402
+from sft.cli.check import read_settings
+from sft.config.schema import Settings
+from sft.environment import prepare_environment, quiet_libraries
+from sft.errors import Refusal
+from sft.sanitize import shown
+from sft.threads import spin_briefly
 
 spin_briefly()
 
@@ -38,12 +38,13 @@ def main(argv: list[str]) -> int:
 def show(settings: Settings) -> None:
     """Prepare the data as a run would, and print its facts and first rows."""
     prepare_environment()
-    from sft import data, models
-    from sft.show import show_examples, terminal
+    from sft.data import prepare
+    from sft.model.tokenizer import load_tokenizer
+    from sft.preflight.show import show_examples, terminal
 
-    tokenizer, stop_ids = models.load_tokenizer(settings.model)
+    tokenizer, stop_ids = load_tokenizer(settings.model)
     quiet_libraries()
-    facts = data.prepare(settings, tokenizer, stop_ids).facts
+    facts = prepare.prepare(settings, tokenizer, stop_ids).facts
     show_examples(terminal(), facts, tokenizer)
     rows, lengths = facts["rows"], facts["lengths"]["train"]
     print(shown(f"Source    {facts['source']}: {rows['train']} rows to train on, {rows.get('eval', 0)} held out"))

@@ -1,4 +1,4 @@
-"""Write docs/settings.md from sft/settings.py, and the options of each group from conf/.
+"""Write docs/settings.md from sft/config/schema.py, and the options of each group from conf/.
 
 python scripts/settings_table.py            write it
 python scripts/settings_table.py --check    exit 1 if it is out of date
@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sft import settings  # noqa: E402
+from sft.config import schema
 
 TARGET = ROOT / "docs" / "settings.md"
 
@@ -34,12 +34,12 @@ def make_page() -> str:
     lines = [
         "# All settings",
         "",
-        "Generated from `sft/settings.py` by `python scripts/settings_table.py`; do not edit.",
+        "Generated from `sft/config/schema.py` by `python scripts/settings_table.py`; do not edit.",
         "A setting is changed by `python train.py KEY=VALUE`. Options of a group may bring other values than these defaults.",
     ]
-    lines += _tables(settings.Settings, "", "General")
+    lines += _tables(schema.Settings, "", "General")
     lines += ["", "## Options of the groups", "", "| command | what it is |", "|---|---|"]
-    for group in settings.GROUPS:
+    for group in schema.GROUPS:
         for file in sorted((ROOT / "conf" / group).glob("*.yaml")):
             comments = [line[2:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
             about = [c for c in comments if not c.startswith(("python ", "@package"))]
@@ -48,7 +48,7 @@ def make_page() -> str:
 
 
 def _tables(cls: type, prefix: str, title: str) -> list[str]:
-    docs, nested = settings.field_docs(cls), []
+    docs, nested = schema.field_docs(cls), []
     rows = []
     for field in fields(cls):
         if is_dataclass(field.type):

@@ -12,13 +12,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
-import vl_convert  # noqa: E402
+import vl_convert
 
-from sft.errors import Refusal, refuse  # noqa: E402
-from sft.printable import shown  # noqa: E402
-from sft.records import merge_steps, read_json, read_lines  # noqa: E402
-from sft.report import CHARTS, group_samples, make_chart  # noqa: E402
-from sft.runs import find_run  # noqa: E402
+from sft.cli.target import find_run
+from sft.errors import Refusal, refuse
+from sft.report.page import CHARTS, group_samples, make_chart
+from sft.report.summary import merge_steps
+from sft.sanitize import shown
+from sft.storage.jsonio import read_json, read_lines
 
 SHOWN = {"loss": 420, "eos_share": 220, "learning_rate": 220}  # charts of the report and their width in the picture
 BLUE, ORANGE = "#3557c9", "#c2561a"

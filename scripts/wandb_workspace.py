@@ -16,11 +16,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
-from sft.errors import Refusal, refuse  # noqa: E402
-from sft.settings import GROUPS, TrackingSettings  # noqa: E402
-from sft.sweep.index import find_sweeps, read_run, readable_index  # noqa: E402
-from sft.sweep.leaderboard import Leaderboard, read_leaderboard  # noqa: E402
-from sft.tracking import has_api_key, place  # noqa: E402
+from sft.config.schema import GROUPS, TrackingSettings
+from sft.errors import Refusal, refuse
+from sft.sweep.index import find_sweeps, read_run, readable_index
+from sft.sweep.leaderboard import Leaderboard, read_leaderboard
+from sft.tracking.wandb import has_api_key, place
 
 
 def main(argv: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sft.printable import shown, without_passwords
+from sft.sanitize import shown, without_passwords
 
 
 class SftError(Exception):
@@ -87,3 +87,7 @@ def first_line(error: BaseException) -> str:
 def last_line(error: BaseException) -> str:
     """The last line of an error's message, in the same way."""
     return (without_passwords(str(error)).strip() or type(error).__name__).splitlines()[-1][:300]
+
+
+class RankLost(RuntimeError):
+    """Another rank of the run is gone. The message says which, and why as far as it could tell."""

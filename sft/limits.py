@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 SECONDS = 10.0
+
 GIB = 4.0
 
 

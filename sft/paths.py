@@ -3,6 +3,8 @@
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+
 ROOT = PACKAGE.parent
 """The checkout, or the folder that the package is installed in."""
+
 ASSETS = PACKAGE / "assets"

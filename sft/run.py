@@ -4,154 +4,47 @@ import contextlib
 import logging
 import math
 import os
-import shutil
 import subprocess
-import sys
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-
-from sft import distributed, durable, fast, lora, models, preflight, resume, runtime, samples, shared, strategy
-from sft import trainer as training
-from sft.answers import Answers
-from sft.batch import with_split
-from sft.budget import TimeBudget
-from sft.command_line import PROCESSES, command_text, to_settings
-from sft.destinations import mark
+from sft import signals
+from sft.config import fingerprint
+from sft.config.batching import with_batch_plan
+from sft.config.destinations import mark
+from sft.config.hardware import processes_of
+from sft.config.schedule import with_eval_schedule
+from sft.config.schema import Backend, Settings, Tracker
+from sft.config.trust import WORD, with_word
+from sft.distributed import group, strategy, watchdog
+from sft.distributed.stop import stop_request
+from sft.environment import prepare_environment, quiet_libraries, release_memory, seed_everything
 from sft.errors import Refusal, SaveFailed, first_line
-from sft.export import exporter, proof
-from sft.failures import reason_of, tell_failure
-from sft.keys import leaf_keys
-from sft.looks import with_looks
-from sft.loop import Loop
-from sft.origins import find_origins
-from sft.printable import without_passwords
+from sft.export import exporter, measure, requirements
+from sft.generation import samples
+from sft.methods import sft
+from sft.model import structure, warm_cache
+from sft.model.backend import import_backend, limit_memory, settle_backend, torch_dtype
+from sft.preflight import checks
 from sft.processes import child_environment, python_command
-from sft.records import read_json
-from sft.settings import Backend, Isolation, PreflightMode, Settings, Tracker
-from sft.tracking import Tracking
-from sft.trust import WORD, with_word
-from sft.validate import check_settings, processes_of, resolve_backend
+from sft.runs import resume
+from sft.runs.failures import log_failure, reason_of
+from sft.runs.record import Context, NoRecord, RunRecord, RunResult, machine_facts
+from sft.sanitize import without_passwords
+from sft.storage import atomic, jsonio
+from sft.storage.jsonio import read_json
+from sft.tracking.wandb import Tracking
+from sft.training import acceleration
+from sft.training.checkpoint import find_checkpoint, take_up
+from sft.training.metrics import Recorder
+from sft.training.sampling import SampleWriter
+from sft.training.time_budget import TimeBudget
+from sft.training.trainer import Loop
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class RunResult:
-    """How a run ended."""
-
-    status: str
-    """`finished`, `stopped` (on request, state saved), `failed` or `refused`; `checked` with `preflight.mode=only`."""
-    exit_code: int
-    """0 finished, 1 failed, 2 refused before training, 130 interrupted."""
-    folder: Path
-    eval_loss: float | None = None
-    """Held-out loss of the weights that were kept."""
-
-
-@dataclass
-class Context:
-    """What the command line adds to the settings, for the record."""
-
-    name: str = "run"
-    command: str = ""
-    overrides: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    origins: dict[str, str] = field(default_factory=dict)
-    """Where the value of each setting comes from."""
-    logging: dict[str, Any] | None = None
-    """Hydra's logging of this job, for the process that a run of several ones speaks through."""
-
-
-def run_job(config: DictConfig) -> RunResult:
-    """Run one Hydra job and turn every ending into a result.
-
-    Nothing is raised: in a sweep Hydra would keep the exception, and with it the model, until the last job is done.
-    """
-    hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
-    sweeping = hydra.mode == RunMode.MULTIRUN
-    overrides = tuple(hydra.overrides.task)
-    choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra") and v not in (None, "none")}
-    name = _job_name(choices, folder) if sweeping else _run_name(choices, overrides)
-    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
-    origins = find_origins(dict(hydra.runtime.choices), overrides, folders)
-    told = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    context = Context(name, command_text(), overrides, tuple(choices.values()), origins, told)
-
-    stack = contextlib.ExitStack()
-
-    def start() -> RunResult:
-        nonlocal context
-        settings = to_settings(config)
-        if settings.resume:
-            counts = [o.removeprefix(PROCESSES) for o in overrides if o.startswith(PROCESSES)]
-            settings, context = _recorded(folder, stack, settings.model.trust_remote_code, *counts[-1:])
-            context.logging = told
-        problems = check_settings(settings)
-        if problems:
-            raise Refusal(problems)
-        if settings.preflight.mode == PreflightMode.only:
-            return look(settings, folder, context)
-        if sweeping and settings.sweep.isolation == Isolation.process:
-            from sft.sweep.isolate import run_apart
-
-            return run_apart(settings, folder, context, hydra.job_logging)
-        return distributed.launch(settings, folder, context)
-
-    with stack:
-        return guarded(start, folder, context, sweeping)
-
-
-def look(settings: Settings, folder: Path, context: Context) -> RunResult:
-    """Check everything that a run would, and show it. Nothing is trained, and the run folder that Hydra made is removed.
-
-    Raises Refusal, after everything was shown, if the run would be refused.
-    """
-    runtime.prepare_environment()
-    runtime.quiet_libraries()
-    settings = models.settle_backend(settings)
-    found = preflight.examine(settings, folder, resolve_backend(settings), context.origins)
-    preflight.show(found)
-    if found.problems:
-        raise Refusal(found.problems)
-    _remove_unused(folder)
-    if folder.parent == Path("outputs").absolute():
-        with contextlib.suppress(OSError):  # it holds runs
-            folder.parent.rmdir()
-    return RunResult("checked", 0, folder)
-
-
-def guarded(start: Callable[[], RunResult], folder: Path, context: Context, sweeping: bool) -> RunResult:
-    """Run `start` and turn every ending into a result; a sweep keeps the folder of a job that was refused, as a row."""
-    overrides = list(context.overrides)
-    try:
-        return start()
-    except Refusal as refusal:
-        print(refusal, file=sys.stderr, flush=True)
-        if sweeping and not (folder / "run.json").exists():  # else it is that of another run
-            runtime.RunRecord(folder, name=context.name, overrides=overrides).close("failed", reason_of(refusal))
-        else:
-            _remove_unused(folder)
-        return RunResult("refused", 2, folder)
-    except KeyboardInterrupt:
-        print("Interrupted; nothing was lost that had been saved before.", file=sys.stderr)
-        _remove_unused(folder)
-        return RunResult("stopped", 130, folder)
-    except Exception as error:  # a full disk or a bug outside of training; run() records those inside
-        tell_failure(error, folder)
-        with contextlib.suppress(OSError):
-            if not (folder / "run.json").exists():
-                runtime.RunRecord(folder, name=context.name, overrides=overrides).close("failed", reason_of(error))
-        return RunResult("failed", 1, folder)
-    finally:
-        shared.take_back()
 
 
 def run(settings: Settings, folder: Path, context: Context | None = None) -> RunResult:
@@ -162,7 +55,7 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
     """
     context = context or Context()
     folder.mkdir(parents=True, exist_ok=True)
-    with distributed.together(lambda: (settings, folder.absolute(), os.getcwd())), resume.locked(folder):
+    with watchdog.together(lambda: (settings, folder.absolute(), os.getcwd())), resume.locked(folder):
         problems = resume.check_folder(folder, settings, locked=True)
         if problems:
             raise Refusal(problems)
@@ -170,7 +63,7 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
         if before and not before.get("config_hash"):
             before = None  # it failed before anything began
         record = _start_record(settings, folder, context, before)
-        distributed.watch(record)
+        watchdog.watch(record)
         try:
             return _run(settings, folder, context, record, before)
         except (Refusal, KeyboardInterrupt) as ending:
@@ -178,46 +71,46 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
                 record.close("stopped", "interrupted a second time, while its ending was written")
                 return RunResult("stopped", 130, folder)
             if before:  # nothing happened: leave the folder as it was found
-                runtime.write_json(record.path, before)
+                jsonio.write_json(record.path, before)
             else:
                 record.path.unlink()
             raise
         except Exception as error:  # before training, or run.json itself could not be written after it
-            tell_failure(error, folder)
+            log_failure(error, folder)
             with contextlib.suppress(OSError):
                 record.close("failed", reason_of(error))
             return RunResult("failed", 1, folder)
 
 
-def _run(settings: Settings, folder: Path, context: Context, record: runtime.RunRecord, before: dict | None) -> RunResult:
-    budget = TimeBudget(settings.trainer, exporter.count_artifacts(settings.export))
-    runtime.prepare_environment()
-    stop = distributed.stop_request()
+def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, before: dict | None) -> RunResult:
+    budget = TimeBudget(settings.trainer, requirements.count_artifacts(settings.export))
+    prepare_environment()
+    stop = stop_request()
     with stop.listening():
         log.info("Run    %s", os.path.relpath(folder))
         settings = _settle_backend(settings, before)
-        backend = models.import_backend(settings)
-        runtime.quiet_libraries()
-        runtime.seed_everything(settings.seed)
-        split = resume.read_split(before)
+        backend = import_backend(settings)
+        quiet_libraries()
+        seed_everything(settings.seed)
+        split = resume.read_batch_plan(before)
         if split and split.gradient_accumulation_steps % processes_of(settings):
             split = None  # decided for another number of processes
-        found = preflight.examine(settings, folder, backend, context.origins, split)
+        found = checks.examine(settings, folder, backend, context.origins, split)
         if found.problems:
             raise Refusal(found.problems)
         tokenizer, stop_ids, prepared = found.tokenizer, found.stop_ids, found.prepared
-        facts = preflight.write_preflight(folder, found)
-        settings = with_looks(with_split(settings, found.split), prepared.facts)
-        proof.write_rows(folder, prepared)
-        checkpoint = resume.find_checkpoint(folder, before, facts["data_hash"])
+        facts = checks.write_preflight(folder, found)
+        settings = with_eval_schedule(with_batch_plan(settings, found.split), prepared.facts)
+        measure.write_rows(folder, prepared)
+        checkpoint = find_checkpoint(folder, before, facts["data_hash"])
         strategy.check_checkpoint(checkpoint, settings)
         _record_data(record, facts, checkpoint)
-        record.update(split=asdict(found.split), processes=distributed.world_size())
+        record.update(split=asdict(found.split), processes=group.world_size())
         if signed := mark(settings):
             record.update(destinations_mark=signed)
-        distributed.broadcast((settings, checkpoint, facts["data_hash"]))
+        group.broadcast((settings, checkpoint, facts["data_hash"]))
         tracking = Tracking()
-        recorder = training.Recorder(folder, tracking)
+        recorder = Recorder(folder, tracking)
         try:
             status, reason = _train(
                 settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop, budget, checkpoint
@@ -230,12 +123,12 @@ def _run(settings: Settings, folder: Path, context: Context, record: runtime.Run
             kept = "checkpoints/ has the last state" if saved else "nothing was saved yet"
             status, reason = "stopped", f"{interrupt or 'interrupted'}, at once; {kept}"
         except Exception as raised:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
-            error = distributed.find_cause(raised)
+            error = watchdog.find_cause(raised)
             status, reason = "failed", reason_of(error)
             trace = "".join([traceback.format_exc(), *getattr(error, "__notes__", ())])
             told = {"type": type(error).__name__, "message": str(error), "traceback": trace}
             record.facts["error"] = {key: without_passwords(text) for key, text in told.items()}
-            tell_failure(error, folder)
+            log_failure(error, folder)
         metrics = recorder.final
         tracking.finish(status, metrics)
         record.facts |= {"metrics": metrics, "tracking": tracking.facts}
@@ -247,8 +140,8 @@ def _settle_backend(settings: Settings, before: dict | None) -> Settings:
     began = ((before or {}).get("model") or {}).get("backend")
     if began in [backend.value for backend in Backend] and settings.model.backend == Backend.auto:
         settings = replace(settings, model=replace(settings.model, backend=Backend(began)))
-    settings = models.settle_backend(settings)
-    distributed.broadcast(settings)
+    settings = settle_backend(settings)
+    group.broadcast(settings)
     return settings
 
 
@@ -260,52 +153,52 @@ def follow() -> int:
     logging.disable(logging.CRITICAL)  # one speaks for all
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
-        distributed.meet()
-        settings, folder, place = distributed.broadcast(None)
+        watchdog.meet()
+        settings, folder, place = group.broadcast(None)
         os.chdir(place)
-        distributed.watch(folder)
+        watchdog.watch(folder)
         budget = TimeBudget(settings.trainer)
-        runtime.prepare_environment()
-        settings = distributed.broadcast(None)  # with the backend that the first one settled on
-        backend = models.import_backend(settings)
-        runtime.quiet_libraries()
-        runtime.seed_everything(settings.seed)
-        settings, checkpoint, data_hash = distributed.broadcast(None)  # as decided by the checks, which the first one makes
-        tokenizer, stop_ids = shared.load_tokenizer(settings)
-        prepared = shared.prepare_data(settings, tokenizer, stop_ids)
+        prepare_environment()
+        settings = group.broadcast(None)  # with the backend that the first one settled on
+        backend = import_backend(settings)
+        quiet_libraries()
+        seed_everything(settings.seed)
+        settings, checkpoint, data_hash = group.broadcast(None)  # as decided by the checks, which the first one makes
+        tokenizer, stop_ids = warm_cache.load_tokenizer(settings)
+        prepared = warm_cache.prepare_data(settings, tokenizer, stop_ids)
         if prepared.facts["data_hash"] != data_hash:
             raise RuntimeError("its rows are others than those of rank 0: the data differ on its machine")
         settings = replace(settings, tracking=replace(settings.tracking, tracker=Tracker.none))
-        record, recorder = runtime.NoRecord(), training.Recorder(folder, Tracking())
-        stop = distributed.stop_request()
+        record, recorder = NoRecord(), Recorder(folder, Tracking())
+        stop = stop_request()
         _train(settings, folder, Context(), backend, tokenizer, stop_ids, prepared, record, recorder, stop, budget, checkpoint)
-        distributed.wait_for_end()
+        watchdog.wait_for_end()
     except BaseException as error:
-        distributed.report(error)
+        watchdog.report(error)
     return 1
 
 
-def _start_record(settings: Settings, folder: Path, context: Context, before: dict | None) -> runtime.RunRecord:
+def _start_record(settings: Settings, folder: Path, context: Context, before: dict | None) -> RunRecord:
     """Write run.json before anything that takes time, so that a run which is killed can be told from an empty folder."""
     if before:
-        return runtime.RunRecord(folder, before)
-    return runtime.RunRecord(
+        return RunRecord(folder, before)
+    return RunRecord(
         folder,
         name=context.name,
         command=context.command,
         overrides=list(context.overrides),
         working_folder=os.getcwd(),
         tags=list(context.tags),
-        config_hash=runtime.config_hash(settings),
+        config_hash=fingerprint.config_hash(settings),
         seed=settings.seed,
-        settings=runtime.jsonable(settings),
-        differs_from_defaults=runtime.differs_from(settings, Settings()),
+        settings=jsonio.jsonable(settings),
+        differs_from_defaults=fingerprint.differs_from(settings, Settings()),
     )
 
 
-def _record_data(record: runtime.RunRecord, facts: dict, checkpoint: Path | None) -> None:
+def _record_data(record: RunRecord, facts: dict, checkpoint: Path | None) -> None:
     rows = facts["rows"]
-    sessions = [*(record.facts.get("sessions") or []), {"started_at": runtime.now(), "from": checkpoint and checkpoint.name}]
+    sessions = [*(record.facts.get("sessions") or []), {"started_at": jsonio.now(), "from": checkpoint and checkpoint.name}]
     record.update(
         data={
             "source": facts["source"],
@@ -317,19 +210,8 @@ def _record_data(record: runtime.RunRecord, facts: dict, checkpoint: Path | None
             "eval_tokens": facts.get("eval_tokens", 0),
         },
         sessions=sessions,
-        **runtime.environment(),
+        **machine_facts(),
     )
-
-
-def _recorded(
-    folder: Path, stack: contextlib.ExitStack, trusted: bool, processes: str | None = None
-) -> tuple[Settings, Context]:
-    """Settings and context of the run in `folder`, for `resume=`; until `stack` closes, the run works where it began."""
-    settings, record = resume.recorded_run(folder, trusted, processes)
-    stack.enter_context(resume.working_folder(record, folder))
-    named = [record.get(key) or empty for key, empty in (("name", "run"), ("command", ""), ("overrides", ()), ("tags", ()))]
-    origins = dict.fromkeys(leaf_keys(), "run.json")
-    return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), origins)
 
 
 def _train(
@@ -338,16 +220,16 @@ def _train(
     """Load, attach, sample, train, sample, save: (status, reason)."""
     tracking = recorder.tracking
     with record.timed("load"), budget.measured("load"):
-        models.limit_memory(settings)
-        fast.warm_up(settings, prepared, backend)
-        model, source = shared.load_model(settings, backend)
-        model = shared.attach_adapter(model, settings, backend)
-    total, trained = lora.count_parameters(model)
+        limit_memory(settings)
+        acceleration.warm_up(settings, prepared, backend)
+        model, source = warm_cache.load_model(settings, backend)
+        model = warm_cache.attach_adapter(model, settings, backend)
+    total, trained = structure.count_parameters(model)
     facts = {
         "name": settings.model.name,
         "source": source,
         "backend": backend,
-        "dtype": str(models.torch_dtype(settings.model)),
+        "dtype": str(torch_dtype(settings.model)),
     }
     record.update(model={**facts, "parameters": total, "trainable_parameters": trained})
     log.info("Model  %s through %s: %s of %s parameters trained", source, backend, f"{trained:,}", f"{total:,}")
@@ -362,31 +244,31 @@ def _train(
         def ask() -> list[dict]:
             return samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check)
 
-        return ask() if step else shared.of_base("answers", model, settings, asked, ask)
+        return ask() if step else warm_cache.of_base("answers", model, settings, asked, ask)
 
-    answers = Answers(folder, recorder, record.timed, generate if prompts else None, sharded)
+    answers = SampleWriter(folder, recorder, record.timed, generate if prompts else None, sharded)
     loop = Loop(folder, stop, recorder, budget, answers, record.timed, checkpoint, settings.trainer.save_total_limit)
     tracking.start(settings, folder, context.name, [*context.tags, backend], record.facts.get("tracking"))
     record.update(tracking=tracking.facts)
-    trainer = training.build_trainer(model, tokenizer, prepared, settings, loop, backend)
+    trainer = sft.build_trainer(model, tokenizer, prepared, settings, loop, backend)
     record.update(speed=asdict(trainer.fast))
-    resume.take_up(folder, checkpoint, recorder)
+    take_up(folder, checkpoint, recorder)
     stop.training = True
     with record.timed("train"):
         trainer.train()
     if trainer.bad_steps.count and trainer.bad_steps.count == trainer.state.global_step:
         stop.failure = stop.failure or f"all {trainer.bad_steps.count} steps had a loss or gradient that is not a finite number"
     _keep_best(trainer, recorder)
-    if distributed.is_first() or sharded:
-        with trainer.compute_loss_context_manager(), fast.evaluating(model, trainer.fast):
-            rows, flat = proof.read_rows(folder), trainer.end_to_end  # what an export of these weights is held against
-            loss = proof.flat_loss(model, rows, flat) if flat else proof.row_losses(model, rows)[0]
+    if group.is_first() or sharded:
+        with trainer.compute_loss_context_manager(), acceleration.evaluating(model, trainer.fast):
+            rows, flat = measure.read_rows(folder), trainer.end_to_end  # what an export of these weights is held against
+            loss = measure.flat_loss(model, rows, flat) if flat else measure.row_losses(model, rows)[0]
             recorder.final["proof_loss"] = round(loss, 6)
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
-    if distributed.is_first():
+    if group.is_first():
         name = save_weights(model, tokenizer, settings, folder, weights)
         record.update(artifacts={name: name})
-    with contextlib.suppress(runtime.Interrupted):
+    with contextlib.suppress(signals.Interrupted):
         if not stop.failure:
             stop.check()
             answers.take(trainer.state.global_step)
@@ -419,7 +301,7 @@ def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path, w
     `weights` are those of the whole model, where this process has only a share of them.
     """
     name = "adapter" if settings.lora.enabled else "model"
-    with _told(name), durable.new_folder(folder / name, manifest=False) as work:
+    with _told(name), atomic.new_folder(folder / name, manifest=False) as work:
         embeds = {"embed_tokens", "lm_head"} & {*settings.lora.modules_to_save, *settings.lora.target_modules}
         options = {"save_embedding_layers": bool(embeds)} if settings.lora.enabled else {}
         model.save_pretrained(str(work), **options, **({"state_dict": weights} if weights is not None else {}))
@@ -448,11 +330,11 @@ def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResul
         status, reason = "stopped", "; ".join([*([reason] if reason else []), f"trained; {cut} ended the export"])
     code = 1 if failures else {"finished": 0, "failed": 1, "stopped": 130 if stop.signal else 0}[status]
     artifacts = {**(record.facts.get("artifacts") or {}), "report": "report.html"}
-    ending = {"status": status, "reason": reason, "artifacts": artifacts, "ended_at": runtime.now()}
+    ending = {"status": status, "reason": reason, "artifacts": artifacts, "ended_at": jsonio.now()}
     try:
-        from sft.report import write_report  # brings a chart engine with it, which only this line needs
+        from sft.report.page import write_report  # brings a chart engine with it, which only this line needs
 
-        write_report(folder, runtime.jsonable({**record.facts, **ending}))
+        write_report(folder, jsonio.jsonable({**record.facts, **ending}))
     except Exception as error:  # a report that cannot be drawn must not turn a good run into a failed one
         log.warning("The report could not be written: %s", error)
         artifacts.pop("report", None)
@@ -471,15 +353,15 @@ def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResul
     return RunResult(status, code, folder, good)
 
 
-def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) -> tuple[list[str], str | None]:
+def _export(folder: Path, record: RunRecord, stop: signals.StopRequest) -> tuple[list[str], str | None]:
     """Export in a process of its own, which measures what was saved and not what is still in memory: what failed of it, and
     the signal that ended it early.
 
     The weights are safe by now, so a failure is told and does not undo the run.
     """
-    runtime.release_memory()
+    release_memory()
     record.update()  # the export holds the saved weights against what the record says of the training
-    environment = {**distributed.plain_environment(), "PYTHONPATH": child_environment()["PYTHONPATH"]}
+    environment = {**group.plain_environment(), "PYTHONPATH": child_environment()["PYTHONPATH"]}
     words = [WORD] if _runs_code(record.facts) else []  # this command has it from its user
     with record.timed("export"):
         child = subprocess.Popen([*python_command("sft.export"), *words, str(folder)], env=environment)
@@ -508,22 +390,3 @@ def _export(folder: Path, record: runtime.RunRecord, stop: runtime.StopRequest) 
 def _runs_code(facts: dict[str, Any]) -> bool:
     model = (facts.get("settings") or {}).get("model")
     return isinstance(model, dict) and model.get("trust_remote_code") is True
-
-
-def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:
-    words = [choices.get("model", ""), choices.get("dataset", "")]
-    words += [o.split(".", 1)[1] for o in overrides if o.startswith(("lora.", "trainer.")) and "=" in o]
-    return "_".join(w for w in words if w)[:100]
-
-
-def _job_name(choices: dict[str, str], folder: Path) -> str:
-    """A sweep's job is called by what varies, which its folder's name says."""
-    return "_".join([*(w for w in (choices.get("model"), choices.get("dataset")) if w), folder.name.partition("_")[2]])[:100]
-
-
-def _remove_unused(folder: Path) -> None:
-    """Remove a run folder in which nothing happened: only Hydra's copy of the config, the log and the data's facts."""
-    ours = {".hydra", "train.log", "preflight.json"}
-    with contextlib.suppress(OSError, Refusal), resume.locked(folder):  # a run that has just begun holds the lock
-        if {p.name for p in folder.iterdir()} <= ours:
-            shutil.rmtree(folder, ignore_errors=True)

@@ -21,12 +21,12 @@ if not os.environ.get("SFT_TEST_GPU"):
 for name in ("HF_TOKEN", "WANDB_API_KEY", "HF_ENDPOINT"):
     os.environ.pop(name, None)
 
-import pytest  # noqa: E402
-from hydra import compose, initialize_config_dir  # noqa: E402
+import pytest
+from hydra import compose, initialize_config_dir
 
-from sft.command_line import to_settings  # noqa: E402
-from sft.runtime import prepare_environment  # noqa: E402
-from sft.settings import Settings, register  # noqa: E402
+from sft.config.compose import register, to_settings
+from sft.config.schema import Settings
+from sft.environment import prepare_environment
 
 prepare_environment()
 register()

@@ -26,7 +26,8 @@ BASE = ("model=tiny_random", "trainer=debug", "tracking=none", "dataset.max_rows
         "samples.max_new_tokens=8", "trainer.max_steps=6", "trainer.save_steps=2", "trainer.eval_steps=3")  # fmt: skip
 CLOCK = re.compile(r"(_at|seconds?|_gib|memory|_s|_bytes|speed|git_commit|host|pid|folder|command)$|^(timings?|time|at)$")
 PLACES = {"versions", "hardware", "machine", "environment", "python", "platform", "destinations_mark", "cpu", "libraries"}
-HASHED = (".safetensors", ".gguf", "tokenizer.json", "adapter_config.json", "Modelfile")
+FREE = re.compile(r"[\d.]+( GiB)? free")
+HASHED = (".safetensors", ".gguf", "tokenizer.json", "Modelfile")
 
 
 def without_clock(value: Any, folder: str) -> Any:
@@ -36,7 +37,7 @@ def without_clock(value: Any, folder: str) -> Any:
         return {k: without_clock(v, folder) for k, v in sorted(kept.items())}
     if isinstance(value, list):
         return [without_clock(v, folder) for v in value]
-    return value.replace(folder, "...") if isinstance(value, str) else value
+    return FREE.sub("free", value.replace(folder, "...")) if isinstance(value, str) else value
 
 
 def facts_of(run: Path, folder: Path) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def facts_of(run: Path, folder: Path) -> dict[str, Any]:
             found[name] = [
                 without_clock(json.loads(line), str(folder)) for line in path.read_text(encoding="utf-8").splitlines()
             ]
-        elif path.name in ("run.json", "preflight.json", "verify.json", "sweep.json"):
+        elif path.name in ("run.json", "preflight.json", "verify.json", "sweep.json", "adapter_config.json"):
             found[name] = without_clock(json.loads(path.read_text(encoding="utf-8")), str(folder))
         elif path.name.endswith(HASHED):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()

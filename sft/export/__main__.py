@@ -9,21 +9,21 @@ import logging
 import sys
 from pathlib import Path
 
-from sft import runtime
+from sft import console, environment
+from sft.config.trust import WORD
 from sft.export.program import end_with_parent
-from sft.trust import WORD
 
 
 def main(folder: Path, trusted: bool = False) -> int:
     """Export and verify; 1 if an artifact failed, 2 if it was refused."""
     end_with_parent()
-    handlers = [runtime.ConsoleHandler(), runtime.LogFile(folder / "train.log", encoding="utf-8")]
+    handlers = [console.ConsoleHandler(), console.LogFile(folder / "train.log", encoding="utf-8")]
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
-    runtime.prepare_environment()
-    runtime.quiet_libraries()
+    environment.prepare_environment()
+    environment.quiet_libraries()
     from sft.errors import ExportError, Refusal
     from sft.export import exporter
-    from sft.runs import settings_of
+    from sft.runs.saved import settings_of
 
     try:
         report = exporter.export_run(folder, settings_of(folder, trusted)[0])

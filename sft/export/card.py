@@ -14,10 +14,12 @@ from typing import Any
 
 import jinja2
 
-from sft import embedded
+from sft.config import schema
 from sft.export.hub import repo_for
+from sft.model import builtin
 from sft.paths import ASSETS
-from sft.records import merge_steps, number, read_json, read_lines, summarise
+from sft.report.summary import merge_steps, summarise
+from sft.storage.jsonio import number, read_json, read_lines
 
 KINDS = {
     "adapter": "LoRA adapter",
@@ -25,16 +27,25 @@ KINDS = {
     "merged_4bit": "Merged model in 4 bit (bitsandbytes)",
     "gguf": "GGUF files",
 }
+
 LIBRARIES = {"adapter": "peft", "merged_16bit": "transformers", "merged_4bit": "transformers"}
+
 CURVE_ROWS, SAMPLES = 12, 4
+
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
+
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
+
 # Known without a look at their cards: what ships with the project.
-EMBEDDED_LICENCE = {embedded.SMOLLM2: "apache-2.0"}
+EMBEDDED_LICENCE = {builtin.SMOLLM2: "apache-2.0"}
+
 DATA_LICENCE = {"twists": "apache-2.0"}
+
 DATA_LANGUAGE = {"twists": ["zh", "en"]}
+
 # Settings whose value is a place on this machine, if it is not one of a few words.
 PATH_KEYS = {"dataset.path", "model.chat_template", "resume", "run", "hydra.run.dir", "hydra.sweep.dir", "hydra.searchpath"}
+
 PATH = re.compile(
     r"""(?<![\w/.:\\-])(?:file:/{2})?(?:~|\.{1,2}|[A-Za-z]:)?(?:[\\/][^\s\\/'",;=\[\](){}<>|`]+){2,}[\\/]?""", re.ASCII
 )
@@ -145,9 +156,9 @@ def _data(run: dict, preflight: dict) -> dict[str, Any]:
     settings, facts = _dict(run, "settings", "dataset"), _dict(run, "data")
     name, path = str(settings.get("name") or ""), settings.get("path")
     shown = str(facts.get("source") or preflight.get("source") or path or name or "unknown")
-    on_hub = not path and name not in embedded.DATASETS and HUB_ID.fullmatch(name) is not None
+    on_hub = not path and name not in schema.DATASETS and HUB_ID.fullmatch(name) is not None
     known = _card_of(_cached_card(name, "dataset", settings.get("revision"))) if on_hub else {}
-    shipped = not path and name in embedded.DATASETS
+    shipped = not path and name in schema.DATASETS
     languages = known.get("language") or (DATA_LANGUAGE.get(name) if shipped else None)
     languages = [languages] if isinstance(languages, str) else languages if isinstance(languages, list) else []
     return {

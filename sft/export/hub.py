@@ -16,25 +16,32 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import HubError, Problem, chain_of, first_line, is_page
-from sft.printable import shown
+from sft.sanitize import shown
 
 log = logging.getLogger(__name__)
 
 # Each format has a repository of its own: files of two formats on top of each other would be loaded as one model.
 REPO_SUFFIX = {"merged_16bit": "", "adapter": "-LoRA", "merged_4bit": "-bnb-4bit", "gguf": "-GGUF"}
+
 # transformers takes model.safetensors before the index, and other loaders every shard they see: a file of an earlier push
 # with another number of shards would be loaded in place of the new weights, or beside them.
 MODEL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
 WEIGHTS = {"merged_16bit": MODEL_WEIGHTS, "merged_4bit": MODEL_WEIGHTS}
+
 CARD = "README.md"
+
 NAMED = 10
 """How many of the files that are left out are named."""
 
 CONNECT_SECONDS = 5.0
+
 ANSWER_SECONDS = 15.0
 """Longest wait for the answer to a question; a server that is silent for longer is taken for dead."""
+
 TRANSFER_SECONDS = 120.0
 """Longest silence within an upload; the server may have to put the parts of a large file together."""
+
 CONFLICTS = 12
 """How often a server may say that it is busy with another operation."""
 

@@ -15,8 +15,10 @@ from typing import Any
 import cyllama.llama.llama_cpp as cpp
 
 IGNORED = -100
+
 F32 = 0
 """ggml's number for the type float32 (enum ggml_type)."""
+
 OFF = 0
 """llama.cpp's LLAMA_FLASH_ATTN_TYPE_DISABLED."""
 

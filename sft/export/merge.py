@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sft import durable
+from sft.config.schema import ModelSettings, Settings
 from sft.errors import Refusal, first_line, refuse
-from sft.model_files import check_adapter_files, check_model_files
-from sft.settings import ModelSettings, Settings
+from sft.model.files import check_adapter_files, check_model_files
+from sft.storage import atomic
 
 
 def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> Any:
@@ -20,10 +20,10 @@ def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> A
     an adapter can be folded in without being rounded to 4 bits. Raises Refusal if the base cannot be found, or the files of
     `weights` cannot be believed.
     """
-    from sft import models
+    from sft.model import backend, loading
 
     if not settings.lora.enabled:
-        return _load_folder(weights, models.torch_dtype(settings.model))
+        return _load_folder(weights, backend.torch_dtype(settings.model))
     import torch
     from peft import PeftModel
 
@@ -32,7 +32,7 @@ def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> A
     problems = check_adapter_files(weights, f"run={weights.parent}")
     if problems:
         raise Refusal(problems)
-    base, _ = models.load_model(settings, "transformers")
+    base, _ = loading.load_model(settings, "transformers")
     if not quantised and getattr(base, "is_quantized", False):
         base = base.dequantize()
     try:
@@ -99,7 +99,7 @@ def save(model: Any, tokenizer: Any, stop_ids: list[int], place: Path, source: s
     `source` is the folder or hub id of the base: a SentencePiece file there goes along, because llama.cpp's converter
     reads it where the architecture has one. Raises OSError on a full disk.
     """
-    with durable.new_folder(place, manifest=False) as work:
+    with atomic.new_folder(place, manifest=False) as work:
         set_stop_tokens(model, tokenizer, stop_ids)
         model.save_pretrained(work, max_shard_size="5GB")
         tokenizer.save_pretrained(work)
@@ -125,7 +125,7 @@ def save_4bit(merged: Path, place: Path) -> None:
     from transformers import AutoTokenizer
 
     model = _load_folder(merged, "auto", quantise=True)
-    with durable.new_folder(place, manifest=False) as work:
+    with atomic.new_folder(place, manifest=False) as work:
         model.save_pretrained(work, max_shard_size="5GB")
         AutoTokenizer.from_pretrained(merged, trust_remote_code=False).save_pretrained(work)
 

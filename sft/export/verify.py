@@ -9,13 +9,14 @@ told, not judged. What ends an answer, what pads, the chat template and the toke
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft.export.proof import Measurement
+from sft.export.measure import EvalResult
 
 LOSSLESS = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2}
 """Largest difference in loss, in nats a token, by the type that the model computes in.
 
 Rounding SmolLM2's merged weights to float16 moved the loss by 6e-4 (docs/export.md); an 8B model's to bfloat16 by 4e-3.
 """
+
 TIE = {"float32": 0.05, "bfloat16": 0.25, "float16": 0.25}
 """Two tokens whose log probabilities are closer than this are a near tie: rounding may choose either."""
 
@@ -74,7 +75,7 @@ def compare_tokens(trained: Tokens, found: Tokens, bos: int | None) -> list[Chec
 
 
 def compare_numbers(
-    trained: Measurement, found: Measurement, dtype: str, limit: float | None
+    trained: EvalResult, found: EvalResult, dtype: str, limit: float | None
 ) -> tuple[list[Check], dict[str, Any]]:
     """(checks, facts) of the loss and the answers; `limit` None means lossless, and only then the answers are judged."""
     increase = found.loss - trained.loss
@@ -101,7 +102,7 @@ def compare_numbers(
     return checks, facts
 
 
-def compare_answers(name: str, reference: Measurement, found: Measurement, tie: float) -> tuple[Check, dict[str, Any]]:
+def compare_answers(name: str, reference: EvalResult, found: EvalResult, tie: float) -> tuple[Check, dict[str, Any]]:
     """(check, facts) of greedy answers: the same, or they part where the reference found both tokens about equally likely."""
     compared = min(len(reference.answers), len(found.answers))
     partings = find_partings(reference, found)
@@ -114,7 +115,7 @@ def compare_answers(name: str, reference: Measurement, found: Measurement, tie: 
     return Check(name, not wrong, f"{compared} the same, near ties aside", told), facts
 
 
-def find_partings(reference: Measurement, found: Measurement) -> list[dict[str, Any]]:
+def find_partings(reference: EvalResult, found: EvalResult) -> list[dict[str, Any]]:
     """Where answers part: the number of the prompt, that of the first other token, and the gap there.
 
     The gap is how much likelier, in nats, the reference found its own token than the other one. None where one answer is the

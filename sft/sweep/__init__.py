@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 exit_codes: list[int] = []
 """Exit code of each job of this command; the command ends with the highest."""
+
 summaries: list[Callable[[], None]] = []
 """What this command has to say when all its jobs are over."""
 

@@ -13,16 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft import runtime
+from sft.config import fingerprint
+from sft.config.keys import flatten
+from sft.config.schema import GROUPS, Settings
 from sft.errors import Refusal, refuse
-from sft.forms import NUMBER, TEXT, TEXTS, fit
-from sft.keys import flatten
-from sft.records import number, read_json
-from sft.settings import GROUPS, Settings
+from sft.storage import atomic, jsonio
+from sft.storage.forms import NUMBER, TEXT, TEXTS, fit
+from sft.storage.jsonio import number, read_json
 
 log = logging.getLogger(__name__)
 
 WAITING, RUNNING, FINISHED, DIVERGED, STOPPED, FAILED = "waiting", "running", "finished", "diverged", "stopped", "failed"
+
 DONE = (FINISHED, DIVERGED)
 """Not run again: the same settings would end the same way."""
 
@@ -59,7 +61,9 @@ JOB = {
     **dict.fromkeys(("folder", "config_hash", "status", "reason", "place"), TEXT),
     **{"number": int, "attempts": int, "seconds": NUMBER, "overrides": TEXTS, "settings": {}},
 }
+
 NEEDED = ("number", "folder", "config_hash", "overrides", "settings")
+
 SWEEP = {**dict.fromkeys(("identity", "command", "created_at"), TEXT), "jobs": [JOB]}
 
 
@@ -79,20 +83,20 @@ class SweepIndex:
         """Write sweep.json, whole or not at all; a line a job."""
         head = {"identity": self.identity, "command": self.command, "created_at": self.created_at}
         lines = [f'  "{key}": {json.dumps(value, ensure_ascii=False)},' for key, value in head.items()]
-        plain = {"ensure_ascii": False, "allow_nan": False, "default": runtime.jsonable}  # by hand only what JSON does not know
+        plain = {"ensure_ascii": False, "allow_nan": False, "default": jsonio.jsonable}  # by hand only what JSON does not know
         jobs = [f"    {json.dumps(vars(job), **plain)}" for job in self.jobs]
         text = "\n".join(["{", *lines, '  "jobs": [', ",\n".join(jobs), "  ]", "}", ""])
-        runtime.write_text(self.folder / "sweep.json", text)
+        atomic.write_text(self.folder / "sweep.json", text)
 
     def add(self, settings: Settings, overrides: dict[str, str], varying: list[str]) -> Job:
         """The job with these settings: the one that is there already, or a new one with the next number."""
-        config_hash = runtime.config_hash(settings)
+        config_hash = fingerprint.config_hash(settings)
         for job in self.jobs:
             if job.config_hash == config_hash:
                 return job
         number = max((job.number for job in self.jobs), default=-1) + 1
         folder = f"{number}_{make_label(overrides, varying)}"
-        differs = {key: pair["value"] for key, pair in runtime.differs_from(settings, Settings()).items()}
+        differs = {key: pair["value"] for key, pair in fingerprint.differs_from(settings, Settings()).items()}
         self.jobs.append(Job(number, folder, config_hash, overrides, differs))
         return self.jobs[-1]
 
@@ -177,7 +181,7 @@ def identify(settings: Settings, swept: list[str]) -> str:
 
     The swept values are left out, so that a grid with one more value is still the same sweep.
     """
-    fixed = flatten({k: v for k, v in runtime.jsonable(settings).items() if k not in ("tracking", "sweep")})
+    fixed = flatten({k: v for k, v in jsonio.jsonable(settings).items() if k not in ("tracking", "sweep")})
     for key in swept:
         free = ("",) if key in ("experiment", "sweep") else (f"{key}.",) if key in GROUPS else ()
         fixed = {k: v for k, v in fixed.items() if k != key and not k.startswith(free or ("\0",))}

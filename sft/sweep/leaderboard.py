@@ -14,22 +14,23 @@ from pathlib import Path
 from statistics import mean, variance
 from typing import Any, TextIO
 
+from sft.config.keys import flatten
+from sft.config.schema import GROUPS, Settings
 from sft.errors import refuse
-from sft.keys import flatten
-from sft.printable import shown
-from sft.records import number
-from sft.settings import GROUPS, Settings
+from sft.sanitize import shown
+from sft.storage.jsonio import number
 from sft.sweep.index import FINISHED, Job, SweepIndex, find_sweeps, load_index, read_run, readable_index
 
 log = logging.getLogger(__name__)
 
 # Two-sided 95 % points of Student's t by degrees of freedom: a spread measured on three runs is itself uncertain.
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
 SEEDS = ("seed",)
 
 
 @dataclass
-class Row:
+class TableRow:
     """One job with what its run folder says."""
 
     job: Job
@@ -61,7 +62,7 @@ class Leaderboard:
     index: SweepIndex
     keys: list[str]
     """The settings that vary, as columns."""
-    rows: list[Row]
+    rows: list[TableRow]
     seeds_apart: bool = False
     """Settings have several seeds, but each seed has held-out rows of its own."""
     noise: float | None = None
@@ -72,7 +73,7 @@ class Leaderboard:
     """Commands that would answer what is open."""
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> TableRow | None:
         """The finished row with the lowest held-out loss."""
         return next((row for row in self.rows if row.rank == 1), None)
 
@@ -133,7 +134,7 @@ def _value(job: Job, key: str) -> Any:
 
 
 def _defaults() -> dict[str, Any]:
-    from sft.runtime import jsonable
+    from sft.storage.jsonio import jsonable
 
     return jsonable(Settings())
 
@@ -147,10 +148,10 @@ def _plain(text: str) -> Any:
     return text
 
 
-def _read_row(index: SweepIndex, job: Job, keys: list[str]) -> Row:
+def _read_row(index: SweepIndex, job: Job, keys: list[str]) -> TableRow:
     run = read_run(index.folder / job.folder)
     metrics, data = run.get("metrics", {}), run.get("data", {})
-    row = Row(job, {key: _value(job, key) for key in keys}, note=job.reason or "")
+    row = TableRow(job, {key: _value(job, key) for key in keys}, note=job.reason or "")
     if run.get("config_hash") != job.config_hash:
         return row
     row.seconds = number(run.get("seconds", {}).get("total"))
@@ -180,7 +181,7 @@ def remark(board: Leaderboard) -> None:
         check(board, ranked)
 
 
-def _check_rows(board: Leaderboard, ranked: list[Row]) -> None:
+def _check_rows(board: Leaderboard, ranked: list[TableRow]) -> None:
     hashes = {row.held_out for row in ranked}
     if len(hashes) < 2:
         return
@@ -192,23 +193,23 @@ def _check_rows(board: Leaderboard, ranked: list[Row]) -> None:
     board.remarks.append(text)
 
 
-def _check_budget(board: Leaderboard, ranked: list[Row]) -> None:
+def _check_budget(board: Leaderboard, ranked: list[TableRow]) -> None:
     tokens = [row.tokens for row in ranked if row.tokens]
     if tokens and max(tokens) > 1.02 * min(tokens):
         text = f"The jobs did not train on equally many tokens ({min(tokens):,} to {max(tokens):,}):"
         board.remarks.append(text + " part of a difference is the longer training, not the setting.")
 
 
-def _groups(board: Leaderboard, rows: list[Row]) -> list[list[Row]]:
+def _groups(board: Leaderboard, rows: list[TableRow]) -> list[list[TableRow]]:
     """Rows that differ in their seed alone, together; in the order of their mean loss."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[TableRow]] = {}
     for row in rows:
         key = json.dumps([str(row.values[k]) for k in board.keys if k not in SEEDS] + [row.held_out])
         groups.setdefault(key, []).append(row)
     return sorted(groups.values(), key=lambda group: mean(row.eval_loss for row in group))
 
 
-def _check_noise(board: Leaderboard, ranked: list[Row]) -> None:
+def _check_noise(board: Leaderboard, ranked: list[TableRow]) -> None:
     groups = _groups(board, ranked)
     repeated = [group for group in groups if len(group) > 1]
     if not repeated:
@@ -247,16 +248,16 @@ def _check_noise(board: Leaderboard, ranked: list[Row]) -> None:
     board.remarks.append(text)
 
 
-def _other_seeds(row: Row) -> str:
+def _other_seeds(row: TableRow) -> str:
     used = row.values.get("seed", row.job.settings.get("seed", Settings().seed))
     return ",".join(map(str, [used, *[s for s in (1, 2, 3) if s != used][:2]]))
 
 
-def _rows_seed(row: Row) -> str:
+def _rows_seed(row: TableRow) -> str:
     return str(row.job.settings.get("dataset.seed") or row.job.settings.get("seed", Settings().seed))
 
 
-def _check_edges(board: Leaderboard, ranked: list[Row]) -> None:
+def _check_edges(board: Leaderboard, ranked: list[TableRow]) -> None:
     """A best value on the edge of what was tried: the next values lie beyond it, as far apart as the last two."""
     best = _groups(board, ranked)[0][0]
     for key in board.keys:
@@ -292,7 +293,7 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _command(board: Leaderboard, row: Row, changed: dict[str, str]) -> str:
+def _command(board: Leaderboard, row: TableRow, changed: dict[str, str]) -> str:
     """The command that runs `row` again with other values, as further jobs of the same sweep."""
     overrides = {**row.job.overrides, **changed}
     words = [f"{key}={value}" for key, value in overrides.items()] + [f"hydra.sweep.dir={os.path.relpath(board.index.folder)}"]
@@ -301,7 +302,7 @@ def _command(board: Leaderboard, row: Row, changed: dict[str, str]) -> str:
 
 # ----------------------------------------------------------------------------------------------------- the files
 
-COLUMNS: list[tuple[str, Callable[[Row], Any]]] = [
+COLUMNS: list[tuple[str, Callable[[TableRow], Any]]] = [
     ("status", lambda row: row.job.status),
     ("eval_loss", lambda row: row.eval_loss),
     ("eval_loss_start", lambda row: row.eval_loss_start),
@@ -331,22 +332,6 @@ def write_csv(board: Leaderboard) -> Path:
     temporary.write_text(text.getvalue(), encoding="utf-8", errors="replace")  # half a character
     os.replace(temporary, target)
     return target
-
-
-def refresh(folder: Path) -> None:
-    """Rewrite leaderboard.csv and the report. What goes wrong here is said and ends nothing."""
-    try:
-        board = read_leaderboard(folder)
-        write_csv(board)
-    except Exception as error:  # a table that cannot be drawn must not cost a night of training
-        log.warning("The leaderboard could not be written: %s", error)
-        return
-    try:
-        from sft.sweep.report import write_sweep_report  # brings a chart engine with it, which only this line needs
-
-        write_sweep_report(board)
-    except Exception as error:
-        log.warning("The sweep's report could not be drawn (%s); leaderboard.csv has the table.", error)
 
 
 def show(folder: Path, file: TextIO | None = None) -> None:

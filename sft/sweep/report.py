@@ -7,12 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sft.report import MAX_POINTS, downsample, merge_steps, number, read_lines, render
+from sft.report.page import MAX_POINTS, downsample, render
+from sft.report.summary import merge_steps
+from sft.storage.jsonio import number, read_lines
 from sft.sweep.index import FINISHED
-from sft.sweep.leaderboard import Leaderboard, Row
+from sft.sweep.leaderboard import Leaderboard, TableRow
 
 MAX_RUNS = 60
 """Runs whose answers are shown; with more the page would be slow to open."""
+
 MAX_ANSWER = 1200
 """Characters shown of an answer."""
 
@@ -163,7 +166,7 @@ def _spec(points: list[dict], rest: dict) -> dict:
     return {"data": {"values": points}, "width": "container", **rest}
 
 
-def _is_numeric(rows: list[Row], key: str) -> bool:
+def _is_numeric(rows: list[TableRow], key: str) -> bool:
     values = [row.values[key] for row in rows]
     return len(set(values)) > 1 and all(isinstance(value, int | float) for value in values)
 

@@ -29,7 +29,9 @@ import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from sft.threads import spin_briefly  # noqa: E402
+from sft import run as sft_run
+from sft.report import page
+from sft.threads import spin_briefly
 
 spin_briefly()
 
@@ -86,8 +88,8 @@ def prepare(work: Path) -> None:
     """Import everything a run imports, and write the rows."""
     # A fork has none of the threads that OpenMP started before it, and would wait for them for ever: there are to be none.
     os.environ["OMP_NUM_THREADS"] = "1"
-    from sft.runtime import prepare_environment
-    from sft.settings import register
+    from sft.config.compose import register
+    from sft.environment import prepare_environment
 
     os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", WANDB_MODE="offline")
     # tqdm's own lock is one semaphore for all forks: a process killed while it holds it would stop every later one.
@@ -98,11 +100,8 @@ def prepare(work: Path) -> None:
     import trl  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401
 
-    import sft.report
-    import sft.run
-
-    sft.report.bundled_charts = lambda: ""  # two of a run's seven seconds, and the same each time
-    sft.run.subprocess = types.SimpleNamespace(Popen=ForkedExport, TimeoutExpired=subprocess.TimeoutExpired)
+    page.bundled_charts = lambda: ""  # two of a run's seven seconds, and the same each time
+    sft_run.subprocess = types.SimpleNamespace(Popen=ForkedExport, TimeoutExpired=subprocess.TimeoutExpired)
 
     write_rows(work)
 
@@ -155,7 +154,7 @@ def settings_of(work: Path, shape: str):
     """Composed settings of a shape."""
     from hydra import compose, initialize_config_dir
 
-    from sft.command_line import to_settings
+    from sft.config.compose import to_settings
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         overrides = [*BASE, f"dataset.path={work / 'rows.jsonl'}", "dataset=local", *SHAPES[shape]]

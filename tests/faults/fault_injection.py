@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.faults.fault_campaign import compare, prepare, start, unkilled, wait  # noqa: E402
+from tests.faults.fault_campaign import compare, prepare, start, unkilled, wait
 
 FAULTS = {
     "write": ("signal=SIGKILL", "error=ENOSPC", "error=EIO"),
@@ -81,11 +81,11 @@ def main(argv: list[str]) -> int:
 def run_to_the_save(work: Path, report: Path, every: int) -> None:
     """Train up to the second save, try every fault on it from there, and end this process."""
     try:
-        from sft import trainer as training
+        from sft.methods import sft
         from sft.run import run
         from tests.faults.fault_campaign import settings_of
 
-        build = training.build_trainer
+        build = sft.build_trainer
 
         def build_and_hook(*args):
             trainer = build(*args)
@@ -106,7 +106,7 @@ def run_to_the_save(work: Path, report: Path, every: int) -> None:
             trainer._save_checkpoint = hooked
             return trainer
 
-        training.build_trainer = build_and_hook
+        sft.build_trainer = build_and_hook
         run(settings_of(work, "plain"), work / "base")
     except BaseException:
         import traceback
@@ -118,7 +118,7 @@ def run_to_the_save(work: Path, report: Path, every: int) -> None:
 def run_to_the_export(work: Path, report: Path, every: int) -> None:
     """Train to the end, try every fault on the exports from there, and end this process."""
     try:
-        from sft import run
+        from sft import run as sft_run
         from sft.export.__main__ import main as export
         from tests.faults.fault_campaign import export_hashes, settings_of
 
@@ -135,8 +135,8 @@ def run_to_the_export(work: Path, report: Path, every: int) -> None:
             report.write_text(json.dumps(cases), encoding="utf-8")
             os._exit(0)
 
-        run._export = export_and_try
-        run.run(settings_of(work, "export"), work / "base")
+        sft_run._export = export_and_try
+        sft_run.run(settings_of(work, "export"), work / "base")
     except BaseException:
         import traceback
 
@@ -199,11 +199,12 @@ def act_under_strace(base: Path, action, folder: Path, options: list[str]) -> in
 
 def judge_save(folder: Path, code: int) -> str | None:
     """What is wrong after a save that ended with `code`, or None. Does not clean the folder up."""
-    from sft import checkpoints, durable
+    from sft.storage import atomic
+    from sft.training import checkpoint
 
-    whole = [s for s in checkpoints.steps_saved(folder) if durable.find_damage(checkpoints.place_of(folder, s)) is None]
-    if checkpoints.steps_saved(folder) != whole:
-        return f"damaged checkpoints: {checkpoints.steps_saved(folder)}, whole: {whole}"
+    whole = [s for s in checkpoint.steps_saved(folder) if atomic.find_damage(checkpoint.place_of(folder, s)) is None]
+    if checkpoint.steps_saved(folder) != whole:
+        return f"damaged checkpoints: {checkpoint.steps_saved(folder)}, whole: {whole}"
     if code == 0 and STEP not in whole:
         return "the save went well, and its checkpoint is not there"
     return None if whole else "no checkpoint is left"

@@ -17,7 +17,7 @@ def small_llama(tmp_path_factory):
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from sft.embedded import TINY_RANDOM, local_model
+    from sft.model.builtin import TINY_RANDOM, local_model
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer = AutoTokenizer.from_pretrained(local_model(TINY_RANDOM))
@@ -136,7 +136,7 @@ def test_recorded_answers_are_those_of_generate(small_llama, monkeypatch, learnt
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from sft import decode
+    from sft.generation import decoding
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.float32).to("cuda")
@@ -146,12 +146,12 @@ def test_recorded_answers_are_those_of_generate(small_llama, monkeypatch, learnt
     mask = torch.ones_like(ids)
     for row, padding in enumerate((0, 7, 21)):
         ids[row, :padding], mask[row, :padding] = 0, 0
-    recorded, record = [], decode._record
-    monkeypatch.setattr(decode, "_record", lambda step: recorded.append(record(step)) or recorded[-1])
+    recorded, record = [], decoding._record
+    monkeypatch.setattr(decoding, "_record", lambda step: recorded.append(record(step)) or recorded[-1])
     with torch.no_grad():
         expected = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=64, do_sample=False, eos_token_id=None,
                                   pad_token_id=0)[:, 30:].tolist()  # fmt: skip
         for _ in range(2):
-            assert decode.greedy(base, ids, mask, set(), 64, lambda: None) == expected
+            assert decoding.greedy(base, ids, mask, set(), 64, lambda: None) == expected
     assert len(recorded) == 2
     assert len({token for answer in expected for token in answer}) > 10, "else little is compared"

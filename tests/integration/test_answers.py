@@ -6,9 +6,10 @@ import json
 import pytest
 import trl
 
-from sft import checkpoints, samples
-from sft import run as runs
+from sft import run as sft_run
+from sft.generation import samples
 from sft.run import run
+from sft.training import checkpoint
 from tests.integration.test_bad_numbers import lines_of, quick_report, record_of  # noqa: F401
 from tests.integration.test_splits import short  # noqa: F401
 
@@ -35,8 +36,8 @@ def events(monkeypatch):
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: events.append(event) or original(*args, **kwargs))
 
     monkeypatch.setattr(samples, "generate", answered)
-    noted(runs, "save_weights", "saved")
-    noted(checkpoints, "writing", "checkpoint")
+    noted(sft_run, "save_weights", "saved")
+    noted(checkpoint, "writing", "checkpoint")
     noted(trl.SFTTrainer, "evaluation_loop", "evaluation")
     noted(trl.SFTTrainer, "training_step", "pass")
     return events

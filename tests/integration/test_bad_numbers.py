@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from sft import embedded
+from sft.model import builtin
 from sft.run import run
 from tests.conftest import make_settings
 from tests.faults.fault_campaign import BASE, compare, write_rows
@@ -29,7 +29,7 @@ def record_of(folder: Path) -> dict:
 @pytest.fixture(autouse=True)
 def quick_report(monkeypatch):
     """Reports without their chart library, which takes longer than such a run."""
-    monkeypatch.setattr("sft.report.bundled_charts", lambda: "")
+    monkeypatch.setattr("sft.report.page.bundled_charts", lambda: "")
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_a_model_whose_weights_are_no_numbers_fails_with_that_sentence(short, tm
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "model"
-    shutil.copytree(embedded.local_model(embedded.TINY_RANDOM), folder)
+    shutil.copytree(builtin.local_model(builtin.TINY_RANDOM), folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], math.nan)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})

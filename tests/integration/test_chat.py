@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from sft.chat import _Writer, find_target
+from sft.cli.chat import _Writer, find_target
 from sft.errors import Refusal
-from sft.printable import shown
 from sft.run import run
+from sft.sanitize import shown
 from tests.conftest import ROOT, SMALL, make_settings
 
 

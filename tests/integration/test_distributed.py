@@ -17,9 +17,10 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from sft.distributed import launch
 from sft.errors import Refusal
-from sft.run import Context, run
+from sft.launch.ranks import launch
+from sft.run import run
+from sft.runs.record import Context
 from tests.conftest import ROOT, make_settings
 from tests.faults.fault_campaign import BASE, MEASURED, write_rows
 from tests.integration.test_bad_numbers import lines_of, quick_report, record_of  # noqa: F401
@@ -67,7 +68,7 @@ def work(tmp_path_factory) -> Path:
 def whole(work) -> Path:
     """The run of one process that the others are held against."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sft.report.bundled_charts", lambda: "")
+        patch.setattr("sft.report.page.bundled_charts", lambda: "")
         assert run(make_settings(*JOB, f"dataset.path={work / 'rows.jsonl'}"), work / "whole").status == "finished"
     return work / "whole"
 
@@ -217,7 +218,7 @@ def test_one_process_refuses_for_all(work):
 
 def test_processes_with_a_share_of_the_weights_each_are_the_run_of_one(work, monkeypatch):
     """Full fine-tuning through FSDP2, cut back to its second epoch and gone on with; one process cannot read its checkpoint."""
-    monkeypatch.setattr("sft.report.bundled_charts", lambda: "")
+    monkeypatch.setattr("sft.report.page.bundled_charts", lambda: "")
     full = (*JOB, "lora=none", "trainer.learning_rate=1e-3", f"dataset.path={work / 'rows.jsonl'}")
     shared = (*full, TWO, "distributed.strategy=fsdp")
     assert run(make_settings(*full), work / "full").status == "finished"

@@ -15,11 +15,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from scripts.export import main
-from sft import runtime
+from sft import environment
 from sft.errors import ExportError, Refusal
 from sft.export import exporter, gguf, merge
 from sft.run import run
-from sft.runs import settings_of
+from sft.runs.saved import settings_of
 from tests.conftest import ROOT, SMALL, make_settings
 from tests.faults.fault_campaign import export_hashes
 
@@ -470,7 +470,7 @@ def full_disk():
             "write_adapter",
             ["export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[f16]", "export.gguf.adapter=true"],
         ),
-        (runtime, "write_json", ["export=adapter"]),
+        (environment, "write_json", ["export=adapter"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -10,11 +10,15 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sft import fast, flat, graphs, linear_loss
+from sft.config import hardware
+from sft.data import collators
 from sft.errors import Refusal
-from sft.fast import choose_lengths
-from sft.models import FLAT_KINDS
+from sft.model import compilation, cuda_graphs, padding_free
+from sft.model import loss as model_loss
+from sft.model.backend import FLAT_KINDS
 from sft.run import run
+from sft.training import acceleration
+from sft.training.acceleration import choose_lengths
 from tests.conftest import SMALL, make_settings
 from tests.integration.test_bad_numbers import quick_report  # noqa: F401
 
@@ -74,26 +78,26 @@ def test_compiled_layers_train_as_they_do_uncompiled(tmp_path, monkeypatch):
         options = ("trainer.max_steps=20", "lora.lora_dropout=0", "lora.lora_alpha=16", f"lora.r={rank}")
         usual, record = train(tmp_path / f"usual{rank}", *options)
         ours, ours_record = train(tmp_path / f"compiled{rank}", *options, "trainer.torch_compile=true")
-        graphs.append(counters["stats"]["unique_graphs"])
+        cuda_graphs.append(counters["stats"]["unique_graphs"])
         assert (record["speed"]["compiled"], ours_record["speed"]["compiled"]) == (False, True)
         for key, most in (("loss", 1e-5), ("eval_loss", 1e-5), ("grad_norm", 1e-4)):
             assert ours[key] == pytest.approx(usual[key], abs=most), key
         assert abs(statistics.fmean(a - b for a, b in zip(ours["loss"], usual["loss"], strict=True))) < 2e-6
     assert graphs[0] == graphs[1] > 0
-    assert fast._as_tensor(2.0, torch.device("cpu")) is fast._as_tensor(2.0, torch.device("cpu")), (
+    assert compilation._as_tensor(2.0, torch.device("cpu")) is compilation._as_tensor(2.0, torch.device("cpu")), (
         "else a replay reads what was"
     )
 
 
 def test_tokens_that_see_the_row_before_are_found_and_rows_are_padded(tmp_path, monkeypatch, caplog):
     """A planted error: attention that knows nothing of the rows' ends."""
-    attend = flat.attend
+    attend = padding_free.attend
 
     def leaking(module, query, key, value, mask, **kwargs):
         ends = torch.tensor([0, query.shape[2]], dtype=torch.int32)
         return attend(module, query, key, value, mask, **{**kwargs, "cu_seq_lens_q": ends})
 
-    monkeypatch.setattr(flat, "attend", leaking)
+    monkeypatch.setattr(padding_free, "attend", leaking)
     with caplog.at_level("INFO"):
         _, record = train(tmp_path / "run", "trainer.max_steps=2")
     assert record["speed"]["padding_free"] is False and "a row would not be what it is alone" in record["speed"]["why_not"]
@@ -114,14 +118,14 @@ def test_each_kind_of_model_that_auto_takes_agrees_with_rows_alone(kind, dtype):
                                   num_attention_heads=4, num_key_value_heads=2, head_dim=8)  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    flat.install(model)
+    padding_free.install(model)
     rows = [{"input_ids": list(range(3, 3 + n)), "labels": [-100, *range(4, 3 + n)]} for n in (4, 9, 17)]
-    assert fast._difference(model, rows, 0, dtype) == ""
+    assert acceleration._difference(model, rows, 0, dtype) == ""
 
 
 def test_a_loss_divided_by_another_number_is_found(tmp_path, monkeypatch):
-    usual = flat.linear_cross_entropy
-    monkeypatch.setattr(flat, "linear_cross_entropy", lambda *args: usual(*args) * 1.01)
+    usual = model_loss.linear_cross_entropy
+    monkeypatch.setattr(padding_free, "linear_cross_entropy", lambda *args: usual(*args) * 1.01)
     _, record = train(tmp_path / "run", "trainer.max_steps=2")
     assert "the loss of the first rows" in record["speed"]["why_not"]
 
@@ -141,14 +145,14 @@ def test_what_has_a_batch_of_its_own_keeps_it(tmp_path, overrides, why):
 
 @pytest.mark.parametrize("piece", [1, 2**27])
 def test_the_loss_and_its_gradients_are_those_of_whole_logits(monkeypatch, piece):
-    monkeypatch.setattr(linear_loss, "PIECE", piece)
+    monkeypatch.setattr(hardware, "PIECE", piece)
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(7, 5), torch.randn(11, 5), torch.randint(0, 11, (7,))
     found = []
     for ours in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = (
-            linear_loss.linear_cross_entropy(h, w, targets)
+            model_loss.linear_cross_entropy(h, w, targets)
             if ours
             else torch.nn.functional.cross_entropy(h @ w.t(), targets, reduction="sum")
         )
@@ -178,11 +182,11 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("learning", [True, False])
 def test_nothing_of_a_piece_waits_beside_the_next_one(monkeypatch, learning):
     """Six bytes a logit in 16 bits: its own two and the four of its logarithm; four more on the CPU, which copies it first."""
-    monkeypatch.setattr(linear_loss, "PIECE", 64 * 1000)
+    monkeypatch.setattr(hardware, "PIECE", 64 * 1000)
     hidden, weight = torch.randn(300, 4, dtype=torch.bfloat16), torch.randn(1000, 4, dtype=torch.bfloat16)
     hidden.requires_grad_(learning)
     with Peak() as seen:
-        linear_loss.linear_cross_entropy(hidden, weight, torch.randint(0, 1000, (300,)))
+        model_loss.linear_cross_entropy(hidden, weight, torch.randint(0, 1000, (300,)))
     assert 10 * 64 * 1000 <= seen.peak < 10.3 * 64 * 1000
 
 
@@ -191,7 +195,7 @@ def test_a_window_hides_what_lies_before_it():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, 5, 4) for _ in range(3))
     ends = torch.tensor([0, 4, 5, 5], dtype=torch.int32)
-    found, _ = flat.attend(None, q, k, v, None, sliding_window=2, cu_seq_lens_q=ends, max_length_q=4)
+    found, _ = padding_free.attend(None, q, k, v, None, sliding_window=2, cu_seq_lens_q=ends, max_length_q=4)
     seen = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
     assert torch.allclose(found, wanted, atol=1e-6)
@@ -200,7 +204,9 @@ def test_a_window_hides_what_lies_before_it():
 def test_lengths_fill_up_little_and_are_few():
     lengths = [20 + 7 * i % 400 for i in range(500)]
     chosen = choose_lengths(lengths, 8, 1)
-    assert len(chosen) <= fast.NUM_LENGTHS and all(n % 64 == 0 for n in chosen) and chosen == choose_lengths(lengths, 8, 1)
+    assert (
+        len(chosen) <= acceleration.NUM_LENGTHS and all(n % 64 == 0 for n in chosen) and chosen == choose_lengths(lengths, 8, 1)
+    )
     assert choose_lengths([64], 8, 1) == (512,)
     assert choose_lengths(lengths, 8, 1, most=1000) == () and all(n <= 1900 for n in choose_lengths(lengths, 8, 1, most=1900))
     longest = sum(sorted(lengths)[-8:])
@@ -214,7 +220,7 @@ def test_lengths_fill_up_little_and_are_few():
 
 def test_an_opened_4bit_layer_multiplies_as_the_library_does():
     bnb = pytest.importorskip("bitsandbytes")
-    from sft.nf4 import open_layers
+    from sft.model.nf4 import open_layers
 
     torch.manual_seed(0)
     layer = bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compress_statistics=True, compute_dtype=torch.float32)
@@ -234,9 +240,9 @@ def test_an_opened_4bit_layer_multiplies_as_the_library_does():
 
 def test_a_pass_made_up_for_a_recording_has_rows_that_attention_takes():
     rows = [{"input_ids": list(range(3, 3 + n)), "labels": [-100, *range(4, 3 + n)]} for n in (40, 90, 17)]
-    inputs = flat.EndToEnd(0, 90, lengths=(192,), rows=3)(rows)
+    inputs = collators.PaddingFreeCollator(0, 90, lengths=(192,), rows=3)(rows)
     for length in (64, 192, 320):
-        made = graphs.of_length(inputs, length, 5)
+        made = cuda_graphs.of_length(inputs, length, 5)
         ends = made["cu_seq_lens_q"].tolist()
         assert (
             made["input_ids"].shape == made["position_ids"].shape == (1, length) and made["cu_seq_lens_q"].dtype == torch.int32
@@ -249,5 +255,5 @@ def test_a_pass_made_up_for_a_recording_has_rows_that_attention_takes():
 
 def test_the_check_of_the_first_rows_looks_at_the_ends_of_long_ones():
     rows = [{"input_ids": list(range(n)), "labels": list(range(n))} for n in (900, 300, 20, 700)]
-    found = fast._first_rows(rows)
+    found = acceleration._first_rows(rows)
     assert [len(row["input_ids"]) for row in found] == [20, 256, 256] and found[1]["labels"][-1] == 299

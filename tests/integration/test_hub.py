@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 
 from sft.errors import HubError
-from sft.export import hub as ours
+from sft.export import hub as export_hub
 from sft.export.hub import check_access, push, repo_for
 from tests.conftest import ROOT, SMALL, make_settings
 from tests.hub_server import TOKEN, HubServer, Repo
@@ -158,7 +158,7 @@ def test_no_right_to_create(hub):
 def test_a_busy_server_is_asked_again_but_not_for_ever(hub, monkeypatch):
     hub.busy = 3
     assert check_access("me/model", ["gguf"], True) == [] and len(hub.asked("repos/create")) == 4
-    monkeypatch.setattr(ours, "CONFLICTS", 4)
+    monkeypatch.setattr(export_hub, "CONFLICTS", 4)
     hub.busy = 1000
     found = problem(check_access("me/other", ["gguf"], True))
     assert "409" in found.why and len(hub.asked("repos/create")) == 4 + 5
@@ -166,7 +166,7 @@ def test_a_busy_server_is_asked_again_but_not_for_ever(hub, monkeypatch):
 
 @pytest.mark.parametrize("ending", ["refused", "silent"])
 def test_a_dead_server_is_told_within_seconds(hub, monkeypatch, merged, ending):
-    monkeypatch.setattr(ours, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(export_hub, "ANSWER_SECONDS", 0.5)
     if ending == "refused":
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     else:
@@ -243,7 +243,7 @@ LISTED = ["adapter_config.json", "adapter_model.safetensors", "../../run.json", 
 @pytest.mark.parametrize("files", [{"adapter": LISTED}, [], 5])
 def test_the_list_in_verify_json_names_files_of_the_export_alone(hub, tmp_path, files):
     from sft.export.exporter import _describe_and_push, _earlier_files
-    from sft.runtime import jsonable
+    from sft.storage.jsonio import jsonable
 
     run, settings = tmp_path / "run", make_settings(*SMALL, "export=adapter", "export.hub.repo=me/demo")
     make_folder(run / "export" / "adapter", adapter_config__json="{}", adapter_model__safetensors="weights", notes__txt="x")
@@ -259,7 +259,7 @@ def test_the_list_in_verify_json_names_files_of_the_export_alone(hub, tmp_path, 
 
 def test_the_hint_after_a_failed_push_pushes_what_is_on_disk(hub, tmp_path):
     from scripts import export
-    from sft.runtime import jsonable
+    from sft.storage.jsonio import jsonable
 
     run = tmp_path / "run"
     make_folder(run / "adapter", adapter_config__json="{}")
@@ -459,10 +459,10 @@ def test_the_cards_own_lines_load_what_was_pushed_with_equal_weights(hub, tmp_pa
     import numpy as np
     from safetensors.numpy import save_file
 
-    from sft import embedded
     from sft.export.card import write_card
+    from sft.model import builtin
 
-    base, run = embedded.local_model(embedded.TINY_RANDOM), tmp_path / "run"
+    base, run = builtin.local_model(builtin.TINY_RANDOM), tmp_path / "run"
     merged, adapter = run / "export" / "merged_16bit", run / "export" / "adapter"
     shutil.copytree(base, merged)
     shutil.copytree(base, adapter, ignore=shutil.ignore_patterns("model*", "*config.json"))

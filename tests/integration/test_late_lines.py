@@ -5,9 +5,9 @@ import signal
 
 import pytest
 
-from sft import loop
-from sft.bad_steps import BadSteps
 from sft.run import run
+from sft.training import metrics, trainer
+from sft.training.nonfinite import NonFiniteSteps
 from tests.conftest import make_settings
 from tests.integration.test_bad_numbers import quick_report  # noqa: F401
 from tests.integration.test_flat import JOB
@@ -27,9 +27,11 @@ def test_lines_written_late_are_the_same(tmp_path, monkeypatch, every):
     options = (*JOB, *OPTIONS, f"trainer.logging_steps={every}")
     at_once = run(make_settings(*options), tmp_path / "at_once")
     seen = []
-    write = loop.Line.__init__
-    monkeypatch.setattr(loop.Line, "__init__", lambda self, step, *a, **k: seen.append(step) or write(self, step, *a, **k))
-    monkeypatch.setattr(loop, "writes_late", lambda device: True)
+    write = metrics.LogLine.__init__
+    monkeypatch.setattr(
+        metrics.LogLine, "__init__", lambda self, step, *a, **k: seen.append(step) or write(self, step, *a, **k)
+    )
+    monkeypatch.setattr(trainer, "writes_late", lambda device: True)
     late = run(make_settings(*options), tmp_path / "late")
     assert seen == list(range(every, 8, every)) and at_once.status == late.status == "finished"
     assert lines_of(tmp_path / "late") == lines_of(tmp_path / "at_once")
@@ -37,9 +39,9 @@ def test_lines_written_late_are_the_same(tmp_path, monkeypatch, every):
 
 def test_a_run_that_stops_with_a_line_to_write_writes_it_and_goes_on(tmp_path, monkeypatch):
     whole = run(make_settings(*JOB, *OPTIONS, "trainer.logging_steps=1"), tmp_path / "whole")
-    monkeypatch.setattr(loop, "writes_late", lambda device: True)
+    monkeypatch.setattr(trainer, "writes_late", lambda device: True)
     settings = make_settings(*JOB, *OPTIONS, "trainer.logging_steps=1")
-    write = loop.Line.__init__
+    write = metrics.LogLine.__init__
 
     def interrupted(self, step, *args, **kwargs):
         write(self, step, *args, **kwargs)
@@ -47,7 +49,7 @@ def test_a_run_that_stops_with_a_line_to_write_writes_it_and_goes_on(tmp_path, m
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Line, "__init__", interrupted)
+        patch.setattr(metrics.LogLine, "__init__", interrupted)
         stopped = run(settings, tmp_path / "late")
     assert stopped.status == "stopped" and [line["step"] for line in lines_of(tmp_path / "late") if "loss" in line][-1] == 5
     late = run(settings, tmp_path / "late")
@@ -56,14 +58,14 @@ def test_a_run_that_stops_with_a_line_to_write_writes_it_and_goes_on(tmp_path, m
 
 
 def test_a_run_that_fails_keeps_the_line_of_the_step_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "writes_late", lambda device: True)
-    add = BadSteps.add
+    monkeypatch.setattr(trainer, "writes_late", lambda device: True)
+    add = NonFiniteSteps.add
 
     def failing(self, loss, inputs):
         if self.trainer.state.global_step == 3:
             raise RuntimeError("planted")
         add(self, loss, inputs)
 
-    monkeypatch.setattr(BadSteps, "add", failing)
+    monkeypatch.setattr(NonFiniteSteps, "add", failing)
     failed = run(make_settings(*JOB, "trainer.max_steps=5", "trainer.logging_steps=1"), tmp_path / "late")
     assert failed.status == "failed" and [line["step"] for line in lines_of(tmp_path / "late") if "loss" in line] == [1, 2, 3]

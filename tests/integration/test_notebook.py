@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from scripts import make_notebook
-from sft.command_line import read_settings
+from sft.cli.check import read_settings
 from tests.conftest import ROOT
 
 COPIED = ("conf", "hydra_plugins", "scripts", "sft", "train.py", "setup.cfg")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from sft.config.rules import check_settings
+from sft.config.schema import GROUPS
 from sft.run import run
-from sft.settings import GROUPS
-from sft.validate import check_settings
 from tests.conftest import ROOT, SMALL, make_settings
 
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((ROOT / "conf" / group).glob("*.yaml"))]

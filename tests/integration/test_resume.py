@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from sft import checkpoints, durable, resume
 from sft.errors import Refusal
 from sft.run import run
-from sft.runtime import jsonable
+from sft.runs import resume
+from sft.storage import atomic
+from sft.storage.jsonio import jsonable
+from sft.training import checkpoint
 from tests.conftest import ROOT, make_settings
 from tests.faults.fault_campaign import BASE, compare, write_rows
 
@@ -97,7 +99,7 @@ def test_the_same_command_goes_on_after_sigterm(tmp_path):
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, monkeypatch, caplog):
     """Every way of damage to the last checkpoint; the run goes on from the one before to the same end."""
-    monkeypatch.setattr("sft.report.bundled_charts", lambda: "")
+    monkeypatch.setattr("sft.report.page.bundled_charts", lambda: "")
     monkeypatch.chdir(tmp_path)
     settings = make_settings(*JOB, "trainer.max_steps=6")
     run(settings, tmp_path / "whole")
@@ -105,8 +107,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, monk
         folder = tmp_path / f"run-{number}"
         shutil.copytree(tmp_path / "whole", folder)
         (folder / "run.json").write_text(json.dumps({**record_of(folder), "status": "running"}), encoding="utf-8")
-        steps = checkpoints.steps_saved(folder)
-        last = checkpoints.place_of(folder, steps[-1])
+        steps = checkpoint.steps_saved(folder)
+        last = checkpoint.place_of(folder, steps[-1])
         weights = last / "adapter_model.safetensors"
         content = weights.read_bytes()
         if damage == "short":
@@ -116,18 +118,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, monk
         elif damage == "missing":
             weights.unlink()
         else:
-            (last / durable.MANIFEST).unlink()
+            (last / atomic.MANIFEST).unlink()
         if number == 1:
             assert run(settings, folder).status == "finished"
             assert compare(tmp_path / "whole", folder) == []
             assert "adapter_model.safetensors is damaged" in caplog.text
             assert record_of(folder)["sessions"][-1]["from"] == f"checkpoint-{steps[-2]}"
         else:
-            assert checkpoints.find_last(folder) == checkpoints.place_of(folder, steps[-2])
+            assert checkpoint.find_last(folder) == checkpoint.place_of(folder, steps[-2])
 
 
 def test_another_process_at_work_other_data_and_other_settings_are_refused_and_change_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("sft.report.bundled_charts", lambda: "")
+    monkeypatch.setattr("sft.report.page.bundled_charts", lambda: "")
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "run"
     settings = make_settings(*JOB, "trainer.max_steps=20", "trainer.max_hours=1e-9")

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sft import checkpoints
-from sft.run import Context, run
-from sft.runtime import StopRequest
+from sft import run as sft_run
+from sft.run import run
+from sft.runs.record import Context
+from sft.signals import StopRequest
+from sft.training import checkpoint as training_checkpoint
 
 QUICK = ("trainer.max_steps=4", "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2",
          "trainer.eval_steps=2", "trainer.save_steps=2", "samples.every_steps=2")  # fmt: skip
@@ -198,12 +200,11 @@ def test_checkpoints_stay_within_the_limit(small, tmp_path):
 
 
 def test_a_failure_is_recorded_with_its_reason(small, tmp_path, monkeypatch):
-    import sft.run
 
     def break_down(*args, **kwargs):
         raise RuntimeError("out of luck") from KeyError("the cause")
 
-    monkeypatch.setattr(sft.run.training, "build_trainer", break_down)
+    monkeypatch.setattr(sft_run.training, "build_trainer", break_down)
     result = run(small(*QUICK), tmp_path)
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert (result.status, result.exit_code) == ("failed", 1)
@@ -222,9 +223,9 @@ def stop_at(monkeypatch):
         return original(self)
 
     monkeypatch.setattr(StopRequest, "listening", listening)
-    from sft import trainer as training
+    from sft.training import metrics as training_metrics
 
-    add = training.Recorder.add
+    add = training_metrics.Recorder.add
 
     def stop(step):
         def add_and_stop(self, metrics):
@@ -232,7 +233,7 @@ def stop_at(monkeypatch):
             if metrics["step"] == step and "loss" in metrics:
                 seen[0].signal = "SIGINT"
 
-        monkeypatch.setattr(training.Recorder, "add", add_and_stop)
+        monkeypatch.setattr(training_metrics.Recorder, "add", add_and_stop)
 
     return stop
 
@@ -249,7 +250,7 @@ def test_a_stop_request_saves_the_adapter(small, tmp_path, stop_at):
 
 
 def test_the_time_of_the_last_evaluation_is_known_before_the_first_step_is_over(small, tmp_path, stop_at, monkeypatch):
-    from sft.budget import TimeBudget
+    from sft.training.time_budget import TimeBudget
 
     looks, used_up = [], TimeBudget.used_up
     monkeypatch.setattr(TimeBudget, "used_up", lambda self: looks.append(self.earlier | self.needs) or used_up(self))
@@ -275,7 +276,7 @@ def test_a_run_that_was_stopped_after_its_best_step_goes_on_from_its_last(small,
 
 
 def test_a_cut_run_that_goes_on_loses_no_line_and_no_answer_in_wandb(small, tmp_path, monkeypatch):
-    from sft.trainer import Recorder
+    from sft.training.metrics import Recorder
 
     def add_and_fail(self, metrics, add=Recorder.add):
         add(self, metrics)
@@ -286,7 +287,7 @@ def test_a_cut_run_that_goes_on_loses_no_line_and_no_answer_in_wandb(small, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "add", add_and_fail)
         assert run(settings, tmp_path).status == "failed"
-    kept = checkpoints.read_state(tmp_path / "checkpoints/checkpoint-2")["bytes"]["metrics.jsonl"]
+    kept = training_checkpoint.read_state(tmp_path / "checkpoints/checkpoint-2")["bytes"]["metrics.jsonl"]
     assert kept < (tmp_path / "metrics.jsonl").stat().st_size, "lines came after the checkpoint"
     time.sleep(1.1)  # W&B names a folder by the second
     assert run(settings, tmp_path).status == "finished"
@@ -316,12 +317,14 @@ def test_full_fine_tuning_saves_a_whole_model(small, tmp_path):
 
 
 def test_extra_reaches_the_trainer(small, tmp_path, monkeypatch):
-    from sft.batch import split_of, with_split
-    from sft.fast import Fast
-    from sft.trainer import training_arguments
+    from sft.config.batching import batch_plan_of, with_batch_plan
+    from sft.methods.arguments import training_arguments
+    from sft.training.acceleration import Acceleration
 
     settings = small("trainer.extra.adam_beta2=0.95")
-    arguments = training_arguments(with_split(settings, split_of(settings.trainer, 2)), tmp_path, True, Fast())
+    arguments = training_arguments(
+        with_batch_plan(settings, batch_plan_of(settings.trainer, 2)), tmp_path, True, Acceleration()
+    )
     assert arguments.adam_beta2 == 0.95
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from sft import durable, embedded
-from sft.command_line import to_settings
+from sft.config.compose import to_settings
+from sft.config.fingerprint import config_hash
+from sft.config.schema import Settings
+from sft.model import builtin
 from sft.run import run
-from sft.runtime import config_hash
-from sft.settings import Settings
+from sft.storage import atomic
 from tests.conftest import ROOT, SMALL, make_settings
 from tests.unit.test_safety import add_code, change, write_pickle
 
@@ -40,7 +41,7 @@ def machine(tmp_path):
     home, kept = tmp_path / "home", tmp_path / "planted"
     for place in (home, kept, tmp_path / "tmp", tmp_path / "cache"):
         place.mkdir()
-    (tmp_path / "cache" / "models").symlink_to(embedded.local_model("tiny_random").parent)  # made once
+    (tmp_path / "cache" / "models").symlink_to(builtin.local_model("tiny_random").parent)  # made once
     hosts = ("api.wandb.ai", "huggingface.co", "127.0.0.1")
     (kept / "netrc").write_text("".join(f"machine {h} login user password {PLANTED['netrc']}\n" for h in hosts))
     (kept / "token").write_text(PLANTED["login"])
@@ -121,7 +122,7 @@ def test_a_checkpoint_with_a_hostile_pickle_runs_no_code(tmp_path, stopped, name
     if name == "adapter_model.bin":
         (checkpoint / "adapter_model.safetensors").unlink()
     write_pickle(checkpoint / name, marker)
-    durable.write_manifest(checkpoint)
+    atomic.write_manifest(checkpoint)
     result = run(job(), folder)
     assert result.status == "failed" and not marker.exists()
     log = (folder / "train.log").read_text(encoding="utf-8")
@@ -143,7 +144,7 @@ def strange(tmp_path, stopped):
     """A run folder whose run.json allows code, with code in its model and its tokenizer; and what that code makes."""
     folder, model, marker = tmp_path / "run", tmp_path / "model", tmp_path / "code_was_run"
     shutil.copytree(stopped, folder)
-    shutil.copytree(embedded.local_model("tiny_random"), model)
+    shutil.copytree(builtin.local_model("tiny_random"), model)
     add_code(model, marker, "config")
     add_code(folder / "adapter", marker, "tokenizer")
     settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]

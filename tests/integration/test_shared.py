@@ -8,17 +8,18 @@ import weakref
 import pytest
 import torch
 
-from sft import lora, models, runtime, shared
+from sft import environment
+from sft.model import adapters, loading, warm_cache
 from tests.conftest import SMALL, make_settings
 
 
 @pytest.fixture
 def keeping():
-    runtime.prepare_environment()
-    shared.keep(True)
-    before = dict(shared.loads)
-    yield lambda: {name: count - before[name] for name, count in shared.loads.items()}
-    shared.keep(False)
+    environment.prepare_environment()
+    warm_cache.keep(True)
+    before = dict(warm_cache.loads)
+    yield lambda: {name: count - before[name] for name, count in warm_cache.loads.items()}
+    warm_cache.keep(False)
 
 
 def counts(found) -> tuple[int, ...]:
@@ -35,7 +36,7 @@ def names(model) -> list[str]:
 
 
 def attached(settings):
-    return shared.attach_adapter(shared.load_model(settings, "transformers")[0], settings, "transformers")
+    return warm_cache.attach_adapter(warm_cache.load_model(settings, "transformers")[0], settings, "transformers")
 
 
 def train_a_step(settings):
@@ -53,12 +54,12 @@ def train_a_step(settings):
 
 def test_a_shared_model_comes_back_as_it_was_loaded(keeping):
     settings = make_settings(*SMALL, "lora.r=8")
-    fresh, _ = shared.load_model(settings, "transformers")
+    fresh, _ = warm_cache.load_model(settings, "transformers")
     weights_before, names_before, cache = weights(fresh), names(fresh), fresh.config.use_cache
     for rank in (8, 4):
         train_a_step(make_settings(*SMALL, f"lora.r={rank}"))
-        shared.take_back()
-    again, _ = shared.load_model(settings, "transformers")
+        warm_cache.release()
+    again, _ = warm_cache.load_model(settings, "transformers")
     assert again is fresh and keeping()["model"] == 1
     assert weights(again) == weights_before and names(again) == names_before and again.config.use_cache == cache
     assert all(p.requires_grad and p.grad is None for p in again.parameters()) and not hasattr(again, "peft_config")
@@ -67,40 +68,40 @@ def test_a_shared_model_comes_back_as_it_was_loaded(keeping):
 
 def test_a_model_that_was_written_to_is_loaded_again(keeping):
     settings = make_settings(*SMALL)
-    fresh, _ = shared.load_model(settings, "transformers")
+    fresh, _ = warm_cache.load_model(settings, "transformers")
     before = weights(fresh)
     with torch.no_grad():
         fresh.model.layers[0].self_attn.q_proj.weight.add_(1e-3)
-    again, _ = shared.load_model(settings, "transformers")
+    again, _ = warm_cache.load_model(settings, "transformers")
     assert again is not fresh and weights(again) == before and keeping()["model"] == 2
 
 
 @pytest.mark.parametrize("other", ["lora=none", "model.max_seq_length=64", "model.dtype=bfloat16"])
 def test_other_settings_get_a_model_of_their_own(keeping, other):
-    first, _ = shared.load_model(make_settings(*SMALL), "transformers")
-    second, _ = shared.load_model(make_settings(*SMALL, other), "transformers")
+    first, _ = warm_cache.load_model(make_settings(*SMALL), "transformers")
+    second, _ = warm_cache.load_model(make_settings(*SMALL, other), "transformers")
     assert second is not first and keeping()["model"] == 2
 
 
 def test_rows_are_tokenised_once_for_jobs_that_agree_on_them(keeping):
     for words in (["lora.r=8"], ["lora.r=4"], ["trainer.learning_rate=1e-3"]):
         settings = make_settings(*SMALL, *words)
-        tokenizer, stop_ids = shared.load_tokenizer(settings)
-        shared.prepare_data(settings, tokenizer, stop_ids)
+        tokenizer, stop_ids = warm_cache.load_tokenizer(settings)
+        warm_cache.prepare_data(settings, tokenizer, stop_ids)
     assert counts(keeping()) == (0, 1, 1)
     other = make_settings(*SMALL, "seed=1")
-    shared.prepare_data(other, *shared.load_tokenizer(other))
+    warm_cache.prepare_data(other, *warm_cache.load_tokenizer(other))
     assert counts(keeping()) == (0, 1, 2), "the seed chooses the rows"
 
 
 def test_an_adapter_comes_back_as_it_was_before_it_was_trained(keeping):
     """Weights, names, flags and the random state are those of one that is made anew."""
     settings = make_settings(*SMALL, "lora.r=8", "lora.lora_dropout=0.1")
-    fresh = lora.attach(models.load_model(settings, "transformers")[0], settings, "transformers")
+    fresh = adapters.attach(loading.load_model(settings, "transformers")[0], settings, "transformers")
     expected = weights(fresh), names(fresh), [p.requires_grad for p in fresh.parameters()], torch.rand(3).tolist()
     for _ in range(2):
         train_a_step(settings)
-        shared.take_back()
+        warm_cache.release()
     again = attached(settings)
     found = weights(again), names(again), [p.requires_grad for p in again.parameters()], torch.rand(3).tolist()
     assert found == expected and all(p.grad is None for p in again.parameters())
@@ -110,10 +111,10 @@ def test_an_adapter_comes_back_as_it_was_before_it_was_trained(keeping):
 @pytest.mark.parametrize("other", ["lora.r=4", "lora.lora_alpha=3", "seed=1"])
 def test_another_adapter_is_made_anew(keeping, other):
     train_a_step(make_settings(*SMALL, "lora.r=8"))
-    shared.take_back()
+    warm_cache.release()
     settings = make_settings(*SMALL, "lora.r=8", other)
     again = weights(attached(settings))
-    assert again == weights(lora.attach(models.load_model(settings, "transformers")[0], settings, "transformers"))
+    assert again == weights(adapters.attach(loading.load_model(settings, "transformers")[0], settings, "transformers"))
     assert (keeping()["model"], keeping()["adapter"]) == (1, 2)
 
 
@@ -122,8 +123,8 @@ def test_an_adapter_beside_a_weight_that_was_written_to_is_made_anew(keeping):
     model = attached(settings)
     with torch.no_grad():
         model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.add_(1e-3)
-    shared.take_back()
-    expected = weights(lora.attach(models.load_model(settings, "transformers")[0], settings, "transformers"))
+    warm_cache.release()
+    expected = weights(adapters.attach(loading.load_model(settings, "transformers")[0], settings, "transformers"))
     assert weights(attached(settings)) == expected and (keeping()["model"], keeping()["adapter"]) == (2, 2)
 
 
@@ -131,15 +132,15 @@ def test_an_adapter_whose_weight_lies_elsewhere_is_made_anew(keeping):
     settings = make_settings(*SMALL, "lora.r=8")
     weight = next(p for p in attached(settings).parameters() if p.requires_grad)
     weight.data = weight.data.clone()
-    shared.take_back()
+    warm_cache.release()
     again = attached(settings)
-    fresh = lora.attach(models.load_model(settings, "transformers")[0], settings, "transformers")
+    fresh = adapters.attach(loading.load_model(settings, "transformers")[0], settings, "transformers")
     assert weights(again) == weights(fresh) and names(again) == names(fresh)
     assert (keeping()["model"], keeping()["adapter"]) == (1, 2)
 
 
 class Passes:
-    """In place of sft.graphs.Graphs, which needs a GPU."""
+    """In place of sft.model.cuda_graphs.GraphPool, which needs a GPU."""
 
     lengths = (64,)
 
@@ -151,28 +152,28 @@ def test_recorded_passes_stay_with_their_adapter(keeping):
     settings = make_settings(*SMALL, "lora.r=8")
     made = []
     for _ in range(2):
-        made.append(shared.recordings(attached(settings), settings, [(64,), 2], Passes))
-        shared.take_back()
+        made.append(warm_cache.recordings(attached(settings), settings, [(64,), 2], Passes))
+        warm_cache.release()
     model = attached(settings)
-    made.append(shared.recordings(model, settings, [(128,), 2], Passes))
+    made.append(warm_cache.recordings(model, settings, [(128,), 2], Passes))
     assert made[0] is made[1] is not made[2]
     assert made[0].lengths == ()
     made[2].forget()  # as where the memory ran out
-    assert shared.recordings(model, settings, [(128,), 2], Passes) is not made[2]
+    assert warm_cache.recordings(model, settings, [(128,), 2], Passes) is not made[2]
     other = make_settings(*SMALL, "lora.r=4")
-    assert shared.recordings(attached(other), other, [(64,), 2], Passes) not in made
+    assert warm_cache.recordings(attached(other), other, [(64,), 2], Passes) not in made
     exporting = make_settings(*SMALL, "lora.r=4", "export=adapter")
-    kept = shared.recordings(attached(other), other, [(64,), 2], Passes)
-    made_for_once = shared.recordings(attached(exporting), exporting, [(64,), 2], Passes)
-    assert made_for_once is not kept and kept.lengths == () and "recordings" not in shared._kept
-    assert not shared.keeps_recordings(exporting) and shared.keeps_recordings(other)
+    kept = warm_cache.recordings(attached(other), other, [(64,), 2], Passes)
+    made_for_once = warm_cache.recordings(attached(exporting), exporting, [(64,), 2], Passes)
+    assert made_for_once is not kept and kept.lengths == () and "recordings" not in warm_cache._kept
+    assert not warm_cache.keeps_recordings(exporting) and warm_cache.keeps_recordings(other)
 
 
 def test_an_adapter_that_another_one_replaces_is_gone_without_the_garbage_collector(keeping):
     settings = make_settings(*SMALL, "lora.r=8")
     train_a_step(settings)
     weights = [weakref.ref(p) for p in attached(settings).parameters() if p.requires_grad]
-    shared.take_back()
+    warm_cache.release()
     gc.disable()
     try:
         attached(make_settings(*SMALL, "lora.r=4"))
@@ -184,15 +185,15 @@ def test_an_adapter_that_another_one_replaces_is_gone_without_the_garbage_collec
 def test_what_is_left_after_a_run_is_not_looked_through_again(keeping):
     gc.freeze()  # as Python 3.12 does with what it begins with
     frozen, kept = gc.get_freeze_count(), [[] for _ in range(1000)]
-    shared.take_back()
+    warm_cache.release()
     assert gc.get_freeze_count() >= frozen + len(kept)
-    shared.thaw()
+    warm_cache.thaw()
     assert gc.get_freeze_count() >= frozen + len(kept), "a run in a sweep leaves it so"
-    shared.keep(False)
+    warm_cache.keep(False)
     assert gc.get_freeze_count() == 0
-    shared.freeze()
+    warm_cache.freeze()
     assert gc.get_freeze_count() > len(kept)
-    shared.thaw()
+    warm_cache.thaw()
     assert gc.get_freeze_count() == 0
 
 
@@ -205,7 +206,7 @@ def test_what_the_model_says_before_it_learns_is_taken_once_for_all_ranks(keepin
 
     def train(name, place):
         assert run(make_settings(*base, jobs[name]), tmp_path / place / name).status == "finished"
-        shared.take_back()
+        warm_cache.release()
 
     def told(name, place):
         lines = [json.loads(line) for line in (tmp_path / place / name / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -217,7 +218,7 @@ def test_what_the_model_says_before_it_learns_is_taken_once_for_all_ranks(keepin
         train(name, "together")
         assert (keeping()["evaluation"], keeping()["answers"]) == expected, name
     assert keeping()["model"] == 1
-    shared.keep(False)
+    warm_cache.keep(False)
     for name in jobs:
         train(name, "alone")
         assert told(name, "together") == told(name, "alone"), name

@@ -6,9 +6,9 @@ import pytest
 import torch
 import trl
 
-from sft import checkpoints
-from sft.flat import cut
+from sft.data.collators import cut
 from sft.run import run
+from sft.training import checkpoint
 from tests.conftest import make_settings
 from tests.faults.fault_campaign import BASE, write_rows
 from tests.integration.test_bad_numbers import lines_of, quick_report, record_of  # noqa: F401
@@ -34,7 +34,7 @@ def short(tmp_path):
 def whole(tmp_path_factory):
     """(loss, gradient norm) of each step of a run with one pass of 8 rows a step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sft.report.bundled_charts", lambda: "")
+        patch.setattr("sft.report.page.bundled_charts", lambda: "")
         folder = tmp_path_factory.mktemp("whole")
         run(make_settings(*JOB, write_rows(folder), "trainer.per_device_train_batch_size=8"), folder / "run")
         folder = folder / "run"
@@ -80,7 +80,7 @@ def test_a_pass_out_of_memory_is_made_again_with_half_the_rows(whole, short, tmp
     assert [line.get("rows_at_once") for line in lines] == [None, None, 2, 1]
     assert record_of(folder)["metrics"]["rows_at_once"] == 1
     assert "Step 3: 4 rows at a time do not fit into the memory; it is made again with 2" in caplog.text
-    kept = [checkpoints.read_state(path)["rows_at_once"] for path in sorted((folder / "checkpoints").glob("checkpoint-*"))]
+    kept = [checkpoint.read_state(path)["rows_at_once"] for path in sorted((folder / "checkpoints").glob("checkpoint-*"))]
     assert kept == [None, None, 2, 1], "a run that goes on from there makes passes of the same size"
 
 
@@ -113,7 +113,7 @@ def test_answers_that_do_not_fit_cost_no_training(short, tmp_path, monkeypatch, 
     def broken(*args):
         raise torch.OutOfMemoryError("planted")
 
-    monkeypatch.setattr("sft.samples.generate", broken)
+    monkeypatch.setattr("sft.generation.samples.generate", broken)
     result = run(short("samples.num_held_out=0", "samples.prompts=[why?]"), tmp_path / "run")
     assert result.status == "finished"
     assert all(f"Step {step}: too little memory for answers" in caplog.text for step in (0, 4))

@@ -5,14 +5,14 @@ import functools
 
 import pytest
 
-from sft import models
-from sft.settings import Settings
+from sft.config.schema import Settings
+from sft.model import tokenizer as model_tokenizer
 
 
 @pytest.fixture(scope="session")
 def loaded_tokenizer():
     """SmolLM2's tokenizer and stop tokens, as a run loads them. Not to be changed: take `make_tokenizer`."""
-    return models.load_tokenizer(Settings().model)
+    return model_tokenizer.load_tokenizer(Settings().model)
 
 
 @pytest.fixture(scope="session")

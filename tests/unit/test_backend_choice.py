@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from sft import models
-from sft.models import settle_backend
+from sft.model import loading
+from sft.model.backend import settle_backend
 from tests.conftest import SMALL, make_settings
 
 LLAMA_8B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -19,9 +19,9 @@ LLAMA_8B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 143
 )
 def test_weights_that_are_all_trained_are_loaded_in_float32(overrides, dtype, monkeypatch):
     """As on a GPU that computes in bfloat16."""
-    monkeypatch.setattr(models, "torch_dtype", lambda model: torch.bfloat16)
+    monkeypatch.setattr(loading, "torch_dtype", lambda model: torch.bfloat16)
     settings = make_settings(*SMALL, *overrides)
-    loaded, _ = models.load_model(settings, "transformers")
+    loaded, _ = loading.load_model(settings, "transformers")
     assert {p.dtype for p in loaded.parameters()} == {dtype}
 
 

@@ -2,7 +2,7 @@
 
 import random
 
-from sft.bad_steps import WINDOW, BadSteps, rises_steadily
+from sft.training.nonfinite import WINDOW, NonFiniteSteps, rises_steadily
 
 
 def test_a_steady_rise_is_told_once_and_noise_is_none(caplog):
@@ -13,7 +13,7 @@ def test_a_steady_rise_is_told_once_and_noise_is_none(caplog):
     falling = [3 - 0.02 * k + noise.gauss(0, 0.3) for k in range(4 * WINDOW)]
     rising = [2 + 0.05 * k + noise.gauss(0, 0.1) for k in range(4 * WINDOW)]
     assert not rises_steadily(falling) and rises_steadily(rising) and not rises_steadily(rising[1:])
-    watcher = BadSteps(None, None, 0)
+    watcher = NonFiniteSteps(None, None, 0)
     with caplog.at_level("WARNING"):
         for step, loss in enumerate([*flat[0], *rising, *(loss + 2 for loss in rising)], 1):
             watcher.watch(step, loss)
@@ -22,7 +22,7 @@ def test_a_steady_rise_is_told_once_and_noise_is_none(caplog):
 
 
 def test_gradients_of_zero_in_a_row_are_told_once(caplog):
-    watcher = BadSteps(None, None, 0)
+    watcher = NonFiniteSteps(None, None, 0)
     with caplog.at_level("WARNING"):
         for step, norm in enumerate([0.0, 0.0, 0.1, None, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0], 1):
             watcher.watch(step, 2.0, norm)

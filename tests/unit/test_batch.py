@@ -5,8 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from sft.batch import EVAL_ROWS, EVAL_TOKENS, MOST_EVAL_ROWS, EvenPasses, deal_evenly, eval_rows
-from sft.settings import TrainerSettings
+from sft.config.batching import EVAL_ROWS, EVAL_TOKENS, MOST_EVAL_ROWS, eval_rows
+from sft.config.schema import TrainerSettings
+from sft.training.samplers import TokenBalancedSampler, balance_micro_batches
 
 
 @pytest.mark.parametrize(
@@ -15,20 +16,20 @@ from sft.settings import TrainerSettings
 def test_every_row_is_dealt_once_into_passes_of_the_same_sizes(rows, rows_a_pass, sizes):
     lengths = random.Random(rows).choices(range(5, 400), k=rows)
     step = random.Random(0).sample(range(rows), rows)
-    passes = deal_evenly(step, lengths, rows_a_pass)
+    passes = balance_micro_batches(step, lengths, rows_a_pass)
     assert [len(one) for one in passes] == sizes
     assert sorted(row for one in passes for row in one) == list(range(rows))
     assert all(one == sorted(one, key=step.index) for one in passes)
 
 
 def test_passes_have_about_as_many_tokens_each():
-    assert deal_evenly([0, 1, 2, 3], [100, 90, 10, 1], 2) == [[0, 3], [1, 2]]
+    assert balance_micro_batches([0, 1, 2, 3], [100, 90, 10, 1], 2) == [[0, 3], [1, 2]]
     draw = random.Random(0)
     lengths = [int(draw.lognormvariate(4.65, 0.85)) + 60 for _ in range(1000)]
     worst = []
     for _ in range(100):
         step = draw.sample(range(1000), 32)
-        tokens = [sum(lengths[row] for row in one) for one in deal_evenly(step, lengths, 16)]
+        tokens = [sum(lengths[row] for row in one) for one in balance_micro_batches(step, lengths, 16)]
         worst.append(2 * max(tokens) / sum(tokens))
     assert sum(worst) / 100 < 1.02
 
@@ -36,7 +37,7 @@ def test_passes_have_about_as_many_tokens_each():
 def test_a_sampler_keeps_its_steps():
     lengths = random.Random(1).choices(range(5, 400), k=45)
     order = random.Random(2).sample(range(45), 45)
-    even = EvenPasses(order, lengths, rows_a_pass=4, passes=5)
+    even = TokenBalancedSampler(order, lengths, rows_a_pass=4, passes=5)
     dealt = list(even)
     assert len(even) == len(dealt) == 45 and dealt == list(even) != order
     for start in (0, 20, 40):

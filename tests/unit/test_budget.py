@@ -5,9 +5,10 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from sft.budget import FINISH, IMPORTS, MARGIN, TimeBudget, moment_of
-from sft.export.exporter import count_artifacts
-from sft.settings import ExportSettings, TrainerSettings
+from sft.config.rules import moment_of
+from sft.config.schema import ExportSettings, TrainerSettings
+from sft.export.requirements import count_artifacts
+from sft.training.time_budget import FINISH, IMPORTS, MARGIN, TimeBudget
 
 NOON = datetime(2026, 3, 1, 12, 0).astimezone()
 

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 
 from scripts import chat
-from sft.chat import Speaker
-from sft.models import CHATML
-from sft.printable import shown
-from sft.render import encode, render_row
-from sft.settings import DatasetSettings, Settings, Shape
+from sft.cli.chat import Speaker
+from sft.config.schema import DatasetSettings, Settings, Shape
+from sft.data.templates import render_row
+from sft.data.tokenize import encode
+from sft.model.tokenizer import CHATML
+from sft.sanitize import shown
 from tests.unit.test_render import LLAMA3, MISTRAL, QWEN3
 
 

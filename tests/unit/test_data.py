@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from sft import data as module
-from sft.columns import as_text
-from sft.data import prepare, readable
+from sft.config.schema import ColumnSettings, DatasetSettings, LossOn, ModelSettings, Overlong, Settings, Shape
+from sft.data import prepare as data_prepare
+from sft.data import sources, tokenize
+from sft.data.columns import as_text
+from sft.data.prepare import prepare, readable
+from sft.data.tokenize import IGNORED
 from sft.errors import Refusal
-from sft.models import CHATML
-from sft.render import IGNORED
-from sft.settings import ColumnSettings, DatasetSettings, LossOn, ModelSettings, Overlong, Settings, Shape
+from sft.model.tokenizer import CHATML
 
 ROWS = [{"instruction": f"Question {i}?", "output": f"Answer {i} " + "word " * i} for i in range(20)]
 
@@ -42,8 +43,8 @@ def run(tmp_path, loaded_tokenizer):
 @pytest.fixture
 def made(monkeypatch):
     """How often tokens were made and not read from the cache."""
-    calls, make = [], module._tokenise_all
-    monkeypatch.setattr(module, "_tokenise_all", lambda *args: calls.append(1) or make(*args))
+    calls, make = [], data_prepare._tokenise_all
+    monkeypatch.setattr(data_prepare, "_tokenise_all", lambda *args: calls.append(1) or make(*args))
     return calls
 
 
@@ -293,10 +294,10 @@ def test_readable_gives_whole_characters(tokenizer):
 
 
 def test_the_second_call_reads_the_cache_and_gives_the_same(run, made, monkeypatch):
-    one, read = run(), module.read_rows
-    monkeypatch.setattr(module, "read_rows", None)  # no row of the file is read again
+    one, read = run(), sources.read_rows
+    monkeypatch.setattr(data_prepare, "read_rows", None)  # no row of the file is read again
     two = run()
-    monkeypatch.setattr(module, "read_rows", read)
+    monkeypatch.setattr(data_prepare, "read_rows", read)
     assert len(made) == 1
     assert one.facts == two.facts and one.train.to_list() == two.train.to_list() and one.eval.to_list() == two.eval.to_list()
     assert run(eval_fraction=0.0).eval is None
@@ -376,7 +377,7 @@ def test_two_processes_may_prepare_the_same_at_once(tmp_path, cache, loaded_toke
 
 def test_rows_of_an_eval_split_are_counted_apart(monkeypatch, loaded_tokenizer):
     tables = {"train": ROWS, "test": [{"instruction": f"t{i}", "output": "x"} for i in range(8)]}
-    monkeypatch.setattr(module, "read_rows", lambda data, split: (tables[split], {"name": split, "hash": split}))
+    monkeypatch.setattr(data_prepare, "read_rows", lambda data, split: (tables[split], {"name": split, "hash": split}))
     data = DatasetSettings(name="a/b", eval_split="test", eval_fraction=0.0, max_eval_rows=5, template="alpaca")
     prepared = prepare(Settings(dataset=data), *loaded_tokenizer)
     assert prepared.facts["rows"] == {"read": 20, "filtered": 0, "read_eval": 8, "train": 20, "eval": 5}
@@ -396,8 +397,8 @@ def test_the_cache_lies_where_the_user_says(cache, run):
 
 @pytest.mark.parametrize("shape", ["word ", "x"])
 def test_a_row_of_a_hundred_megabytes_is_not_tokenised_to_its_end(run, shape, monkeypatch):
-    tokenised, make = [], module.tokenise
-    monkeypatch.setattr(module, "tokenise", lambda rows, t: tokenised.extend(len(r.text) for r in rows) or make(rows, t))
+    tokenised, make = [], tokenize.tokenise
+    monkeypatch.setattr(data_prepare, "tokenise", lambda rows, t: tokenised.extend(len(r.text) for r in rows) or make(rows, t))
     rows = [*ROWS, {"instruction": "Question?", "output": shape * (20_000_000 // len(shape))}]
     prepared = run(rows, overlong=Overlong.drop, eval_fraction=0.0)
     assert prepared.facts["dropped_rows"] == 1 and len(prepared.train) == 20 and max(tokenised) <= 1_000_000
@@ -412,6 +413,6 @@ def test_the_tokens_of_a_row_that_is_cut_are_those_of_the_whole_row(run, monkeyp
     rows = [{"instruction": "Question?", "output": "some words " * 2000}] * 2
     options = {"overlong": Overlong.truncate, "eval_fraction": 0.0, "max_seq_length": 60}
     whole = run(rows, **options).train[0]
-    monkeypatch.setattr(module, "FAR_LEAST", 6000)
+    monkeypatch.setattr(data_prepare, "FAR_LEAST", 6000)
     short = run(rows, file="again.jsonl", seed=1, **options).train[0]
     assert len(short["input_ids"]) == 60 and short["input_ids"] == whole["input_ids"] and short["labels"] == whole["labels"]

@@ -4,11 +4,13 @@ import json
 
 import pytest
 
-from sft import embedded, runtime
-from sft.command_line import check_command_line
-from sft.destinations import check_destinations, mark
+from sft.cli.check import check_command_line
+from sft.config import fingerprint
+from sft.config.destinations import check_destinations, mark
+from sft.config.schema import ExportSettings, HubSettings, Settings, Tracker, TrackingSettings
 from sft.errors import Refusal
-from sft.settings import ExportSettings, HubSettings, Settings, Tracker, TrackingSettings
+from sft.storage import cache as storage_cache
+from sft.storage import jsonio
 from tests.conftest import ROOT
 
 
@@ -30,7 +32,7 @@ def check(settings, record, *typed) -> str:
 def test_a_run_of_ones_own_goes_on_without_a_word():
     settings = sending(entity="team")
     assert check(settings, {"destinations_mark": mark(settings)}) == ""
-    assert (embedded.cache_dir() / "destinations.key").stat().st_mode & 0o77 == 0
+    assert (storage_cache.cache_dir() / "destinations.key").stat().st_mode & 0o77 == 0
 
 
 def test_a_run_that_sends_nothing_needs_no_mark():
@@ -57,7 +59,7 @@ def test_resume_asks_before_anything_is_sent(small, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     settings = small("export=adapter", "export.hub.repo=attacker/demo")
-    record = {"status": "stopped", "settings": runtime.jsonable(settings), "config_hash": runtime.config_hash(settings)}
+    record = {"status": "stopped", "settings": jsonio.jsonable(settings), "config_hash": fingerprint.config_hash(settings)}
     (folder / "run.json").write_text(json.dumps(record))
     with pytest.raises(Refusal, match=r"sends what it makes to export\.hub\.repo=attacker/demo"):
         check_command_line(ROOT / "conf", [f"resume={folder}"])

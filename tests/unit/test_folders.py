@@ -10,22 +10,27 @@ from pathlib import Path
 
 import pytest
 
-from sft import report, resume, run
-from sft.chat import find_target
-from sft.checkpoints import cut_back
-from sft.command_line import check_command_line
+from sft import run as sft_run
+from sft.cli.chat import find_target
+from sft.cli.check import check_command_line
+from sft.config.fingerprint import config_hash
+from sft.config.rules import check_settings
+from sft.console import LogFile
 from sft.errors import Refusal
 from sft.export.card import write_card
 from sft.export.exporter import _with_earlier, failures
-from sft.failures import tell_failure
-from sft.records import read_json
-from sft.resume import recorded_run, working_folder
-from sft.runs import prompt_form, settings_of
-from sft.runtime import LogFile, RunRecord, StopRequest, append_jsonl, config_hash, jsonable
+from sft.report import page
+from sft.runs import resume
+from sft.runs.failures import log_failure
+from sft.runs.record import RunRecord
+from sft.runs.resume import recorded_run, working_folder
+from sft.runs.saved import prompt_form, settings_of
+from sft.signals import StopRequest
+from sft.storage.jsonio import append_jsonl, jsonable, read_json
 from sft.sweep.index import load_index
 from sft.sweep.leaderboard import read_leaderboard, write_csv
 from sft.sweep.report import write_sweep_report
-from sft.validate import check_settings
+from sft.training.checkpoint import cut_back
 from tests.conftest import ROOT, make_settings
 
 CONF = ROOT / "conf"
@@ -48,7 +53,7 @@ def test_an_export_runs_no_code_of_the_folder_that_it_is_started_in(folder, monk
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PYTHONPATH", ":.")
     record = RunRecord(folder, settings=jsonable(small()))
-    failed, _ = run._export(folder, record, StopRequest())
+    failed, _ = sft_run._export(folder, record, StopRequest())
     assert failed == ["the export ended early, with exit code 1"]
     assert "the run folder is not whole" in capfd.readouterr().err
     assert not list(folder.rglob("code_was_run"))
@@ -104,7 +109,7 @@ def test_a_link_in_a_run_folder_is_not_written_through(folder, tmp_path, caplog,
     precious.write_text("mine\n")
     writers = {
         "opened": lambda place: LogFile(place, encoding="utf-8").close(),
-        "failed": lambda place: tell_failure(ValueError("x"), folder),
+        "failed": lambda place: log_failure(ValueError("x"), folder),
         "appended": lambda place: append_jsonl(place, {"step": 1}),
         "cut": lambda place: cut_back(folder, {name: 2}),
     }
@@ -191,10 +196,10 @@ def test_a_sweep_with_null_in_place_of_a_job_or_of_a_value_is_refused_by_its_key
 
 
 def test_a_report_leaves_out_null_in_place_of_an_example(folder, small, monkeypatch, caplog):
-    monkeypatch.setattr(report, "bundled_charts", lambda: "/* charts */")
+    monkeypatch.setattr(page, "bundled_charts", lambda: "/* charts */")
     record(folder, small())
     (folder / "preflight.json").write_text('{"examples": [null]}')
-    report.write_report(folder)
+    page.write_report(folder)
     assert "ignored, because of an odd form: examples[0]" in caplog.text
 
 
@@ -207,7 +212,7 @@ def test_half_a_character_in_a_folder_is_read_as_a_question_mark(folder, small):
 
 
 def test_whatever_stands_in_a_folder_ends_in_a_result_or_in_a_refusal(tmp_path, monkeypatch, small):
-    monkeypatch.setattr(report, "bundled_charts", lambda: "/* charts */")
+    monkeypatch.setattr(page, "bundled_charts", lambda: "/* charts */")
     monkeypatch.chdir(tmp_path)
     settings, rolls, raised = small(), random.Random(7), []
     good = whole_folder(settings)
@@ -225,10 +230,10 @@ def test_whatever_stands_in_a_folder_ends_in_a_result_or_in_a_refusal(tmp_path, 
                 path.write_text("\n".join(map(json.dumps, objects)), encoding="utf-8")
         run = sweep / "0_a"
         actions = [
-            lambda run=run: report.write_report(run),
+            lambda run=run: page.write_report(run),
             lambda run=run: check_settings(recorded_run(run)[0], hardware=False),
             lambda run=run: working_folder(resume.read_record(run) or {}, run).__enter__(),
-            lambda run=run: resume.read_split(resume.read_record(run)),
+            lambda run=run: resume.read_batch_plan(resume.read_record(run)),
             lambda run=run: resume.check_folder(run, settings),
             lambda run=run: RunRecord(run, resume.read_record(run)).close("stopped"),
             lambda run=run: settings_of(run),

@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from scripts import make_notebook
-from sft.command_line import read_settings
+from sft.cli.check import read_settings
 from tests.conftest import ROOT, make_settings
 
 PROGRAMS = ("python", "pip")

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sft import graphs
-from sft.flat import EndToEnd
+from sft.data.collators import PaddingFreeCollator
+from sft.model import cuda_graphs
 
 
-class Counted(graphs.Graphs):
+class Counted(cuda_graphs.GraphPool):
     """Graphs that note the lengths they launch, and make no kernels."""
 
     def __init__(self, lengths):
@@ -27,9 +27,9 @@ class Counted(graphs.Graphs):
 def recorded(monkeypatch):
     """The lengths that were recorded, in order."""
     made = []
-    monkeypatch.setattr(graphs, "Recording", lambda own, inputs: made.append(inputs["input_ids"].shape[-1]) or made[-1])
+    monkeypatch.setattr(cuda_graphs, "CapturedStep", lambda own, inputs: made.append(inputs["input_ids"].shape[-1]) or made[-1])
     monkeypatch.setattr(
-        graphs, "_replay", lambda: SimpleNamespace(apply=lambda recording, inputs, *weights: f"{recording} again")
+        cuda_graphs, "_replay", lambda: SimpleNamespace(apply=lambda recording, inputs, *weights: f"{recording} again")
     )
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
@@ -39,7 +39,9 @@ def recorded(monkeypatch):
 
 
 def passed(*counts, rows=2):
-    return EndToEnd(0, 100, lengths=(64, 128), rows=rows)([{"input_ids": [1] * n, "labels": [1] * n} for n in counts])
+    return PaddingFreeCollator(0, 100, lengths=(64, 128), rows=rows)(
+        [{"input_ids": [1] * n, "labels": [1] * n} for n in counts]
+    )
 
 
 def test_all_lengths_are_recorded_at_the_second_pass_and_replayed_from_then_on(recorded):
@@ -70,7 +72,7 @@ def test_where_a_pass_cannot_be_recorded_none_is_any_more(recorded, monkeypatch,
     def broken(own, inputs):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(graphs, "Recording", broken)
+    monkeypatch.setattr(cuda_graphs, "CapturedStep", broken)
     own = Counted((64, 128))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):

@@ -7,9 +7,9 @@ import threading
 import pytest
 
 from sft import limits
-from sft.data import prepare
+from sft.config.schema import DatasetSettings, Settings
+from sft.data.prepare import prepare
 from sft.errors import Refusal
-from sft.settings import DatasetSettings, Settings
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
 HUGE = "{{ 'a' * 40000000000 }}{{ messages[0].content }}"

@@ -2,14 +2,14 @@
 
 import pytest
 
-from sft.looks import evaluation_work, steps_between, with_looks
+from sft.config.schedule import evaluation_work, steps_between, with_eval_schedule
 
 FACTS = {"rows": {"train": 900, "eval": 100}, "train_tokens": 180_000, "eval_tokens": 20_000}
 MANY = {"rows": {"train": 9_800, "eval": 200}, "train_tokens": 1_960_000, "eval_tokens": 40_000}
 
 
 def looks_of(settings, facts=FACTS):
-    planned = with_looks(settings, facts)
+    planned = with_eval_schedule(settings, facts)
     return planned.trainer.eval_steps, planned.samples.every_steps, planned.trainer.load_best_model_at_end
 
 

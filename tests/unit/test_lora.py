@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig
 
-from sft import lora, memory, models, trainer
+from sft.config.schema import LoraSettings
 from sft.errors import Refusal
-from sft.preflight import examine
+from sft.methods import sft
+from sft.model import adapters, dims, hub, loading
+from sft.preflight.checks import examine
 from sft.run import run
-from sft.settings import LoraSettings
 from tests.conftest import make_settings
 
 
@@ -18,7 +19,7 @@ from tests.conftest import make_settings
 def tiny():
     """tiny_random without its weights."""
     settings = make_settings("model=tiny_random")
-    return memory.empty_model(settings, models.locate(settings.model, weights=False)[0])[0]
+    return dims.empty_model(settings, hub.locate(settings.model, weights=False)[0])[0]
 
 
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"
@@ -45,10 +46,10 @@ LINEAR = f"{ATTENTION},gate_proj,up_proj,down_proj"
     ],
 )  # fmt: skip
 def test_a_module_that_cannot_be_trained_is_refused_with_a_fix_that_is_taken(tiny, override, why, fix):
-    problems, _ = lora.check_modules(tiny, make_settings(f"lora.{override}").lora)
+    problems, _ = adapters.check_modules(tiny, make_settings(f"lora.{override}").lora)
     assert [p.what for p in problems] == [f"lora.{override}"] and why in problems[0].why
     assert problems[0].fix == fix
-    assert lora.check_modules(tiny, make_settings(fix.strip("'")).lora) == ([], [])
+    assert adapters.check_modules(tiny, make_settings(fix.strip("'")).lora) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -58,28 +59,28 @@ def test_a_module_that_cannot_be_trained_is_refused_with_a_fix_that_is_taken(tin
      "modules_to_save=[model.layers.1.input_layernorm]"],
 )  # fmt: skip
 def test_what_peft_takes_is_allowed(tiny, override):
-    assert lora.check_modules(tiny, make_settings(f"lora.{override}").lora) == ([], [])
+    assert adapters.check_modules(tiny, make_settings(f"lora.{override}").lora) == ([], [])
 
 
 def test_gpt2s_layers_which_are_no_torch_linear_are_targets():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
-    assert lora.check_modules(model, LoraSettings(target_modules=["c_attn"])) == ([], [])
-    fix = lora.check_modules(model, LoraSettings(target_modules=["attn"]))[0][0].fix
+    assert adapters.check_modules(model, LoraSettings(target_modules=["c_attn"])) == ([], [])
+    fix = adapters.check_modules(model, LoraSettings(target_modules=["attn"]))[0][0].fix
     assert fix == "'lora.target_modules=[c_attn,c_proj]'"
 
 
 def test_targets_inside_of_what_is_trained_whole_are_told_or_refused(tiny):
     """PEFT leaves them without an adapter, and raises where that leaves none."""
-    problems, warnings = lora.check_modules(tiny, make_settings("lora.modules_to_save=[mlp]").lora)
+    problems, warnings = adapters.check_modules(tiny, make_settings("lora.modules_to_save=[mlp]").lora)
     assert not problems and warnings[0].startswith("gate_proj, up_proj, down_proj of lora.target_modules get no adapter")
     # embed_tokens and lm_head share their weight
     targets = LoraSettings(target_modules=["lm_head"], modules_to_save=["embed_tokens"])
-    assert "No layer is left" in lora.check_modules(tiny, targets)[0][0].why
+    assert "No layer is left" in adapters.check_modules(tiny, targets)[0][0].why
 
 
 def test_all_problems_of_modules_come_at_once_and_before_loading(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda *args: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("the weights were loaded"))
     settings = small("lora.target_modules=[mlp]", "lora.modules_to_save=[lm_haed]", "dataset.columns.output=nothing")
     found = examine(settings, tmp_path, "transformers", {})
     assert {"lora.target_modules=[mlp]", "lora.modules_to_save=[lm_haed]"} < {p.what for p in found.problems}
@@ -90,7 +91,7 @@ def test_all_problems_of_modules_come_at_once_and_before_loading(small, tmp_path
 def test_a_model_that_cannot_be_looked_at_beforehand_is_asked_once_it_is_loaded(small):
     settings = small("lora.modules_to_save=[lm_haed]")
     with pytest.raises(Refusal, match="Did you mean lm_head"):
-        lora.attach(models.load_model(settings, "transformers")[0], settings, "transformers")
+        adapters.attach(loading.load_model(settings, "transformers")[0], settings, "transformers")
 
 
 @pytest.mark.parametrize(
@@ -108,4 +109,4 @@ def test_the_chunked_loss_is_kept_where_it_fits_and_left_where_logits_are_scaled
     with torch.device("meta"):
         scaled = AutoModelForCausalLM.from_config(config)
     settings = SimpleNamespace(trainer=SimpleNamespace(extra={}))
-    assert trainer._takes_chunks(tiny, settings) and not trainer._takes_chunks(scaled, settings)
+    assert sft._takes_chunks(tiny, settings) and not sft._takes_chunks(scaled, settings)

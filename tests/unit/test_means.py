@@ -5,11 +5,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import hydra_plugins.sft_sweep as plugins
-from sft.command_line import check_command_line
+from sft.cli.check import check_command_line
 from sft.errors import Problem, Refusal
-from sft.sweep import elsewhere, means
+from sft.sweep import checks
+from sft.sweep import cluster as sweep_cluster
 from sft.sweep.index import Job
-from sft.sweep.slurm_jobs import SlurmJobs
+from sft.sweep.slurm import SlurmJobs
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -21,9 +22,9 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def has(installed=True, sbatch=True, gpu=True):
-        monkeypatch.setattr(means, "_installed", lambda plugin: installed)
-        monkeypatch.setattr(means.shutil, "which", lambda program: "/usr/bin/sbatch" if sbatch else None)
-        monkeypatch.setattr(means, "gpu_present", lambda: gpu)
+        monkeypatch.setattr(checks, "_installed", lambda plugin: installed)
+        monkeypatch.setattr(checks.shutil, "which", lambda program: "/usr/bin/sbatch" if sbatch else None)
+        monkeypatch.setattr(checks, "gpu_present", lambda: gpu)
 
     return has
 
@@ -65,7 +66,7 @@ def test_a_search_turns_multirun_on_and_has_a_fixed_seed(name):
 
 
 def test_the_launchers_settings_are_upstreams():
-    if not means._installed("hydra_submitit_launcher"):
+    if not checks._installed("hydra_submitit_launcher"):
         pytest.skip('needs the extra: pip install -e ".[slurm]"')
     from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 
@@ -165,8 +166,8 @@ class Cluster:
 
 @pytest.fixture
 def jobs(monkeypatch):
-    monkeypatch.setattr(elsewhere, "POLL", 0.0)
-    monkeypatch.setattr(elsewhere, "SETTLE", 0.0)
+    monkeypatch.setattr(sweep_cluster, "POLL", 0.0)
+    monkeypatch.setattr(sweep_cluster, "SETTLE", 0.0)
     return [Job(n, f"{n}_r={n}", f"hash{n}", {}, {}) for n in range(3)]
 
 
@@ -174,40 +175,40 @@ def test_a_job_goes_to_its_folder_and_one_that_is_still_queued_is_not_sent_again
     cluster = Cluster()
     words = {job.number: [f"lora.r={job.number}"] for job in jobs}
     jobs[1].place, cluster.queue = "p9", {"p9"}
-    places = elsewhere.hand_over(cluster, jobs, words, tmp_path)
+    places = sweep_cluster.hand_over(cluster, jobs, words, tmp_path)
     assert places == {"p0": jobs[0], "p9": jobs[1], "p2": jobs[2]} and [job.attempts for job in jobs] == [1, 0, 1]
     assert cluster.started[1] == ["lora.r=2", f"hydra.sweep.dir='{tmp_path}'", "hydra.sweep.subdir='2_r=2'"]
 
 
 def test_a_job_that_vanishes_is_a_row_with_the_clusters_reason(jobs, tmp_path):
     cluster = Cluster()
-    places = elsewhere.hand_over(cluster, jobs, {job.number: [] for job in jobs}, tmp_path)
+    places = sweep_cluster.hand_over(cluster, jobs, {job.number: [] for job in jobs}, tmp_path)
     cluster.queue = set()
     (tmp_path / "1_r=1").mkdir()
     (tmp_path / "1_r=1" / "run.json").write_text('{"status": "finished", "seconds": {"total": 5}}', encoding="utf-8")
     told = []
-    elsewhere.watch(cluster, places, tmp_path, lambda job: told.append(job.number) or True)
+    sweep_cluster.watch(cluster, places, tmp_path, lambda job: told.append(job.number) or True)
     assert told == [0, 1, 2] and [job.status for job in jobs] == ["failed", "diverged", "failed"]
     assert jobs[0].reason == "p0 vanished" and jobs[1].seconds == 5 and {job.place for job in jobs} == {None}
     assert "p2 vanished" in (tmp_path / "2_r=2" / "run.json").read_text(encoding="utf-8")
-    assert [elsewhere.exit_code(job) for job in jobs] == [1, 1, 1]
+    assert [sweep_cluster.exit_code(job) for job in jobs] == [1, 1, 1]
 
 
 def test_a_failure_and_an_interruption_stop_the_others(jobs, tmp_path):
     cluster = Cluster()
-    places = elsewhere.hand_over(cluster, jobs, {job.number: [] for job in jobs}, tmp_path)
+    places = sweep_cluster.hand_over(cluster, jobs, {job.number: [] for job in jobs}, tmp_path)
     cluster.queue.remove("p0")
-    elsewhere.watch(cluster, places, tmp_path, lambda job: job.number != 0)
+    sweep_cluster.watch(cluster, places, tmp_path, lambda job: job.number != 0)
     assert cluster.stopped == {"p1", "p2"}
 
     def interrupt(job):
         raise KeyboardInterrupt
 
-    places = elsewhere.hand_over(cluster, jobs, {job.number: [] for job in jobs}, tmp_path)
+    places = sweep_cluster.hand_over(cluster, jobs, {job.number: [] for job in jobs}, tmp_path)
     cluster.queue.remove("p0")
     cluster.stopped = set()
     with pytest.raises(KeyboardInterrupt):
-        elsewhere.watch(cluster, places, tmp_path, interrupt)
+        sweep_cluster.watch(cluster, places, tmp_path, interrupt)
     assert cluster.stopped >= {"p1", "p2"}
 
 

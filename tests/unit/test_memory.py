@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from sft.batch import Split, candidates, check_split, split_of, with_split
-from sft.memory import CAPACITY, Load, Shape, estimate, fitting_split, kept_by_layer, load_of, shape_of, tokens_at_once
-from sft.settings import Gpu, LoraSettings, Settings, TrainerSettings
+from sft.config.batching import BatchPlan, batch_plan_of, candidates, check_batch_plan, with_batch_plan
+from sft.config.hardware import CAPACITY
+from sft.config.schema import Gpu, LoraSettings, Settings, TrainerSettings
+from sft.model.dims import dims_of
+from sft.plan.memory import LoadPlan, ModelDims, estimate, fitting_batch_plan, kept_by_layer, load_plan_of, tokens_at_once
 
 # Llama 3 8B with LoRA r 16 on its seven projections.
-LLAMA_8B = Shape(8030261248, 6979321856, 41943040, 1245184, 58720256, 4096, 14336, 32, 32, 4096, 1024, 128256)
+LLAMA_8B = ModelDims(8030261248, 6979321856, 41943040, 1245184, 58720256, 4096, 14336, 32, 32, 4096, 1024, 128256)
 # And Llama 3.2 1B.
-LLAMA_1B = Shape(1235814400, 973078528, 11272192, 327680, 16777216, 2048, 8192, 16, 32, 2048, 512, 128256)
+LLAMA_1B = ModelDims(1235814400, 973078528, 11272192, 327680, 16777216, 2048, 8192, 16, 32, 2048, 512, 128256)
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +29,12 @@ def llama():
 
 
 def test_the_shape_of_llama_3_8b_is_counted_from_its_config(llama):
-    assert shape_of(*llama, Settings()) == LLAMA_8B
+    assert dims_of(*llama, Settings()) == LLAMA_8B
 
 
 def test_adapters_and_whole_modules_are_counted(llama):
     def trained(**options):
-        return shape_of(*llama, Settings(lora=LoraSettings(**options))).trained
+        return dims_of(*llama, Settings(lora=LoraSettings(**options))).trained
 
     assert trained(target_modules=["all-linear"]) == trained() == 41943040
     assert trained(r=8, target_modules=["q_proj", "v_proj"]) == 32 * 8 * (4096 + 4096 + 4096 + 1024)
@@ -56,7 +58,7 @@ UNSLOTH = [
 
 @pytest.mark.parametrize(("measured", "load", "tokens"), UNSLOTH)
 def test_unsloth_is_estimated_within_15_percent(measured, load, tokens):
-    guess = estimate(LLAMA_8B, Load("unsloth", optim="adamw_8bit", **load), 1, tokens)
+    guess = estimate(LLAMA_8B, LoadPlan("unsloth", optim="adamw_8bit", **load), 1, tokens)
     assert guess.reserved == pytest.approx(measured, rel=0.15)
 
 
@@ -74,13 +76,13 @@ UNSLOTH_1B = [
 
 @pytest.mark.parametrize(("measured", "load", "length"), UNSLOTH_1B)
 def test_a_smaller_shape_is_estimated_within_15_percent(measured, load, length):
-    assert estimate(LLAMA_1B, Load("unsloth", **load), 2, length).reserved == pytest.approx(measured, rel=0.15)
+    assert estimate(LLAMA_1B, LoadPlan("unsloth", **load), 2, length).reserved == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize(("measured", "rows", "length"), [(18, 2, 208), (26, 8, 192), (58, 32, 192)])
 def test_stock_layers_are_estimated_within_5_percent(measured, rows, length):
     """Rows of one length, so that the tokens are exact: transformers and PEFT without mixed precision, adapter in bf16."""
-    guess = estimate(LLAMA_8B, Load("transformers", checkpointing=False, adapter_bytes=2), rows, length)
+    guess = estimate(LLAMA_8B, LoadPlan("transformers", checkpointing=False, adapter_bytes=2), rows, length)
     assert guess.reserved == pytest.approx(measured, rel=0.05)
 
 
@@ -90,7 +92,7 @@ def test_stock_layers_are_estimated_within_5_percent(measured, rows, length):
 )
 def test_rows_end_to_end_are_estimated_within_5_percent(measured, compiled, tokens):
     """What tensors held at the peak of a forward and a backward pass (H100, bfloat16 base)."""
-    load = Load("transformers", checkpointing=False, flat=True, compiled=compiled)
+    load = LoadPlan("transformers", checkpointing=False, flat=True, compiled=compiled)
     assert estimate(LLAMA_8B, load, 1, tokens).allocated == pytest.approx(measured, rel=0.05)
 
 
@@ -101,28 +103,28 @@ def test_rows_end_to_end_are_estimated_within_5_percent(measured, compiled, toke
 )  # fmt: skip
 def test_weights_that_are_all_trained_are_kept_in_float32(settings_of, overrides, gpu, each):
     """Bytes a weight: float32 of itself, its gradient and two moments, and 16 bits of what is computed with."""
-    load = load_of(settings_of("lora=none", *overrides), "transformers", gpu)
+    load = load_plan_of(settings_of("lora=none", *overrides), "transformers", gpu)
     full = replace(LLAMA_1B, trained=LLAMA_1B.parameters)
     guess = estimate(full, load, 1, 8)
     assert guess.weights + guess.trained == pytest.approx(each * LLAMA_1B.parameters / 2**30)
 
 
 def test_what_a_layer_keeps_is_what_the_docstring_says():
-    assert kept_by_layer(LLAMA_8B, Load("unsloth")) == 27 * 4096
-    assert kept_by_layer(LLAMA_8B, Load("transformers", adapter_bytes=2)) == 45 * 4096
-    assert kept_by_layer(LLAMA_8B, Load("transformers")) == 53 * 4096
-    assert kept_by_layer(LLAMA_8B, Load("transformers", flat=True, compiled=True)) == 36 * 4096
+    assert kept_by_layer(LLAMA_8B, LoadPlan("unsloth")) == 27 * 4096
+    assert kept_by_layer(LLAMA_8B, LoadPlan("transformers", adapter_bytes=2)) == 45 * 4096
+    assert kept_by_layer(LLAMA_8B, LoadPlan("transformers")) == 53 * 4096
+    assert kept_by_layer(LLAMA_8B, LoadPlan("transformers", flat=True, compiled=True)) == 36 * 4096
 
 
 @pytest.mark.parametrize("backend", ["unsloth", "transformers"])
 def test_more_rows_longer_rows_more_bits_and_no_checkpointing_never_take_less(backend):
     for bits in (4, 8, 16):
         for checkpointing in (True, False):
-            sizes = [estimate(LLAMA_8B, Load(backend, bits, checkpointing=checkpointing), n, 512).needed for n in (1, 2, 8)]
+            sizes = [estimate(LLAMA_8B, LoadPlan(backend, bits, checkpointing=checkpointing), n, 512).needed for n in (1, 2, 8)]
             assert sizes == sorted(sizes)
-        on, off = (estimate(LLAMA_8B, Load(backend, bits, checkpointing=c), 4, 1024).needed for c in (True, False))
+        on, off = (estimate(LLAMA_8B, LoadPlan(backend, bits, checkpointing=c), 4, 1024).needed for c in (True, False))
         assert on < off
-    four, eight, sixteen = (estimate(LLAMA_8B, Load(backend, bits), 1, 512).weights for bits in (4, 8, 16))
+    four, eight, sixteen = (estimate(LLAMA_8B, LoadPlan(backend, bits), 1, 512).weights for bits in (4, 8, 16))
     assert four < eight < sixteen
 
 
@@ -142,30 +144,32 @@ def settings(**options) -> Settings:
 )
 def test_auto_takes_the_most_rows_and_recomputes_only_where_it_has_to(gpu, bits, length, rows, checkpointing):
     capacity = CAPACITY[Gpu[gpu]]
-    split, guess = fitting_split(LLAMA_8B, settings(), Load(bits=bits), [length] * 8, capacity, EIGHT)
+    split, guess = fitting_batch_plan(LLAMA_8B, settings(), LoadPlan(bits=bits), [length] * 8, capacity, EIGHT)
     assert (split.per_device_train_batch_size, split.gradient_checkpointing) == (rows, checkpointing)
     assert split.effective_batch_size == 8 and guess.needed <= capacity
 
 
 def test_auto_halves_the_rows_where_they_do_not_fit_and_ends_at_one():
-    load = Load("transformers", bits=4)
-    found = [fitting_split(LLAMA_8B, settings(), load, [2048] * 8, gib, EIGHT)[0] for gib in (60, 24, 16, 1)]
+    load = LoadPlan("transformers", bits=4)
+    found = [fitting_batch_plan(LLAMA_8B, settings(), load, [2048] * 8, gib, EIGHT)[0] for gib in (60, 24, 16, 1)]
     assert [s.per_device_train_batch_size for s in found] == sorted(
         (s.per_device_train_batch_size for s in found), reverse=True
     )
-    assert found[0].per_device_train_batch_size > 1 and found[-1] == Split(1, 8, True)
-    assert fitting_split(LLAMA_8B, settings(gradient_checkpointing=False), load, [64] * 8, 1, EIGHT)[0] == Split(1, 8, False)
+    assert found[0].per_device_train_batch_size > 1 and found[-1] == BatchPlan(1, 8, True)
+    assert fitting_batch_plan(LLAMA_8B, settings(gradient_checkpointing=False), load, [64] * 8, 1, EIGHT)[0] == BatchPlan(
+        1, 8, False
+    )
 
 
 def test_rows_end_to_end_go_through_in_smaller_passes_before_anything_is_computed_twice():
-    load = Load("transformers", flat=True)
-    found = [fitting_split(LLAMA_8B, settings(), load, [2048] * 8, gib, EIGHT)[0] for gib in (150, 40, 17)]
+    load = LoadPlan("transformers", flat=True)
+    found = [fitting_batch_plan(LLAMA_8B, settings(), load, [2048] * 8, gib, EIGHT)[0] for gib in (150, 40, 17)]
     assert [(s.per_device_train_batch_size, s.gradient_checkpointing) for s in found] == [(8, False), (1, False), (1, True)]
 
 
 def test_rows_end_to_end_compute_as_few_layers_again_as_the_memory_allows():
-    load = Load("transformers", bits=4, flat=True, compiled=True)
-    found = [fitting_split(LLAMA_8B, settings(), load, [2048] * 8, gib, EIGHT) for gib in (18, 17, 16, 15, 14, 12)]
+    load = LoadPlan("transformers", bits=4, flat=True, compiled=True)
+    found = [fitting_batch_plan(LLAMA_8B, settings(), load, [2048] * 8, gib, EIGHT) for gib in (18, 17, 16, 15, 14, 12)]
     again = [replace(load, checkpointing=s.gradient_checkpointing, every_n_layers=s.every_n_layers).again(32) for s, _ in found]
     assert again == sorted(again) and again[0] == 0 and again[-1] == 32 and any(0 < n < 32 for n in again)
     assert all(guess.needed <= gib for (_, guess), gib in zip(found, (18, 17, 16, 15, 14, 12), strict=True))
@@ -175,20 +179,20 @@ def test_rows_end_to_end_compute_as_few_layers_again_as_the_memory_allows():
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_checkpointing_that_is_asked_for_is_of_every_layer_or_of_as_many_as_are_named(wanted):
-    load = Load("transformers", bits=4, flat=True, compiled=True)
+    load = LoadPlan("transformers", bits=4, flat=True, compiled=True)
     asked = settings(gradient_checkpointing=wanted)
-    assert fitting_split(LLAMA_8B, asked, load, [2048] * 8, 15, EIGHT)[0].every_n_layers == 1
+    assert fitting_batch_plan(LLAMA_8B, asked, load, [2048] * 8, 15, EIGHT)[0].every_n_layers == 1
     named = settings(extra={"gradient_checkpointing_kwargs": {"every_n_layers": 4}})
-    split, _ = fitting_split(LLAMA_8B, named, replace(load, every_n_layers=4), [2048] * 8, 15, EIGHT)
+    split, _ = fitting_batch_plan(LLAMA_8B, named, replace(load, every_n_layers=4), [2048] * 8, 15, EIGHT)
     assert (split.gradient_checkpointing, split.every_n_layers) == (True, 4)
-    ready = with_split(Settings(trainer=named.trainer), split)
+    ready = with_batch_plan(Settings(trainer=named.trainer), split)
     assert ready.trainer.extra["gradient_checkpointing_kwargs"] == {"use_reentrant": False, "every_n_layers": 4}
 
 
 def test_tokens_of_a_pass_are_padded_or_laid_end_to_end():
-    assert tokens_at_once(Load("transformers"), 3, [10, 8, 6, 4]) == 30
-    assert tokens_at_once(Load("unsloth"), 3, [10, 8, 6, 4]) == 24
-    assert tokens_at_once(Load("transformers", flat=True), 3, [10, 8, 6, 4]) == 24
+    assert tokens_at_once(LoadPlan("transformers"), 3, [10, 8, 6, 4]) == 30
+    assert tokens_at_once(LoadPlan("unsloth"), 3, [10, 8, 6, 4]) == 24
+    assert tokens_at_once(LoadPlan("transformers", flat=True), 3, [10, 8, 6, 4]) == 24
 
 
 def test_passes_make_up_the_effective_batch_evenly():
@@ -196,9 +200,9 @@ def test_passes_make_up_the_effective_batch_evenly():
         candidates(settings(effective_batch_size=12).trainer) == [12, 6, 4, 3, 2, 1] and candidates(settings().trainer)[0] == 8
     )
     plain = TrainerSettings(per_device_train_batch_size=2)
-    assert split_of(plain) == Split(2, 4, None)
-    assert split_of(TrainerSettings(per_device_train_batch_size=2, effective_batch_size=16)) == Split(2, 8, None)
-    assert split_of(TrainerSettings(per_device_train_batch_size=3, gradient_accumulation_steps=5)) == Split(3, 5, None)
+    assert batch_plan_of(plain) == BatchPlan(2, 4, None)
+    assert batch_plan_of(TrainerSettings(per_device_train_batch_size=2, effective_batch_size=16)) == BatchPlan(2, 8, None)
+    assert batch_plan_of(TrainerSettings(per_device_train_batch_size=3, gradient_accumulation_steps=5)) == BatchPlan(3, 5, None)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +216,7 @@ def test_passes_make_up_the_effective_batch_evenly():
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_with_what_mends_them(options, words):
-    (problem,) = check_split(TrainerSettings(**options))
+    (problem,) = check_batch_plan(TrainerSettings(**options))
     assert words in problem.fix and all(f"{key}={value}" in problem.what for key, value in options.items())
 
 
@@ -222,4 +226,4 @@ def test_settings_that_contradict_each_other_are_refused_with_what_mends_them(op
      {"per_device_train_batch_size": "auto"}, {"per_device_train_batch_size": "auto", "effective_batch_size": 3}],
 )  # fmt: skip
 def test_settings_that_agree_are_taken(options):
-    assert check_split(TrainerSettings(**options)) == []
+    assert check_batch_plan(TrainerSettings(**options)) == []

@@ -5,19 +5,20 @@ import shutil
 
 import pytest
 
-from sft import embedded
+from sft.config.schema import ModelSettings, Settings
 from sft.errors import Refusal
-from sft.model_files import check_model_files
-from sft.models import load_tokenizer
-from sft.preflight import Found, check_settings
-from sft.settings import ModelSettings, Settings
+from sft.model import builtin
+from sft.model.files import check_model_files
+from sft.model.tokenizer import load_tokenizer
+from sft.preflight.checks import check_settings
+from sft.preflight.findings import Found
 
 
 @pytest.fixture
 def model(tmp_path):
     """`model("config.json", key=value)`: the random model with these keys in one of its files."""
     folder = tmp_path / "model"
-    shutil.copytree(embedded.local_model(embedded.TINY_RANDOM), folder)
+    shutil.copytree(builtin.local_model(builtin.TINY_RANDOM), folder)
 
     def edit(name, **keys):
         file = folder / name

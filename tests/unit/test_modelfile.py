@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from sft.columns import Turn
+from sft.config.schema import ColumnSettings, DatasetSettings, Settings, Shape
+from sft.data.columns import Turn
+from sft.data.prompts import conversation_ids, conversation_text
 from sft.errors import ExportError
-from sft.export.modelfile import fill, find_pieces, go_string, go_template, make_modelfile, write_modelfile
-from sft.models import CHATML
-from sft.render import conversation_ids, conversation_text
-from sft.settings import ColumnSettings, DatasetSettings, Settings, Shape
+from sft.export.ollama import fill, find_pieces, go_string, go_template, make_modelfile, write_modelfile
+from sft.model.tokenizer import CHATML
 from tests.unit.test_render import FORGETFUL, GEMMA, LLAMA3, MISTRAL, OPEN_ENDED, QWEN3
 
 PROGRAM = Path(__file__).parent.parent / "golang" / "render.go"

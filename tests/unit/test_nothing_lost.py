@@ -8,14 +8,15 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from sft import embedded
-from sft.columns import as_text
-from sft.data import prepare
+from sft.config.schema import DatasetSettings, LossOn, ModelSettings, Settings, Shape
+from sft.data.columns import as_text
+from sft.data.prepare import prepare
+from sft.data.templates import render_row
+from sft.data.tokenize import IGNORED, encode
 from sft.errors import Refusal
-from sft.models import CHATML, load_tokenizer
-from sft.preflight import examine
-from sft.render import IGNORED, encode, render_row
-from sft.settings import DatasetSettings, LossOn, ModelSettings, Settings, Shape
+from sft.model import builtin
+from sft.model.tokenizer import CHATML, load_tokenizer
+from sft.preflight.checks import examine
 
 # A reasoning model's template: reasoning of the last answer stays, that of earlier ones goes; tools come first.
 REASONING = (
@@ -208,7 +209,7 @@ def test_an_answer_that_is_a_list_of_turns_is_hinted_at_as_turns(run):
 
 
 def columns_of(**names):
-    from sft.settings import ColumnSettings
+    from sft.config.schema import ColumnSettings
 
     return ColumnSettings(**names)
 
@@ -247,7 +248,7 @@ def model(tmp_path):
 
     def made(change) -> str:
         folder = tmp_path / "model"
-        shutil.copytree(embedded.local_model(embedded.TINY_RANDOM), folder)
+        shutil.copytree(builtin.local_model(builtin.TINY_RANDOM), folder)
         config = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps(change(config)))
         return str(folder)
@@ -273,7 +274,7 @@ def test_the_hint_for_such_a_tokenizer_reads_its_file_as_it_stands(model, run):
 
 @pytest.mark.parametrize("text", ["a  b\n\tc ", "é e\u0301 Ａ", "能，人本来 😀👍🏽", " x", "<|im_end|> y"])
 def test_texts_that_tokens_do_give_back_are_not_refused(tokenizer, text):
-    from sft.render import count_not_given_back
+    from sft.data.tokenize import count_not_given_back
 
     assert count_not_given_back([text], tokenizer) == 0
 

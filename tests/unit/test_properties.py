@@ -23,14 +23,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from sft import command_line, validate
-from sft.columns import as_text
-from sft.data import prepare
+from sft.cli import check as cli_check
+from sft.config import rules
+from sft.config.fingerprint import config_hash
+from sft.config.keys import find_field, leaf_keys, plain_type
+from sft.config.schema import GROUPS, DatasetSettings, LossOn, ModelSettings, Overlong, Settings, Shape
+from sft.data.columns import as_text
+from sft.data.prepare import prepare
+from sft.data.sources import read_rows
 from sft.errors import Refusal
-from sft.keys import find_field, leaf_keys, plain_type
-from sft.rows import read_rows
-from sft.runtime import config_hash, jsonable
-from sft.settings import GROUPS, DatasetSettings, LossOn, ModelSettings, Overlong, Settings, Shape
+from sft.storage.jsonio import jsonable
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 TIMES = 10 if os.environ.get("SFT_TEST_LONG") else 1
@@ -476,13 +478,13 @@ def test_settings_are_good_or_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def check(made: Settings) -> None:
-        problems = validate.check_settings(made, hardware=bool(made.seed % 2))
+        problems = rules.check_settings(made, hardware=bool(made.seed % 2))
         if problems:
             check_refusal(Refusal(problems))
             return
         for value in (functools.reduce(getattr, key.split("."), made) for key in KEYS):
             assert not isinstance(value, float) or math.isfinite(value)
-        assert all(validate.warnings_for(made)) or not validate.warnings_for(made)
+        assert all(rules.warnings_for(made)) or not rules.warnings_for(made)
         assert len(config_hash(made)) == 16 and json.dumps(jsonable(made), allow_nan=False)
 
     for_all(VALUES, changed_settings(), check)
@@ -527,7 +529,7 @@ LINES = st.lists(st.sampled_from(WORDS) | GUESSED | SYNTAX.map("".join), min_siz
 @pytest.fixture
 def quick_hydra(monkeypatch):
     """Composes once for the same groups, and sets plain values on a copy of that, in a tenth of the time."""
-    made, real = {}, command_line.compose
+    made, real = {}, cli_check.compose
 
     def compose(name, overrides, **options):
         plain = [
@@ -542,8 +544,8 @@ def quick_hydra(monkeypatch):
             OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
         return config
 
-    monkeypatch.setattr(command_line, "compose", compose)
-    monkeypatch.setattr(command_line.schema, "register", lambda: None)  # conftest.py did
+    monkeypatch.setattr(cli_check, "compose", compose)
+    monkeypatch.setattr(cli_check.schema, "register", lambda: None)  # conftest.py did
 
 
 def test_command_lines_are_good_or_refused(tmp_path, monkeypatch, quick_hydra):
@@ -552,7 +554,7 @@ def test_command_lines_are_good_or_refused(tmp_path, monkeypatch, quick_hydra):
 
     def check(argv: list[str]) -> None:
         try:
-            command_line.check_command_line(CONF, argv, hardware=len(argv) % 2 == 0)
+            cli_check.check_command_line(CONF, argv, hardware=len(argv) % 2 == 0)
         except Refusal as refusal:
             check_refusal(refusal)
         except SystemExit as end:

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from sft import validate
-from sft.command_line import check_command_line, read_settings, stop_on_refusal
+from sft.cli.check import check_command_line, read_settings, stop_on_refusal
+from sft.config import rules, upstream
+from sft.config.data_rules import check_dataset
+from sft.config.fingerprint import config_hash
+from sft.config.schema import DatasetSettings, ModelSettings
+from sft.environment import hub_unreachable
 from sft.errors import Problem, Refusal
 from sft.export.hub import _reason
-from sft.models import _loading
-from sft.resume import locked
-from sft.rows import hub_unreachable
-from sft.runtime import config_hash, jsonable
-from sft.settings import DatasetSettings, ModelSettings
-from sft.validate_data import check_dataset
+from sft.model.hub import refusing_failures
+from sft.runs.resume import locked
+from sft.storage.jsonio import jsonable
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -84,7 +85,7 @@ def test_train_py_refuses_at_once_and_leaves_nothing_behind(tmp_path, argv, word
 
 
 def test_settings_are_checked_without_torch():
-    code = "import sys; from sft.command_line import check_command_line as c; from pathlib import Path; "
+    code = "import sys; from sft.cli.check import check_command_line as c; from pathlib import Path; "
     code += (
         f"c(Path({str(CONF)!r}), ['tracking=none']); print({{'torch', 'transformers', 'datasets', 'wandb'}} & set(sys.modules))"
     )
@@ -371,12 +372,12 @@ def test_extra_options_are_checked_by_name(name, words):
 
 
 def test_upstreams_names_are_found_in_the_installed_versions():
-    assert "adamw_torch" in validate._enum_values("training_args.py", "OptimizerNames")
-    assert "cosine" in validate._enum_values("trainer_utils.py", "SchedulerType")
-    known = validate._sft_config_options()
+    assert "adamw_torch" in upstream.enum_values("training_args.py", "OptimizerNames")
+    assert "cosine" in upstream.enum_values("trainer_utils.py", "SchedulerType")
+    known = upstream.sft_config_options()
     assert {"neftune_noise_alpha", "max_length", "learning_rate"} <= known
     # A setting that upstream renames would be checked against nothing.
-    assert set(validate.DECIDED_ELSEWHERE) | validate.WITHOUT_EFFECT <= known | {"include_num_input_tokens_seen"}
+    assert set(rules.DECIDED_ELSEWHERE) | rules.WITHOUT_EFFECT <= known | {"include_num_input_tokens_seen"}
 
 
 # -------------------------------------------------------------------------------------------------------- files
@@ -727,13 +728,13 @@ def test_a_page_that_is_not_the_hubs_is_said(error, way):
         setattr(getattr(outer, f"__{way}__"), f"__{way}__", error)
     told = "answered with a page that is not the hub's (a proxy or a login page?)"
     assert told in str(hub_unreachable("model.name=x", outer, "model.name=/path"))
-    with pytest.raises(Refusal, match=re.escape(told)), _loading(ModelSettings(name="me/no-such-model")):
+    with pytest.raises(Refusal, match=re.escape(told)), refusing_failures(ModelSettings(name="me/no-such-model")):
         raise outer
     assert told in _reason(outer)
 
 
 def test_a_broken_file_of_a_model_folder_is_not_taken_for_a_page(tmp_path):
-    with pytest.raises(ValueError, match="Expecting value"), _loading(ModelSettings(name=str(tmp_path))):
+    with pytest.raises(ValueError, match="Expecting value"), refusing_failures(ModelSettings(name=str(tmp_path))):
         raise NO_JSON
 
 

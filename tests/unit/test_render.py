@@ -11,11 +11,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from sft.columns import Turn, row_to_turns
+from sft.config.schema import ColumnSettings, DatasetSettings, Settings, Shape
+from sft.data.columns import Turn, row_to_turns
+from sft.data.prompts import prompt_ids
+from sft.data.templates import ALPACA, choose_template, render_chat, render_row, render_text
+from sft.data.tokenize import IGNORED, encode
 from sft.errors import Refusal
-from sft.models import CHATML
-from sft.render import ALPACA, IGNORED, choose_template, encode, prompt_ids, render_chat, render_row, render_text
-from sft.settings import ColumnSettings, DatasetSettings, Settings, Shape
+from sft.model.tokenizer import CHATML
 
 ROOT = Path(__file__).resolve().parents[2]
 RUOZHIBA = ROOT.parent / "shared" / "data" / "ruozhiba_qa.json"

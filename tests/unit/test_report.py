@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from sft import report
+from sft.report import page as report_page
+from sft.report import summary
 
 EVIL = "</script><script>alert('owned')</script><!-- <img src=x onerror=alert(1)> <b>bold</b>"
 RUN = {
@@ -41,7 +42,7 @@ def sample(step: int, completion: str, **other) -> dict:
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     """`page(run=..., metrics=...)`: the report of a folder that holds these files; a str is written as it is."""
-    monkeypatch.setattr(report, "bundled_charts", lambda: "/* charts */")
+    monkeypatch.setattr(report_page, "bundled_charts", lambda: "/* charts */")
 
     def write(run=None, metrics=None, samples=None, preflight=None) -> str:
         files = {"run.json": run, "metrics.jsonl": metrics, "samples.jsonl": samples, "preflight.json": preflight}
@@ -50,7 +51,7 @@ def page(tmp_path, monkeypatch):
                 content = "".join(json.dumps(line) + "\n" for line in content)
             if content is not None:
                 (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
-        target = report.write_report(tmp_path)
+        target = report_page.write_report(tmp_path)
         assert target == tmp_path / "report.html"
         assert [path.name for path in tmp_path.glob("*report*")] == ["report.html"]  # no temporary file stays
         return target.read_text("utf-8")
@@ -133,7 +134,7 @@ def test_all_text_is_escaped(page):
 
 
 def test_the_chart_data_cannot_end_its_script(page, monkeypatch):
-    monkeypatch.setattr(report, "CHARTS", [("loss", EVIL, ".4~f", [("loss", EVIL, "main")])])
+    monkeypatch.setattr(report_page, "CHARTS", [("loss", EVIL, ".4~f", [("loss", EVIL, "main")])])
     html = page(metrics=[{"step": 1, "loss": 1.0}])
     data = Page(html).scripts[0]
     assert json.loads(data)[0]["title"] == EVIL
@@ -141,21 +142,21 @@ def test_the_chart_data_cannot_end_its_script(page, monkeypatch):
 
 
 def test_the_chart_library_cannot_end_its_script(page, monkeypatch):
-    monkeypatch.setattr(report, "bundled_charts", lambda: 'x = "</SCRIPT><!-- <script>"')
+    monkeypatch.setattr(report_page, "bundled_charts", lambda: 'x = "</SCRIPT><!-- <script>"')
     assert Page(page()).scripts[1] == r'x = "\x3c/SCRIPT>\x3c!-- \x3cscript>"'
 
 
 def test_the_charts_library_is_bundled_once_and_again_where_its_copy_is_damaged(tmp_path, monkeypatch):
     made = []
     monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(report.vl_convert, "javascript_bundle", lambda snippet: made.append(1) or f"/* {len(made)} */")
-    assert [report.bundled_charts() for _ in range(3)] == ["/* 1 */"] * 3
+    monkeypatch.setattr(report_page.vl_convert, "javascript_bundle", lambda snippet: made.append(1) or f"/* {len(made)} */")
+    assert [report_page.bundled_charts() for _ in range(3)] == ["/* 1 */"] * 3
     (copy,) = (tmp_path / "cache").glob("charts/*/charts.js")
     copy.write_text("/* 0 */")
-    assert report.bundled_charts() == "/* 2 */"
+    assert report_page.bundled_charts() == "/* 2 */"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SFT_CACHE", str(tmp_path / "file"))
-    assert [report.bundled_charts() for _ in range(2)] == ["/* 3 */", "/* 4 */"], "where nothing can be kept"
+    assert [report_page.bundled_charts() for _ in range(2)] == ["/* 3 */", "/* 4 */"], "where nothing can be kept"
 
 
 def test_torn_and_foreign_lines_are_left_out(page):
@@ -195,32 +196,32 @@ def test_half_an_emoji_does_not_stop_the_report(page):
 
 
 def test_a_resumed_run_counts_each_step_once():
-    rows = report.merge_steps([{"step": 2, "loss": 9.0}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"loss": 1.0},
+    rows = summary.merge_steps([{"step": 2, "loss": 9.0}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"loss": 1.0},
                                {"step": 2, "eval_loss": 1.0}])  # fmt: skip
     assert rows == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "eval_loss": 1.0}]
 
 
-@pytest.mark.parametrize("length", [report.MAX_POINTS, report.MAX_POINTS + 1, 40_001])
+@pytest.mark.parametrize("length", [report_page.MAX_POINTS, report_page.MAX_POINTS + 1, 40_001])
 def test_a_long_curve_is_thinned_and_keeps_its_spikes_and_ends(length):
     curve = [{"step": step, "loss": 1.0} for step in range(length)]
     curve[777]["loss"], curve[778]["loss"] = 50.0, -50.0
-    thin = report.downsample(curve, "loss")
-    assert len(thin) <= report.MAX_POINTS
+    thin = report_page.downsample(curve, "loss")
+    assert len(thin) <= report_page.MAX_POINTS
     assert {0, 777, 778, length - 1} <= {point["step"] for point in thin}
     assert thin == sorted(thin, key=lambda point: point["step"])
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_a_constant():
-    assert report.smooth([5.0, *[1.0] * 99])[0] == 5.0
-    assert report.smooth([2.0] * 200) == pytest.approx([2.0] * 200)
-    assert report.smooth([]) == []
+    assert report_page.smooth([5.0, *[1.0] * 99])[0] == 5.0
+    assert report_page.smooth([2.0] * 200) == pytest.approx([2.0] * 200)
+    assert report_page.smooth([]) == []
 
 
 def test_nothing_is_loaded_from_the_network(tmp_path):
     url = "https://wandb.ai/some/run"
     (tmp_path / "run.json").write_text(json.dumps({**RUN, "tracking": {"mode": "online", "url": url}}))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    html = report.write_report(tmp_path).read_text("utf-8")  # with the true chart library
+    html = report_page.write_report(tmp_path).read_text("utf-8")  # with the true chart library
     page = Page(html)
     assert url in page.text
     for tag, attributes in page.tags:

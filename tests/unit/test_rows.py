@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sft import files
+from sft.config.schema import DatasetSettings
+from sft.data import readers
+from sft.data.sources import choose_indices, read_rows, select
+from sft.environment import hub_unreachable
 from sft.errors import Refusal
-from sft.rows import choose_indices, hub_unreachable, read_rows, select
-from sft.settings import DatasetSettings
 
 ROWS = [
     {"question": "什么是\nAI？", "answer": "人工智能，“AI”。"},
@@ -106,10 +107,10 @@ def test_the_shipped_rows_are_read():
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
 def test_rows_are_found_wherever_the_file_is_cut(tmp_path, monkeypatch, suffix, chunk):
-    monkeypatch.setattr(files, "CHUNK", chunk)
+    monkeypatch.setattr(readers, "CHUNK", chunk)
     rows = [{"q": f'{n} 问\r\n,"[{{' * (n % 4), "a": "é" * (n % 5) + "]}"} for n in range(40)]
     read = read_rows(DatasetSettings(path=str(write_rows(tmp_path, suffix, rows))), "train")[0]
-    assert isinstance(read, files.FileRows) and [read[i] for i in reversed(range(40))] == rows[::-1]
+    assert isinstance(read, readers.FileRows) and [read[i] for i in reversed(range(40))] == rows[::-1]
     assert list(read.column_names) == ["q", "a"]
 
 
@@ -117,7 +118,7 @@ def test_a_list_is_read_a_row_at_a_time_however_it_is_set(tmp_path):
     texts = ['[{"a":1},{"b":[2,{"c":null}]}]', ' [\n{"a" : 1}\n ,\t{"b":[2,{"c":null}]}\n]\n\n']
     for text in texts:
         read = read_rows(DatasetSettings(path=str(write(tmp_path / "x.json", text))), "train")[0]
-        assert isinstance(read, files.FileRows) and list(read) == json.loads(text)
+        assert isinstance(read, readers.FileRows) and list(read) == json.loads(text)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])

@@ -6,11 +6,11 @@ import shutil
 import pytest
 
 from scripts import export
-from sft import embedded, models
-from sft.chat import Speaker, find_target
+from sft.cli.chat import Speaker, find_target
 from sft.errors import Refusal
+from sft.model import builtin, hub
 from sft.run import run
-from sft.runs import check_base, settings_of
+from sft.runs.saved import check_base, settings_of
 from tests.conftest import SMALL, make_settings
 
 
@@ -18,7 +18,7 @@ from tests.conftest import SMALL, make_settings
 def trained(tmp_path_factory):
     """(the run, the folder it was started in) of a run with `model.name=my-model`, a folder beside it."""
     place = tmp_path_factory.mktemp("project")
-    shutil.copytree(embedded.local_model(embedded.TINY_RANDOM), place / "my-model")
+    shutil.copytree(builtin.local_model(builtin.TINY_RANDOM), place / "my-model")
     quick = ("trainer=debug", "trainer.max_steps=2", "samples.num_held_out=1", "model.name=my-model")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "_hub_has", lambda model: pytest.fail(f"the hub was asked for {model.name}"))
+    monkeypatch.setattr(hub, "_hub_has", lambda model: pytest.fail(f"the hub was asked for {model.name}"))
 
 
 @pytest.fixture

@@ -19,18 +19,21 @@ from peft import LoraConfig
 
 from scripts import leaderboard as leaderboard_command
 from scripts import preview
-from sft import models, preflight, report, runtime
-from sft.data import prepare
-from sft.embedded import local_model
+from sft import console
+from sft.config.rules import check_settings
+from sft.config.schema import DatasetSettings, Settings
+from sft.console import ConsoleHandler, LogFile
+from sft.data.prepare import prepare
 from sft.errors import Problem, Refusal, first_line, last_line, refuse
 from sft.export import merge
-from sft.failures import reason_of, tell_failure
-from sft.printable import shown, without_passwords
-from sft.runtime import ConsoleHandler, LogFile
-from sft.settings import DatasetSettings, Settings
+from sft.model import loading, tokenizer
+from sft.model.builtin import local_model
+from sft.preflight import checks, findings, show
+from sft.report import page as report_page
+from sft.runs.failures import log_failure, reason_of
+from sft.sanitize import shown, without_passwords
 from sft.sweep import leaderboard
 from sft.sweep.report import write_sweep_report
-from sft.validate import check_settings
 from tests.conftest import make_settings
 from tests.unit.test_report import Page
 from tests.unit.test_sweep import sweep  # noqa: F401
@@ -84,8 +87,8 @@ def add_code(folder: Path, marker: Path, kind: str) -> None:
 
 
 def load_all(settings: Settings) -> None:
-    models.load_tokenizer(settings.model)
-    models.load_model(settings, "transformers")
+    tokenizer.load_tokenizer(settings.model)
+    loading.load_model(settings, "transformers")
 
 
 @pytest.mark.parametrize("kind", ["config", "tokenizer", "generate"])
@@ -107,8 +110,8 @@ def test_code_of_a_model_is_run_only_if_asked_for(folder, marker, kind):
 
 def test_code_of_a_model_is_refused_before_anything_is_trained(folder, marker):
     add_code(folder, marker, "config")
-    found = preflight.Found()
-    assert preflight.read_shape(found, settings_of(folder)) is None
+    found = findings.Found()
+    assert checks.read_shape(found, settings_of(folder)) is None
     assert any("trust_remote_code=true" in problem.fix for problem in found.problems) and not marker.exists()
 
 
@@ -140,7 +143,7 @@ def test_a_model_that_is_only_a_pickle_is_refused(folder, marker):
     (problem,) = [p for p in check_settings(settings_of(folder)) if "model.name" in p.what]
     assert "no weights as safetensors" in problem.why and "can run code" in problem.why
     with pytest.raises(Refusal, match="no weights as safetensors"):
-        models.load_model(settings_of(folder), "transformers")
+        loading.load_model(settings_of(folder), "transformers")
     with pytest.raises(OSError, match="safetensors"):
         merge.load_merged(folder, torch.float32)
     assert not marker.exists()
@@ -149,7 +152,7 @@ def test_a_model_that_is_only_a_pickle_is_refused(folder, marker):
 def test_a_pickle_beside_safetensors_is_left_alone(folder, marker):
     write_pickle(folder / "pytorch_model.bin", marker)
     assert not check_settings(settings_of(folder), hardware=False)
-    assert models.load_model(settings_of(folder), "transformers")[0] is not None and not marker.exists()
+    assert loading.load_model(settings_of(folder), "transformers")[0] is not None and not marker.exists()
 
 
 def test_an_adapter_that_is_only_a_pickle_is_refused(folder, tmp_path, marker):
@@ -188,7 +191,7 @@ def test_what_is_logged_is_plain_on_the_terminal_and_in_the_log(tmp_path, capsys
         raise ValueError(EVIL)
     except ValueError as error:
         log.warning("Data   %s", EVIL, exc_info=True)
-        tell_failure(error, tmp_path)
+        log_failure(error, tmp_path)
     for handler in handlers:
         handler.close()
     written = (tmp_path / "train.log").read_bytes().decode()
@@ -210,7 +213,7 @@ def hostile_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("template", ["chat", "alpaca"])
 def test_the_preview_of_hostile_rows_is_plain(hostile_file, template, loaded_tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr(models, "load_tokenizer", lambda model: loaded_tokenizer)
+    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda model: loaded_tokenizer)
     hostile_file.template = template
     preview.show(Settings(dataset=hostile_file))
     out = capsys.readouterr().out
@@ -220,11 +223,11 @@ def test_the_preview_of_hostile_rows_is_plain(hostile_file, template, loaded_tok
 
 def test_what_the_check_alone_shows_is_plain(hostile_file, loaded_tokenizer, capsys):
     settings = Settings(dataset=hostile_file)
-    found = preflight.Found(*loaded_tokenizer, prepared=prepare(settings, *loaded_tokenizer))
-    preflight.check_data(found, settings)
+    found = findings.Found(*loaded_tokenizer, prepared=prepare(settings, *loaded_tokenizer))
+    checks.check_data(found, settings)
     found.warn("Data", EVIL, EVIL)
     found.refuse("Data", [Problem(EVIL, EVIL, EVIL)])
-    preflight.show(found)
+    show.show(found)
     out = capsys.readouterr().out
     assert_plain(out)
     assert out.count("owned") > 10
@@ -260,12 +263,12 @@ def test_a_leaderboard_of_hostile_runs_is_plain_and_its_report_text(sweep, capsy
 
 
 def test_links_in_a_report_lead_nowhere_but_into_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "bundled_charts", lambda: "/* charts */")
+    monkeypatch.setattr(report_page, "bundled_charts", lambda: "/* charts */")
     url = "javascript:alert(1)"
     run = {"name": "../../x", "command": url, "tracking": {"url": url, "sync": url}, "artifacts": {url: url},
            "data": {"source": url}, "model": {"name": url, "source": url}}  # fmt: skip
     (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
-    page = Page(report.write_report(tmp_path).read_text(encoding="utf-8"))
+    page = Page(report_page.write_report(tmp_path).read_text(encoding="utf-8"))
     assert url in page.text
     assert all(attributes.get(name, "#").startswith("#") for _, attributes in page.tags for name in ("href", "src", "action"))
 
@@ -275,7 +278,7 @@ def test_addresses_are_shown_without_their_password():
     expected = "at http://...@proxy:80/x?a=b@c and https://...@host, mail me@host or ssh git@host:x"
     assert without_passwords(text) == expected
     assert first_line(OSError(text)) == last_line(OSError(text)) == expected and "hunter2" not in reason_of(OSError(text))
-    assert runtime.safe(f"\x1b{text}") == f"\\x1b{expected}" and "hunter2" not in str(refuse(text, text, text))
+    assert console.safe(f"\x1b{text}") == f"\\x1b{expected}" and "hunter2" not in str(refuse(text, text, text))
 
 
 @pytest.mark.parametrize("text", ["Why?", "你好\t😀👩‍👩‍👧\n", "עברית", "a\u3000b\u200db"])

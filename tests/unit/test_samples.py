@@ -6,17 +6,20 @@ import types
 import pytest
 import torch
 
-from sft import decode, models, samples
-from sft.export import proof
-from sft.samples import Prompt
+from sft.export import measure
+from sft.generation import batching, decoding, samples
+from sft.generation.samples import Prompt
+from sft.model import backend as model_backend
+from sft.model import fused_layers, loading
+from sft.model import tokenizer as model_tokenizer
 from tests.conftest import SMALL, make_settings
 
 
 @pytest.fixture(scope="module")
 def tiny():
     settings = make_settings(*SMALL, "samples.max_new_tokens=12")
-    tokenizer, stop_ids = models.load_tokenizer(settings.model)
-    return settings, tokenizer, stop_ids, models.load_model(settings, "transformers")[0]
+    tokenizer, stop_ids = model_tokenizer.load_tokenizer(settings.model)
+    return settings, tokenizer, stop_ids, loading.load_model(settings, "transformers")[0]
 
 
 def answers(tiny, stop_ids, at_once, monkeypatch):
@@ -50,13 +53,13 @@ def test_an_export_is_asked_several_prompts_at_once_and_answers_as_to_each_alone
     model = tiny[3]
     monkeypatch.setattr(model.generation_config, "repetition_penalty", 9.0)
     lengths = [4, 9, 2, 7, 5, 3, 8, 6, 4, 5]
-    rows = [proof.Row("held_out", list(range(9 * i + 5, 9 * i + 15)), [-100] * 7 + [1] * 3, n, "?", "")
+    rows = [measure.HeldOutRow("held_out", list(range(9 * i + 5, 9 * i + 15)), [-100] * 7 + [1] * 3, n, "?", "")
             for i, n in enumerate(lengths)]  # fmt: skip
-    said = proof.measure_torch(model, rows, 10, 12, [], 0).answers
+    said = measure.measure_torch(model, rows, 10, 12, [], 0).answers
     stops = [said[1][5]]
-    together = proof.measure_torch(model, rows, 10, 12, stops, 0)
-    monkeypatch.setattr(proof, "AT_ONCE", 1)
-    alone = proof.measure_torch(model, rows, 10, 12, stops, 0)
+    together = measure.measure_torch(model, rows, 10, 12, stops, 0)
+    monkeypatch.setattr(measure, "AT_ONCE", 1)
+    alone = measure.measure_torch(model, rows, 10, 12, stops, 0)
     assert together.answers == alone.answers and together.finished == alone.finished and len(said) == 10
     assert alone.finished[1] and not all(alone.finished), "one of several ends before the others"
     assert [len(tops) for tops in together.tops] == [len(answer) for answer in together.answers]
@@ -68,9 +71,9 @@ def test_an_export_is_asked_several_prompts_at_once_and_answers_as_to_each_alone
 
 
 def test_long_prompts_are_answered_in_smaller_groups(monkeypatch):
-    monkeypatch.setattr(decode, "PLACES", 30)
+    monkeypatch.setattr(batching, "PLACES", 30)
     prompts = [[0] * n for n in (2, 3, 4, 12, 2, 2, 2, 2, 40)]
-    assert [[len(one) for one in group] for group in decode.grouped(prompts, 6, 3)] == [[2, 3, 4], [12], [2, 2, 2], [2], [40]]
+    assert [[len(one) for one in group] for group in batching.grouped(prompts, 6, 3)] == [[2, 3, 4], [12], [2, 2, 2], [2], [40]]
 
 
 def test_an_answer_that_ends_before_the_others_is_cut_at_its_end(tiny, monkeypatch):
@@ -85,7 +88,7 @@ def test_an_answer_that_ends_before_the_others_is_cut_at_its_end(tiny, monkeypat
     assert any(line["finish"] == "length" for line in alone), "else nothing had to be padded"
 
 
-@pytest.mark.parametrize("kind", models.FLAT_KINDS)
+@pytest.mark.parametrize("kind", model_backend.FLAT_KINDS)
 def test_answers_of_a_cache_of_fixed_size_are_those_of_generate(kind):
     """What a GPU records, launched step by step: the same tokens, prompts of unlike lengths among them."""
     from peft import LoraConfig, get_peft_model
@@ -107,15 +110,15 @@ def test_answers_of_a_cache_of_fixed_size_are_those_of_generate(kind):
     with torch.no_grad():
         expected = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None,
                                   pad_token_id=0)[:, 9:].tolist()  # fmt: skip
-        assert decode.fits(model)
-        assert decode.greedy(model, ids, mask, {63}, 20, lambda: looks.append(1)) == expected and len(looks) == 19
+        assert decoding.fits(model)
+        assert decoding.greedy(model, ids, mask, {63}, 20, lambda: looks.append(1)) == expected and len(looks) == 19
         stops = {answer[3] for answer in expected}
-        ended = decode.greedy(model, ids, mask, stops, 20, lambda: None)
+        ended = decoding.greedy(model, ids, mask, stops, 20, lambda: None)
     told = max(next(i for i, token in enumerate(answer) if token in stops) for answer in expected) + 1
     assert [answer[:told] for answer in ended] == [answer[:told] for answer in expected]
     assert all(answer[told:] == [0] * (20 - told) for answer in ended) and told < 20
 
-    with decode.few_kernels(model):
+    with fused_layers.fused_inference(model):
         changed = [module for module in model.modules() if "forward" in vars(module)]
     kinds = {type(module).__name__ for module in changed}
     assert "Linear" in kinds and len(kinds) == 2
@@ -130,7 +133,7 @@ def test_attention_of_one_token_is_that_of_transformers():
     mask = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 0, 0]]).bool()[:, None, None]
     layer = types.SimpleNamespace(num_key_value_groups=3)
     expected, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.3, is_causal=False)
-    found, _ = decode.attend(layer, query, key, value, mask, scaling=0.3)
+    found, _ = decoding.attend(layer, query, key, value, mask, scaling=0.3)
     assert found.shape == (2, 1, 6, 8) and torch.allclose(found, expected, atol=1e-6)
 
 
@@ -144,10 +147,10 @@ def test_an_adapter_that_has_learnt_nothing_yet_takes_no_kernels(tiny):
         layers = [module for module in model.modules() if hasattr(module, "lora_B")]
         for layer in layers[1:]:
             layer.lora_A["default"].weight.fill_(float("nan"))  # which would be seen in the logits
-        with decode.few_kernels(model):
+        with fused_layers.fused_inference(model):
             assert torch.allclose(model(input_ids=ids).logits, alone, atol=1e-5)
         layers[1].lora_B["default"].weight.fill_(1.0)
-        with decode.few_kernels(model):
+        with fused_layers.fused_inference(model):
             assert model(input_ids=ids).logits.isnan().any()
 
 
@@ -156,20 +159,20 @@ def test_a_model_that_forgets_tokens_is_not_asked_that_way():
 
     config = MistralConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
                            num_key_value_heads=2, sliding_window=8)  # fmt: skip
-    assert not decode.fits(MistralForCausalLM(config))
+    assert not decoding.fits(MistralForCausalLM(config))
     config._attn_implementation = "eager"
     config.sliding_window = None
-    assert not decode.fits(MistralForCausalLM(config))
+    assert not decoding.fits(MistralForCausalLM(config))
 
 
 def test_answers_together_are_asked_that_way_and_else_by_generate(tiny, monkeypatch):
     alone, asked = answers(tiny, tiny[2], 1, monkeypatch), []
-    usual = decode.greedy
-    monkeypatch.setattr(decode, "greedy", lambda *args: asked.append(1) or usual(*args))
+    usual = decoding.greedy
+    monkeypatch.setattr(decoding, "greedy", lambda *args: asked.append(1) or usual(*args))
     assert answers(tiny, tiny[2], 8, monkeypatch) == alone and asked == [1]
 
     def broken(*args):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(decode, "greedy", broken)
+    monkeypatch.setattr(decoding, "greedy", broken)
     assert answers(tiny, tiny[2], 8, monkeypatch) == alone

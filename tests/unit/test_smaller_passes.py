@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sft.export import proof
-from sft.flat import EndToEnd, count_tokens, cut
-from sft.linear_loss import linear_cross_entropy
+from sft.data.collators import PaddingFreeCollator, cut
+from sft.export import measure
+from sft.model.loss import linear_cross_entropy
+from sft.training.metrics import count_tokens
 
 
 def test_rows_with_their_labels_come_back_from_padding_and_from_end_to_end():
@@ -17,12 +18,12 @@ def test_rows_with_their_labels_come_back_from_padding_and_from_end_to_end():
     assert cut({"input_ids": ids, "labels": labels, "attention_mask": mask}) == rows
     flat = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[-100, 6, 7, -100]])}
     assert cut(flat | {"position_ids": torch.tensor([[0, 1, 2, 0]])}) == rows
-    ours = EndToEnd(0, 4, lengths=(8,), rows=4)(rows)
+    ours = PaddingFreeCollator(0, 4, lengths=(8,), rows=4)(rows)
     assert cut(ours) == rows and int(count_tokens(ours)) == 4 and ours["input_ids"].shape == (1, 8)
 
 
 def test_a_pass_of_rows_without_anything_to_learn_has_a_loss_of_nothing():
-    passed = EndToEnd(0, 4)([{"input_ids": [0], "labels": [-100]}])
+    passed = PaddingFreeCollator(0, 4)([{"input_ids": [0], "labels": [-100]}])
     assert passed["learnt"].dtype == passed["targets"].dtype == torch.long and not len(passed["learnt"])
     hidden, head = torch.ones(1, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True)
     loss = linear_cross_entropy(hidden.index_select(0, passed["learnt"]), head, passed["targets"])
@@ -43,7 +44,9 @@ def test_what_an_export_is_held_against_is_measured_in_passes_that_fit():
             sizes.append(input_ids.shape[1])
             return SimpleNamespace(loss=targets.float().mean())
 
-    rows = [proof.Row("held_out", [n] * 300, [-100, *[n] * 299], 1, "", None) for n in range(1, 9)]
-    assert proof.flat_loss(Model(), rows, EndToEnd(0, 300)) == pytest.approx(4.5) and sizes == [900, 900, 600]
+    rows = [measure.HeldOutRow("held_out", [n] * 300, [-100, *[n] * 299], 1, "", None) for n in range(1, 9)]
+    assert measure.flat_loss(Model(), rows, PaddingFreeCollator(0, 300)) == pytest.approx(4.5) and sizes == [900, 900, 600]
     with pytest.raises(torch.OutOfMemoryError):
-        proof.flat_loss(Model(), [proof.Row("held_out", [1] * 1000, [1] * 1000, 1, "", None)], EndToEnd(0, 1000))
+        measure.flat_loss(
+            Model(), [measure.HeldOutRow("held_out", [1] * 1000, [1] * 1000, 1, "", None)], PaddingFreeCollator(0, 1000)
+        )

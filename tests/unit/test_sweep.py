@@ -17,28 +17,31 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 
-from sft import report, runtime
+from sft.cli.target import find_run
+from sft.config import fingerprint
+from sft.config.schema import Settings
 from sft.errors import Refusal
-from sft.runs import find_run
-from sft.settings import Settings
-from sft.sweep import isolate, leaderboard
+from sft.launch import isolated
+from sft.report import page as report_page
+from sft.storage import jsonio
+from sft.sweep import leaderboard
+from sft.sweep.grid import check_pairs, expand
 from sft.sweep.index import SweepIndex, SweepLock, identify, judge, load_index, make_label
-from sft.sweep.launch import compose_job, preset_values
-from sft.sweep.pairs import check_pairs, expand
 from sft.sweep.report import write_sweep_report
+from sft.sweep.runner import compose_job, preset_values
 from tests.conftest import ROOT, make_settings
 
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
     """`sweep([("lora.r=8 seed=1", 1.5, {...}), ...])`: a sweep's folder with one finished run a tuple."""
-    monkeypatch.setattr(report, "bundled_charts", lambda: "/* charts */")
+    monkeypatch.setattr(report_page, "bundled_charts", lambda: "/* charts */")
     monkeypatch.chdir(tmp_path)
 
     def make(jobs, name="outputs/sweeps/s"):
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        index = SweepIndex(folder, "id", "python train.py -m ...", runtime.now())
+        index = SweepIndex(folder, "id", "python train.py -m ...", jsonio.now())
         for words, loss, *other in jobs:
             overrides = dict(word.split("=") for word in words.split())
             job = index.add(make_settings(*words.split()), overrides, list(overrides))
@@ -87,8 +90,12 @@ def test_a_job_is_its_settings_and_keeps_its_number(tmp_path):
 
 
 def test_the_seed_of_the_rows_is_part_of_a_job_only_where_it_changes_something():
-    assert runtime.config_hash(make_settings("seed=7")) == runtime.config_hash(make_settings("seed=7", "dataset.seed=7"))
-    assert runtime.config_hash(make_settings("seed=7")) != runtime.config_hash(make_settings("seed=7", "dataset.seed=8"))
+    assert fingerprint.config_hash(make_settings("seed=7")) == fingerprint.config_hash(
+        make_settings("seed=7", "dataset.seed=7")
+    )
+    assert fingerprint.config_hash(make_settings("seed=7")) != fingerprint.config_hash(
+        make_settings("seed=7", "dataset.seed=8")
+    )
 
 
 def test_labels_fit_into_a_folder_name():
@@ -312,7 +319,7 @@ def test_a_sweep_without_the_chart_engine_has_its_table_and_says_that_no_report_
     for name in ("leaderboard.csv", "report.html"):
         (folder / name).unlink(missing_ok=True)
     code = "import sys; sys.modules['vl_convert'] = None\n"
-    code += "import sft.run, sft.sweep.launch, sft.sweep.isolate; from sft.sweep.leaderboard import refresh\n"
+    code += "import sft.run, sft.sweep.runner, sft.launch.isolated; from sft.sweep.publish import refresh\n"
     code += f"from pathlib import Path; refresh(Path({str(folder.resolve())!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -344,7 +351,7 @@ def test_a_job_in_a_process_of_its_own_does_not_see_the_modules_of_the_current_f
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "")
     job = (Settings(), tmp_path / "run", types.SimpleNamespace(name="job", overrides=[]), OmegaConf.create({"version": "none"}))
-    assert isolate.run_apart(*job).status == "failed"  # the project's own code has started, and refuses this logging
+    assert isolated.run_apart(*job).status == "failed"  # the project's own code has started, and refuses this logging
     text = capfd.readouterr().err
     assert "Failed: the job could not begin: ValueError" in text and "Traceback" not in text
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
@@ -361,7 +368,7 @@ time.sleep(60)
 
 def test_a_lost_terminal_is_passed_on_to_a_job_in_a_process_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(isolate, "python_command", lambda module: [sys.executable, "-c", WAITS])
+    monkeypatch.setattr(isolated, "python_command", lambda module: [sys.executable, "-c", WAITS])
 
     def hang_up():
         while not (tmp_path / "ready").exists():
@@ -371,7 +378,7 @@ def test_a_lost_terminal_is_passed_on_to_a_job_in_a_process_of_its_own(tmp_path,
     threading.Thread(target=hang_up, daemon=True).start()
     before = signal.getsignal(signal.SIGHUP)
     job = (Settings(), tmp_path / "run", types.SimpleNamespace(name="job", overrides=[]), OmegaConf.create({}))
-    result = isolate.run_apart(*job)
+    result = isolated.run_apart(*job)
     assert (result.status, result.exit_code) == ("stopped", 130) and signal.getsignal(signal.SIGHUP) == before
 
 

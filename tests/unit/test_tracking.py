@@ -11,12 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sft import preflight, tracking
-from sft.preflight import Found
-from sft.settings import Settings, Tracker, TrackingMode, TrackingSettings
-from sft.sweep import summary
-from sft.tracking import Tracking, choose_mode, has_api_key, place
-from sft.validate import check_settings
+from sft.config.rules import check_settings
+from sft.config.schema import Settings, Tracker, TrackingMode, TrackingSettings
+from sft.preflight import checks
+from sft.preflight.findings import Found
+from sft.sweep import publish
+from sft.tracking import wandb
+from sft.tracking.wandb import Tracking, choose_mode, has_api_key, place
 from tests.conftest import make_settings
 
 WANDB = Path(sys.executable).with_name("wandb")
@@ -60,7 +61,7 @@ def test_a_login_of_the_installed_wandb_is_found(home, monkeypatch, server):
     done = subprocess.run([WANDB, "login", "--no-verify", KEY], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and KEY in (home / ".netrc").read_text(encoding="utf-8"), done.stderr
     assert has_api_key()
-    monkeypatch.setattr(tracking, "_reachable", lambda server: True)
+    monkeypatch.setattr(wandb, "_reachable", lambda server: True)
     assert choose_mode(TrackingMode.auto) == ("online", "") == choose_mode(TrackingMode.online)
 
 
@@ -99,7 +100,7 @@ def test_name_and_tags_of_the_environment_reach_the_run(home, monkeypatch):
 def test_online_that_cannot_be_had_is_refused_before_loading(monkeypatch):
     def problem_of(**changes) -> str:
         found = Found()
-        preflight.check_tracking(found, tracked(**changes))
+        checks.check_tracking(found, tracked(**changes))
         return "\n".join(f"{p.what} {p.why} {p.fix}" for p in found.problems) or found.lines[0].text
 
     assert "no API key. wandb login" in problem_of(mode=TrackingMode.online)
@@ -113,9 +114,9 @@ def test_online_that_cannot_be_had_is_refused_before_loading(monkeypatch):
 
 def test_a_proxy_before_the_server_is_what_has_to_take_the_connection(monkeypatch):
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
-    assert not tracking._reachable("http://127.0.0.1:1")
+    assert not wandb._reachable("http://127.0.0.1:1")
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
-    assert tracking._reachable("http://wandb.invalid")
+    assert wandb._reachable("http://wandb.invalid")
     server.server_close()
 
 
@@ -123,13 +124,13 @@ def test_a_proxy_before_the_server_is_what_has_to_take_the_connection(monkeypatc
 def test_a_wandb_that_is_switched_off_writes_nothing(home, monkeypatch, switch):
     monkeypatch.setenv(*switch)
     found, tracker = Found(), Tracking()
-    preflight.check_tracking(found, tracked())
+    checks.check_tracking(found, tracked())
     assert found.lines[0].text == f"the run folder alone: W&B is switched off ({'='.join(switch)})"
     tracker.start(tracked(), home, "n", [])
     tracker.log({"step": 1, "loss": 1.0})
     tracker.samples([answer(1, "a")])
     tracker.finish("finished", {})
-    summary.track_summary(home, tracked())
+    publish.track_summary(home, tracked())
     assert tracker.facts["mode"] == "disabled" and list(home.iterdir()) == []
     assert choose_mode(TrackingMode.offline)[0] == "offline", "what is set counts before"
 
@@ -196,5 +197,5 @@ def test_a_wandb_that_dies_in_the_middle_goes_on_offline(home, monkeypatch, capl
 
 
 def test_none_asks_wandb_for_nothing(monkeypatch):
-    monkeypatch.setattr(tracking, "wandb_settings", lambda: pytest.fail("W&B was asked"))
+    monkeypatch.setattr(wandb, "wandb_settings", lambda: pytest.fail("W&B was asked"))
     Tracking().start(tracked(tracker=Tracker.none), Path(), "n", [])

@@ -5,13 +5,13 @@ import types
 
 import pytest
 
-from sft.export.exporter import _last_samples
-from sft.export.proof import Measurement
+from sft.export.measure import EvalResult
+from sft.export.proving import _last_samples
 from sft.export.verify import compare_answers, find_partings
 
 
 def measured(*answers, tops=()):
-    return Measurement(1.0, [], [list(a) for a in answers], [], list(tops))
+    return EvalResult(1.0, [], [list(a) for a in answers], [], list(tops))
 
 
 TOPS = [{5: -0.50, 6: -0.51}, {7: -0.1, 8: -3.0}, {2: -0.2}]

@@ -1,0 +1,81 @@
+"""One Hydra job: its settings and context, where it runs, and every ending turned into a result."""
+
+import contextlib
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from sft.config.compose import PROCESSES, command_text, to_settings
+from sft.config.keys import leaf_keys
+from sft.config.provenance import find_provenance
+from sft.config.rules import check_settings
+from sft.config.schema import Isolation, PreflightMode, Settings
+from sft.errors import Refusal
+from sft.launch import ranks
+from sft.launch.endings import guarded, look
+from sft.runs import resume
+from sft.runs.record import Context, RunResult
+
+
+def run_job(config: DictConfig) -> RunResult:
+    """Run one Hydra job and turn every ending into a result.
+
+    Nothing is raised: in a sweep Hydra would keep the exception, and with it the model, until the last job is done.
+    """
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    sweeping = hydra.mode == RunMode.MULTIRUN
+    overrides = tuple(hydra.overrides.task)
+    choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra") and v not in (None, "none")}
+    name = _job_name(choices, folder) if sweeping else _run_name(choices, overrides)
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    origins = find_provenance(dict(hydra.runtime.choices), overrides, folders)
+    told = OmegaConf.to_container(hydra.job_logging, resolve=True)
+    context = Context(name, command_text(), overrides, tuple(choices.values()), origins, told)
+
+    stack = contextlib.ExitStack()
+
+    def start() -> RunResult:
+        nonlocal context
+        settings = to_settings(config)
+        if settings.resume:
+            counts = [o.removeprefix(PROCESSES) for o in overrides if o.startswith(PROCESSES)]
+            settings, context = _recorded(folder, stack, settings.model.trust_remote_code, *counts[-1:])
+            context.logging = told
+        problems = check_settings(settings)
+        if problems:
+            raise Refusal(problems)
+        if settings.preflight.mode == PreflightMode.only:
+            return look(settings, folder, context)
+        if sweeping and settings.sweep.isolation == Isolation.process:
+            from sft.launch.isolated import run_apart
+
+            return run_apart(settings, folder, context, hydra.job_logging)
+        return ranks.launch(settings, folder, context)
+
+    with stack:
+        return guarded(start, folder, context, sweeping)
+
+
+def _recorded(
+    folder: Path, stack: contextlib.ExitStack, trusted: bool, processes: str | None = None
+) -> tuple[Settings, Context]:
+    """Settings and context of the run in `folder`, for `resume=`; until `stack` closes, the run works where it began."""
+    settings, record = resume.recorded_run(folder, trusted, processes)
+    stack.enter_context(resume.working_folder(record, folder))
+    named = [record.get(key) or empty for key, empty in (("name", "run"), ("command", ""), ("overrides", ()), ("tags", ()))]
+    origins = dict.fromkeys(leaf_keys(), "run.json")
+    return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), origins)
+
+
+def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:
+    words = [choices.get("model", ""), choices.get("dataset", "")]
+    words += [o.split(".", 1)[1] for o in overrides if o.startswith(("lora.", "trainer.")) and "=" in o]
+    return "_".join(w for w in words if w)[:100]
+
+
+def _job_name(choices: dict[str, str], folder: Path) -> str:
+    """A sweep's job is called by what varies, which its folder's name says."""
+    return "_".join([*(w for w in (choices.get("model"), choices.get("dataset")) if w), folder.name.partition("_")[2]])[:100]

@@ -1,0 +1,1 @@
+"""Settings: their schema, rules, provenance and what they come to. Imports neither torch nor transformers."""

@@ -1,0 +1,126 @@
+"""From Hydra's config to Settings, and from recorded values back to them. The command's own words, for the record."""
+
+import functools
+import os
+import pickle
+import re
+import shlex
+import sys
+import warnings
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+from sft.config.keys import find_field, leaf_keys, plain_type, stray_keys, unknown_key
+from sft.config.schema import Settings
+from sft.errors import Problem, Refusal, first_line, refuse
+
+SECRET_NAME = re.compile(r"SECRET|PASSW|APIKEY|CREDENTIAL|TOKEN(?![A-Z])|(^|_)KEY(?![A-Z])")
+"""Environment variables, in capitals, of which no setting is filled in."""
+
+
+def register() -> None:
+    """Store the schema for Hydra as `schema` and register the resolvers that the YAML files use. Safe to call twice."""
+    schema = OmegaConf.structured(Settings)
+    # Free-form mappings accept new keys without Hydra's `+`: `trainer.extra.neftune_noise_alpha=5`.
+    for node in (schema.trainer.extra, schema.dataset.keep, schema.dataset.drop):
+        OmegaConf.set_struct(node, False)
+    ConfigStore.instance().store("schema", schema)
+    # Hydra copies the whole store for every question to it, 90 times for --help alone; it hands out copies anyway.
+    ConfigStore.__deepcopy__ = lambda store, memo: store
+    # Hydra takes sweepers and launchers from the package hydra_plugins alone.
+    sweeper = {"_target_": "hydra_plugins.sft_sweep.SweepSweeper", "max_batch_size": None, "params": None}
+    sweeper |= {"sampler": None, "n_trials": 20, "n_jobs": 1}  # of a search: conf/sweep/tpe.yaml
+    ConfigStore.instance().store("sft", sweeper, group="hydra/sweeper")
+    ConfigStore.instance().store("sft", {"_target_": "hydra_plugins.sft_sweep.SweepLauncher"}, group="hydra/launcher")
+    # conf/hydra/launcher/ has files with the names of the launchers they are for, whose types they are checked against.
+    warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+    OmegaConf.register_new_resolver("pick", _pick, replace=True)
+    OmegaConf.register_new_resolver("job_label", _job_label, replace=True)
+    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+
+
+def _environment(name: str, *default: Any) -> Any:
+    """`${oc.env:NAME}`, but for what is named like a secret: a setting's value is written to the run folder."""
+    if SECRET_NAME.search(str(name).upper()):
+        why = "It is named like a secret, and a setting's value is written to the run folder and to the log."
+        fix = "leave it out: the libraries read HF_TOKEN and WANDB_API_KEY themselves\nrename the variable if it is none"
+        raise refuse(f"${{oc.env:{name}}}", why, fix)
+    return oc.env(name, *default)
+
+
+def _pick(condition: bool, if_true: Any, if_false: Any) -> Any:
+    """`${pick:${.load_in_4bit},a,b}`: a where the condition holds, else b."""
+    return if_true if condition else if_false
+
+
+def _job_label(overrides: list[str]) -> str:
+    """What varies in a sweep job, as short `key=value` words for its folder: no slashes or commas, at most 60 characters."""
+    swept = {a.partition("=")[0].lstrip("+") for a in sys.argv if re.search(r"=.*[,(]", a)}
+    words = []
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key in swept or not swept:
+            words.append(f"{key.rsplit('.', 1)[-1]}={value}")
+    return re.sub(r"[^\w.=+-]+", "-", "_".join(words)).strip("-")[:60] or "job"
+
+
+PROCESSES = "distributed.num_processes="
+"""The one setting that may stand beside `resume=`."""
+
+
+def to_settings(config: DictConfig) -> Settings:
+    """Turn a composed config into plain settings objects. Raises Refusal."""
+    return fill_settings(OmegaConf.to_container(config, resolve=True, enum_to_str=True))
+
+
+def fill_settings(plain: dict[str, Any]) -> Settings:
+    """The settings with these values, taken as they are: `${` in a text stays `${`. Raises Refusal.
+
+    Composed values are merged into the schema once more, because Hydra's `+key=value` walks past it.
+    """
+    if not isinstance(plain, dict):
+        raise Refusal([Problem("settings", "They are no table of settings.", "docs/settings.md lists all settings")])
+    problems = [unknown_key(path, value) for path, value in stray_keys(plain, Settings)]
+    problems += [
+        Problem(key, "It is a list of single values, and one of them is a list or a table.", f"{key}=[a,b]")
+        for key in leaf_keys()
+        if str(plain_type(*find_field(key))).startswith("list") and _holds_tables(plain, key)
+    ]
+    if problems:
+        raise Refusal(problems)
+    try:
+        return OmegaConf.to_object(OmegaConf.unsafe_merge(pickle.loads(_pickled_schema()), _escaped(plain)))
+    except (OmegaConfBaseException, OverflowError) as error:
+        raise Refusal([Problem(str(getattr(error, "full_key", None) or "settings"), first_line(error))]) from error
+
+
+def _holds_tables(plain: dict[str, Any], key: str) -> bool:
+    """Whether the list at a dotted key holds lists or tables, which OmegaConf overlooks."""
+    value: Any = plain
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
+
+
+def _escaped(value: Any) -> Any:
+    """A value that OmegaConf reads as the plain one: it halves the backslashes before `${` and takes one for an escape."""
+    if isinstance(value, dict):
+        return {key: _escaped(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_escaped(each) for each in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+@functools.cache
+def _pickled_schema() -> bytes:
+    """The schema's config: read back in a thirtieth of the time that it takes to make, which counts in a sweep."""
+    return pickle.dumps(OmegaConf.structured(Settings))
+
+
+def command_text() -> str:
+    """The command as it can be typed again."""
+    return "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])

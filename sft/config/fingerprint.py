@@ -1,0 +1,41 @@
+"""Hashes and seeds that say whether two runs are the same one."""
+
+import hashlib
+import json
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from sft.config.schema import Settings
+from sft.storage.jsonio import jsonable
+
+
+def row_seed(settings: Settings) -> int:
+    """The seed that shuffles the rows and so decides which are held out."""
+    return settings.seed if settings.dataset.seed is None else settings.dataset.seed
+
+
+AROUND = ("tracking", "resume", "export", "sweep", "preflight", "distributed")
+"""Settings that do not shape the result."""
+
+LIMITS = ("max_hours", "stop_at", "max_bad_steps", "max_memory_gib")
+"""Of those of the trainer."""
+
+
+def config_hash(settings: Settings) -> str:
+    """Hash of the resolved settings that shape the result: not tracking, limits, exports, checks, sweeps, processes."""
+    shaping = {k: v for k, v in jsonable(settings).items() if k not in AROUND}
+    shaping["dataset"]["seed"] = row_seed(settings)
+    shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in LIMITS}
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differs_from(settings: Any, defaults: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Settings whose value is not the default: {"lora.r": {"default": 16, "value": 8}}."""
+    found = {}
+    for field in fields(settings):
+        value, default = getattr(settings, field.name), getattr(defaults, field.name)
+        if is_dataclass(value):
+            found |= differs_from(value, default, f"{prefix}{field.name}.")
+        elif value != default:
+            found[prefix + field.name] = {"default": jsonable(default), "value": jsonable(value)}
+    return found

@@ -1,0 +1,477 @@
+"""Every setting of a run: its name, type, default and meaning. Imports nothing heavy.
+
+The docstring under a field is its only documentation: `docs/settings.md` is generated from here by
+`python scripts/settings_table.py`. Names are upstream's own (PEFT, TRL, transformers) wherever upstream has one.
+"""
+
+import ast
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from sft.paths import ASSETS
+
+
+class Backend(Enum):
+    """Which library loads and patches the model."""
+
+    auto = "auto"
+    unsloth = "unsloth"
+    transformers = "transformers"
+
+
+class Dtype(Enum):
+    """Number format of the weights that are not quantised."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Attention(Enum):
+    """Attention kernel, under transformers' names."""
+
+    auto = "auto"
+    eager = "eager"
+    sdpa = "sdpa"
+    flash_attention_2 = "flash_attention_2"
+
+
+class Shape(Enum):
+    """How a row of the data is laid out."""
+
+    auto = "auto"
+    instruction = "instruction"
+    prompt_completion = "prompt_completion"
+    conversations = "conversations"
+    messages = "messages"
+    text = "text"
+
+
+class LossOn(Enum):
+    """Which tokens are trained on."""
+
+    answer = "answer"
+    all = "all"
+
+
+class Overlong(Enum):
+    """What happens to a row that is longer than `model.max_seq_length`."""
+
+    error = "error"
+    drop = "drop"
+    truncate = "truncate"
+
+
+class Bias(Enum):
+    """Which bias terms LoRA trains, under PEFT's names."""
+
+    none = "none"
+    all = "all"
+    lora_only = "lora_only"
+
+
+class Tracker(Enum):
+    """Where curves and samples go besides the run folder."""
+
+    wandb = "wandb"
+    none = "none"
+
+
+class TrackingMode(Enum):
+    """How W&B is reached."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+
+
+# What a sweep does after a job that failed. Made by a call, because `continue` cannot be written as a name in a class.
+OnFailure = Enum("OnFailure", [("continue", "continue"), ("stop", "stop")], module=__name__)
+
+
+class Isolation(Enum):
+    """Where the jobs of a sweep run."""
+
+    shared = "shared"
+    process = "process"
+
+
+class PreflightMode(Enum):
+    """What is done before a weight is loaded."""
+
+    run = "run"
+    only = "only"
+    skip = "skip"
+
+
+class Gpu(Enum):
+    """GPUs whose memory is known without having one."""
+
+    t4 = "t4"
+    l4 = "l4"
+    a100_40 = "a100_40"
+    a100_80 = "a100_80"
+    h100 = "h100"
+    h200 = "h200"
+
+
+class Strategy(Enum):
+    """How several processes share a run."""
+
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+@dataclass
+class ModelSettings:
+    """The model that is fine-tuned, and how it is loaded."""
+
+    name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Hub id or local folder of the model."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; null takes the newest and records its commit in `run.json`."""
+    backend: Backend = Backend.auto
+    """`unsloth`, `transformers`, or `auto`. On a GPU with both: transformers where rows can lie end to end and the weights
+    leave room for them, which is faster; else Unsloth, which needs less memory."""
+    max_seq_length: int = 2048
+    """Longest row in tokens. Longer ones follow `dataset.overlong`; nothing is cut in silence."""
+    dtype: Dtype = Dtype.auto
+    """Number format of weights and computations. `auto`: bfloat16 on a GPU that has it, else float16; float32 on the CPU.
+    Where all weights are trained (`lora=none`) `auto` keeps them in float32."""
+    load_in_4bit: bool = False
+    """Load the frozen weights as 4-bit nf4 (QLoRA): a quarter of the memory, slower. Needs a GPU."""
+    load_in_8bit: bool = False
+    """Load the frozen weights as 8-bit integers. Needs a GPU."""
+    chat_template: str | None = None
+    """Replaces the tokenizer's chat template: `chatml`, a file with Jinja text, or the Jinja text itself."""
+    attn_implementation: Attention = Attention.auto
+    """Attention kernel; `auto` leaves the choice to the backend."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, on this machine and with your rights; without it such a model is refused.
+    Only for repositories you have read. Said anew beside `resume=` and by whoever chats with such a run or exports it."""
+
+
+@dataclass
+class ColumnSettings:
+    """Which column of the data plays which role. null leaves the role blank."""
+
+    instruction: str | None = "instruction"
+    """The task or question."""
+    input: str | None = "input"
+    """Further context for the instruction; may be missing from the data."""
+    output: str | None = "output"
+    """The answer to learn, for the instruction shape."""
+    prompt: str | None = "prompt"
+    """The prompt, for the prompt/completion shape."""
+    completion: str | None = "completion"
+    """The answer to learn, for the prompt/completion shape."""
+    conversations: str | None = "conversations"
+    """ShareGPT turns: a list of `from` and `value`."""
+    messages: str | None = "messages"
+    """OpenAI turns: a list of `role` and `content`."""
+    text: str | None = "text"
+    """A whole text, trained on as it stands."""
+    system: str | None = "system"
+    """A system prompt of the row's own; may be missing from the data."""
+
+
+@dataclass
+class DatasetSettings:
+    """The data, how a row becomes text, and which tokens are trained on."""
+
+    name: str | None = "twists"
+    """Hub id of the data set, or `twists`, the set that ships with the project."""
+    config_name: str | None = None
+    """Configuration (subset) of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; pin one to make a run repeatable."""
+    split: str = "train"
+    """Split of a hub data set to train on."""
+    path: str | None = None
+    """A local json, jsonl, csv or parquet file, used in place of `dataset.name`."""
+    shape: Shape = Shape.auto
+    """How a row is laid out; `auto` goes by the columns and says what it found."""
+    columns: ColumnSettings = field(default_factory=ColumnSettings)
+    """Which column plays which role."""
+    template: str = "auto"
+    """`chat` (the tokenizer's chat template), `alpaca`, `plain`, or a text with `{instruction}`, `{input}`,
+    `{output}` and other columns in braces, where a typed `\\n` is a line break. `auto`: the chat template where the
+    tokenizer has one, else `alpaca`."""
+    system_prompt: str | None = None
+    """System prompt for rows that bring none."""
+    loss_on: LossOn = LossOn.answer
+    """Train on the `answer` (every assistant turn and its end mark) or on `all` of the text."""
+    keep: dict[str, str] = field(default_factory=dict)
+    """Keep only rows whose column, as JSON text if it is not a text, matches: `dataset.keep={output: ".{20,}"}`."""
+    drop: dict[str, str] = field(default_factory=dict)
+    """Drop rows whose column matches the regular expression: `dataset.drop={output: "(?i)as an ai"}`."""
+    shuffle: bool = True
+    """Shuffle the rows (by `dataset.seed`) before `max_rows` and the held-out rows are taken."""
+    seed: int | None = None
+    """Seed of the shuffling, and so of which rows are held out; null follows `seed`. Set it to compare several seeds on the
+    same held-out rows."""
+    max_rows: int | None = None
+    """Use at most this many rows, held-out rows included."""
+    eval_fraction: float = 0.1
+    """Share of the rows held out for the evaluation loss; 0 holds none out."""
+    eval_split: str | None = None
+    """Split of a hub data set to evaluate on, in place of `eval_fraction`."""
+    max_eval_rows: int | None = 200
+    """Evaluate on at most this many held-out rows. Under `eval_fraction` the rest of them are trained on."""
+    overlong: Overlong = Overlong.error
+    """Rows over `model.max_seq_length`: `error` refuses and counts them, `drop` leaves them out, `truncate` cuts
+    their end, which loses the answer's end mark."""
+
+
+@dataclass
+class LoraSettings:
+    """The adapter, under PEFT's names."""
+
+    enabled: bool = True
+    """false trains every weight of the model (full fine-tuning)."""
+    r: int = 16
+    """Rank of the adapter's matrices."""
+    lora_alpha: float = 16
+    """Scale: the update is multiplied by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapter, 0 to 1. Unsloth is faster at 0."""
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Names of the linear layers that get an adapter; `[all-linear]` for every one of them."""
+    bias: Bias = Bias.none
+    """Which bias terms are trained."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)."""
+    use_dora: bool = False
+    """Train the weights' magnitude apart from their direction (DoRA): slower, sometimes better at low rank."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules trained in full beside the adapter, such as `[embed_tokens, lm_head]`."""
+
+
+@dataclass
+class TrainerSettings:
+    """How the model is trained, under TRL's and transformers' names."""
+
+    num_train_epochs: float = 1.0
+    """Passes over the training rows."""
+    max_steps: int = -1
+    """Stop after this many optimiser steps; above 0 it replaces `num_train_epochs`."""
+    per_device_train_batch_size: int | str = "auto"
+    """Rows in one forward pass. `auto`: the most, up to `effective_batch_size`, that an estimate of the GPU's memory allows;
+    2 on the CPU."""
+    gradient_accumulation_steps: int | None = None
+    """Forward passes in one optimiser step, beside a number of rows in each. null: what `effective_batch_size` asks for, else
+    4."""
+    effective_batch_size: int | None = None
+    """Rows in one optimiser step, in however many passes. null: 8 for `auto`, else the product of the two."""
+    per_device_eval_batch_size: int | None = None
+    """Rows in one forward pass of the evaluation. null: 4; end to end on a GPU, as many as have 8,192 tokens."""
+    learning_rate: float = 2e-4
+    """Peak learning rate. LoRA usually wants 1e-4 to 1e-3; 3e-3 mostly diverges."""
+    lr_scheduler_type: str = "linear"
+    """Schedule after the warm-up: linear, cosine, constant_with_warmup ..."""
+    warmup_steps: float = 5
+    """Steps of rising learning rate; below 1 a share of all steps."""
+    optim: str = "adamw_torch"
+    """Optimiser. adamw_8bit saves memory and needs a GPU."""
+    weight_decay: float = 0.01
+    """Decay of the trained weights a step."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations to save memory, at about a third more time. null: where the memory estimate calls for it, and with
+    a fixed number of rows a pass through Unsloth; never on the CPU."""
+    padding_free: bool | None = None
+    """Lay the rows of a pass end to end instead of padding them: the same losses, no time for padding. null: where the backend
+    is `transformers` and the model's attention allows it; Unsloth has a way of its own."""
+    torch_compile: bool | None = None
+    """Compile the decoder layers: about a third less time a step, after one to two minutes at the start that the next run finds
+    on the disk. null: on a GPU, in runs that are long enough to repay it."""
+    cuda_graphs: bool | None = None
+    """Record passes of usual lengths as CUDA graphs and replay them, so that a small pass does not wait for the host. null: on
+    a GPU, where rows lie end to end without dropout."""
+    max_memory_gib: float | None = None
+    """GPU memory that the run may take, in GiB, on each GPU: what has no room is split, recomputed or refused as on a GPU of
+    that size. null: all there is."""
+    logging_steps: int = 1
+    """Write a line of metrics every so many steps."""
+    eval_steps: float | None = None
+    """Evaluate every so many steps; below 1 a share of all steps. Always before the first and after the last step. null: at
+    every quarter, or not in between where that would be more than a tenth of the training's work and nothing stops early."""
+    save_steps: float = 0.25
+    """Save a checkpoint every so many steps; below 1 a share of all steps."""
+    save_total_limit: int = 2
+    """Keep at most this many checkpoints, the best one among them."""
+    load_best_model_at_end: bool = True
+    """Keep the weights with the lowest evaluation loss, not the last ones. Has no effect without evaluations between the first
+    step and the last."""
+    early_stopping_patience: int | None = None
+    """Stop when the evaluation loss did not fall in this many evaluations; null never stops early."""
+    early_stopping_threshold: float = 0.0
+    """A fall smaller than this does not count as one."""
+    max_hours: float | None = None
+    """Stop after this many hours, with the time for the last evaluation, for saving and for the exports taken off; the same
+    command goes on later. null has no limit."""
+    stop_at: str | None = None
+    """The same by the clock: `"17:30"`, the next time it is that late here, or `"2026-12-31 17:30"`."""
+    max_bad_steps: int = 10
+    """A step whose loss or gradient is not a finite number is skipped and counted; one more of them than this ends the
+    run."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Anything else TRL's SFTConfig takes: `trainer.extra.neftune_noise_alpha=5`. Names are checked before the start."""
+
+
+@dataclass
+class SamplesSettings:
+    """Answers generated greedily from fixed prompts while the model learns."""
+
+    num_held_out: int = 4
+    """How many prompts to take from the held-out rows (from the training rows where none are held out)."""
+    prompts: list[str] = field(default_factory=list)
+    """Questions of your own, put through the data's template."""
+    every_steps: float | None = None
+    """Generate every so many steps; below 1 a share of all steps. Always before the first and after the last step. null:
+    half-way too, in runs of at least twice as many steps as `samples.max_new_tokens`."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens."""
+
+
+@dataclass
+class HubSettings:
+    """Where the exports are pushed to."""
+
+    repo: str | None = None
+    """Repository on the hub, `user/name`, for the merged model; the adapter goes to `user/name-LoRA`, the 4-bit model to
+    `user/name-bnb-4bit` and GGUF files to `user/name-GGUF`. null pushes nothing."""
+    private: bool = True
+    """Whether repositories are made private. One that is public already is refused while this is true."""
+
+
+@dataclass
+class GgufSettings:
+    """Which GGUF files are made for llama.cpp and Ollama."""
+
+    quantizations: list[str] = field(default_factory=lambda: ["q8_0", "q4_k_m"])
+    """llama.cpp's types by name: f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m ... The merged f16 is made once for all of them."""
+    adapter: bool = False
+    """The adapter alone as a small GGUF file too, to put on a GGUF of the base model: `llama-cli --lora`."""
+
+
+@dataclass
+class ExportSettings:
+    """What is made of the adapter after training, and how it is proven. The adapter itself is always saved."""
+
+    formats: list[str] = field(default_factory=list)
+    """Any of `adapter`, `merged_16bit`, `merged_4bit`, `gguf`; each is written to `export/<format>/` in the run folder."""
+    gguf: GgufSettings = field(default_factory=GgufSettings)
+    """Which GGUF files are made."""
+    num_prompts: int = 8
+    """Greedy answers compared between each export and the model that was trained."""
+    max_loss_increase: float = 0.1
+    """A quantised export whose held-out loss is higher than the trained model's by more than this (in nats a token) has
+    failed. Lossless ones have a fixed, much smaller limit."""
+    hub: HubSettings = field(default_factory=HubSettings)
+    """Where the exports are pushed to."""
+
+
+@dataclass
+class TrackingSettings:
+    """Where the run is tracked besides its own folder."""
+
+    tracker: Tracker = Tracker.wandb
+    """`wandb`, or `none` for the run folder alone."""
+    mode: TrackingMode = TrackingMode.auto
+    """`auto`: as WANDB_MODE says, else online with an API key and a network, else offline with one line on how to sync.
+    `online`: a refusal where that cannot be had."""
+    project: str | None = None
+    """W&B project; null is WANDB_PROJECT or that of W&B's settings file, else `sft`."""
+    entity: str | None = None
+    """W&B user or team; null is WANDB_ENTITY or that of W&B's settings file, else the account's default."""
+    name: str | None = None
+    """Name of the run; null is WANDB_NAME, else one of the model, the data and what was overridden."""
+    tags: list[str] = field(default_factory=list)
+    """Tags beside those of WANDB_TAGS and the names of the chosen groups."""
+
+
+@dataclass
+class SweepSettings:
+    """How the jobs of a sweep are run. Without effect on what a job learns, and on a single run."""
+
+    on_failure: OnFailure = OnFailure["continue"]
+    """After a job that failed or diverged: `continue` with the others, or `stop`."""
+    isolation: Isolation = Isolation.shared
+    """`shared`: all jobs in one process, with model and data loaded once. `process`: each job in a process of its own, so
+    that a job which is killed is only a row in the table."""
+    paired: list[str] = field(default_factory=list)
+    """Swept settings whose values go together, first with first, instead of every combination:
+    `sweep.paired=[lora.r,lora.lora_alpha]`."""
+
+
+@dataclass
+class DistributedSettings:
+    """Several processes for one run, one a GPU. Without effect on what is learnt: a step has the same rows."""
+
+    num_processes: int | str = 1
+    """Processes on this machine, which train.py starts; `auto`: one for each GPU. Under a torchrun of your own
+    leave it alone."""
+    strategy: Strategy = Strategy.ddp
+    """`ddp`: each process has the whole model (LoRA, also on a 4-bit base). `fsdp`: each has a share of its weights (full
+    fine-tuning, models that one GPU does not hold)."""
+
+
+@dataclass
+class PreflightSettings:
+    """The check before a weight is loaded. Without effect on what is learnt."""
+
+    mode: PreflightMode = PreflightMode.run
+    """`run`: check, then train. `only`: check, show everything and train nothing. `skip`: check no more than the data."""
+    gpu: Gpu | None = None
+    """With `preflight.mode=only`: check for this GPU in place of what this machine has."""
+
+
+@dataclass
+class Settings:
+    """All settings of one run."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    dataset: DatasetSettings = field(default_factory=DatasetSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    samples: SamplesSettings = field(default_factory=SamplesSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    sweep: SweepSettings = field(default_factory=SweepSettings)
+    """How the jobs of a sweep are run."""
+    preflight: PreflightSettings = field(default_factory=PreflightSettings)
+    """The check before a weight is loaded."""
+    distributed: DistributedSettings = field(default_factory=DistributedSettings)
+    """Several processes for one run."""
+    seed: int = 3407
+    """Seed of the shuffling, the adapter's start and dropout."""
+    resume: str | None = None
+    """Run folder to go on with, in place and with its own settings. Stands alone on the command line, but for
+    `model.trust_remote_code=true` where the run has that."""
+
+
+GROUPS = ("model", "dataset", "lora", "trainer", "export", "tracking", "distributed", "experiment", "sweep")
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a settings class, whitespace folded: {field name: text}."""
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+    docs, name = {}, None
+    for node in body:
+        if isinstance(node, ast.AnnAssign):
+            name = node.target.id
+        elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docs[name] = " ".join(str(node.value.value).split())
+            name = None
+    return docs
+
+
+DATASETS = {"twists": ASSETS / "twists.jsonl"}

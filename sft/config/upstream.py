@@ -1,0 +1,48 @@
+"""Names that upstream packages accept, read without importing what is heavy."""
+
+import ast
+import functools
+import importlib.util
+from pathlib import Path
+
+
+@functools.cache
+def gguf_types() -> list[str]:
+    """llama.cpp's file types in small letters, read from the source of the package `gguf`, which would import numpy."""
+    found = importlib.util.find_spec("gguf")
+    source = Path(found.submodule_search_locations[0], "constants.py") if found else None
+    if not source or not source.is_file():
+        return []
+    body = next(n.body for n in ast.parse(source.read_text("utf-8")).body if getattr(n, "name", "") == "LlamaFileType")
+    names = [n.targets[0].id for n in body if isinstance(n, ast.Assign) and n.targets[0].id != "GUESSED"]
+    return [name.removeprefix("MOSTLY_").removeprefix("ALL_").lower() for name in names]
+
+
+@functools.cache
+def enum_values(file: str, enum: str) -> list[str]:
+    """Values of an enum in transformers, read from its source so that nothing heavy is imported."""
+    found = importlib.util.find_spec("transformers")
+    source = Path(found.submodule_search_locations[0], file) if found else None
+    if not source or not source.is_file():
+        return []
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    body = next((n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == enum), [])
+    return [n.value.value for n in body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)]
+
+
+@functools.cache
+def sft_config_options() -> set[str]:
+    """Names of all fields of TRL's SFTConfig and transformers' TrainingArguments, read from their sources."""
+    names = set()
+    for package, file in (
+        ("trl", "trainer/sft_config.py"),
+        ("trl", "trainer/base_config.py"),
+        ("transformers", "training_args.py"),
+    ):
+        found = importlib.util.find_spec(package)
+        source = Path(found.submodule_search_locations[0], file) if found else None
+        if source and source.is_file():
+            for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ClassDef) and node.name in ("SFTConfig", "_BaseConfig", "TrainingArguments"):
+                    names |= {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+    return names

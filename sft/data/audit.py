@@ -1,0 +1,198 @@
+"""What the rows are like and what was lost: lengths, duplicates, faults by the row, warnings."""
+
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sft.config.schema import LossOn, Overlong, Settings, Shape
+from sft.data.tokenize import IGNORED
+from sft.errors import Problem, Refusal, refuse
+
+MOST_FAULTS = 1000
+"""Rows with faults after which no further row is read."""
+
+COUNTED = ("truncated_rows", "dropped_rows", "rows_without_labels", "rows_without_eos", "rows_with_boundary_merge",
+           "rows_with_two_bos", "rows_with_inner_eos")  # fmt: skip
+
+
+@dataclass
+class SplitStats:
+    """What is known of the rows of one split besides their tokens, which are in a file."""
+
+    lengths: array = field(default_factory=lambda: array("q"))
+    """Tokens of each row read, before anything is cut or left out."""
+    digests: array = field(default_factory=lambda: array("Q"))
+    """A hash of the tokens of each row kept."""
+    numbers: array = field(default_factory=lambda: array("q"))
+    """Its number in the data."""
+    tokens: int = 0
+    """Of the rows kept."""
+    learnt: int = 0
+    """How many of these are learnt."""
+    too_long: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: list[dict] = field(default_factory=list)
+    notes: Counter = field(default_factory=Counter)
+    """What was left out of the rows, by `Rendered.notes`."""
+    texts: list[str] = field(default_factory=list)
+    """Questions and answers of the first rows."""
+
+    @property
+    def read(self) -> int:
+        """How many rows were tokenised."""
+        return len(self.lengths)
+
+
+def audit(kept: list[dict], counts: dict[str, int], bos: int | None, stop_ids: set[int]) -> None:
+    """Count rows that begin with two BOS tokens, rows with an end mark inside an answer, and answers without a question."""
+    for e in kept:
+        merged, spans = e.pop("boundary_merge"), e.pop("answers")
+        marks = {
+            "rows_with_boundary_merge": merged,
+            "rows_with_two_bos": bos is not None and e["input_ids"][:2] == [bos, bos],
+            "rows_with_inner_eos": sum(e["labels"].count(i) for i in stop_ids) > spans,
+            "blank": not e["question"].strip(),
+        }
+        for key, found in marks.items():
+            counts[key] = counts.get(key, 0) + found
+
+
+def find_duplicates(train: SplitStats, held_out: SplitStats | None) -> dict[str, Any]:
+    """Rows with the very same tokens: `held_out` ones that are trained on as well, and `train` ones that come again.
+
+    `rows` names the first of the former as [row held out, row trained on], by their numbers in the data.
+    """
+    import numpy as np
+
+    digests, numbers = np.asarray(train.digests, dtype=np.uint64), np.asarray(train.numbers)
+    known, first = np.unique(digests, return_index=True)  # sorted, with the first row of each
+    count, pairs = 0, []
+    if held_out and len(held_out.digests):
+        wanted = np.asarray(held_out.digests, dtype=np.uint64)
+        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        copies = np.flatnonzero(known[at] == wanted)
+        count, pairs = len(copies), [[held_out.numbers[i], int(numbers[first[at[i]]])] for i in copies[:5]]
+    return {"held_out": count, "train": len(digests) - len(known), "rows": pairs}
+
+
+class Faults:
+    """Rows that cannot be learnt from, by what is wrong with them."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Problem, list[int]] = {}
+
+    def add(self, number: int, refusal: Refusal) -> None:
+        """Note what is wrong with a row."""
+        for problem in refusal.problems:
+            self.rows.setdefault(problem, []).append(number)
+
+    def refuse(self) -> None:
+        """Raise a Refusal of all of them, with how many rows each fault has and the first three."""
+        problems = []
+        for p, numbers in list(self.rows.items())[:5]:
+            *first, last = map(str, numbers[:3])
+            first = f"{', '.join(first)} and {last}" if first else last
+            more = f" ({len(numbers)} such rows)" if len(numbers) > 3 else ""
+            problems.append(
+                Problem(f"row{'s'[: len(numbers) > 1]} {first} of the data{more}{': ' * bool(p.what)}{p.what}", p.why, p.fix)
+            )
+        if problems:
+            left = sum(map(len, list(self.rows.values())[5:]))
+            if left:
+                problems[-1] = replace(problems[-1], why=f"{problems[-1].why} {left} more rows have other faults.")
+            raise Refusal(problems)
+
+    @property
+    def many(self) -> bool:
+        """Whether there are so many that the rest need not be looked at."""
+        return sum(map(len, self.rows.values())) >= MOST_FAULTS
+
+
+def count_target_tokens(labels: list[int]) -> int:
+    return len(labels) - labels.count(IGNORED)
+
+
+def refuse_nothing_to_learn(splits: dict[str, SplitStats], counts: dict, shape: Shape, settings: Settings) -> None:
+    """Refuse a split in which no row is left, with the reason that most of its rows went for."""
+    for name, split in splits.items():
+        if split.digests:
+            continue
+        rows = "None of the rows to train on" if name == "train" else "None of the held-out rows"
+        limit = f"model.max_seq_length={settings.model.max_seq_length}"
+        if counts.get("dropped_rows"):
+            what, why, fix = f"dataset.overlong=drop {limit}", "is short enough", "raise model.max_seq_length"
+        elif settings.dataset.overlong == Overlong.truncate and counts.get("rows_without_labels"):
+            what, why, fix = f"dataset.overlong=truncate {limit}", "has an answer left to learn", "raise model.max_seq_length"
+        elif split.notes["reasoning"]:
+            what, why = "the chat template", "has an answer that is learnt: it leaves out the reasoning of each"
+            fix = "model.chat_template=<the file of a template that keeps it>"
+        elif split.notes["weight"]:
+            what, why = "the weights of the answers", "has an answer that is learnt: all have the weight 0"
+            fix = "give the answers that are to be learnt the weight 1"
+        else:
+            role = {Shape.instruction: "output", Shape.prompt_completion: "completion"}.get(shape, shape.value)
+            what = f"dataset.columns.{role}={getattr(settings.dataset.columns, role)}"
+            why, fix = "has an answer to learn; all are empty", f"dataset.columns.{role}=<the column with the answers>"
+        if name == "eval" and not settings.dataset.eval_split:
+            fix += "\ndataset.eval_fraction=0   holds none out\ndataset.seed=...   holds others out"
+        raise refuse(what, f"{rows} {why}.", fix)
+
+
+def data_warnings(counts: dict, blank: int, duplicates: dict[str, Any], notes: Counter, settings: Settings) -> list[str]:
+    found = []
+    limit = settings.model.max_seq_length
+    if counts.get("truncated_rows"):
+        found.append(f"{counts['truncated_rows']} rows were cut at {limit} tokens and lost their end mark.")
+    if counts.get("dropped_rows"):
+        found.append(f"{counts['dropped_rows']} rows over {limit} tokens were left out.")
+    if counts.get("rows_without_labels"):
+        reason = "an empty answer" if settings.dataset.overlong != Overlong.truncate else "an empty or cut-off answer"
+        reason += ", or none that is learnt," if notes["reasoning"] or notes["weight"] else ""
+        found.append(f"{counts['rows_without_labels']} rows have {reason} and were left out.")
+    if blank:
+        found.append(f"{blank} rows have an answer but no question.")
+    if counts.get("rows_with_boundary_merge"):
+        n = counts["rows_with_boundary_merge"]
+        found.append(f"In {n} rows a token joins the prompt to the answer; put a line break before the answer, not a space.")
+    if counts.get("rows_with_two_bos"):
+        n = counts["rows_with_two_bos"]
+        found.append(f"{n} rows begin with two BOS tokens: the template or the data writes one too many.")
+    if counts.get("rows_with_inner_eos") and settings.dataset.loss_on == LossOn.answer:
+        n = counts["rows_with_inner_eos"]
+        found.append(f"{n} rows have an end mark in the middle of an answer: the model would learn to stop there.")
+    if duplicates["held_out"]:
+        held_out, trained = duplicates["rows"][0]
+        found.append(
+            f"{duplicates['held_out']} held-out rows are trained on as well, word for word (row {held_out} is row {trained}): "
+            "the held-out loss looks better than it is. Remove the copies from the data."
+        )
+    return found + _note_warnings(notes, settings)
+
+
+def _note_warnings(notes: Counter, settings: Settings) -> list[str]:
+    """What was left out of rows, counted."""
+    found = []
+    if notes["reasoning"]:
+        found.append(
+            f"{notes['reasoning']} answers are read and not learnt, because the chat template leaves out their reasoning: "
+            "learnt without it they would teach the model to answer at once. Rows with one answer each keep it."
+        )
+    if notes["weight"] and settings.dataset.loss_on == LossOn.all:
+        found.append(
+            f"{notes['weight']} answers have the weight 0 and are learnt all the same, because of dataset.loss_on=all."
+        )
+    if notes["tools"]:
+        found.append(f"{notes['tools']} rows define tools, and the chat template has no place for them: they are left out.")
+    keys = [f"{note.removeprefix('key ')} ({count})" for note, count in sorted(notes.items()) if note.startswith("key ")]
+    if keys:
+        found.append(f"Keys of turns that are not used, with their number: {', '.join(keys)}.")
+    return found
+
+
+def quantiles(lengths: list[int]) -> dict[str, float]:
+    import numpy as np
+
+    p50, p90, p99 = (int(q) for q in np.percentile(lengths, [50, 90, 99]))
+    mean = round(float(np.mean(lengths)), 1)
+    return {"min": min(lengths), "p50": p50, "p90": p90, "p99": p99, "max": max(lengths), "mean": mean}

@@ -1,0 +1,355 @@
+"""Rows to roles: which shape the data has, which column plays which role, and a row as fields or as turns."""
+
+import difflib
+import functools
+import json
+import math
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sft.config.schema import DatasetSettings, Shape
+from sft.errors import Problem, Refusal, refuse
+
+# Names that columns of a role have in the wild, for the likeliest match.
+SYNONYMS = {
+    "instruction": ["question", "query", "prompt", "input", "user", "ask", "problem", "问题", "指令"],
+    "output": ["answer", "response", "completion", "reply", "assistant", "target", "chosen", "回答", "答案", "输出"],
+    "prompt": ["instruction", "question", "query", "input", "问题"],
+    "completion": ["output", "answer", "response", "reply", "回答"],
+    "conversations": ["conversation", "messages", "dialog", "dialogue", "chat"],
+    "messages": ["message", "conversations", "conversation", "chat", "dialog"],
+    "text": ["content", "document", "body", "文本"],
+}
+
+# Speakers of ShareGPT and its relatives, in the names that chat templates know.
+SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+# Keys of a turn, as public data sets write them: what an assistant thought, and whether its answer is learnt (OpenAI and
+# Mistral: weight; axolotl and open-instruct: train, training; ms-swift: loss; others: loss_mask, trainable).
+REASONING = ("reasoning_content", "reasoning", "thinking")
+
+WEIGHTS = ("weight", "train", "training", "loss", "loss_mask", "trainable")
+
+READ_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *REASONING, *WEIGHTS}
+
+# What a template text can always name in braces, whatever the columns are called.
+FIELDS = ("instruction", "input", "output", "prompt", "completion", "system")
+
+
+@dataclass
+class Turn:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+    reasoning: str = ""
+    """What an assistant thought before it answered, where the data has it in a key of its own."""
+    learnt: bool = True
+    """Whether an assistant's answer is learnt, as its weight says; else it is only read."""
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of the turn that hold something and are not used."""
+
+
+def find_shape(rows: Sequence[dict], data: DatasetSettings) -> Shape:
+    """The shape that `dataset.shape` names, or the one that the columns of the first rows speak for."""
+    if data.shape != Shape.auto:
+        return data.shape
+    names, columns = _names(rows), data.columns
+    if columns.messages in names:
+        return Shape.messages
+    if columns.conversations in names:
+        return Shape.conversations
+    if columns.output in names and ({columns.instruction, columns.input} & names):
+        return Shape.instruction
+    if columns.prompt in names and columns.completion in names:
+        return Shape.prompt_completion
+    if columns.text in names:
+        return Shape.text
+    if columns.output in names or columns.instruction in names:
+        return Shape.instruction  # check_columns says what is missing
+    turns = next((name for name in sorted(names) if len(rows) and holds_turns(rows[0].get(name))), None)
+    fix = f"dataset.columns.messages={turns}" if turns else _guess_columns(names, data)
+    why = f"The columns {', '.join(sorted(names))} fit no known shape."
+    raise refuse("dataset.shape=auto", why, fix or "dataset.shape=text dataset.columns.text=<column>")
+
+
+def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, source: str) -> None:
+    """Refuse, all at once, roles whose column is not in the data, with the likeliest match."""
+    names, columns = _names(rows), data.columns
+    needed = {
+        Shape.instruction: ["instruction" if columns.instruction else "input", "output"],
+        Shape.prompt_completion: ["prompt", "completion"],
+        Shape.conversations: ["conversations"],
+        Shape.messages: ["messages"],
+        Shape.text: ["text"],
+    }[shape]
+    problems = []
+    for role in needed:
+        column = getattr(columns, role)
+        if column is None:
+            why = f"The {shape.value} shape needs a column for {role}. There are: {', '.join(sorted(names))}."
+            problems.append(Problem(f"dataset.columns.{role}=null", why, f"dataset.columns.{role}=<column>"))
+        elif column not in names:
+            match = likeliest(role, column, names)
+            why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
+            fix = _mapping(role, match, data) if match else f"dataset.columns.{role}=<column>   or another dataset.shape"
+            problems.append(Problem(f"dataset.columns.{role}={column}", why, fix))
+    for column in [*data.keep, *data.drop]:
+        if column not in names:
+            match = likeliest(column, column, names)
+            group = "keep" if column in data.keep else "drop"
+            fix = f"dataset.{group}.{match}=..." if match else f"dataset.{group}={{}}   to filter nothing"
+            why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
+            problems.append(Problem(f"dataset.{group}.{column}", why, fix))
+    allowed = {*FIELDS} if shape in (Shape.messages, Shape.conversations) else {*FIELDS, *names}
+    for name in names_in(data.template):
+        if name not in allowed:  # it would be filled with nothing
+            match = likeliest(name, name, allowed)
+            fix = f"write {{{match}}}" if match else ""
+            why = f"The template can name {', '.join(sorted(allowed))}."
+            problems.append(Problem(f"dataset.template=...{{{name}}}...", why, fix))
+    if problems:
+        raise Refusal(problems)
+
+
+def likeliest(role: str, column: str, names: set[str]) -> str | None:
+    """The column of `names` that was probably meant: by spelling first, then by what such columns are usually called."""
+    lower = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(column.lower(), lower, 1, 0.75)
+    close += [word for word in SYNONYMS.get(role, []) if word in lower]
+    return lower[close[0]] if close else None
+
+
+def row_to_fields(row: dict, data: DatasetSettings, shape: Shape, template: str) -> dict[str, str]:
+    """Values for a template text, by role; columns without a role that the text names are reached by their own name."""
+    if shape in (Shape.messages, Shape.conversations) or _prompt_is_turns(row, data, shape):
+        return _turns_to_fields(row_to_turns(row, data, shape))
+    values = {name: as_text(row.get(name)) for name in names_in(template)}
+    for role in FIELDS:
+        column = getattr(data.columns, role)
+        values[role] = cell_text(row.get(column), column) if column else ""
+    values["system"] = values["system"] or data.system_prompt or ""
+    if shape == Shape.prompt_completion:
+        values["instruction"] = values["instruction"] or values["prompt"]
+        values["output"] = values["output"] or values["completion"]
+    elif shape == Shape.instruction:
+        values["completion"] = values["output"]
+        values["prompt"] = values["prompt"] or "\n\n".join(v for v in (values["instruction"], values["input"]) if v)
+    return values
+
+
+def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
+    """A row as turns for a chat template."""
+    columns = data.columns
+    if shape == Shape.messages:
+        turns = _read_turns(row.get(columns.messages), columns.messages)
+    elif shape == Shape.conversations:
+        turns = _read_turns(row.get(columns.conversations), columns.conversations)
+    elif _prompt_is_turns(row, data, shape):
+        turns = _read_turns(row[columns.prompt], columns.prompt)
+        answer = row.get(columns.completion)
+        if isinstance(answer, list):
+            turns += _read_turns(answer, columns.completion)
+        else:
+            turns.append(Turn("assistant", cell_text(answer, columns.completion)))
+    else:
+        values = row_to_fields(row, data, shape, "")
+        asked = values["prompt"] if shape == Shape.prompt_completion else ""
+        asked = asked or "\n\n".join(v for v in (values["instruction"], values["input"]) if v)
+        answer = values["completion"] if shape == Shape.prompt_completion else values["output"]
+        turns = [*read_history(row), Turn("user", asked), Turn("assistant", answer)]
+    system = as_text(row.get(columns.system)) if columns.system and isinstance(row.get(columns.system), str) else ""
+    system = system or data.system_prompt or ""
+    if system and (not turns or turns[0].role != "system"):
+        turns.insert(0, Turn("system", system))
+    return turns
+
+
+def _prompt_is_turns(row: dict, data: DatasetSettings, shape: Shape) -> bool:
+    """Whether a prompt/completion row has turns for a prompt, as TRL's conversational form has."""
+    return shape == Shape.prompt_completion and isinstance(row.get(data.columns.prompt), list)
+
+
+def _read_turns(value: Any, column: str) -> list[Turn]:
+    """Turns of a cell. Raises ValueError where something in it could not be learnt from as it stands."""
+    if isinstance(value, str):  # CSV files carry turns as JSON text
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"column {column!r} has to hold a list of turns; as JSON it has the fault: {error.msg}") from None
+        except RecursionError:
+            raise ValueError(f"column {column!r} is nested too deeply to be read") from None
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"column {column!r} has to hold a list of turns; this is {str(value)[:40]!r}")
+    turns = []
+    for number, turn in enumerate(value, 1):
+        if not isinstance(turn, dict):
+            raise ValueError(f"turn {number} in column {column!r} is {str(turn)[:40]!r}, not an object with role and content")
+        speaker = str(turn.get("role") or turn.get("from") or "").lower()
+        role = SPEAKERS.get(speaker, speaker)
+        if role not in ROLES:
+            raise ValueError(f"unknown speaker {speaker!r} in column {column!r}; known are {', '.join([*ROLES, *SPEAKERS])}")
+        if turn.get("tool_calls") or turn.get("function_call"):  # left out they would teach an empty answer
+            raise ValueError(f"turn {number} in column {column!r} calls a tool, which is not supported; write the call as text")
+        content = _join_parts(turn.get("content") if "content" in turn else turn.get("value"), role, number, column)
+        unused = tuple(key for key, value in turn.items() if key not in READ_KEYS and value not in (None, "", [], {}))
+        if role != "assistant":  # whose words are never learnt
+            unused += tuple(key for key in WEIGHTS if turn.get(key))
+            turns.append(Turn(role, content, unused=unused))
+            continue
+        reasoning = next((text for key in REASONING if (text := as_text(turn.get(key))).strip()), "")
+        turns.append(Turn(role, content, reasoning, _is_learnt(turn, number, column), unused))
+    return turns
+
+
+def _is_learnt(turn: dict, number: int, column: str) -> bool:
+    """Whether the weights of an assistant's turn let it be learnt. Raises ValueError for one that is neither 0 nor 1."""
+    for key in WEIGHTS:
+        value = turn.get(key)
+        if value is None or value != value:  # NaN, as pandas has it where there is none
+            continue
+        if value not in (0, 1):
+            raise ValueError(f"turn {number} in column {column!r} has {key}={str(value)[:20]}; a weight can be 0 or 1")
+        if value == 0:
+            return False
+    return True
+
+
+def read_history(row: dict) -> list[Turn]:
+    """The earlier turns of an Alpaca row, `history`: pairs of a question and an answer. They are read, not learnt."""
+    pairs = _from_json(row.get("history"), "history")
+    if not pairs:
+        return []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError("column 'history' has to hold pairs of a question and an answer")
+    texts = [[cell_text(cell, "history") for cell in pair] for pair in pairs]
+    return [turn for asked, answer in texts for turn in (Turn("user", asked), Turn("assistant", answer, learnt=False))]
+
+
+def read_tools(row: dict) -> list[dict]:
+    """The functions that a row's column `tools` defines, as a list or as JSON text of one; none without it."""
+    tools = _from_json(row.get("tools"), "tools")
+    if not tools:
+        return []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("column 'tools' has to hold a list of functions, each an object; call it otherwise if it is none")
+    return tools
+
+
+def _from_json(value: Any, column: str) -> Any:
+    """A cell that holds a list, also where it is written as JSON text."""
+    if not isinstance(value, str) or not value.strip():
+        return value if isinstance(value, list | dict) else None
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"column {column!r} has to hold a list; as JSON it has a fault: {error}") from None
+
+
+def holds_turns(value: Any) -> bool:
+    """Whether a cell is a list of turns, in OpenAI's form or in ShareGPT's."""
+    forms = ({"role", "content"}, {"from", "value"})
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(t, dict) and any(f <= t.keys() for f in forms) for t in value)
+    )
+
+
+def _join_parts(content: Any, role: str, number: int, column: str) -> str:
+    """A turn's content as text, also where it is a list of parts such as `{"type": "text", "text": "..."}`.
+
+    What a tool gives may be of any form: it is only read, and JSON says it.
+    """
+    if not (isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content)):
+        return as_text(content) if role == "tool" else cell_text(content, column)
+    other = next((part["type"] for part in content if part["type"] != "text"), None)
+    if other:
+        raise ValueError(f"turn {number} in column {column!r} holds a part of type {other!r}; only text can be learnt")
+    return "".join(as_text(part.get("text")) for part in content)
+
+
+def _turns_to_fields(turns: list[Turn]) -> dict[str, str]:
+    spoken = [turn for turn in turns if turn.role != "system"]
+    if [turn.role for turn in spoken] != ["user", "assistant"]:
+        roles = ", ".join(turn.role for turn in spoken)
+        raise ValueError(
+            f"a template text takes one question and one answer, and this row has {roles}; set dataset.template=chat"
+        )
+    if spoken[1].reasoning or not spoken[1].learnt:
+        what = "reasoning in a key of its own" if spoken[1].reasoning else "the weight 0"
+        raise ValueError(f"a template text has no place for an answer with {what}; set dataset.template=chat")
+    asked, answer = spoken[0].content, spoken[1].content
+    system = next((turn.content for turn in turns if turn.role == "system"), "")
+    return {"instruction": asked, "prompt": asked, "input": "", "output": answer, "completion": answer, "system": system}
+
+
+class NotText(ValueError):
+    """A list or an object stands where text has to stand."""
+
+    fix = "write the cells as text, for example as JSON text"
+
+
+def cell_text(value: Any, column: str) -> str:
+    """A cell that is asked or learnt. Raises NotText for a list or an object: as JSON it would be learnt by accident."""
+    if isinstance(value, list | dict):
+        error = NotText(f"column {column!r} holds {'a list' if isinstance(value, list) else 'an object'}, not text")
+        if holds_turns(value):
+            error.fix = f"dataset.columns.messages={column}"
+        raise error
+    if isinstance(value, float) and math.isinf(value):  # as 1e999 in a JSON file
+        raise ValueError(f"column {column!r} holds an infinite number")
+    return as_text(value)
+
+
+def as_text(value: Any) -> str:
+    """A cell as text: null and NaN are blank, bytes are UTF-8, a list or object is JSON.
+
+    Raises ValueError for bytes that are no UTF-8 text.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes NaN for an empty cell
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):  # parquet files of Spark and Hive do not say that their bytes are text
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise ValueError("a cell holds bytes that are no UTF-8 text") from None
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)  # parquet columns can hold dates
+    except RecursionError:
+        raise ValueError("a value is nested too deeply to be written as text") from None
+
+
+@functools.lru_cache(maxsize=8)
+def names_in(template: str) -> tuple[str, ...]:
+    """What a template text names in braces."""
+    return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name))
+
+
+def _names(rows: Sequence[dict]) -> set[str]:
+    if hasattr(rows, "column_names"):
+        return set(rows.column_names)
+    names: set[str] = set()
+    for row in rows:
+        names |= row.keys()
+    return names
+
+
+def _mapping(role: str, column: str, data: DatasetSettings) -> str:
+    """The override that maps a role, and the one that keeps a question in the input column from being asked twice."""
+    freed = " dataset.columns.input=null" if role == "instruction" and column == data.columns.input else ""
+    return f"dataset.columns.{role}={column}{freed}"
+
+
+def _guess_columns(names: set[str], data: DatasetSettings) -> str:
+    asked, answer = likeliest("instruction", "instruction", names), likeliest("output", "output", names)
+    if asked and answer and asked != answer:
+        return f"{_mapping('instruction', asked, data)} dataset.columns.output={answer}"
+    text = likeliest("text", "text", names)
+    return f"dataset.columns.text={text}" if text else ""

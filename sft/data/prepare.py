@@ -1,0 +1,325 @@
+"""Rows to tokens: read the data, render each row once, mask what is not learnt, and count what would be lost.
+
+    read_rows -> select -> render_row -> encode -> fit_length -> cache
+
+Both backends train on exactly what comes out of here, and `scripts/preview.py` shows the same.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sft import limits
+from sft.config.fingerprint import row_seed
+from sft.config.schema import LossOn, Overlong, Settings, Shape
+from sft.data.audit import (
+    COUNTED,
+    Faults,
+    SplitStats,
+    audit,
+    count_target_tokens,
+    data_warnings,
+    find_duplicates,
+    quantiles,
+    refuse_nothing_to_learn,
+)
+from sft.data.columns import NotText, check_columns, find_shape
+from sft.data.sources import choose_indices, read_rows, select, source_of
+from sft.data.templates import ALPACA, Rendered, choose_template, render_row
+from sft.data.token_cache import Prepared, cache_folder, only_one, read_cache
+from sft.data.tokenize import IGNORED, count_not_given_back, label, starts_with_bos, tokenise
+from sft.errors import Refusal, first_line, refuse
+from sft.storage import atomic
+
+BATCH = 1000
+"""Rows tokenised at a time."""
+
+FIRST_ROWS = 20
+"""Rows whose tokens are decoded again."""
+
+FAR = 100
+"""Characters a token, and at least FAR_LEAST in all, beyond which a row is surely too long and is not tokenised to its end."""
+
+FAR_LEAST = 1_000_000
+
+
+def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
+    """Read, select, render, tokenise and cache the rows that `settings` names.
+
+    `stop_ids` are the tokens that end an answer (the tokenizer's EOS and the model's other stop tokens).
+    Raises Refusal for everything wrong with the data: unreadable files, missing columns, over-long or empty rows.
+    """
+    data = settings.dataset
+    known = source_of(data)  # a file that was read before need not be read again
+    source, sources = known, [known, known if data.eval_split else None]
+    prepared = read_cache(cache_folder(settings, tokenizer, stop_ids, sources)) if known else None
+    if prepared is None:
+        rows, source = read_rows(data, data.split)
+        eval_rows, eval_source = read_rows(data, data.eval_split) if data.eval_split else (None, None)
+        folder = cache_folder(settings, tokenizer, stop_ids, [source, eval_source])
+        with only_one(folder):  # of several processes one tokenises, the others wait for it and read
+            prepared = read_cache(folder)
+            if prepared is None:
+                atomic.remove_leftovers(folder.parent, folder.name)  # of a process that was killed here
+                atomic.remove_folder(folder)  # whatever is there could not be read
+                with atomic.new_folder(folder, replace=False) as work:
+                    facts = _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work)
+                    (work / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+                prepared = read_cache(folder)
+    if prepared.eval is not None:
+        prepared.facts["held_out_hash"] = _hash_rows(prepared.eval)
+    prepared.facts["source"] = source["name"]  # a file of the same contents may have been called otherwise
+    return prepared
+
+
+def _hash_rows(rows) -> str:
+    """Hash of tokens and labels, by which two held-out losses are known to be of the same rows."""
+    digest = hashlib.sha256()
+    for batch in rows.select_columns(["input_ids", "labels"]).iter(BATCH):
+        digest.update(json.dumps([batch["input_ids"], batch["labels"]]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: Path) -> dict[str, Any]:
+    """Write the tokens of both splits to files in `work`, a batch at a time, and return what was found."""
+    data = settings.dataset
+    shape = find_shape(rows, data)
+    check_columns(rows, data, shape, source["name"])
+    template = choose_template(data, shape, tokenizer)
+    counts = {"read": len(rows)}
+    train_index, eval_index = select(rows, data, row_seed(settings), counts)
+    if eval_rows is None:
+        eval_rows = rows
+    else:
+        eval_index = choose_indices(eval_rows, data, row_seed(settings))[: data.max_eval_rows]
+        counts["read_eval"] = len(eval_rows)
+        check_columns(eval_rows, data, shape, f"{data.name} ({data.eval_split})")
+
+    facts: dict[str, Any] = {"source": source["name"], "data_hash": source["hash"], "shape": shape.value}
+    facts["template"] = "alpaca" if template == ALPACA else template if data.template == "auto" else data.template
+    render = functools.partial(render_row, data=data, shape=shape, template=template, tokenizer=tokenizer)
+    encode = functools.partial(_tokenise_near, tokenizer=tokenizer, limit=settings.model.max_seq_length)
+    bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
+    finish = functools.partial(label, bos=bos, eos=tokenizer.eos_token_id, stop_ids=stop_ids)
+    splits, faults = {}, Faults()
+    for name, table, index in (("train", rows, train_index), ("eval", eval_rows, eval_index)):
+        if index or name == "train":
+            entries = _tokenise(table, index, render, encode, finish, faults)
+            splits[name] = _write_split(entries, work / f"{name}.arrow", settings, tokenizer, stop_ids)
+    faults.refuse()
+    not_given_back = _check_round_trip(splits["train"].texts, tokenizer, settings)
+    longer = [f"{s.too_long} of {s.read} {name} rows" for name, s in splits.items() if s.too_long]
+    if longer and data.overlong == Overlong.error:
+        whole = not any(s.notes["not counted"] for s in splits.values())
+        raise _too_long(longer, max(max(s.lengths) for s in splits.values()), whole, settings)
+    for s in splits.values():
+        for key, count in s.counts.items():
+            counts[key] = counts.get(key, 0) + count
+    counts |= {name: len(s.digests) for name, s in splits.items()}
+    refuse_nothing_to_learn(splits, counts, shape, settings)
+    blank = counts.pop("blank", 0)
+    blank = 0 if shape == Shape.text else blank
+    facts |= {"rows": counts, "lengths": {name: quantiles(s.lengths) for name, s in splits.items()}}
+    facts |= {f"{name}_tokens": s.tokens for name, s in splits.items()}
+    facts["trained_tokens"] = splits["train"].learnt
+    facts["duplicates"] = find_duplicates(splits["train"], splits.get("eval"))
+    notes = sum((s.notes for s in splits.values()), Counter())
+    facts["warnings"] = data_warnings(counts, blank, facts["duplicates"], notes, settings)
+    if not_given_back:
+        found = f"The tokens of {not_given_back} of the first {len(splits['train'].texts)} rows do not give their text back: "
+        facts["warnings"].append(found + "the tokenizer does not know some of their characters.")
+    for key in COUNTED:
+        facts[key] = counts.pop(key, 0)
+    facts |= {"eos_token": tokenizer.eos_token, "bos_token": tokenizer.bos_token, "pad_token": tokenizer.pad_token}
+    facts["adds_bos"] = starts_with_bos(tokenizer)
+    facts["stop_tokens"] = tokenizer.convert_ids_to_tokens(sorted(stop_ids))
+    facts["examples"] = splits["train"].examples
+    return facts
+
+
+def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokenizer, stop_ids: set[int]) -> SplitStats:
+    """Write the rows that are trained or evaluated on to an Arrow file; memory holds one batch of them at a time."""
+    import pyarrow as pa
+
+    split, limit = SplitStats(), settings.model.max_seq_length
+    numbers = pa.list_(pa.int32())
+    schema = pa.schema([("input_ids", numbers), ("labels", numbers), ("prompt_length", pa.int32()),
+                        ("question", pa.string()), ("reference", pa.string()), ("row", pa.int64())])  # fmt: skip
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        while batch := list(itertools.islice(entries, BATCH)):
+            split.lengths.extend(len(e["input_ids"]) for e in batch)
+            split.too_long += sum(len(e["input_ids"]) > limit for e in batch)
+            split.texts += [f"{e['question'][:1000]}\n{e['reference'][:1000]}" for e in batch[: FIRST_ROWS - len(split.texts)]]
+            for entry in batch:
+                split.notes.update(entry.pop("notes"))
+            kept = _fit_length(batch, settings, split.counts)
+            audit(kept, split.counts, tokenizer.bos_token_id, stop_ids)
+            ids, ends = _end_to_end([e["input_ids"] for e in kept])
+            labels, _ = _end_to_end([e["labels"] for e in kept])
+            tokens = memoryview(ids)
+            for start, end in itertools.pairwise(ends):
+                split.digests.append(int.from_bytes(hashlib.blake2b(tokens[start:end], digest_size=8).digest()))
+            split.numbers.extend(e["row"] for e in kept)
+            split.tokens += len(ids)
+            split.learnt += len(labels) - labels.count(IGNORED)
+            split.examples += [_example(e, tokenizer) for e in kept[: 3 - len(split.examples)]]
+            if kept:
+                offsets, *values = (
+                    pa.Array.from_buffers(pa.int32(), len(x), [None, pa.py_buffer(x)]) for x in (ends, ids, labels)
+                )
+                lists = [pa.ListArray.from_arrays(offsets, one) for one in values]
+                others = [pa.array([e[field.name] for e in kept], field.type) for field in list(schema)[2:]]
+                writer.write_batch(pa.RecordBatch.from_arrays([*lists, *others], schema=schema))
+    return split
+
+
+def _end_to_end(lists: list[list[int]]) -> tuple[array, array]:
+    """The numbers of all lists one after the other, and where the first begins and each one ends: Arrow's own form. Lists of
+    Python's numbers take longer.
+    """
+    ends = array("i", itertools.accumulate(map(len, lists), initial=0))
+    return array("i", list(itertools.chain.from_iterable(lists))), ends
+
+
+def _tokenise_near(rendered: list[Rendered], tokenizer, limit: int) -> list[Any]:
+    """`tokenise`, but a row of far more characters than `limit` tokens can have only up to there, its spans too: its tokens
+    beyond the limit are not used, and a text of 100 MB would take minutes and gigabytes.
+    """
+    far = max(FAR * limit, FAR_LEAST)
+    near = [replace(row, text=row.text[:far]) for row in rendered]
+    encodings = tokenise(near, tokenizer)
+    for i, row in enumerate(rendered):
+        if len(row.text) <= far:
+            continue
+        if len(encodings[i]) <= limit:  # tokens of very many characters: only the whole row tells
+            encodings[i] = tokenise([row], tokenizer)[0]
+            continue
+        row.spans = [(begin, min(end, far)) for begin, end in row.spans if begin < far]
+        row.notes.append("not counted")
+    return encodings
+
+
+def _tokenise(rows, index: list[int], render, encode, finish, faults: Faults) -> Iterator[dict]:
+    """Entries of the rows of `index`, with their numbers. One batch is rendered while the one before is tokenised."""
+    waiting: Any = None
+    with ThreadPoolExecutor(1) as pool:
+        for at in [*range(0, len(index), BATCH), None]:
+            coming = None
+            if at is not None:
+                rendered, numbers = [], []
+                with limits.seconds_limited() as begin_row:
+                    for i in index[at : at + BATCH]:
+                        begin_row()
+                        try:
+                            # The first row tells what the template takes; later the tokenizer's threads work beside this one.
+                            with contextlib.nullcontext() if waiting or rendered else limits.memory_limited():
+                                rendered.append(_render(render, rows[i]))
+                            numbers.append(i)
+                        except limits.OverLimit as error:
+                            fix = "model.chat_template=chatml   or remove the row"
+                            raise refuse(f"row {i + 1} of the data: its chat template", str(error), fix) from error
+                        except Refusal as refusal:
+                            faults.add(i + 1, refusal)
+                            if faults.many:
+                                return
+                coming = rendered, pool.submit(encode, rendered), numbers
+            if waiting:
+                rendered, encodings, numbers = waiting
+                entries = finish(rendered, encodings.result())
+                for i, row, entry in zip(numbers, rendered, entries, strict=True):
+                    yield {**entry, "answers": max(1, len(row.spans)), "row": i + 1}
+            waiting = coming
+
+
+def _render(render, row: dict):
+    """The row rendered. Raises Refusal for whatever is wrong with it."""
+    try:
+        rendered = render(row)
+        rendered.text.encode()  # half an emoji, as cut texts have it, cannot be tokenised
+        return rendered
+    except UnicodeEncodeError as error:
+        why = f"It holds half of a character ({error.object[error.start]!r}), as texts have it that were cut."
+        raise refuse("", why, "mend or remove the row") from error
+    except NotText as error:
+        raise refuse("", f"It cannot be rendered: {error}.", error.fix) from error
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # the row's own fault
+        why = f"It cannot be rendered: {first_line(error)}."
+        raise refuse("", why, "mend or remove the row, or set dataset.shape") from error
+
+
+def _check_round_trip(texts: list[str], tokenizer, settings: Settings) -> int:
+    """How many of the first rows' texts their tokens do not give back. Raises Refusal if these are more than half."""
+    lost = count_not_given_back(texts, tokenizer)
+    if 2 * lost <= len(texts):
+        return lost
+    ids = tokenizer(texts[0].strip()[:60], add_special_tokens=False)["input_ids"]
+    why = (
+        f"Its tokens do not give the text of the rows back: {texts[0].strip()[:60]!r} comes back as {tokenizer.decode(ids)!r}. "
+    )
+    why += "The model would learn other texts than those of the data."
+    fix = 'in a local copy of the model, write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json\n'
+    raise refuse(f"the tokenizer of model.name={settings.model.name}", why, fix + "or take another model")
+
+
+# ------------------------------------------------------------------------------------- lengths and the mask
+
+
+def _too_long(longer: list[str], longest: int, whole: bool, settings: Settings) -> Refusal:
+    """`whole` says that every row was tokenised to its end, so that the longest is known."""
+    why = f"{' and '.join(longer)} are longer (the longest has {longest if whole else f'more than {longest}'} tokens)."
+    fix = f"model.max_seq_length={-(-longest // 64) * 64}\n" if whole else ""
+    fix += "dataset.overlong=drop   leaves them out\n"
+    fix += "dataset.overlong=truncate   cuts their end: they no longer teach the model to stop"
+    return refuse(f"model.max_seq_length={settings.model.max_seq_length}", why, fix)
+
+
+def _fit_length(entries: list[dict], settings: Settings, counts: dict) -> list[dict]:
+    """Apply `dataset.overlong` and `dataset.loss_on`; rows with nothing to learn are left out and counted."""
+    limit, policy = settings.model.max_seq_length, settings.dataset.overlong
+    kept = []
+    for entry in entries:
+        cut = len(entry["input_ids"]) > limit
+        if cut and policy == Overlong.drop:
+            counts["dropped_rows"] = counts.get("dropped_rows", 0) + 1
+            continue
+        if cut:
+            entry["input_ids"], entry["labels"] = entry["input_ids"][:limit], entry["labels"][:limit]
+            entry["prompt_length"] = min(entry["prompt_length"], limit)
+        if not count_target_tokens(entry["labels"]):
+            counts["rows_without_labels"] = counts.get("rows_without_labels", 0) + 1
+            continue
+        if cut:
+            counts["truncated_rows"] = counts.get("truncated_rows", 0) + 1
+            counts["rows_without_eos"] = counts.get("rows_without_eos", 0) + 1
+        if settings.dataset.loss_on == LossOn.all:
+            entry["labels"] = list(entry["input_ids"])
+        kept.append(entry)
+    return kept
+
+
+def _example(entry: dict, tokenizer) -> dict[str, Any]:
+    ids, labels = list(entry["input_ids"]), list(entry["labels"])
+    return {"text": tokenizer.decode(ids), "input_ids": ids, "labels": labels, "tokens": readable(ids, tokenizer)}
+
+
+def readable(ids: list[int], tokenizer) -> list[str]:
+    """One piece of text a token. A character that takes several tokens stands whole at its last one."""
+    pieces, waiting = [], []
+    for i in ids:
+        waiting.append(i)
+        text = tokenizer.decode(waiting)
+        if text.endswith("\ufffd") and len(waiting) < 4:  # UTF-8 takes at most four bytes a character
+            pieces.append("")
+        else:
+            pieces.append(text)
+            waiting = []
+    return pieces

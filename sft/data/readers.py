@@ -1,0 +1,288 @@
+"""Read a file of rows a row at a time: json, jsonl, csv and parquet, with the line of every mistake.
+
+The whole file is read once, to check it and to note where each row begins. After that memory holds 16 bytes a row, whatever
+the rows hold: a row is read again from the file when it is asked for.
+"""
+
+import codecs
+import csv
+import io
+import json
+import os
+import re
+import weakref
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from sft.errors import first_line, last_line, refuse
+from sft.storage import cache
+
+CHUNK = 1 << 20
+"""Characters of a .json file that are looked at together."""
+
+SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class FileRows(Sequence):
+    """The rows of a text file, each parsed when it is asked for."""
+
+    def __init__(self, path: Path, parse: Callable[[str], dict]):
+        self.parse, self.descriptor = parse, os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+        self.starts, self.ends = array("q"), array("q")
+        self.column_names: dict[str, None] = {}
+        """Every column that one of the rows has, in the order they were first seen."""
+
+    def add(self, start: int, end: int, names: Iterable[str]) -> None:
+        """Note a row between two places of the file, in bytes, and its columns."""
+        self.starts.append(start)
+        self.ends.append(end)
+        self.column_names.update(dict.fromkeys(names))
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: int) -> dict:
+        start, end = self.starts[i], self.ends[i]
+        return self.parse(os.pread(self.descriptor, end - start, start).decode("utf-8-sig" if start == 0 else "utf-8"))
+
+
+def read_file(path: Path) -> Sequence[dict]:
+    """The rows of a local file, by its suffix. Raises Refusal, with the line, for what cannot be read."""
+    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    rows = readers[path.suffix.lower()](path)
+    if not len(rows):
+        raise refuse(f"dataset.path={path}", "The file holds no rows.")
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------- jsonl
+
+
+def _read_jsonl(path: Path) -> FileRows:
+    rows, start = FileRows(path, json.loads), 0
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            line = _decode(raw, path, number)
+            if line.strip():
+                rows.add(start, start + len(raw), _parse_line(line, path, number).keys())
+            start += len(raw)
+    return rows
+
+
+def _parse_line(line: str, path: Path, number: int) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        fix = "rename it to .json if the whole file is one list" if line.strip() in ("[", "{") else ""
+        raise refuse(f"{path}, line {number}", f"Not valid JSON: {error.msg} at column {error.colno}.", fix) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or a thousand brackets
+        raise refuse(f"{path}, line {number}", f"JSON that cannot be read: {first_line(error)}.", "remove the row") from error
+    if not isinstance(row, dict):
+        raise refuse(f"{path}, line {number}", f"A row has to be an object in braces; this is {line[:60]!r}.")
+    return row
+
+
+# ------------------------------------------------------------------------------------------------------------ json
+
+
+def _read_json(path: Path) -> Sequence[dict]:
+    """A list of objects is read a row at a time; whatever else the file holds as a whole, which also finds what is wrong."""
+    rows = FileRows(path, json.loads)
+    try:
+        with open(path, "rb") as file:
+            for start, end, row in _elements(file):
+                rows.add(start, end, row.keys())
+    except (ValueError, AttributeError, RecursionError):  # not a list, not objects, not JSON, not UTF-8
+        return _read_whole_json(path)
+    return rows
+
+
+def _elements(file: io.BufferedReader) -> Iterator[tuple[int, int, dict]]:
+    """(first byte, byte behind the last, value) of every object of the list that a .json file holds. Raises ValueError."""
+    text = _Text(file)
+    text.take("[")
+    ended = text.next() == "]"
+    if ended:
+        text.take("]")
+    while not ended:
+        if text.next() != "{":
+            raise ValueError("a row has to be an object")
+        start, row = text.byte, text.value()
+        yield start, text.byte, row
+        ended = text.take(",]") == "]"
+    if text.next():
+        raise ValueError("something stands behind the list")
+
+
+class _Text:
+    """The text of a .json file, of which a part is in memory, and where in it we are."""
+
+    def __init__(self, file: io.BufferedReader):
+        self.file, self.decode = file, codecs.getincrementaldecoder("utf-8")().decode
+        self.scan = json.JSONDecoder().raw_decode
+        self.part, self.at, self.over = "", 0, False
+        self.byte = 0
+        """Where in the file the character at `at` begins."""
+        if self._more() and self.part.startswith("\ufeff"):
+            self._go(1)
+
+    def _more(self) -> bool:
+        """Read on, as much again as there is, so that a long row is not begun too often; False at the end."""
+        if self.over:
+            return False
+        raw = self.file.read(max(CHUNK, len(self.part) - self.at))
+        self.over = not raw
+        self.part, self.at = self.part[self.at :] + self.decode(raw, self.over), 0
+        return True
+
+    def _go(self, to: int) -> None:
+        self.byte += len(self.part[self.at : to].encode())
+        self.at = to
+
+    def next(self) -> str:
+        """The next character that is no space, or nothing at the end."""
+        while True:
+            self._go(SPACE.match(self.part, self.at).end())
+            if self.at < len(self.part):
+                return self.part[self.at]
+            if not self._more():
+                return ""
+
+    def take(self, wanted: str) -> str:
+        """Step over the next character that is no space, which has to be one of `wanted`."""
+        found = self.next()
+        if not found or found not in wanted:
+            raise ValueError(f"{found!r} where one of {wanted!r} has to be")
+        self._go(self.at + 1)
+        return found
+
+    def value(self) -> dict:
+        """Step over the object that begins here, and return it."""
+        while True:
+            try:
+                value, end = self.scan(self.part, self.at)
+                break
+            except json.JSONDecodeError:
+                if not self._more():
+                    raise
+        self._go(end)
+        return value
+
+
+def _read_whole_json(path: Path) -> list[dict]:
+    text = _decode(path.read_bytes(), path)
+    if not text.strip():
+        return []
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        fix = "rename it to .jsonl if every line is a row of its own" if error.msg == "Extra data" else ""
+        raise refuse(f"{path}, line {error.lineno}, column {error.colno}", f"Not valid JSON: {error.msg}.", fix) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or a thousand brackets
+        raise refuse(
+            str(path), f"JSON that cannot be read: {first_line(error)}.", "rename it to .jsonl to see the row"
+        ) from error
+    if isinstance(rows, dict):
+        lists = [key for key, value in rows.items() if isinstance(value, list)]
+        if len(lists) != 1:
+            raise refuse(
+                str(path), "The file has to hold a list of rows; it holds one object.", "start it with [ and end it with ]"
+            )
+        rows = rows[lists[0]]
+    if not isinstance(rows, list):
+        raise refuse(str(path), f"The file has to hold a list of rows; it holds {text.strip()[:60]!r}.")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise refuse(f"{path}, row {number}", f"A row has to be an object in braces; this is {str(row)[:60]!r}.")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------- csv
+
+
+def _read_csv(path: Path) -> FileRows:
+    csv.field_size_limit(2**31 - 1)
+    header: list[str] = []
+
+    def parse(text: str) -> dict:
+        # newline="" leaves line breaks inside quotes alone.
+        return dict(zip(header, next(csv.reader(io.StringIO(text, newline=""), strict=True)), strict=True))
+
+    rows, place, line, first = FileRows(path, parse), _Place(), 1, 0
+    with open(path, "rb") as file:
+        reader = csv.reader(_lines(file, path, place), strict=True)
+        try:
+            for cells in reader:
+                if not cells:  # a blank line
+                    pass
+                elif not header:
+                    header += _check_header([cell.strip() for cell in cells], f"{path}, line {line}")
+                elif len(cells) != len(header):
+                    why = f"{len(header)} columns are expected ({', '.join(header)}); found {len(cells)}."
+                    raise refuse(f"{path}, line {line}", why, 'put quotes around a value with a comma in it: "a, b"')
+                else:
+                    rows.add(first, place.byte, header)
+                line, first = reader.line_num + 1, place.byte
+        except csv.Error as error:
+            fix = 'a quote inside a quoted value is written twice: "she said ""yes"""'
+            raise refuse(f"{path}, line {line}", f"The row that starts here is not valid CSV: {error}.", fix) from error
+    return rows
+
+
+class _Place:
+    byte = 0
+    """How much of the file was read; between two rows: where the second one begins."""
+
+
+def _lines(file: io.BufferedReader, path: Path, place: _Place) -> Iterator[str]:
+    r"""The lines of a CSV file with their ends: only \n and \r end one, not every break that Unicode knows."""
+    for number, raw in enumerate(file, 1):
+        for piece in raw.splitlines(keepends=True):
+            place.byte += len(piece)
+            yield _decode(piece, path, number)
+
+
+def _check_header(names: list[str], where: str) -> list[str]:
+    """The column names of a CSV file, as they are; refused where a column could not be told from another."""
+    if len(names) == 1 and (found := re.search(r"[;\t|]", names[0])):
+        why = f"The columns are separated by {found[0]!r} ({names[0]!r}); they have to be separated by commas."
+        raise refuse(where, why, "save it with commas, or as jsonl")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise refuse(where, f"The column {twice[0]!r} stands there twice.", "rename one of the two")
+    return names
+
+
+# --------------------------------------------------------------------------------------------- parquet, and encodings
+
+
+def _read_parquet(path: Path) -> Sequence[dict]:
+    """Copied once into an Arrow file in the cache, which is mapped into memory."""
+    from datasets import Dataset
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_metadata
+
+    try:
+        if not read_metadata(path).num_rows:
+            return []
+        return Dataset.from_parquet(str(path), cache_dir=str(cache.cache_dir() / "parquet"))
+    except (ArrowException, OSError, ValueError, RuntimeError) as error:
+        raise refuse(str(path), f"Not a readable parquet file: {last_line(error)}") from error
+    except Exception as error:  # datasets wraps what pyarrow raises in classes of its own
+        raise refuse(str(path), f"Not a readable parquet file: {last_line(error.__cause__ or error)}") from error
+
+
+def _decode(raw: bytes, path: Path, line: int = 1) -> str:
+    """`raw`, which begins at `line` of the file, as text. Raises Refusal with the way out where it is not UTF-8."""
+    try:
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line += raw[: error.start].count(b"\n")
+        fix = f"iconv -f GB18030 -t UTF-8 {path} > utf8{path.suffix}   if it was written on a Chinese Windows"
+        with open(path, "rb") as file:
+            first = file.read(2)
+        if first in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            fix = f"iconv -f UTF-16 -t UTF-8 {path} > utf8{path.suffix}"
+        raise refuse(f"{path}, line {line}", "The file is not UTF-8 text.", fix) from error

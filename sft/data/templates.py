@@ -1,0 +1,248 @@
+"""A row to text to tokens: the template, where the answers stand in it, BOS once and an end mark last."""
+
+import functools
+import json
+import re
+import string
+from dataclasses import dataclass, field
+
+from sft.config.schema import DatasetSettings, Shape
+from sft.data.columns import REASONING, Turn, cell_text, names_in, read_history, read_tools, row_to_fields, row_to_turns
+from sft.errors import first_line, refuse
+
+MOST_TEMPLATE = 1_000_000
+"""Characters that a chat template may write besides contents: a batch of rows is held in memory."""
+
+# The prompt of the Unsloth notebook, which is Stanford Alpaca's with an input (github.com/tatsu-lab/stanford_alpaca).
+ALPACA = """Below is an instruction that describes a task, paired with an input that provides further context. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+{instruction}
+
+### Input:
+{input}
+
+### Response:
+{output}"""
+
+
+@dataclass
+class Rendered:
+    """A row as text, and which parts of it are the answer."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    """Character ranges of the answers, each with its end mark."""
+    question: str
+    """What was asked, for people to read."""
+    reference: str
+    """The answer in the data, for people to read."""
+    notes: list[str] = field(default_factory=list)
+    """What was left out, once each time: `reasoning`, `weight`, `tools`, or `key NAME` for an unused key of a turn."""
+
+
+def choose_template(data: DatasetSettings, shape: Shape, tokenizer) -> str:
+    """`chat`, `plain`, or a template text: what `dataset.template` comes to for this data and tokenizer.
+
+    A `\\n` typed on the command line, which shells and Hydra leave as two characters, is a line break in a template text.
+    Raises Refusal if the template does not go with the rows or the tokenizer.
+    """
+    has_chat = bool(tokenizer.chat_template)
+    multi_turn = shape in (Shape.messages, Shape.conversations)
+    template = data.template
+    if shape == Shape.text:
+        if template not in ("auto", "plain"):
+            raise refuse(
+                "dataset.template=" + template[:40], "Rows of plain text are used as they stand.", "dataset.template=plain"
+            )
+        return "plain"
+    if template == "auto":
+        template = "chat" if has_chat or multi_turn else "alpaca"
+    if template == "chat" and not has_chat:
+        raise refuse(
+            "dataset.template=chat",
+            "This model's tokenizer has no chat template (it is probably a base model).",
+            "model.chat_template=chatml   or   dataset.template=alpaca   or an -instruct model",
+        )
+    if template == "plain" and multi_turn:
+        raise refuse("dataset.template=plain", "Turns need a template that tells the speakers apart.", "dataset.template=chat")
+    if template == "plain":
+        return "{prompt}{completion}" if shape == Shape.prompt_completion else "{instruction}\n\n{input}\n\n{output}"
+    if template == "alpaca":
+        return ALPACA
+    return template.replace("\\n", "\n")
+
+
+def render_row(row: dict, data: DatasetSettings, shape: Shape, template: str, tokenizer) -> Rendered:
+    """One row as the text the model sees, without BOS or EOS where the tokenizer adds them itself."""
+    if template == "plain":
+        text = cell_text(row.get(data.columns.text), data.columns.text)
+        return Rendered(text, [(0, len(text))] if text.strip() else [], "", text)
+    if template == "chat":
+        return render_chat(row_to_turns(row, data, shape), tokenizer, read_tools(row))
+    named = names_in(template)
+    for column, read in (("history", read_history), ("tools", read_tools)):
+        if column not in named and read(row):
+            raise refuse(f"a row with {column}", f"The template text has no place for {column}.", "dataset.template=chat")
+    return render_text(template, row_to_fields(row, data, shape, template))
+
+
+def render_text(template: str, values: dict[str, str]) -> Rendered:
+    """Fill a template text; the span of `{output}` or `{completion}`, with what follows it, is the answer."""
+    parts, start, length, reference = [], 0, 0, ""
+    for literal, name, _, _ in string.Formatter().parse(template):
+        value = values.get(name, "") if name else ""
+        if name in ("output", "completion"):
+            start, reference = length + len(literal), value
+        parts += [literal, value]
+        length += len(literal) + len(value)
+    asked = [values.get("instruction"), values.get("input")]
+    question = values.get("prompt") or "\n\n".join(v for v in asked if v)
+    text = "".join(parts)
+    spans = [(start, length)] if reference.strip() else []
+    return Rendered(text, spans, question, reference)
+
+
+def render_chat(turns: list[Turn], tokenizer, tools: list[dict] | None = None) -> Rendered:
+    """Put turns through the tokenizer's chat template and find every assistant turn with its end mark.
+
+    The template is rendered once with the real contents and once with a marker in place of each, so that an answer is
+    found where it stands even if its words occur elsewhere. A span starts where generation would start (after the
+    generation prompt), so that whatever the template puts before an answer, such as its reasoning, is learnt too. An answer
+    whose reasoning the template leaves out is read and not learnt: it would teach to answer without thinking.
+    Raises Refusal if the template refuses the turns, or leaves out or changes what one of them says.
+    """
+    # Reasoning models' templates look for a think block in an answer and may leave it out: it stays beside the marker.
+    heads = [_think_block(turn) for turn in turns]
+    marks = [f"\ue000{i}\ue001" for i in range(len(turns))]
+    text = _apply_template(turns, tokenizer, tools)
+    marked = _marked_text(tuple((t.role, head + mark, t.reasoning) for t, head, mark in zip(turns, heads, marks, strict=True)),
+                          json.dumps(tools) if tools else "", tokenizer, tokenizer.chat_template)  # fmt: skip
+    if len(marked) > MOST_TEMPLATE + len(json.dumps(tools)) + sum(
+        len(h) + len(t.reasoning) for h, t in zip(heads, turns, strict=True)
+    ):
+        why = f"It writes {len(marked):,} characters around what the turns say."
+        raise refuse(f"the chat template of {_model_of(tokenizer)}", why, "model.chat_template=chatml")
+    opening = _generation_prompt(tokenizer, tokenizer.chat_template)
+    ends = _end_marks(tokenizer, opening)
+    pieces = re.split("\ue000\\d+\ue001", marked)
+    order = [int(m) for m in re.findall("\ue000(\\d+)\ue001", marked)]  # some templates move the system prompt
+    if sorted(order) != list(range(len(turns))):
+        raise _unfit_template(turns, [turn for i, turn in enumerate(turns) if order.count(i) != 1])
+    notes = [f"key {key}" for turn in turns for key in turn.unused]
+    if tools and not re.search(r"\btools\b", tokenizer.chat_template):
+        notes.append("tools")
+    spans, at, answered = [], len(pieces[0]), 0
+    for i, before, after in zip(order, pieces, pieces[1:], strict=False):
+        turn, head = turns[i], heads[i]
+        content = next((c for c in _trimmed(turn.content[len(head) :]) if text.startswith(c + after, at)), None)
+        if content is None:
+            raise _unfit_template(turns, [turn])
+        start, at = at, at + len(content)
+        if turn.role == "assistant" and turn.content.strip():
+            thought = (turn.reasoning or re.sub("</?think>", "", head)).strip()
+            opened = before.find(opening) + len(opening) if opening and opening in before else 0
+            thought_at = before.rfind(thought, opened) if thought else len(before)
+            if not turn.learnt or thought_at < 0:
+                notes.append("reasoning" if turn.learnt else "weight")
+            else:
+                if opening and opening in before[:thought_at]:
+                    start -= len(before) - before.rindex(opening, 0, thought_at) - len(opening)
+                elif head and before.endswith(head):
+                    start -= len(head)
+                spans.append((start, at + _end_of_turn(after, ends)))
+                answered = i
+        at += len(after)
+    if at != len(text) or not text.startswith(pieces[0]):
+        raise _unfit_template(turns, turns)
+    question = next((t.content for t in reversed(turns[:answered]) if t.role == "user"), "")
+    return Rendered(text, spans, question, turns[answered].content if spans else "", notes)
+
+
+def _apply_template(turns: list[Turn], tokenizer, tools: list[dict] | None = None) -> str:
+    """The chat template's text for these turns; what the template itself raises becomes a Refusal."""
+    from jinja2 import TemplateError
+
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    if any(turn.reasoning for turn in turns):
+        key = next((key for key in REASONING if re.search(rf"\b{key}\b", tokenizer.chat_template)), None)
+        if key is None:
+            why = (
+                f"The chat template of {_model_of(tokenizer)} has no place for it: the model would learn to answer without it."
+            )
+            fix = "write it into the answer as <think>...</think>, or name a template that writes message.reasoning_content:\n"
+            raise refuse("a row with reasoning in a key of its own", why, fix + "model.chat_template=<file>")
+        messages = [m | ({key: turn.reasoning} if turn.reasoning else {}) for m, turn in zip(messages, turns, strict=True)]
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False)
+    except TemplateError as error:
+        if turns[0].role == "system" and "system" in str(error).lower():
+            raise _no_system_role(tokenizer, f"it says: {first_line(error)}") from error
+        roles = ", ".join(turn.role for turn in turns)
+        why = f"The chat template of {_model_of(tokenizer)} refuses them: {first_line(error)}"
+        raise refuse(f"a row with the turns {roles}", why, "model.chat_template=chatml") from error
+
+
+@functools.lru_cache(maxsize=256)
+def _marked_text(turns: tuple[tuple[str, str, str], ...], tools: str, tokenizer, chat_template: str) -> str:
+    """The template's text with markers for contents: the same for all rows with the same roles and tools."""
+    return _apply_template([Turn(*turn) for turn in turns], tokenizer, json.loads(tools) if tools else None)
+
+
+def _no_system_role(tokenizer, reason: str):
+    why = f"The chat template of {_model_of(tokenizer)} has no place for a system prompt; {reason}"
+    fix = "dataset.system_prompt=null   if it is set\ndataset.columns.system=null   if it comes from the data's own column\n"
+    return refuse("a row with a system prompt", why, fix + "model.chat_template=chatml   takes one")
+
+
+def _model_of(tokenizer) -> str:
+    return tokenizer.name_or_path or "this model"
+
+
+def _think_block(turn: Turn) -> str:
+    """The `<think>...</think>` that opens an answer, with the line breaks after it; blank where there is none."""
+    found = re.match(r"\s*<think>.*?</think>\n*", turn.content, re.S) if turn.role == "assistant" else None
+    return found[0] if found else ""
+
+
+def _trimmed(content: str) -> list[str]:
+    """A content as templates write it: as it is, or without the white space around it."""
+    return [content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"), content.lstrip("\n")]
+
+
+def _end_of_turn(after: str, ends: list[str]) -> int:
+    """Length of the end mark right after an answer, 0 where the template puts none."""
+    stripped = after.lstrip()
+    for mark in ends:
+        if stripped.startswith(mark):
+            return len(after) - len(stripped) + len(mark)
+    return 0
+
+
+@functools.lru_cache(maxsize=4)
+def _end_marks(tokenizer, opening: str) -> list[str]:
+    """Special tokens that can close a turn: not the BOS, nor what opens the assistant's turn."""
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content not in opening}
+    if tokenizer.bos_token != tokenizer.eos_token:
+        special.discard(tokenizer.bos_token)
+    return sorted(special, key=len, reverse=True)
+
+
+@functools.lru_cache(maxsize=4)
+def _generation_prompt(tokenizer, chat_template: str) -> str:
+    """What the chat template adds where the model is to speak, such as `<|im_start|>assistant\\n`."""
+    question = [{"role": "user", "content": "?"}]
+    without = tokenizer.apply_chat_template(question, tokenize=False)
+    with_it = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    return with_it[len(without) :] if with_it.startswith(without) else ""
+
+
+def _unfit_template(turns: list[Turn], changed: list[Turn]):
+    roles = ", ".join(turn.role for turn in turns)
+    which = ", ".join(dict.fromkeys(turn.role for turn in changed))
+    why = "The chat template changes or leaves out what a turn says, so what is learnt could not be marked for certain."
+    fix = "model.chat_template=chatml   writes every turn as it stands"
+    if which == "system":
+        fix = f"dataset.system_prompt=null   or   {fix}"
+    return refuse(f"a row with the turns {roles}; changed: {which}", why, fix)

@@ -1,0 +1,81 @@
+"""Tokens that are kept: a folder of the cache for the rows, settings, tokenizer and version that they were made with."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from sft.config.fingerprint import row_seed
+from sft.config.schema import Settings
+from sft.storage import atomic, cache
+
+TOKENS_VERSION = 1
+"""Raise it when a row comes to be read, rendered, tokenised or counted in another way: the cache keeps tokens by it."""
+
+
+@dataclass
+class Prepared:
+    """Tokenised rows, ready for the trainer."""
+
+    train: Any
+    """`datasets.Dataset` with `input_ids`, `labels`, `prompt_length`, `question`, `reference`, and `row`, its number in the
+    data counted from 1; one entry a row."""
+    eval: Any | None
+    """The held-out rows in the same form, or None."""
+    facts: dict[str, Any]
+    """What was found and what was cut: the contents of preflight.json."""
+
+
+def token_counts(rows: Any) -> Any:
+    """The tokens of each row of `Prepared.train` or `Prepared.eval`, as a numpy array; no row is read for it."""
+    import pyarrow.compute as pc
+
+    return pc.list_value_length(rows.data.column("input_ids")).to_numpy()
+
+
+def only_one(folder: Path) -> FileLock:
+    """A lock on what will be `folder`; the system lets go of it when its process ends, however that ends."""
+    locks = folder.parent.parent / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return FileLock(locks / f"{folder.name}.lock")
+
+
+# ----------------------------------------------------------------------------------------------- the cache
+
+
+def cache_folder(settings: Settings, tokenizer, stop_ids: set[int], sources: list[dict | None]) -> Path:
+    """The folder in the cache, named by a hash of all that shapes the tokens: rows, settings, tokenizer and TOKENS_VERSION."""
+    parts = [
+        [source and source["hash"] for source in sources],
+        {k: str(v) for k, v in asdict(settings.dataset).items() if k not in ("path", "name", "seed")},
+        settings.model.max_seq_length,
+        row_seed(settings),
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template,
+        [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token],
+        sorted(stop_ids),
+        TOKENS_VERSION,
+    ]
+    return cache.cache_dir() / "tokens" / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_cache(folder: Path) -> Prepared | None:
+    """What `prepare` wrote; None where a part of it is missing or damaged."""
+    from datasets import Dataset
+
+    if atomic.find_damage(folder):
+        return None
+    try:
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        splits = {}
+        for name in ("train", "eval"):
+            if facts["rows"].get(name):
+                splits[name] = Dataset.from_file(str(folder / f"{name}.arrow"))  # mapped into memory, not read
+                if len(splits[name]) != facts["rows"][name]:
+                    return None
+    except Exception:  # datasets raises many kinds for a damaged file; each means that the tokens are made again
+        return None
+    return Prepared(splits["train"], splits.get("eval"), facts)

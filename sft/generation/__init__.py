@@ -1,0 +1,1 @@
+"""Completions: decoding and samples."""

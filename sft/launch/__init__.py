@@ -1,0 +1,1 @@
+"""Where a run happens: in a process of its own, or in several."""

@@ -1,0 +1,70 @@
+"""Every ending of a run turned into a result, and the look at a run that is not trained."""
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sft import environment
+from sft.config.hardware import resolve_backend
+from sft.config.schema import Settings
+from sft.errors import Refusal
+from sft.model import backend, warm_cache
+from sft.preflight import checks, show
+from sft.runs import record, resume
+from sft.runs.failures import log_failure, reason_of
+from sft.runs.record import Context, RunResult
+
+
+def look(settings: Settings, folder: Path, context: Context) -> RunResult:
+    """Check everything that a run would, and show it. Nothing is trained, and the run folder that Hydra made is removed.
+
+    Raises Refusal, after everything was shown, if the run would be refused.
+    """
+    environment.prepare_environment()
+    environment.quiet_libraries()
+    settings = backend.settle_backend(settings)
+    found = checks.examine(settings, folder, resolve_backend(settings), context.origins)
+    show.show(found)
+    if found.problems:
+        raise Refusal(found.problems)
+    _remove_unused(folder)
+    if folder.parent == Path("outputs").absolute():
+        with contextlib.suppress(OSError):  # it holds runs
+            folder.parent.rmdir()
+    return RunResult("checked", 0, folder)
+
+
+def guarded(start: Callable[[], RunResult], folder: Path, context: Context, sweeping: bool) -> RunResult:
+    """Run `start` and turn every ending into a result; a sweep keeps the folder of a job that was refused, as a row."""
+    overrides = list(context.overrides)
+    try:
+        return start()
+    except Refusal as refusal:
+        print(refusal, file=sys.stderr, flush=True)
+        if sweeping and not (folder / "run.json").exists():  # else it is that of another run
+            record.RunRecord(folder, name=context.name, overrides=overrides).close("failed", reason_of(refusal))
+        else:
+            _remove_unused(folder)
+        return RunResult("refused", 2, folder)
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was lost that had been saved before.", file=sys.stderr)
+        _remove_unused(folder)
+        return RunResult("stopped", 130, folder)
+    except Exception as error:  # a full disk or a bug outside of training; run() records those inside
+        log_failure(error, folder)
+        with contextlib.suppress(OSError):
+            if not (folder / "run.json").exists():
+                record.RunRecord(folder, name=context.name, overrides=overrides).close("failed", reason_of(error))
+        return RunResult("failed", 1, folder)
+    finally:
+        warm_cache.release()
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove a run folder in which nothing happened: only Hydra's copy of the config, the log and the data's facts."""
+    ours = {".hydra", "train.log", "preflight.json"}
+    with contextlib.suppress(OSError, Refusal), resume.locked(folder):  # a run that has just begun holds the lock
+        if {p.name for p in folder.iterdir()} <= ours:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,73 @@
+"""TRL's training arguments from the settings."""
+
+from pathlib import Path
+from typing import Any
+
+from sft.config.batching import EVAL_ROWS
+from sft.config.hardware import resolve_backend
+from sft.config.schema import Settings
+from sft.distributed import strategy
+from sft.model.backend import torch_dtype, uses_checkpointing
+from sft.training import acceleration, samplers
+
+
+def training_arguments(
+    settings: Settings,
+    folder: Path,
+    has_eval: bool,
+    choice: acceleration.Acceleration,
+    rows: int = EVAL_ROWS,
+    chunked: bool = True,
+) -> Any:
+    """The SFTConfig of these settings; every value is plain, none is a config node. An evaluation's pass has `rows` rows;
+    `chunked` says whether padded rows can have TRL's default loss.
+    """
+    import torch
+    from trl import SFTConfig
+
+    t, gpu = settings.trainer, torch.cuda.is_available()
+    dtype = torch_dtype(settings.model)
+    keep_best = has_eval and (t.load_best_model_at_end or bool(t.early_stopping_patience))
+    options = dict(
+        output_dir=str(folder / "checkpoints"),
+        seed=settings.seed,
+        num_train_epochs=t.num_train_epochs,
+        max_steps=t.max_steps,
+        per_device_train_batch_size=t.per_device_train_batch_size,
+        per_device_eval_batch_size=rows,
+        gradient_accumulation_steps=samplers.passes_of_rank(t.gradient_accumulation_steps),
+        learning_rate=t.learning_rate,
+        lr_scheduler_type=t.lr_scheduler_type,
+        warmup_steps=t.warmup_steps,
+        # The same optimiser in one kernel, which is told on the device to leave a bad step out; nothing waits for the GPU.
+        optim="adamw_torch_fused" if gpu and t.optim == "adamw_torch" else t.optim,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        logging_steps=t.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is not a number is shown, not smoothed away
+        eval_strategy="steps" if has_eval else "no",
+        eval_steps=t.eval_steps if has_eval else None,
+        eval_on_start=has_eval,
+        save_strategy="steps",
+        save_steps=t.save_steps,
+        metric_for_best_model="eval_loss" if has_eval else None,
+        greater_is_better=False if has_eval else None,
+        gradient_checkpointing=uses_checkpointing(settings),
+        bf16=gpu and dtype == torch.bfloat16,
+        fp16=gpu and dtype == torch.float16,
+        use_cpu=not gpu,
+        dataloader_pin_memory=gpu,
+        accelerator_config={"non_blocking": gpu},  # else each pass would wait for the one before to be moved to the GPU
+        max_length=settings.model.max_seq_length,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        # The head's loss of sft/model/padding_free.py needs no patch; else TRL's default, where it fits.
+        **({"loss_type": "nll"} if choice.padding_free or not chunked else {}),
+        # None lets Unsloth lay rows end to end, which its GPU kernels keep apart; everything else pads them.
+        padding_free=None if gpu and resolve_backend(settings) == "unsloth" else False,
+        remove_unused_columns=False,
+        report_to="none",
+    )
+    args = SFTConfig(**(options | strategy.training_options(settings, uses_checkpointing(settings)) | t.extra))
+    # Not among the options, which would then ask for checkpoints at evaluations alone: training/trainer.py saves each new best.
+    args.load_best_model_at_end = keep_best
+    return args

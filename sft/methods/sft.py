@@ -1,0 +1,167 @@
+"""TRL's SFTTrainer over our tokens, and the one callback that records, samples and stops."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from sft.config.batching import eval_rows, planned_steps
+from sft.config.schema import Settings
+from sft.data import collators
+from sft.data.token_cache import Prepared, token_counts
+from sft.distributed import group, strategy
+from sft.methods.arguments import training_arguments
+from sft.model import warm_cache
+from sft.model.structure import base_of
+from sft.training import acceleration, metrics, samplers
+from sft.training.callbacks import progress_bar, run_callback
+from sft.training.nonfinite import NonFiniteSteps
+from sft.training.oom import OomRetry
+from sft.training.samplers import TokenBalancedSampler
+from sft.training.trainer import Loop, resumable
+
+log = logging.getLogger(__name__)
+
+
+def build_trainer(
+    model: Any,
+    tokenizer: Any,
+    data: Prepared,
+    settings: Settings,
+    loop: Loop,
+    backend: str,
+) -> Any:
+    """An SFTTrainer for `data`, which is already tokenised and masked; it goes on from `loop.checkpoint` if there is one.
+
+    `loop.answers` are taken before the first step and at those that `samples.every_steps` names, but not after the last one:
+    those belong to the caller, who knows which weights are kept.
+    """
+    import torch
+    import transformers
+    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+    from trl import SFTTrainer
+
+    choice = acceleration.choose(
+        model, settings, data, tokenizer.pad_token_id, backend, planned_steps(settings.trainer, len(data.train))
+    )
+
+    class Trainer(resumable(SFTTrainer)):
+        """Counts the non-padding tokens it trains on, and evaluates to the mean over tokens.
+
+        Counts and sums stay on the device until they are asked for. transformers' own evaluation loss is a mean over
+        batches, which changes with the size of a batch: two runs could not be ranked by it.
+        """
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            self.tokens_seen = self.tokens_seen + metrics.count_tokens(inputs)
+            return super().training_step(model, inputs, *args, **kwargs)
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            if not collators.is_padding_free(inputs):
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            # Past TRL's own, which waits for the GPU three times a pass to count what is never shown.
+            return transformers.Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+
+        def floating_point_ops(self, inputs):
+            return 0  # a walk over all weights at every pass, for a number that nothing reads
+
+        def get_eval_dataloader(self, *args, **kwargs):
+            usual = self.data_collator
+            self.data_collator = self.end_to_end or usual
+            try:
+                return super().get_eval_dataloader(*args, **kwargs)
+            finally:
+                self.data_collator = usual
+
+        def prediction_step(self, model, inputs, *args, **kwargs):
+            predict = super().prediction_step
+            results = self.smaller.evaluate(lambda batch: predict(model, batch, *args, **kwargs)[0], inputs)
+            for loss, learnt in results:
+                loss = torch.where(learnt > 0, loss.double(), 0.0)  # a pass of fillers alone has no mean
+                self.eval_sum, self.eval_tokens = self.eval_sum + loss * learnt, self.eval_tokens + learnt
+            return results[0][0], None, None
+
+        def evaluation_loop(self, *args, **kwargs):
+            if self.state.global_step:
+                return self.evaluate_anew(*args, **kwargs)
+            what = [
+                data.facts["held_out_hash"],
+                self.args.per_device_eval_batch_size,
+                choice.padding_free,
+                settings.trainer.extra,
+            ]
+            found = warm_cache.of_base("evaluation", self.model, settings, what, lambda: self.evaluate_anew(*args, **kwargs))
+            return found._replace(metrics=dict(found.metrics))
+
+        def evaluate_anew(self, *args, metric_key_prefix="eval", **kwargs):
+            self.eval_sum, self.eval_tokens = 0.0, 0
+            across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+            try:  # each process takes the mean of its own rows
+                with acceleration.evaluating(self.model, choice):
+                    output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            finally:
+                self.args.average_tokens_across_devices = across
+            mean = group.total(self.eval_sum) / group.total(self.eval_tokens)
+            output.metrics[f"{metric_key_prefix}_loss"] = mean
+            return output
+
+        def _get_train_sampler(self, train_dataset=None):
+            sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
+            passes = settings.trainer.gradient_accumulation_steps
+            if not choice.padding_free or passes == 1:
+                return samplers.share_rows(sampler, len(data.train), rows)
+            ordered = samplers.share_rows(samplers.settle_order(sampler, len(data.train)), len(data.train), rows)
+            lengths = [*token_counts(data.train).tolist(), 1]  # the last one is the filler's
+            return TokenBalancedSampler(ordered, lengths, rows, passes)
+
+        def _get_eval_sampler(self, eval_dataset):
+            sampler = super()._get_eval_sampler(eval_dataset)
+            return samplers.share_rows(sampler, len(data.eval), self.args.per_device_eval_batch_size)
+
+    longest = int(max(token_counts(split).max() for split in (data.train, data.eval) if split is not None))
+    many = choice.padding_free and torch.cuda.is_available() and data.eval is not None
+    rows = eval_rows(settings.trainer, token_counts(data.eval) if many else None, group.world_size())
+    args = training_arguments(settings, loop.folder, data.eval is not None, choice, rows, _takes_chunks(model, settings))
+    strategy.settle_device(args)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=_model_columns(data.train, tokenizer, settings),
+        eval_dataset=_model_columns(data.eval, tokenizer, settings) if data.eval is not None else None,
+        processing_class=tokenizer,
+    )
+    strategy.settle_accelerator(trainer.accelerator)
+    trainer.fast, trainer.end_to_end = choice, None
+    if choice.padding_free:
+        rows = settings.trainer.per_device_train_batch_size if choice.lengths else 0
+        trainer.end_to_end = collators.PaddingFreeCollator(tokenizer.pad_token_id, longest)  # evaluation is not recorded
+        trainer.data_collator = replace(trainer.end_to_end, lengths=choice.lengths, rows=rows)
+    trainer.loop = loop
+    trainer.bad_steps = NonFiniteSteps(trainer, data.train, settings.trainer.max_bad_steps)
+    trainer.smaller = OomRetry(trainer)
+    for noisy in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(noisy)
+    trainer.add_callback(run_callback(trainer, settings))
+    trainer.add_callback(progress_bar())
+    patience = settings.trainer.early_stopping_patience
+    if patience:
+        trainer.add_callback(EarlyStoppingCallback(patience, settings.trainer.early_stopping_threshold))
+    return trainer
+
+
+def _takes_chunks(model: Any, settings: Settings) -> bool:
+    """Whether TRL's default loss, `chunked_nll`, computes what the model does: it multiplies by the output layer's own weight,
+    past an adapter on it and past a scale of the logits (Granite's), and has no logits to smooth labels with.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = base_of(model)
+    scaled = getattr(base.config.get_text_config(), "logits_scaling", 1) != 1
+    smoothed = bool(settings.trainer.extra.get("label_smoothing_factor"))
+    return not (isinstance(base.get_output_embeddings(), BaseTunerLayer) or scaled or smoothed)
+
+
+def _model_columns(dataset: Any, tokenizer: Any, settings: Settings) -> Any:
+    columns = samplers.with_filler(dataset.select_columns(["input_ids", "labels"]), tokenizer.pad_token_id)
+    # No row is longer: sft.data saw to it. Unsloth asks for this word before it lays rows end to end without padding.
+    columns._unsloth_truncated_to = settings.model.max_seq_length
+    return columns

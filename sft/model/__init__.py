@@ -1,0 +1,1 @@
+"""The model: loading, adapters, padding-free attention, CUDA graphs, compiled and quantised layers."""

@@ -1,0 +1,80 @@
+"""Layers with fewer kernels for generation: the norms and adapters of a model, swapped in for a while."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def fused_inference(model: Any) -> Iterator[None]:
+    """Inside the block plain LoRA layers and RMS norms of `model` compute what they did, up to rounding, in fewer kernels, and
+    adapters that have learnt nothing yet in none. Not for gradients.
+    """
+    import torch
+
+    changed: dict[Any, Callable[..., Any]] = {}
+    adapters = {module: name for module in model.modules() if (name := _plain_adapter(module))}
+    learnt = [module.lora_B[name].weight.any() for module, name in adapters.items()]
+    learnt = torch.stack(learnt).tolist() if learnt else []  # one wait for the GPU, not one for each
+    for (module, name), has_learnt in zip(adapters.items(), learnt, strict=True):
+        changed[module] = _fused_adapter(module, name) if has_learnt else module.base_layer.__call__
+    checked: dict[type, bool] = {}
+    for module in model.modules():
+        if forward := _fused_norm(module, checked):
+            changed[module] = forward
+    changed = {module: forward for module, forward in changed.items() if "forward" not in vars(module)}  # else another's
+    for module, forward in changed.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _plain_adapter(module: Any) -> str | None:
+    """The name of the one active adapter of a plain LoRA layer around a plain linear one."""
+    import torch
+    from peft.tuners.lora.layer import Linear
+
+    if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear:
+        return None
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if len(names) != 1 or names[0] in module.lora_variant or module.merged or module.disable_adapters:
+        return None
+    return names[0] if module.lora_B[names[0]].bias is None else None
+
+
+def _fused_adapter(module: Any, name: str) -> Callable[..., Any]:
+    """The forward pass of a plain LoRA layer: three matrix products, the last one added in place."""
+    import torch
+
+    base = module.base_layer
+    down = module.lora_A[name].weight.to(base.weight.dtype)
+    up = (module.lora_B[name].weight * module.scaling[name]).to(base.weight.dtype).T
+
+    def forward(x: Any) -> Any:
+        low = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), down)
+        found = base(x)  # of another type than the weights' under autocast
+        found.view(-1, found.shape[-1]).addmm_(low, up.to(found.dtype))
+        return found
+
+    return forward
+
+
+def _fused_norm(module: Any, checked: dict[type, bool]) -> Callable[..., Any] | None:
+    """PyTorch's own RMS norm in place of one written out, if it computes the same, which is tried once for a class."""
+    import torch
+
+    kind = type(module)
+    if not kind.__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
+        return None
+    weight, epsilon = module.weight, module.variance_epsilon
+
+    def forward(x: Any) -> Any:
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon).to(x.dtype)
+
+    if kind not in checked:
+        x = torch.linspace(-3, 2, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
+        checked[kind] = torch.allclose(forward(x), module(x), rtol=2e-2, atol=1e-4)
+    return forward if checked[kind] else None

@@ -1,0 +1,65 @@
+"""Cross entropy straight from the last hidden states, a piece at a time, so that the logits of all tokens never exist.
+
+A vocabulary of 128,256 makes the logits of 8,000 tokens 4 GB in float32, and their gradient as much again. The output layer is
+frozen under LoRA, so that the gradient of the hidden states can be had in the forward pass, while a piece's logits are there:
+each piece costs two products with the output layer and nothing is computed twice. (The idea is that of Liger Kernel's fused
+linear cross entropy, arXiv 2410.10989.)
+"""
+
+import functools
+from typing import Any
+
+from sft.config.hardware import PIECE
+
+
+def linear_cross_entropy(hidden: Any, weight: Any, targets: Any) -> Any:
+    """The cross entropy of `hidden` [n, width] times `weight` [vocabulary, width] with `targets` [n], summed over n; float32.
+
+    Its gradient reaches `hidden`, and `weight` where that is trained.
+    """
+    return _function().apply(hidden, weight, targets)
+
+
+@functools.cache
+def _function() -> Any:
+    import torch
+
+    class LinearCrossEntropy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight, targets):
+            wanted, trained = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+            weight_now = weight.to(hidden.dtype)
+            total = hidden.new_zeros((), dtype=torch.float32)
+            grad = torch.empty_like(hidden) if wanted else None
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
+            step = max(1, PIECE // weight.shape[0])
+            with torch.autocast(hidden.device.type, enabled=False):
+                for at in range(0, hidden.shape[0], step):
+                    part, aims = hidden[at : at + step], targets[at : at + step, None]
+                    # One kernel that reads the logits in their own type and writes float32; logsumexp takes five.
+                    logs = torch.log_softmax(part @ weight_now.t(), dim=-1, dtype=torch.float32)
+                    total -= logs.gather(1, aims).sum()
+                    if not (wanted or trained):
+                        del logs  # as wide as the vocabulary: nothing of a piece waits beside the next one
+                        continue
+                    logs.exp_().scatter_add_(1, aims, torch.full_like(aims, -1.0, dtype=logs.dtype))  # less what was right
+                    chances = logs.to(hidden.dtype)
+                    del logs
+                    if wanted:
+                        torch.mm(chances, weight_now, out=grad[at : at + step])
+                    if trained:
+                        grad_weight += chances.t().float() @ part.float()
+                    del chances
+            ctx.save_for_backward(grad, grad_weight)
+            ctx.weight_dtype = weight.dtype
+            return total
+
+        @staticmethod
+        def backward(ctx, grad_total):
+            grad, grad_weight = ctx.saved_tensors
+            # In float32, and only then in the hidden states' type: a share of many thousand tokens is small for 16 bits.
+            grad = None if grad is None else (grad.float() * grad_total).to(grad.dtype)
+            grad_weight = None if grad_weight is None else (grad_weight * grad_total).to(ctx.weight_dtype)
+            return grad, grad_weight, None
+
+    return LinearCrossEntropy

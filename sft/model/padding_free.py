@@ -1,0 +1,120 @@
+"""Rows laid end to end in one long row, without padding: how they are put together, kept apart, and turned into a loss.
+
+A padded batch spends most of its time on padding where rows differ in length. Here each token is computed once. Attention gets
+the ends of the rows and never looks across one (`cu_seq_lens_q`, transformers' own name for them), positions start again with
+every row, and the output layer is applied to the places that predict a learnt token alone. `differs` holds the result against
+the model's own forward pass before anything is trained.
+"""
+
+import contextlib
+import functools
+import types
+from typing import Any
+
+from sft.data.collators import pairs
+from sft.model.loss import linear_cross_entropy
+from sft.model.structure import attention_of
+
+ATTENTION = "sft_flat"
+"""The attention's name in transformers' registry."""
+
+
+def install(base: Any) -> None:
+    """Let the causal language model `base`, without an adapter around it, take passes of EndToEnd beside its usual input.
+
+    A flat pass gives an output with the `loss` alone: summed over learnt tokens and divided by `num_items_in_batch`, or by
+    their number where that is None, as transformers does for padded rows.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
+    usual = base.forward
+
+    def forward(self, *args: Any, learnt: Any = None, targets: Any = None, **kwargs: Any) -> Any:
+        if learnt is None:
+            return usual(*args, **kwargs)
+        items = kwargs.pop("num_items_in_batch", None)
+        for unused in ("labels", "use_cache", "attention_mask"):
+            kwargs.pop(unused, None)
+        with attention_of(self, ATTENTION):
+            if self.graphs and self.training:
+                hidden = self.graphs.hidden(kwargs)
+            else:
+                hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        head = self.get_output_embeddings()
+        hidden = hidden[0].index_select(0, learnt)
+        if torch.is_autocast_enabled(hidden.device.type):  # they are float32 where the weights are
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        total = linear_cross_entropy(hidden, head.weight, targets)
+        return CausalLMOutputWithPast(loss=total / (len(targets) if items is None else items))
+
+    def contexts() -> tuple[Any, Any]:
+        """torch.utils.checkpoint's `context_fn`: what is computed again, in the backward pass, attends as at first."""
+        return contextlib.nullcontext(), attention_of(base, base.config.get_text_config()._attn_implementation)
+
+    set_checkpointing = base._set_gradient_checkpointing
+
+    def checkpoint_with_contexts(enable: bool = True, gradient_checkpointing_func: Any = None, **options: Any) -> None:
+        # The random state is asked for only where something draws: a pass that is recorded as a CUDA graph must not do that.
+        draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in base.modules())
+        more = {"context_fn": contexts, "preserve_rng_state": draws}
+        function = functools.partial(gradient_checkpointing_func, **more) if enable else checkpoint
+        set_checkpointing(enable, function, **options)
+
+    base.graphs = None  # of sft/model/cuda_graphs.py
+    base.forward = types.MethodType(forward, base)
+    base._set_gradient_checkpointing = checkpoint_with_contexts
+
+
+def attend(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Any, None]:
+    """Causal attention inside each row, in the form of transformers' attention functions.
+
+    query: [1, heads, tokens, width]; key and value may have fewer heads. Returns [1, tokens, heads, width].
+    On a GPU in 16 bits it is one call of the variable-length flash attention that comes with torch; elsewhere torch's usual
+    attention, row by row.
+    """
+    ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    # Under autocast rotated queries and keys may be float32 again, which the kernels do not take; values are not rotated.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if query.is_cuda:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        # The operator under torch.nn.attention.varlen: called directly it costs the host a tenth of that, and it compiles.
+        window = (sliding_window - 1, 0) if sliding_window else (-1, 0)
+        out = _flash(q, k, v, ends, longest, scaling, window)
+        return out.unsqueeze(0), None
+    import torch
+
+    pieces = []
+    for a, b in pairs(ends):
+        q, k, v = (x[:, :, a:b] for x in (query, key, value))
+        mask = None
+        if sliding_window and b - a > sliding_window:
+            mask = torch.ones(b - a, b - a, dtype=torch.bool).tril().triu(1 - sliding_window)
+        pieces.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
+            )
+        )
+    return torch.cat(pieces, dim=2).transpose(1, 2), None
+
+
+def _flash(q: Any, k: Any, v: Any, ends: Any, longest: int, scaling: float | None, window: tuple[int, int]) -> Any:
+    import torch
+
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, ends, ends, longest, longest, 0.0, window == (-1, 0), False, scale=scaling,
+        window_size_left=window[0], window_size_right=window[1],
+    )[0]  # fmt: skip

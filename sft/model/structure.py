@@ -1,0 +1,62 @@
+"""The parts of a loaded model: its base, decoder layers, attention and parameters."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+
+def base_of(model: Any) -> Any:
+    """The causal language model under an adapter, if it has one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """(all parameters, trained parameters); a 4-bit weight counts as the values it packs."""
+    total = trained = 0
+    for parameter in model.parameters():
+        packed = type(parameter).__name__ == "Params4bit"
+        count = parameter.numel() * (2 * parameter.element_size() if packed else 1)
+        total += count
+        trained += parameter.numel() if parameter.requires_grad else 0
+    return total, trained
+
+
+class attention_of:
+    """Inside the block a model attends by the function registered as `name`; outside by its own, which generation needs."""
+
+    def __init__(self, model: Any, name: str):
+        self.config, self.name = model.config.get_text_config(), name
+
+    def __enter__(self) -> None:
+        self.before, self.config._attn_implementation = self.config._attn_implementation, self.name
+
+    def __exit__(self, *error: Any) -> None:
+        self.config._attn_implementation = self.before
+
+
+@contextlib.contextmanager
+def short_walks(model: Any) -> Iterator[None]:
+    """Inside the block the model's `train` and `zero_grad`, which transformers calls at every step, do not walk through its
+    thousands of modules: a mode that is set already stays, and gradients of trained weights alone are cleared.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def train(mode: bool = True) -> Any:
+        return model if model.training == mode else type(model).train(model, mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for weight in trained:
+            weight.grad = None
+
+    model.train, model.zero_grad = train, zero_grad
+    try:
+        yield
+    finally:
+        del model.train, model.zero_grad
+
+
+def decoder_layers(base: Any) -> list[Any]:
+    """The layers of a transformers model that repeat."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]

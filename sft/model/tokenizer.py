@@ -1,0 +1,80 @@
+"""The tokenizer, its chat template, and the tokens that end an answer."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from sft.config.schema import ModelSettings
+from sft.errors import Refusal, first_line, refuse
+from sft.model.files import INDEX, check_model_files
+from sft.model.hub import locate, refusing_failures
+
+# ChatML with every turn closed by <|im_end|>; for base models that bring no chat template.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# Tokens that model makers reserve and never train; the first one present becomes the padding of a tokenizer without any.
+UNUSED_TOKENS = ["<|finetune_right_pad_id|>", "<|reserved_special_token_250|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>"]
+
+
+def load_tokenizer(model: ModelSettings) -> tuple[Any, set[int]]:
+    """The tokenizer with a padding token that is not its EOS, and the ids that end an answer.
+
+    Raises Refusal if it cannot be reached, has no EOS, or gives no character offsets, and for model files that cannot be
+    believed (sft/model/files.py).
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    where, _ = locate(model, weights=False)
+    problems = check_model_files(_files_of(where, model), model)
+    if problems:
+        raise Refusal(problems)
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    with refusing_failures(model):
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if not tokenizer.is_fast:
+        raise refuse(f"model.name={model.name}", "Its tokenizer is a slow one, which cannot say which token stands where.")
+    if model.chat_template:
+        tokenizer.chat_template = _read_chat_template(model.chat_template)
+    if tokenizer.eos_token_id is None:
+        raise refuse(f"model.name={model.name}", "Its tokenizer has no end-of-text token, so the model could never stop.")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        known = tokenizer.get_vocab()
+        tokenizer.pad_token = next((t for t in UNUSED_TOKENS if t in known and t != tokenizer.eos_token), tokenizer.eos_token)
+    tokenizer.padding_side = "right"
+    stop_ids = {tokenizer.eos_token_id}
+    try:
+        eos = GenerationConfig.from_pretrained(where, revision=model.revision).eos_token_id
+        stop_ids |= set(eos if isinstance(eos, list) else [eos]) - {None}
+    except OSError:
+        pass  # a model without generation settings stops at its tokenizer's EOS
+    return tokenizer, stop_ids
+
+
+def _files_of(where: str, model: ModelSettings) -> Path:
+    """The folder of a model's files: a local one, or the hub's copy, whose small files are fetched for this."""
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(where)
+    for name in () if folder.is_dir() else (INDEX, "generation_config.json", "config.json"):
+        with contextlib.suppress(Exception):  # what cannot be had is said by loading, in more words
+            folder = Path(hf_hub_download(where, name, revision=model.revision)).parent
+    return folder
+
+
+def _read_chat_template(value: str) -> str:
+    if value == "chatml":
+        return CHATML
+    if "{" in value:
+        return value
+    path = Path(value).expanduser()
+    if not path.is_file():
+        raise refuse(
+            f"model.chat_template={value}", "Neither chatml, nor Jinja text, nor a file.", "model.chat_template=chatml"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise refuse(f"model.chat_template={value}", f"The file cannot be read: {first_line(error)}") from error

@@ -1,0 +1,282 @@
+"""How much GPU memory a run will take at its peak, estimated from the model's shape before a weight is loaded.
+
+    weights + adapter, gradients and optimiser + what the forward pass keeps for the backward pass + the largest passing need
+
+The sizes of the weights are exact: the model is built on torch's meta device, which holds shapes and no numbers. What a forward
+pass keeps is counted from the layers' code, a Llama-like decoder layer (RMSNorm, attention, gated MLP), so that other kinds
+are estimated less well and mixtures of experts not at all. `benchmarks/memory_table.py` holds the estimate against a GPU.
+"""
+
+from dataclasses import dataclass, replace
+
+from sft.config.batching import BatchPlan, batch_plan_of
+from sft.config.eligibility import is_compiled
+from sft.config.hardware import CONTEXT, GIB, LAUNCH_BOUND, PIECE
+from sft.config.schema import Dtype, Settings
+
+FRAGMENTATION = 1.02
+"""torch reserves more than tensors hold: 6.29 for 6.21 GiB and 15.79 for 15.74 through Unsloth."""
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""A weight in nf4: 4 bits, an 8-bit scale for 64 weights, a 32-bit one for 256 of those (double quantisation, section 3 of
+QLoRA, arXiv 2305.14314)."""
+
+NF4_OPEN_BYTES = 0.5 + 4 / 64
+"""The same in the form of sft/model/nf4.py: a 32-bit scale for 64 weights."""
+
+UNPACKED = 200
+"""Tokens that could be computed while the 4-bit weights of a model are unpacked for a pass: with an 8B shape a step of 1,520
+tokens takes 13 ms longer than in bf16 on an H100, where a token takes 67 us."""
+
+OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0, "paged_adamw": 0,
+                   "sgd": 0, "adafactor": 0.1, "lion_8bit": 1, "lion_32bit": 4, "rmsprop": 4, "adagrad": 4}  # fmt: skip
+"""Bytes of optimiser state a trained weight; Adam's two float32 moments (8) for every optimiser not named."""
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """Numbers of a model and its adapter that memory depends on. Widths are in values, not bytes."""
+
+    parameters: int
+    """All weights of the model, without an adapter."""
+    packed: int
+    """Those in linear layers other than the output one: what 4-bit and 8-bit loading packs."""
+    trained: int
+    """Weights of the adapter (of the whole model without one) and of `lora.modules_to_save`."""
+    adapted_inputs: int
+    """Widths of the inputs of all layers with an adapter, added up over the model."""
+    largest: int
+    """Weights of the largest packed layer."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    query_size: int
+    """Width of all query heads together."""
+    key_value_size: int
+    """Width of all key heads together; the value heads' is the same."""
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """How a model of some shape is loaded and trained."""
+
+    backend: str = "unsloth"
+    """`unsloth` or `transformers`."""
+    bits: int = 16
+    """Of a packed weight: 4, 8 or 16; 32 in float32."""
+    full: bool = False
+    """Whether every weight is trained."""
+    checkpointing: bool = True
+    optim: str = "adamw_torch"
+    adapter_bytes: int = 4
+    """Of a trained weight and its gradient, which are float32: an adapter's by PEFT and Unsloth, else by model/loading.py."""
+    dropout: bool = False
+    eager: bool = False
+    """Whether attention keeps a score for each pair of tokens."""
+    flat: bool = False
+    """Whether rows lie end to end, with the loss made in pieces (sft/model/padding_free.py)."""
+    compiled: bool = False
+    """Whether its layers are compiled."""
+    every_n_layers: int = 1
+    """With checkpointing one of so many layers is computed again, and the others are kept."""
+
+    def again(self, layers: int) -> int:
+        """Of so many layers those that are computed again."""
+        return -(-layers // self.every_n_layers) if self.checkpointing else 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory by what it is for, in GiB."""
+
+    weights: float
+    trained: float
+    """Adapter or trained weights, their gradients and the optimiser."""
+    activations: float
+    """What is kept from the forward pass, and the largest need of a single layer or of the loss on top of it."""
+    recorded: float = 0.0
+    """What recorded passes (sft/model/cuda_graphs.py) hold besides; given up where the memory runs short."""
+
+    @property
+    def allocated(self) -> float:
+        """Held by tensors: `torch.cuda.max_memory_allocated`."""
+        return self.weights + self.trained + self.activations
+
+    @property
+    def reserved(self) -> float:
+        """Taken from the GPU by torch: `torch.cuda.max_memory_reserved`."""
+        return self.allocated * FRAGMENTATION + self.recorded
+
+    @property
+    def needed(self) -> float:
+        """What has to be free on the GPU."""
+        return self.allocated * FRAGMENTATION + CONTEXT
+
+
+def estimate(shape: ModelDims, load: LoadPlan, rows: int, length: int) -> Estimate:
+    """The peak of training with `rows` rows of `length` tokens in one forward pass."""
+    tokens, layers, hidden = rows * length, shape.num_hidden_layers, shape.hidden_size
+    value = 4 if load.bits == 32 else 2  # bytes of an activation
+    weights = _weight_bytes(shape, load, value)
+    if load.full:
+        size = max(value, load.adapter_bytes)
+        moments = 2 if "8bit" in load.optim else 2 * size  # in the weights' type
+        # The weights themselves are counted above: in 16 bits, where autocast makes copies of them for a pass.
+        trained = shape.trained * (size + moments + (size if size > value else 0))
+    else:
+        trained = shape.trained * (2 * load.adapter_bytes + _optimizer_bytes(load))
+    layer = kept_by_layer(shape, load, value) + (_eager_bytes(shape, length, value) if load.eager else 0)
+    # Gradients inside one layer; Unsloth writes those of the MLP over what it was made of.
+    passing = value * ((2 if load.backend == "unsloth" else 4) * shape.intermediate_size + 2 * hidden)
+    again = load.again(layers)
+    kept = (layers - again) * layer
+    if again:  # Unsloth moves these layers' inputs to the CPU's memory while they wait
+        kept, passing = kept + (0 if load.backend == "unsloth" else again * value * hidden), passing + layer
+    passes_kept = kept
+    kept += 4 * value * hidden  # the embeddings, the last norm, and the gradients at both ends
+    activations = tokens * kept + max(tokens * passing, loss_bytes(shape, load, tokens))
+    if load.bits in (4, 8):
+        activations += value * shape.largest  # one packed layer at a time is unpacked to be multiplied
+    recorded = 0.0
+    if load.flat and not load.dropout:
+        recorded = passes_kept * min(tokens, LAUNCH_BOUND / (shape.packed / layers))
+    return Estimate(weights / GIB, trained / GIB, activations / GIB, recorded / GIB)
+
+
+def _weight_bytes(shape: ModelDims, load: LoadPlan, value: int) -> float:
+    """Packed weights by their bits; embeddings, output layer and norms as they are.
+
+    bitsandbytes leaves the embeddings and the output layer alone (`get_keys_to_not_convert` in transformers), and so does
+    sft/model/adapters.py in bfloat16. (In float16, on GPUs without bfloat16, PEFT turns them to float32.)
+    """
+    others = (shape.parameters - shape.packed) * value
+    if load.bits == 4:
+        return shape.packed * (NF4_OPEN_BYTES if load.flat else NF4_BYTES) + others
+    if load.bits == 8:
+        return shape.packed + others
+    return shape.parameters * value
+
+
+def _optimizer_bytes(load: LoadPlan) -> float:
+    # Moments have their weight's type, but for the 8-bit kinds.
+    return OPTIMIZER_BYTES.get(load.optim, 2 * load.adapter_bytes)
+
+
+def kept_by_layer(shape: ModelDims, load: LoadPlan, value: int = 2) -> float:
+    """Bytes a token that one decoder layer keeps for its backward pass; the base weights are frozen.
+
+    transformers (modeling_llama.py), each norm: its input in float32. Attention: queries, keys, values, the result. MLP: gate,
+    its activation, up, and their product. The inputs of layers with an adapter are kept besides; under mixed precision PEFT
+    makes a copy for each of them, though not where the weights are packed (its Linear4bit leaves that to autocast). That is 45
+    hidden_size for Llama 3 8B without such copies, 53 with them.
+    Unsloth's fused kernels keep the norms' inputs, queries, keys, values and the result, the inputs of the two blocks, gate and
+    up: 27 hidden_size for Llama 3 8B.
+    torch.compile keeps the inputs of the norms, of the blocks and of the adapters' layers once, queries, keys, values, gate, up
+    and their product: 36 hidden_size for Llama 3 8B (measured 36.5; 53.2 where nothing is compiled).
+    """
+    hidden, inner, heads = shape.hidden_size, shape.intermediate_size, 2 * shape.query_size + 2 * shape.key_value_size
+    if load.backend == "unsloth":
+        kept = value * (4 * hidden + heads + 2 * inner)
+    elif load.flat and load.compiled:
+        kept = value * (5 * hidden + heads + 3 * inner)
+    else:
+        copies = load.adapter_bytes == 4 and load.bits == 16 and not load.full
+        inputs = shape.adapted_inputs / shape.num_hidden_layers if copies else 2 * hidden + inner
+        kept = 8 * hidden + value * (heads + 3 * inner + inputs)
+    if load.dropout:  # a copy and a mask for each adapter's input
+        kept += (value + 1) * shape.adapted_inputs / shape.num_hidden_layers
+    return kept
+
+
+def _eager_bytes(shape: ModelDims, length: int, value: int) -> float:
+    """Scores and their softmax of one token with all others of its row: float32 inside, the activations' type around."""
+    return shape.num_attention_heads * length * (4 + 2 * value)
+
+
+def loss_bytes(shape: ModelDims, load: LoadPlan, tokens: int) -> float:
+    """The logits and their cross entropy.
+
+    transformers: the log-softmax and two gradients, all float32 and as wide as the vocabulary (ForCausalLMLoss in
+    loss_utils.py): 12 bytes a value. Unsloth makes the logits a chunk at a time, as many tokens as 4 GiB hold at 16 bytes a
+    value (fused_losses/cross_entropy_loss.py in unsloth_zoo); compiled, a chunk takes about 2 bytes a value. Rows end to end:
+    a piece's logits in the activations' type, in float32, and their gradient in the activations' type (sft/model/loss.py).
+    """
+    if load.flat:
+        return 8 * min(tokens * shape.vocab_size, PIECE)
+    if load.backend != "unsloth":
+        return 12 * tokens * shape.vocab_size
+    chunk = 4 * GIB / (16 * shape.vocab_size)
+    return 2 * min(tokens, chunk) * shape.vocab_size
+
+
+def fitting_batch_plan(
+    shape: ModelDims, settings: Settings, load: LoadPlan, lengths: list[int], capacity: float, choices: list[int]
+) -> tuple[BatchPlan, Estimate]:
+    """The fastest way to make a step of passes of `choices` rows, most first, that fits into `capacity` GiB.
+
+    Where rows are padded: the most rows, and checkpointing only if these rows do not fit without it. Where they lie end to end
+    small passes cost little, and as few layers are computed again as the memory allows (`_cost`). `lengths` are those of the
+    longest rows, longest first. Where nothing fits, one row with checkpointing is returned.
+    """
+    wanted, set_by_hand = settings.trainer.gradient_checkpointing, settings.trainer.extra.get("gradient_checkpointing_kwargs")
+    kept, again = replace(load, checkpointing=False, every_n_layers=1), replace(load, checkpointing=True)
+    loads = [kept, again] if wanted is None else [again if wanted else kept]
+    if load.flat and wanted is None and not set_by_hand:
+        layers = shape.num_hidden_layers
+        every = sorted({layers // count for count in range(1, layers // 2 + 1)}, reverse=True)
+        loads = [kept, *(replace(again, every_n_layers=n) for n in every), again]
+    ways = [(rows, way) for rows in choices for way in loads]
+    if load.flat:
+        ways.sort(key=lambda way: _cost(shape, way[1], tokens_at_once(load, way[0], lengths)))  # stable: most rows first
+    for rows, way in [*ways, (choices[-1], loads[-1])]:
+        guess = estimate(shape, way, 1, tokens_at_once(load, rows, lengths))
+        if guess.needed <= capacity:
+            break
+    return batch_plan_of(settings.trainer, rows, way.checkpointing, way.every_n_layers), guess
+
+
+def _cost(shape: ModelDims, load: LoadPlan, tokens: int) -> float:
+    """What a token of a pass of `tokens` costs beside one whose layers are computed once: half as much more if all of them are
+    computed again, since under LoRA a layer's backward pass is as many products with its weights as the forward one; and
+    UNPACKED tokens more a pass where the weights are in 4 bits.
+    """
+    again = load.again(shape.num_hidden_layers) / shape.num_hidden_layers
+    return (1 + again / 2) * (1 + (UNPACKED / tokens if load.bits == 4 else 0))
+
+
+def tokens_at_once(load: LoadPlan, rows: int, lengths: list[int]) -> int:
+    """Tokens of the largest possible pass: padded to its longest row, or laid end to end.
+
+    `lengths` are those of the longest rows, longest first.
+    """
+    lengths = lengths[:rows]
+    return sum(lengths) if load.backend == "unsloth" or load.flat else lengths[0] * rows
+
+
+# ----------------------------------------------------------------------------------------------------- from settings
+
+
+def load_plan_of(settings: Settings, backend: str, gpu: bool, flat: bool = False, tokens: float = 0) -> LoadPlan:
+    """How these settings load and train their model; `gpu` says whether there is one, `flat` whether rows lie end to end on
+    it, `tokens` how many the whole run trains on.
+    """
+    model, wanted = settings.model, settings.trainer.gradient_checkpointing
+    bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else 16
+    if bits == 16 and (model.dtype == Dtype.float32 or (model.dtype == Dtype.auto and not gpu)):
+        bits = 32
+    full = not settings.lora.enabled
+    return LoadPlan(
+        backend=backend,
+        bits=bits,
+        full=full,
+        adapter_bytes=2 if full and model.dtype in (Dtype.bfloat16, Dtype.float16) else 4,
+        checkpointing=gpu if wanted is None else wanted,
+        optim=settings.trainer.optim,
+        dropout=settings.lora.enabled and settings.lora.lora_dropout > 0,
+        eager=model.attn_implementation.value == "eager",
+        flat=flat,
+        compiled=flat and is_compiled(settings.trainer, tokens),
+        every_n_layers=(settings.trainer.extra.get("gradient_checkpointing_kwargs") or {}).get("every_n_layers", 1),
+    )

@@ -1,0 +1,1 @@
+"""What can be known before a run, and how it is shown."""

@@ -1,0 +1,310 @@
+"""What is known before a weight is loaded: every part of a run looked at, all problems at once, preflight.json.
+
+Each line is ok, a warning or a refusal. A run says the gist and the warnings; `preflight.mode=only` shows everything, trains
+nothing and leaves nothing behind.
+"""
+
+import logging
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sft import console
+from sft.config import provenance, schedule
+from sft.config.batching import BatchPlan, planned_steps
+from sft.config.keys import shown
+from sft.config.rules import warnings_for
+from sft.config.schema import PreflightMode, Settings, Tracker, TrackingMode
+from sft.errors import Problem, first_line
+from sft.export import gguf, requirements
+from sft.export.hub import check_access, repo_for
+from sft.model import adapters, dims, hub, warm_cache
+from sft.plan import memory
+from sft.preflight import versions
+from sft.preflight.findings import Found
+from sft.preflight.fit import as_planned, check_memory, device_of_run, expected_load, shown_size
+from sft.preflight.speed import SOURCE, device_of, measured_speed
+from sft.storage.jsonio import write_json
+from sft.tracking.wandb import choose_mode, has_api_key, place
+
+log = logging.getLogger(__name__)
+
+
+def examine(settings: Settings, folder: Path, backend: str, sources: dict[str, str], split: BatchPlan | None = None) -> Found:
+    """Look at everything that can keep this run from its end; prepares the data on the way.
+
+    `sources` are the origins of the settings, `split` what an earlier session of the same run had decided. With
+    `preflight.mode=skip` only the data is looked at. Problems are collected, not raised.
+    """
+    found, whole = Found(split=split), settings.preflight.mode != PreflightMode.skip
+    check_settings(found, settings, sources)
+    if whole:
+        check_versions(found)
+    with found.collecting("Data"):
+        found.tokenizer, found.stop_ids = warm_cache.load_tokenizer(settings)
+        found.prepared = warm_cache.prepare_data(settings, found.tokenizer, found.stop_ids)
+        check_data(found, settings)
+        check_ids(found, settings)
+    shape = read_shape(found, settings) if whole or device_of_run(settings)[1] is not None else None
+    check_memory(found, settings, backend, shape, whole)
+    if whole:
+        check_length(found, settings, backend, shape)
+        check_disk(found, settings, folder, shape)
+        check_tracking(found, settings)
+        check_export(found, settings)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ the parts
+
+
+def check_settings(found: Found, settings: Settings, sources: dict[str, str]) -> None:
+    """Each value and where it comes from; what is ignored or unlikely to be meant."""
+    described = provenance.describe(settings, sources)
+    found.facts["settings"] = described
+    chosen = {key: entry for key, entry in described.items() if entry["origin"] != provenance.DEFAULT}
+    for key, entry in chosen.items():
+        found.ok("Settings", f"{key}={shown(entry['value'])}   {entry['origin']}")
+    found.ok("Settings", f"the other {len(described) - len(chosen)} have their defaults: docs/settings.md")
+    source = sources.get("model.trust_remote_code", provenance.DEFAULT)
+    if settings.model.trust_remote_code and source not in (provenance.TYPED, "run.json"):  # the latter was asked for anew
+        found.warn("Settings", f"model.trust_remote_code=true comes from {source}: the model's own code runs with your rights.")
+    for warning in warnings_for(settings):
+        found.warn("Settings", warning)
+
+
+def check_versions(found: Found) -> None:
+    """Installed packages against the tested set."""
+    count, other = versions.differing()
+    if other:
+        text = f"Other versions than the tested ones: {', '.join(other)}."
+        found.warn("Versions", text, "pip install -e .   brings those back")
+    else:
+        found.ok("Versions", f"{count} packages, each in the version that is tested")
+
+
+def check_data(found: Found, settings: Settings) -> None:
+    """What the rows are, and what the data's own counts warn of."""
+    facts = found.prepared.facts
+    rows, lengths, part = facts["rows"], facts["lengths"]["train"], "Data"
+    held_out = f"{rows['eval']} held out" if rows.get("eval") else "none held out"
+    found.ok(part, f"{facts['source']}: {rows['train']} rows to train on, {held_out}, of {rows['read']} read")
+    ends = " or ".join(facts["stop_tokens"])
+    found.ok(part, f"shape {facts['shape']}, template {facts['template']}, an answer ends with {ends}")
+    text = f"tokens a row: median {lengths['p50']}, 90% under {lengths['p90']}, longest {lengths['max']} of "
+    text += f"model.max_seq_length={settings.model.max_seq_length}; "
+    found.ok(part, text + f"{facts['trained_tokens']:,} of {facts['train_tokens']:,} are learnt")
+    bos = f"BOS {facts['bos_token']} before each row" if facts["adds_bos"] else "no BOS is added"
+    found.ok(part, f"{bos}, padding {facts['pad_token']}; no row lacks its end mark" if not facts["rows_without_eos"] else bos)
+    if facts["pad_token"] == facts["eos_token"]:
+        found.warn(part, "Padding and end mark are the same token: the end may not be learnt by code that masks padding.")
+    if not facts["duplicates"]["held_out"] and rows.get("eval"):
+        found.ok(part, "no held-out row is trained on as well")
+    if facts["duplicates"]["train"]:
+        found.ok(part, f"{facts['duplicates']['train']} rows to train on are copies of others")
+    for warning in facts["warnings"]:
+        found.warn(part, warning)
+
+
+def check_ids(found: Found, settings: Settings) -> None:
+    """Token ids against the rows of the embeddings, which config.json gives: one beyond ends a run with an IndexError."""
+    import pyarrow.compute as pc
+
+    rows, tokenizer = hub.vocabulary_of(settings.model), found.tokenizer
+    if rows is None:
+        return
+    config = f"config.json has vocab_size={rows}"
+    fix = "leave the token out of the data and the chat template, or take a model whose embeddings have its row"
+    for split in filter(None, (found.prepared.train, found.prepared.eval)):
+        highest = pc.max(pc.list_flatten(split.data.column("input_ids"))).as_py()
+        if highest >= rows:
+            row = next(r for r in split if max(r["input_ids"]) == highest)["row"]
+            what = f"row {row} of the data: the token {tokenizer.convert_ids_to_tokens(highest)!r}, id {highest}"
+            found.refuse("Data", [Problem(what, f"The model's embeddings have no row for it: {config}.", fix)])
+            return
+    beyond = sorted(i for i in tokenizer.get_vocab().values() if i >= rows)
+    if beyond:
+        named = ", ".join(tokenizer.convert_ids_to_tokens(beyond[:3]))
+        found.warn("Data", f"The tokenizer has {len(beyond)} tokens that the model has no embedding for ({named}): {config}.")
+
+
+def read_shape(found: Found, settings: Settings) -> memory.ModelDims | None:
+    """The model's shape by its config, with what is wrong with the modules that `lora` names; None, with a warning, where it
+    cannot be told."""
+    where = hub.locate(settings.model, weights=False)[0]
+    try:
+        model, config = dims.empty_model(settings, where)
+        check_adapter(found, settings, model)
+        shape = dims.dims_of(model, config, settings)
+        why = "it is a mixture of experts, whose memory is not estimated"
+    except Exception as error:  # not reachable, unknown to this transformers, code of its own: the load will say so itself
+        shape, why = None, first_line(error).replace(str(where), settings.model.name).rstrip(".")
+        if hub.asks_for_code(error):
+            problem = hub.code_problem(settings.model)
+            found.refuse("Model", [problem] if problem not in found.problems else [])  # the tokenizer may have said so
+            return None
+    if shape is None:
+        found.warn("Memory", f"The size of {settings.model.name} is not known beforehand: {why}.")
+    return shape
+
+
+def check_adapter(found: Found, settings: Settings, model: Any) -> None:
+    """Whether the model has the modules that `lora` names, and PEFT an adapter for each; `model` needs no weights."""
+    if settings.lora.enabled:
+        problems, warnings = adapters.check_modules(model, settings.lora)
+        found.refuse("Model", problems)
+        for warning in warnings:
+            found.warn("Model", warning)
+
+
+def check_length(found: Found, settings: Settings, backend: str, shape: memory.ModelDims | None) -> None:
+    """Steps, epochs and tokens of the run; roughly the time they take, where the speed of such a run was measured."""
+    if found.prepared is None:
+        return
+    facts, trainer, split = found.prepared.facts, settings.trainer, found.split
+    each = -(-facts["rows"]["train"] // split.effective_batch_size)
+    steps = planned_steps(trainer, facts["rows"]["train"])
+    epochs = steps / each
+    tokens = int(facts["train_tokens"] * epochs)
+    found.facts["plan"] = {"steps": steps, "epochs": round(epochs, 3), "tokens": tokens}
+    found.ok("Length", f"{steps} steps of {split.effective_batch_size} rows: {epochs:.2f} epochs, {tokens:,} tokens")
+    _plan_looks(found, settings, steps)
+    name, capacity = device_of_run(settings)
+    device = settings.preflight.gpu.value if settings.preflight.gpu else device_of(name) if capacity else "cpu"
+    load = expected_load(found, settings, backend, shape, capacity)
+    load = as_planned(load, split)
+    rows = split.per_device_train_batch_size
+    speed = measured_speed(device, shape.parameters, load, rows) if shape else None
+    if speed is None:
+        found.ok("Length", f"no speed was measured for such a model on {name}: the run tells after its first ten steps")
+        return
+    seconds = tokens / speed
+    found.facts["plan"]["seconds"] = round(seconds)
+    text = f"roughly {console.duration(seconds)} of training at {speed:,.0f} tokens a second, "
+    text += f"measured with {SOURCE[device]}; the run tells more exactly after its first ten steps"
+    if trainer.max_hours and seconds > 3600 * trainer.max_hours:
+        fix = "trainer.max_steps=...   for a shorter run; else it stops there and the same command goes on"
+        found.warn("Length", f"{text}; trainer.max_hours={trainer.max_hours:g} is less.", fix)
+    else:
+        found.ok("Length", text)
+
+
+def _plan_looks(found: Found, settings: Settings, steps: int) -> None:
+    """At which steps the held-out loss is measured and prompts are answered, and why not in between."""
+    facts = found.prepared.facts
+    planned = schedule.with_eval_schedule(settings, facts)
+    every = schedule.steps_between(planned.samples.every_steps, steps)
+    found.facts["plan"]["answers_every"] = every
+    if found.prepared.eval is None:
+        return
+    every = schedule.steps_between(planned.trainer.eval_steps, steps)
+    found.facts["plan"]["evaluated_every"] = every
+    text = "held-out loss before the first step and after the last"
+    if every < steps:
+        text += f", and every {every} steps"
+    elif settings.trainer.eval_steps is None:
+        share = schedule.evaluation_work(settings.trainer, steps, facts)
+        text += f"; at every quarter it would be {100 * share:.0f} % of the training's work (trainer.eval_steps=0.25)"
+    found.ok("Length", text)
+
+
+def check_disk(found: Found, settings: Settings, folder: Path, shape: memory.ModelDims | None) -> None:
+    """What checkpoints, the kept weights and each export take, against what is free."""
+    if shape is None:
+        return
+    trainer, adapter = settings.trainer, settings.lora.enabled
+    state = memory.OPTIMIZER_BYTES.get(trainer.optim, 8)
+    kept = shape.trained * 4
+    sizes = {
+        f"{trainer.save_total_limit} checkpoints and one being written": (trainer.save_total_limit + 1)
+        * (kept + shape.trained * state),
+        "adapter" if adapter else "model": kept,
+        **{name: size * shape.parameters for name, size in requirements.bytes_a_parameter(settings.export).items()},
+    }
+    need, place = sum(sizes.values()), next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    found.facts["disk"] = {"needed_gib": round(need / 2**30, 3), "free_gib": round(free / 2**30, 1)}
+    text = f"about {shown_size(need)}: " + ", ".join(f"{name} {shown_size(size)}" for name, size in sizes.items())
+    fix = "hydra.run.dir=<a folder on another disk>\ntrainer.save_total_limit=1"
+    if settings.export.formats:
+        fix += "\nexport=none   and later: python scripts/export.py run=<run folder> export=..."
+    if need > free:
+        why = f"The run writes {text}; {shown_size(free)} are free there."
+        found.refuse("Disk", [Problem(f"the disk of {os.path.relpath(place)}", why, fix)])
+    elif need > 0.9 * free:
+        found.warn("Disk", f"{text}; only {shown_size(free)} are free.", fix)
+    else:
+        found.ok("Disk", f"{text}; {shown_size(free)} free")
+
+
+def check_tracking(found: Found, settings: Settings) -> None:
+    """Whether W&B will be reached."""
+    tracking = settings.tracking
+    if tracking.tracker == Tracker.none:
+        found.ok("Tracking", "the run folder alone")
+        return
+    with found.collecting("Tracking"):
+        mode, why = choose_mode(tracking.mode)
+        entity, project = place(tracking)
+        project = f"project {entity}/{project}" if entity else f"project {project}"
+        if mode == "online":
+            found.ok("Tracking", f"W&B online, {project}")
+        elif mode == "disabled":
+            found.ok("Tracking", f"the run folder alone: W&B is switched off ({why})")
+        elif tracking.mode == TrackingMode.online:
+            why = f"W&B cannot be online: {why}."
+            fix = "wandb login   or   tracking.mode=offline" if not has_api_key() else "tracking.mode=offline"
+            found.refuse("Tracking", [Problem("tracking.mode=online", why, fix)])
+        else:
+            found.ok("Tracking", f"W&B offline ({why}), {project}; the run says how to upload it")
+
+
+def check_export(found: Found, settings: Settings) -> None:
+    """llama.cpp's parts, and the hub: login, name, permission to write. Repositories are made when nothing else is wrong."""
+    wanted = settings.export
+    if not wanted.formats:
+        found.ok("Export", "nothing but the adapter" if settings.lora.enabled else "nothing but the model")
+        return
+    if "gguf" in wanted.formats:
+        missing = gguf.missing_parts()
+        found.refuse("Export", missing)
+        if not missing:
+            found.ok("Export", "llama.cpp's converter and quantiser are installed")
+    if wanted.hub.repo is None:
+        found.ok("Export", f"{', '.join(wanted.formats)}, on this disk alone")
+        return
+    create = settings.preflight.mode == PreflightMode.run and not found.problems
+    problems = check_access(wanted.hub.repo, wanted.formats, wanted.hub.private, create)
+    found.refuse("Export", problems)
+    if not problems:
+        names = ", ".join(dict.fromkeys(repo_for(wanted.hub.repo, f) for f in wanted.formats))
+        found.ok("Export", f"the hub takes {names} ({'private' if wanted.hub.private else 'public'})")
+
+
+# -------------------------------------------------------------------------------------------------- record and view
+
+
+def write_preflight(folder: Path, found: Found) -> dict[str, Any]:
+    """Write preflight.json, log its gist and the warnings, and return it."""
+    content = {**found.prepared.facts, **found.facts}
+    content |= {"warnings": found.warnings, "checks": [asdict(line) for line in found.lines]}
+    write_json(folder / "preflight.json", content)
+    rows, lengths = content["rows"], content["lengths"]["train"]
+    held_out = f", {rows['eval']} held out" if rows.get("eval") else ", none held out"
+    log.info("Data   %s: %d rows to train on%s", content["source"], rows["train"], held_out)
+    log.info(
+        "       shape %s, template %s, an answer ends with %s",
+        content["shape"],
+        content["template"],
+        " or ".join(content["stop_tokens"]),
+    )
+    log.info("       tokens a row: median %d, 90%% under %d, longest %d", lengths["p50"], lengths["p90"], lengths["max"])
+    plan, needed = content.get("plan"), content.get("memory", {}).get("needed_gib")
+    if plan:
+        memory_text = f", about {needed:.1f} GiB of memory" if needed else ""
+        log.info("Plan   %d steps, %.2f epochs, %s tokens%s", plan["steps"], plan["epochs"], f"{plan['tokens']:,}", memory_text)
+    for warning in content["warnings"]:
+        log.warning(warning)
+    return content

@@ -1,0 +1,63 @@
+"""What was found, on a terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from sft.data.tokenize import IGNORED
+from sft.preflight.findings import OK, REFUSED, WARNING, Found
+from sft.sanitize import shown
+
+
+def show(found: Found) -> None:
+    """Print everything that was found: the first rows, then each part's lines."""
+
+    console = terminal()
+    if found.prepared is not None:
+        show_examples(console, found.prepared.facts, found.tokenizer)
+    show_lines(console, found.lines)
+    counts = [sum(line.state == state for line in found.lines) for state in (OK, WARNING, REFUSED)]
+    console.print(f"\n{counts[0]} ok, {counts[1]} warnings, {counts[2]} refused; nothing was trained.")
+
+
+STYLES = {"ok": "green", "warning": "yellow", "refused": "bold red"}
+
+
+def terminal() -> Console:
+    """A console on standard output that neither wraps nor colours by itself."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def show_examples(console: Console, facts: dict[str, Any], tokenizer: Any) -> None:
+    """Print the first rows. A terminal gets colours; in a pipe the learnt tokens are bracketed."""
+    colours = console.is_terminal
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    for number, example in enumerate(facts["examples"], 1):
+        console.print(f"\n[bold]Row {number}[/bold]  {len(example['input_ids'])} tokens\n")
+        line, learnt_before = Text(), False
+        for piece, label in zip(example["tokens"], example["labels"], strict=True):
+            learnt = label != IGNORED
+            if not colours and learnt != learnt_before:
+                line.append("⟦" if learnt else "⟧")
+            style = ("bold green" if learnt else "dim") + (" reverse" if piece in special else "")
+            line.append(shown(piece), style if colours else "")
+            learnt_before = learnt
+        line.append("⟧" if learnt_before and not colours else "")
+        console.print(line)
+    learnt = "green" if colours else "in ⟦⟧"
+    console.print(f"\nLearnt tokens are {learnt}; the others are only read.")
+
+
+def show_lines(console: Console, lines: list[Any]) -> None:
+    """Print the lines of a check (`part`, `state`, `text`, `fix`), each part under its name."""
+    part = None
+    for line in lines:
+        if line.part != part:
+            part = line.part
+            console.print(Text(f"\n{part}", "bold"))
+        for number, text in enumerate(line.text.splitlines()):
+            state = Text(f"  {line.state if not number else '':<8} ", STYLES[line.state])
+            console.print(state + Text(shown(text)))
+        for fix in line.fix.splitlines():
+            console.print(Text(shown(f"           hint: {fix}"), "dim"))

@@ -1,0 +1,1 @@
+"""The run folder: its record, and how a run is resumed."""

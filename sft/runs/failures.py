@@ -1,0 +1,51 @@
+"""What a run that failed says: its reason in one line, what to do about it, and the traceback for the log."""
+
+import contextlib
+import errno
+import logging
+import traceback
+from pathlib import Path
+
+from sft import console, errors
+from sft.errors import ModelFault, Refusal, SaveFailed, first_line
+from sft.sanitize import without_passwords
+from sft.storage import atomic
+
+log = logging.getLogger(__name__)
+
+
+def reason_of(error: BaseException) -> str:
+    """One line for run.json and the terminal, without passwords."""
+    if isinstance(error, errors.RankLost | ModelFault):
+        return without_passwords(str(error))
+    if isinstance(error, Refusal):
+        return without_passwords("; ".join(f"{p.what}: {p.why}" for p in error.problems))
+    text = without_passwords(str(error)).strip().splitlines()
+    told = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    # transformers wraps what goes wrong at an import several times; only the innermost error says what it was.
+    root = error
+    while root.__cause__:
+        root = root.__cause__
+    return (
+        told if root is error or first_line(root) in told else f"{told} (because of {type(root).__name__}: {first_line(root)})"
+    )
+
+
+def log_failure(error: BaseException, folder: Path) -> None:
+    """One line on the terminal, with what to do where that is known, and the traceback in train.log."""
+    log.error("Failed: %s", reason_of(error))
+    for hint in _hints(error):
+        log.error("hint: %s", hint)
+    with contextlib.suppress(OSError):
+        atomic.drop_link(folder / "train.log")
+        with open(folder / "train.log", "a", encoding="utf-8") as file:
+            file.write(console.safe("".join(traceback.format_exception(error))))
+
+
+def _hints(error: BaseException) -> list[str]:
+    if type(error).__name__ == "OutOfMemoryError":
+        ways = "trainer.gradient_checkpointing=true   model.load_in_4bit=true   model.max_seq_length=... dataset.overlong=drop"
+        return [f"not even one row at a time fits: {ways}", "more ways in docs/troubleshooting.md"]
+    if isinstance(error, SaveFailed) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        return ["make room on the disk, or mend it; then the same command goes on from the last checkpoint"]
+    return []

@@ -1,0 +1,139 @@
+"""run.json: what a run is, how it stands and how it ended, rewritten as a whole with each change."""
+
+import contextlib
+import os
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sft.paths import ROOT
+from sft.storage.jsonio import now, write_json
+
+
+@dataclass
+class RunResult:
+    """How a run ended."""
+
+    status: str
+    """`finished`, `stopped` (on request, state saved), `failed` or `refused`; `checked` with `preflight.mode=only`."""
+    exit_code: int
+    """0 finished, 1 failed, 2 refused before training, 130 interrupted."""
+    folder: Path
+    eval_loss: float | None = None
+    """Held-out loss of the weights that were kept."""
+
+
+@dataclass
+class Context:
+    """What the command line adds to the settings, for the record."""
+
+    name: str = "run"
+    command: str = ""
+    overrides: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    origins: dict[str, str] = field(default_factory=dict)
+    """Where the value of each setting comes from."""
+    logging: dict[str, Any] | None = None
+    """Hydra's logging of this job, for the process that a run of several ones speaks through."""
+
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "unsloth", "unsloth_zoo",
+            "bitsandbytes", "hydra-core", "omegaconf", "wandb", "huggingface_hub")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- the record
+
+
+class RunRecord:
+    """The facts of a run, rewritten atomically to run.json at each `update`."""
+
+    def __init__(self, folder: Path, before: dict[str, Any] | None = None, **facts: Any):
+        """Begin a record, or go on with the one that was `before`: its facts stay, and its seconds are added to."""
+        self.path = folder / "run.json"
+        before = {k: v for k, v in (before or {}).items() if k not in ("error", "metrics")}
+        self.facts: dict[str, Any] = {**before, "status": "running", "reason": None, **facts}
+        self._started = time.monotonic() - ((before.get("seconds") or {}).get("total") or 0.0)
+        self.update(started_at=before.get("started_at") or now(), ended_at=None)
+
+    def update(self, **facts: Any) -> None:
+        """Add or replace facts and write the file."""
+        self.facts |= facts
+        write_json(self.path, self.facts)
+
+    def close(self, status: str, reason: str | None = None, **facts: Any) -> None:
+        """Write the final status, last of all that the run writes."""
+        seconds = {**(self.facts.get("seconds") or {}), "total": round(time.monotonic() - self._started, 2)}
+        self.update(**facts, seconds=seconds, ended_at=now(), reason=reason, status=status)
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Record how many seconds a part of the run took."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = self.facts["seconds"] = self.facts.get("seconds") or {}
+            seconds[part] = round((seconds.get(part) or 0.0) + time.monotonic() - start, 2)
+
+
+class NoRecord(RunRecord):
+    """The same for a process that writes nothing."""
+
+    def __init__(self) -> None:
+        self.facts = {}
+
+    def update(self, **facts: Any) -> None:
+        """Keep the facts."""
+        self.facts |= facts
+
+
+def machine_facts() -> dict[str, Any]:
+    """Versions, hardware and commit of this machine, for the record. Call after torch is imported."""
+    import psutil
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    hardware = {
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu_memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+        if torch.cuda.is_available()
+        else None,
+        "platform": platform.platform(),
+    }
+    return {"versions": versions, "hardware": hardware, "place": _place(), "git_commit": _git_commit()}
+
+
+def _place() -> dict[str, str]:
+    """Where the run is: the host, and what a cluster gave it."""
+    given = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID") if os.environ.get(name)}
+    return {"host": socket.gethostname(), **given}
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout this code runs from, with `+` where it was changed since; None outside a checkout."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=5)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") if commit.returncode == 0 else None

@@ -1,0 +1,79 @@
+"""A sweep's own W&B run: the leaderboard as a table, beside the runs of its jobs and in their group."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from sft.config.schema import Settings, Tracker
+from sft.sweep.leaderboard import COLUMNS, Leaderboard, read_leaderboard, write_csv
+from sft.tracking.wandb import choose_mode, place
+
+log = logging.getLogger(__name__)
+
+
+def track_summary(folder: Path, settings: Settings) -> None:
+    """Write the leaderboard to W&B, as the run `sweep-<folder>`; nothing happens with tracking=none.
+
+    A repeated command goes on with that run where W&B can be reached. What goes wrong in the tracker ends nothing.
+    """
+    if settings.tracking.tracker == Tracker.none:
+        return
+    try:
+        import wandb
+
+        mode = choose_mode(settings.tracking.mode)[0]
+        if mode == "disabled":
+            return
+        entity, project = place(settings.tracking)
+        board = read_leaderboard(folder)
+        run = wandb.init(
+            id=f"sweep-{folder.name}"[:128],
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            dir=folder,
+            project=project,
+            entity=entity,
+            name=f"sweep {folder.name}",
+            group=folder.name,
+            job_type="sweep",
+            reinit="finish_previous",
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=60),
+        )
+        columns, rows = make_table(board)
+        run.log({"leaderboard": wandb.Table(columns=columns, data=rows)})
+        best = board.best
+        run.summary.update({"jobs": len(rows), "best_eval_loss": best.eval_loss if best else None, "noise": board.noise})
+        run.finish()
+    except Exception as error:  # whatever goes wrong in the tracker, the sweep is done and its folder has everything
+        log.warning("W&B could not take the leaderboard (%s); it is in %s.", error, folder / "leaderboard.csv")
+
+
+def make_table(board: Leaderboard) -> tuple[list[str], list[list[Any]]]:
+    """The leaderboard as columns and rows; values of one column are all numbers or all texts, as W&B needs them."""
+    columns = ["rank", *board.keys, *(name for name, _ in COLUMNS)]
+    texts = {key for key in board.keys if any(isinstance(row.values[key], str) for row in board.rows)}
+    rows = [
+        [
+            row.rank,
+            *(str(row.values[key]) if key in texts else row.values[key] for key in board.keys),
+            *(get(row) for _, get in COLUMNS),
+        ]
+        for row in board.rows
+    ]
+    return columns, rows
+
+
+def refresh(folder: Path) -> None:
+    """Rewrite leaderboard.csv and the report. What goes wrong here is said and ends nothing."""
+    try:
+        board = read_leaderboard(folder)
+        write_csv(board)
+    except Exception as error:  # a table that cannot be drawn must not cost a night of training
+        log.warning("The leaderboard could not be written: %s", error)
+        return
+    try:
+        from sft.sweep.report import write_sweep_report  # brings a chart engine with it, which only this line needs
+
+        write_sweep_report(board)
+    except Exception as error:
+        log.warning("The sweep's report could not be drawn (%s); leaderboard.csv has the table.", error)

@@ -1,0 +1,1 @@
+"""One step and what surrounds it: metrics, checkpoints, OOM retry, non-finite steps, the time budget."""

@@ -1,0 +1,253 @@
+"""What makes a run fast without changing what it computes, and whether this run can have it.
+
+Padding-free rows (model/padding_free.py) where the model's attention allows it, which is tried on the first rows before it is
+believed; on a GPU micro-batches captured as CUDA graphs (model/cuda_graphs.py), and decoder layers compiled where the run is
+long enough to repay that.
+"""
+
+import contextlib
+import logging
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sft.config.batching import planned_steps
+from sft.config.eligibility import is_compiled, why_eager, why_padded
+from sft.config.schema import Settings
+from sft.data import collators, tokenize
+from sft.data.token_cache import token_counts
+from sft.distributed import group, watchdog
+from sft.errors import refuse
+from sft.model import cuda_graphs, structure, warm_cache
+from sft.model.backend import has_kernel, torch_dtype, uses_checkpointing
+from sft.model.compilation import compile_layers, keep_kernels
+from sft.model.fused_layers import fused_inference
+from sft.model.padding_free import ATTENTION, install
+from sft.model.structure import base_of, decoder_layers
+from sft.training.samplers import balance_micro_batches
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {4: 1e-4, 2: 1e-2}
+"""Share by which the loss of the first rows may differ, by the bytes of an activation."""
+
+HIDDEN = {4: 1e-4, 2: 5e-2}
+"""The same for the last hidden states of a row, as a share of their norm: kernels of two kinds round differently in 16 bits."""
+
+CHECKED = 256
+"""Tokens of a row that are looked at. The model's own loss has all logits of them at once: of long rows these can take more
+memory than the training that is made sure of."""
+
+NUM_LENGTHS = 16
+"""Lengths that passes are recorded for. Each takes about half a second on an H100 (8B shape)."""
+
+PASSES_A_LENGTH = 10
+"""Passes of a run for each of them, at least: a replayed pass saved 60 to 200 ms there."""
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What was decided for a run."""
+
+    padding_free: bool = False
+    why_not: str = ""
+    """Why rows are padded."""
+    compiled: bool = False
+    """Whether decoder layers are compiled."""
+    lengths: tuple[int, ...] = ()
+    """Lengths of a pass that are recorded as CUDA graphs, shortest first; none if no pass is."""
+
+
+def warm_up(settings: Settings, data: Any, backend: str) -> None:
+    """Start the processes that will compile kernels, if any will: they come up while the weights are read."""
+    import torch
+
+    tokens = _tokens(settings, token_counts(data.train), planned_steps(settings.trainer, len(data.train)))
+    if torch.cuda.is_available() and not why_padded(settings, backend) and is_compiled(settings.trainer, tokens):
+        keep_kernels()
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
+
+
+def _tokens(settings: Settings, row_lengths: Any, steps: int) -> float:
+    """Tokens that the whole run trains on."""
+    return steps * settings.trainer.effective_batch_size * sum(row_lengths) / len(row_lengths)
+
+
+def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend: str, steps: int) -> Acceleration:
+    """Decide for a loaded model with its adapter on, and prepare it.
+
+    Raises Refusal where `trainer.padding_free`, `trainer.torch_compile` or `trainer.cuda_graphs` is true and cannot be had.
+    """
+    wanted, compiling, recording = (
+        settings.trainer.padding_free,
+        settings.trainer.torch_compile,
+        settings.trainer.cuda_graphs,
+    )
+    why_not = _obstacle(model, settings, backend)
+    base = base_of(model)
+    if not why_not:
+        install(base)
+        first = _first_rows(data.train)
+        dtype = torch_dtype(settings.model)
+        found = warm_cache.checked(model, settings, first, lambda: _difference(model, first, pad_token_id, dtype))
+        reasons = group.gathered(found)
+        why_not = next(filter(None, reasons), "")
+    if why_not:
+        if (wanted or compiling or recording) and not group.is_first():
+            watchdog.wait_for_end()  # all found the same; the first process refuses for all
+        if wanted:
+            raise refuse("trainer.padding_free=true", why_not, "trainer.padding_free=null   pads where it has to")
+        if compiling or recording:
+            key = "trainer.torch_compile" if compiling else "trainer.cuda_graphs"
+            raise refuse(f"{key}=true", f"It needs rows without padding: {why_not}", f"{key}=null")
+        if wanted is None and backend == "transformers":
+            log.info("Speed  rows are padded: %s", why_not)
+        return Acceleration(why_not=why_not)
+    rows = settings.trainer.per_device_train_batch_size
+    row_lengths = token_counts(data.train).tolist()
+    tokens = _tokens(settings, row_lengths, steps)
+    on_gpu, compiled, lengths = base.device.type == "cuda", False, ()
+    if on_gpu and settings.model.load_in_4bit:
+        from sft.model.nf4 import open_layers
+
+        open_layers(base)
+    if is_compiled(settings.trainer, tokens) and (on_gpu or compiling):
+        compile_layers(base)
+        compiled = True
+    if on_gpu and recording is not False and not why_eager(settings):
+        passes, most = settings.trainer.gradient_accumulation_steps, cuda_graphs.launch_bound_tokens(decoder_layers(base)[0])
+        count = max(1, min(NUM_LENGTHS, steps * passes // PASSES_A_LENGTH))
+        # Layers are computed again where the memory is short: beside a recorded pass there is no room for one that is launched.
+        lengths = choose_lengths(row_lengths, rows, passes, count, most, whole=uses_checkpointing(settings))
+        if recording and not lengths:
+            log.warning("trainer.cuda_graphs is ignored: most passes are so long that the GPU never waits for the host.")
+        if lengths:
+            what = [lengths, rows, compiled]
+            base.graphs = warm_cache.recordings(model, settings, what, lambda: cuda_graphs.GraphPool(base, lengths, rows + 2))
+    words = ["rows end to end"] + ["layers compiled"] * compiled
+    words += [f"passes of {', '.join(map(str, lengths))} tokens replayed as CUDA graphs"] * bool(lengths)
+    log.info("Speed  %s", "; ".join(words))
+    return Acceleration(True, compiled=compiled, lengths=lengths)
+
+
+def choose_lengths(
+    lengths: list[int], rows: int, passes: int, count: int = NUM_LENGTHS, most: int | None = None, whole: bool = False
+) -> tuple[int, ...]:
+    """At most `count` lengths, multiples of 64, that passes of `rows` rows drawn from `lengths`, `passes` a step, are filled up
+    to.
+
+    Of a thousand drawn passes those longer than `most` and the five longest get no length; the others are filled up with the
+    fewest tokens that `count` lengths allow (found exactly, by dynamic programming over where the lengths may end). No lengths
+    if most passes are longer than `most`. With `whole` every pass gets one, also that of the longest rows there are.
+    """
+    draw = random.Random(0)
+    steps = [draw.choices(range(len(lengths)), k=rows * passes) for _ in range(-(-1000 // passes))]
+    drawn = [sum(lengths[row] for row in one) for step in steps for one in balance_micro_batches(step, lengths, rows)]
+    sums = sorted(-(-tokens // 64) * 64 for tokens in drawn[:1000])[: None if whole else 995]
+    if whole:
+        sums.append(-(-sum(sorted(lengths)[-rows:]) // 64) * 64)
+    waiting = [n for n in sums if most is None or n <= most]
+    if len(waiting) < len(sums) / 2:
+        return ()
+    if not whole:
+        sums = waiting
+    ends = sorted(set(sums))
+    below = [sum(n <= end for n in sums) for end in ends]
+    best: list[tuple[int, tuple[int, ...]]] = [(end * b, (end,)) for end, b in zip(ends, below, strict=True)]
+    for _ in range(count - 1):  # best[i]: tokens of all passes up to ends[i], which is the last length
+        best = [
+            min([best[i], *((best[k][0] + ends[i] * (below[i] - below[k]), (*best[k][1], ends[i])) for k in range(i))])
+            for i in range(len(ends))
+        ]
+    return best[-1][1]
+
+
+@contextlib.contextmanager
+def evaluating(model: Any, choice: Acceleration) -> Iterator[None]:
+    """Inside the block compiled layers run as they were written, for lengths that nothing was compiled for; on a GPU, where
+    rows lie end to end, in fewer kernels. Not for gradients.
+    """
+    import torch
+
+    base = base_of(model)
+    light = choice.padding_free and base.device.type == "cuda"
+    as_written = torch.compiler.set_stance("force_eager") if choice.compiled else contextlib.nullcontext()
+    with as_written, fused_inference(base) if light else contextlib.nullcontext():
+        yield
+
+
+def _obstacle(model: Any, settings: Settings, backend: str) -> str:
+    """Why rows cannot be laid end to end, as far as it shows without running the model; empty if nothing does."""
+    import torch
+
+    base, config = base_of(model), base_of(model).config.get_text_config()
+    if why := why_padded(settings, backend):
+        return why
+    if getattr(config, "attention_dropout", 0):
+        return "the model drops attention weights while it learns"
+    head = base.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return "its output layer is not a plain one"
+    if not getattr(base, "_supports_attention_backend", False):
+        return f"{type(base).__name__} takes no attention of another's making"
+    if base.device.type == "cuda":
+        if not has_kernel(settings):
+            return "the GPU has no attention kernel for rows of various lengths (compute capability 8.0 or higher)"
+        if torch_dtype(settings.model) == torch.float32:
+            return "attention over rows of various lengths needs 16 bits on a GPU"
+    return ""
+
+
+def _first_rows(data: Any) -> list[dict[str, list[int]]]:
+    """The ends of the three shortest of the first eight rows: the model's own loss holds a value for each token and word."""
+    rows = sorted((data[i] for i in range(min(8, len(data)))), key=lambda row: len(row["input_ids"]))[:3]
+    return [{key: list(row[key][-CHECKED:]) for key in ("input_ids", "labels")} for row in rows]
+
+
+def _difference(model: Any, rows: list[dict[str, list[int]]], pad_token_id: int, dtype: Any) -> str:
+    """Hold a few rows end to end against what the model's own forward pass gives for each row alone; empty if they agree.
+    `dtype` is the type that is computed in.
+
+    Their loss shows another normalisation or an output layer of the model's own; the hidden states of the second row and the
+    third, by far the more sensitive, show whether a token has seen another row.
+    """
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in rows)
+    inputs = {
+        key: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for key, value in collators.PaddingFreeCollator(pad_token_id, longest)(rows).items()
+    }
+    training, base = model.training, base_of(model)
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype.itemsize == 2):
+            whole = model(**inputs).loss.item()
+            ends = inputs["cu_seq_lens_q"].tolist()
+            passed = {key: inputs[key] for key in inputs if key not in ("labels", "learnt", "targets")}
+            with structure.attention_of(base, ATTENTION):
+                states = base.base_model(**passed, use_cache=False).last_hidden_state[0].float()
+            total = learnt = away = 0
+            for row, start in zip(rows, ends, strict=False):
+                ids, labels = (torch.tensor([row[key]], device=model.device) for key in ("input_ids", "labels"))
+                count = int((labels[:, 1:] != tokenize.IGNORED).sum())
+                own = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float()
+                away = max(away, float((states[start : start + len(own)] - own).norm() / own.norm()))
+                if count:
+                    total, learnt = total + model(input_ids=ids, labels=labels).loss.item() * count, learnt + count
+    except Exception as error:  # whatever the model's code raises for arguments that it does not know
+        log.debug("rows end to end", exc_info=True)
+        return f"its forward pass does not take them ({type(error).__name__})"
+    finally:
+        model.train(training)
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks of these sizes are of no use to the training
+    alone = total / max(learnt, 1)
+    if not abs(whole - alone) <= TOLERANCE[dtype.itemsize] * max(1.0, abs(alone)):
+        return f"the loss of the first rows would be {whole:.5f}, not {alone:.5f}"
+    if not away <= HIDDEN[dtype.itemsize]:
+        return f"a row would not be what it is alone: its hidden states differ by {100 * away:.2f} %"
+    return ""

@@ -1,0 +1,64 @@
+"""A run's answers to fixed prompts: given, written to samples.jsonl, and their share of end marks noted."""
+
+import logging
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sft.distributed import group
+from sft.generation import samples
+from sft.storage import jsonio
+from sft.training.oom import free_memory
+
+log = logging.getLogger(__name__)
+
+
+class SampleWriter:
+    """The answers of a run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        recorder: Any,
+        timed: Callable[[str], Any],
+        generate: Callable[[int], list[dict]] | None,
+        by_all: bool = False,
+    ):
+        """`generate(step)` gives the lines of samples.jsonl; None if there are no prompts. `by_all`: an answer needs what each
+        process has of the weights.
+        """
+        self.folder, self.recorder, self.timed, self.generate, self.by_all = folder, recorder, timed, generate, by_all
+        self._take_as_agreed = self._take if by_all else group.alone(self._take)
+
+    def take(self, step: int) -> None:
+        """Have the prompts answered by the weights of this step, and keep that. Raises Interrupted where the run is to stop."""
+        if self.generate is not None:
+            self._take_as_agreed(step)
+
+    def _take(self, step: int) -> None:
+        recorder, lines = self.recorder, self._if_it_fits(step)
+        if lines is None or not recorder.writes:
+            return
+        for line in lines:
+            jsonio.append_jsonl(self.folder / "samples.jsonl", line)
+        share = samples.eos_share(lines)
+        recorder.final.setdefault("eos_share_start", share)
+        recorder.final["eos_share"] = share
+        recorder.add({"step": step, "eos_share": share})
+        recorder.tracking.samples(lines)
+
+    def _if_it_fits(self, step: int) -> list[dict] | None:
+        """The lines; None, with a warning, where the memory is too small: nothing that is trained depends on them."""
+        import torch
+
+        try:
+            with self.timed("samples"):
+                return self.generate(step)
+        except torch.OutOfMemoryError as error:
+            if self.by_all:
+                raise  # the other processes wait for this one
+            traceback.clear_frames(error.__traceback__)
+            free_memory()
+            log.warning("Step %d: too little memory for answers now; the run goes on.", step)
+            return None
