@@ -17,7 +17,6 @@ from sft.config.schema import Settings
 from sft.data.token_cache import Prepared
 from sft.errors import Problem, Refusal
 from sft.export import gguf
-from sft.export import hub as export_hub
 from sft.launch import endings
 from sft.launch.endings import guarded
 from sft.model import builtin, dims, hub, warm_cache
@@ -202,7 +201,7 @@ def test_a_missing_key_is_refused_where_online_was_asked_for(look, monkeypatch):
 
 def test_repositories_are_only_made_by_a_run(look, small, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(export_hub, "check_access", lambda repo, formats, private, create: asked.append(create) or [])
+    monkeypatch.setattr(checks, "check_access", lambda repo, formats, private, create: asked.append(create) or [])
     wanted = ("export=adapter", "export.hub.repo=me/model")
     assert "the hub takes me/model-LoRA (private)" in lines_of(look(*wanted), "Export")
     examine(small(*wanted), tmp_path, "transformers", {})

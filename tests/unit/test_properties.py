@@ -545,7 +545,7 @@ def quick_hydra(monkeypatch):
         return config
 
     monkeypatch.setattr(cli_check, "compose", compose)
-    monkeypatch.setattr(cli_check.schema, "register", lambda: None)  # conftest.py did
+    monkeypatch.setattr(cli_check, "register", lambda: None)  # conftest.py did
 
 
 def test_command_lines_are_good_or_refused(tmp_path, monkeypatch, quick_hydra):

@@ -81,7 +81,6 @@ SURFACE = {
     "transformers.PreTrainedConfig._name_or_path": "attribute",
     "transformers.cache_utils.StaticLayer.update": "(self, key_states, value_states, *args, **kwargs)",
     "transformers.cache_utils.StaticLayer.lazy_initialization": "(self, key_states, value_states)",
-    "transformers.models.llama.modeling_llama.apply_rotary_pos_emb": "(q, k, cos, sin, unsqueeze_dim)",
     "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward": "(self, hidden_states)",
     "transformers.models.llama.modeling_llama.LlamaRMSNorm.variance_epsilon": "attribute",
     "peft.tuners.lora.layer.Linear.forward": "(self, x, *args, **kwargs)",
@@ -284,6 +283,6 @@ def test_an_upgrade_is_told_with_the_name_and_the_file_that_uses_it(monkeypatch)
     assert fault_of("trl.SFTTrainer._save_checkpoint", SURFACE["trl.SFTTrainer._save_checkpoint"]) == (
         "its parameters are (self, model, trial, metrics), and were (self, model, trial)"
     )
-    assert re.search(r"sft/.*loop\.py", users_of("trl.SFTTrainer._save_checkpoint"))
+    assert re.search(r"sft/training/trainer\.py", users_of("trl.SFTTrainer._save_checkpoint"))
     assert fault_of("trl.SFTTrainer._gone", "(self)") == "it is not there"
     assert fault_of("hydra._internal.gone.call", "()") == "there is no hydra._internal.gone"
