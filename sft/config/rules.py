@@ -126,7 +126,7 @@ def _check_distributed(settings: Settings) -> list[Problem]:
 
 
 def _check_preflight(settings: Settings) -> list[Problem]:
-    """`preflight.gpu` beside anything but a look: a run trains on what is there."""
+    """`preflight.gpu` without `preflight.mode=only`: a run trains on what is there."""
     preflight = settings.preflight
     if preflight.gpu is None or preflight.mode == PreflightMode.only:
         return []
