@@ -28,7 +28,7 @@ SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "a
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
-# Keys of a turn, as public data sets write them: what an assistant thought, and whether its answer is learnt (OpenAI and
+# Keys of a turn, as public data sets write them: what an assistant thought, and whether its answer is trained on (OpenAI and
 # Mistral: weight; axolotl and open-instruct: train, training; ms-swift: loss; others: loss_mask, trainable).
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -48,8 +48,8 @@ class Turn:
     content: str
     reasoning: str = ""
     """What an assistant thought before it answered, where the data has it in a key of its own."""
-    learnt: bool = True
-    """Whether an assistant's answer is learnt, as its weight says; else it is only read."""
+    trained_on: bool = True
+    """Whether an assistant's answer is trained on, as its weight says; else it is only read."""
     unused: tuple[str, ...] = field(default=(), compare=False)
     """Keys of the turn that hold something and are not used."""
 
@@ -158,10 +158,10 @@ def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
             turns.append(Turn("assistant", cell_text(answer, columns.completion)))
     else:
         values = row_to_fields(row, data, shape, "")
-        asked = values["prompt"] if shape == Shape.prompt_completion else ""
-        asked = asked or "\n\n".join(v for v in (values["instruction"], values["input"]) if v)
+        question = values["prompt"] if shape == Shape.prompt_completion else ""
+        question = question or "\n\n".join(v for v in (values["instruction"], values["input"]) if v)
         answer = values["completion"] if shape == Shape.prompt_completion else values["output"]
-        turns = [*read_history(row), Turn("user", asked), Turn("assistant", answer)]
+        turns = [*read_history(row), Turn("user", question), Turn("assistant", answer)]
     system = as_text(row.get(columns.system)) if columns.system and isinstance(row.get(columns.system), str) else ""
     system = system or data.system_prompt or ""
     if system and (not turns or turns[0].role != "system"):
@@ -175,7 +175,7 @@ def _prompt_is_turns(row: dict, data: DatasetSettings, shape: Shape) -> bool:
 
 
 def _read_turns(value: Any, column: str) -> list[Turn]:
-    """Turns of a cell. Raises ValueError where something in it could not be learnt from as it stands."""
+    """Turns of a cell. Raises ValueError where something in it could not be trained on as it stands."""
     if isinstance(value, str):  # CSV files carry turns as JSON text
         try:
             value = json.loads(value)
@@ -197,17 +197,17 @@ def _read_turns(value: Any, column: str) -> list[Turn]:
             raise ValueError(f"turn {number} in column {column!r} calls a tool, which is not supported; write the call as text")
         content = _join_parts(turn.get("content") if "content" in turn else turn.get("value"), role, number, column)
         unused = tuple(key for key, value in turn.items() if key not in READ_KEYS and value not in (None, "", [], {}))
-        if role != "assistant":  # whose words are never learnt
+        if role != "assistant":  # whose words are never trained on
             unused += tuple(key for key in WEIGHTS if turn.get(key))
             turns.append(Turn(role, content, unused=unused))
             continue
         reasoning = next((text for key in REASONING if (text := as_text(turn.get(key))).strip()), "")
-        turns.append(Turn(role, content, reasoning, _is_learnt(turn, number, column), unused))
+        turns.append(Turn(role, content, reasoning, _is_trained_on(turn, number, column), unused))
     return turns
 
 
-def _is_learnt(turn: dict, number: int, column: str) -> bool:
-    """Whether the weights of an assistant's turn let it be learnt. Raises ValueError for one that is neither 0 nor 1."""
+def _is_trained_on(turn: dict, number: int, column: str) -> bool:
+    """Whether the weights of an assistant's turn let it be trained on. Raises ValueError for one that is neither 0 nor 1."""
     for key in WEIGHTS:
         value = turn.get(key)
         if value is None or value != value:  # NaN, as pandas has it where there is none
@@ -220,14 +220,16 @@ def _is_learnt(turn: dict, number: int, column: str) -> bool:
 
 
 def read_history(row: dict) -> list[Turn]:
-    """The earlier turns of an Alpaca row, `history`: pairs of a question and an answer. They are read, not learnt."""
+    """The earlier turns of an Alpaca row, `history`: pairs of a question and an answer. They are read, not trained on."""
     pairs = _from_json(row.get("history"), "history")
     if not pairs:
         return []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError("column 'history' has to hold pairs of a question and an answer")
     texts = [[cell_text(cell, "history") for cell in pair] for pair in pairs]
-    return [turn for asked, answer in texts for turn in (Turn("user", asked), Turn("assistant", answer, learnt=False))]
+    return [
+        turn for question, answer in texts for turn in (Turn("user", question), Turn("assistant", answer, trained_on=False))
+    ]
 
 
 def read_tools(row: dict) -> list[dict]:
@@ -269,7 +271,7 @@ def _join_parts(content: Any, role: str, number: int, column: str) -> str:
         return as_text(content) if role == "tool" else cell_text(content, column)
     other = next((part["type"] for part in content if part["type"] != "text"), None)
     if other:
-        raise ValueError(f"turn {number} in column {column!r} holds a part of type {other!r}; only text can be learnt")
+        raise ValueError(f"turn {number} in column {column!r} holds a part of type {other!r}; only text can be trained on")
     return "".join(as_text(part.get("text")) for part in content)
 
 
@@ -280,12 +282,12 @@ def _turns_to_fields(turns: list[Turn]) -> dict[str, str]:
         raise ValueError(
             f"a template text takes one question and one answer, and this row has {roles}; set dataset.template=chat"
         )
-    if spoken[1].reasoning or not spoken[1].learnt:
+    if spoken[1].reasoning or not spoken[1].trained_on:
         what = "reasoning in a key of its own" if spoken[1].reasoning else "the weight 0"
         raise ValueError(f"a template text has no place for an answer with {what}; set dataset.template=chat")
-    asked, answer = spoken[0].content, spoken[1].content
+    question, answer = spoken[0].content, spoken[1].content
     system = next((turn.content for turn in turns if turn.role == "system"), "")
-    return {"instruction": asked, "prompt": asked, "input": "", "output": answer, "completion": answer, "system": system}
+    return {"instruction": question, "prompt": question, "input": "", "output": answer, "completion": answer, "system": system}
 
 
 class NotText(ValueError):
@@ -295,7 +297,7 @@ class NotText(ValueError):
 
 
 def cell_text(value: Any, column: str) -> str:
-    """A cell that is asked or learnt. Raises NotText for a list or an object: as JSON it would be learnt by accident."""
+    """A question's or an answer's cell. Raises NotText for a list or an object: as JSON it would be trained on by accident."""
     if isinstance(value, list | dict):
         error = NotText(f"column {column!r} holds {'a list' if isinstance(value, list) else 'an object'}, not text")
         if holds_turns(value):
@@ -342,14 +344,14 @@ def _names(rows: Sequence[dict]) -> set[str]:
 
 
 def _mapping(role: str, column: str, data: DatasetSettings) -> str:
-    """The override that maps a role, and the one that keeps a question in the input column from being asked twice."""
+    """The override that maps a role, and the one that keeps a question in the input column from being there twice."""
     freed = " dataset.columns.input=null" if role == "instruction" and column == data.columns.input else ""
     return f"dataset.columns.{role}={column}{freed}"
 
 
 def _guess_columns(names: set[str], data: DatasetSettings) -> str:
-    asked, answer = likeliest("instruction", "instruction", names), likeliest("output", "output", names)
-    if asked and answer and asked != answer:
-        return f"{_mapping('instruction', asked, data)} dataset.columns.output={answer}"
+    question, answer = likeliest("instruction", "instruction", names), likeliest("output", "output", names)
+    if question and answer and question != answer:
+        return f"{_mapping('instruction', question, data)} dataset.columns.output={answer}"
     text = likeliest("text", "text", names)
     return f"dataset.columns.text={text}" if text else ""
