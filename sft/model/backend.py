@@ -8,8 +8,8 @@ from sft.config.hardware import CAPACITY, CONTEXT, resolve_backend, within_limit
 from sft.config.schema import Backend, Dtype, Gpu, ModelSettings, Settings
 from sft.model.hub import read_config
 
-FLAT_KINDS = ("llama", "mistral", "qwen2", "qwen3")
-"""Models whose rows were laid end to end in tests/integration/test_flat.py."""
+PADDING_FREE_KINDS = ("llama", "mistral", "qwen2", "qwen3")
+"""Models that tests/integration/test_flat.py trains padding-free."""
 
 ROOM = 0.45
 """Share of a GPU's memory that the weights may take."""
@@ -29,7 +29,7 @@ def import_backend(settings: Settings) -> str:
 def settle_backend(settings: Settings) -> Settings:
     """The settings with a backend's name in place of `model.backend=auto`; imports torch.
 
-    On a GPU with Unsloth installed the choice is between it and transformers with rows end to end, which is several times
+    On a GPU with Unsloth installed the choice is between it and padding-free transformers, which is several times
     faster (docs/benchmarks.md) but keeps more in memory: transformers where the model is of a kind that was tried and leaves
     room.
     """
@@ -49,11 +49,11 @@ def has_kernel(settings: Settings) -> bool:
 
 
 def _has_room(settings: Settings) -> bool:
-    """Whether rows can lie end to end, and the weights leave enough of the GPU for them."""
+    """Whether batches can be padding-free, and the weights leave enough of the GPU for them."""
     if why_padded(settings, "transformers") or settings.trainer.gradient_checkpointing or not has_kernel(settings):
         return False
     config = read_config(settings.model)
-    if config.get("model_type") not in FLAT_KINDS:
+    if config.get("model_type") not in PADDING_FREE_KINDS:
         return False
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     wide = config.get("head_dim") or hidden // heads

@@ -1,4 +1,4 @@
-"""The tokenizer, its chat template, and the tokens that end an answer."""
+"""The tokenizer, its chat template, and the tokens that end a completion."""
 
 import contextlib
 from pathlib import Path
@@ -20,7 +20,7 @@ UNUSED_TOKENS = ["<|finetune_right_pad_id|>", "<|reserved_special_token_250|>", 
 
 
 def load_tokenizer(model: ModelSettings) -> tuple[Any, set[int]]:
-    """The tokenizer with a padding token that is not its EOS, and the ids that end an answer.
+    """The tokenizer with a padding token that is not its EOS, and the ids that end a completion.
 
     Raises Refusal if it cannot be reached, has no EOS, or gives no character offsets, and for model files that cannot be
     believed (sft/model/files.py).
@@ -59,7 +59,7 @@ def _files_of(where: str, model: ModelSettings) -> Path:
 
     folder = Path(where)
     for name in () if folder.is_dir() else (INDEX, "generation_config.json", "config.json"):
-        with contextlib.suppress(Exception):  # what cannot be had is said by loading, in more words
+        with contextlib.suppress(Exception):  # what cannot be had is reported by loading, in more words
             folder = Path(hf_hub_download(where, name, revision=model.revision)).parent
     return folder
 
