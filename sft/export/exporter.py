@@ -153,8 +153,8 @@ def failures(report: dict[str, Any]) -> list[str]:
         facts = facts or {}
         if facts.get("status") == "failed":
             wrong = [c for c in facts.get("checks") or [] if c and not c.get("ok")]
-            told = [f"{c.get('name')}: expected {c.get('expected')}, found {c.get('found')}" for c in wrong]
-            lines.append(f"{name}: " + "; ".join(told))
+            found = [f"{c.get('name')}: expected {c.get('expected')}, found {c.get('found')}" for c in wrong]
+            lines.append(f"{name}: " + "; ".join(found))
         elif facts.get("status") != "ok":
             lines.append(f"{name}: {facts.get('error') or 'verify.json does not say that it holds'}")
     pushes = (report.get("hub") or {}).items()
@@ -205,7 +205,7 @@ def _make_4bit(trained: Trained, report: dict, reference: measure.EvalResult, me
 def _make_gguf(
     trained: Trained, report: dict, reference: measure.EvalResult, rounded: measure.EvalResult | None, merged: Path
 ) -> None:
-    """One file a type; f16 is made for all of them, and kept if it was asked for.
+    """One file a type; f16 is made for all of them, and kept if it was requested.
 
     `rounded` is what the merged 16-bit weights do in transformers, if that is known already.
     """
@@ -256,8 +256,8 @@ def _make_gguf_adapter(trained: Trained, report: dict, merged: Path, whole: Path
             gguf.convert(merged, whole)
         layers = gguf.write_adapter(trained.weights, merged, whole, file, _has_tied_ends(trained))
         _list_gguf(report, file)
-        told = f"{layers} layers in the order of llama.cpp's own converter"
-        note_result(trained, report, "gguf/adapter", file, [verify.Check("tensors", True, told, told)], {}, begun)
+        text = f"{layers} layers in the order of llama.cpp's own converter"
+        note_result(trained, report, "gguf/adapter", file, [verify.Check("tensors", True, text, text)], {}, begun)
 
     attempt(report, "gguf/adapter", make)
 
