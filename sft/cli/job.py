@@ -14,7 +14,7 @@ from sft.config.rules import check_settings
 from sft.config.schema import Isolation, PreflightMode, Settings
 from sft.errors import Refusal
 from sft.launch import ranks
-from sft.launch.endings import guarded, look
+from sft.launch.endings import check_only, guarded
 from sft.runs import resume
 from sft.runs.record import Context, RunResult
 
@@ -32,8 +32,8 @@ def run_job(config: DictConfig) -> RunResult:
     name = _job_name(choices, folder) if sweeping else _run_name(choices, overrides)
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     origins = find_provenance(dict(hydra.runtime.choices), overrides, folders)
-    told = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    context = Context(name, command_text(), overrides, tuple(choices.values()), origins, told)
+    logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
+    context = Context(name, command_text(), overrides, tuple(choices.values()), origins, logging)
 
     stack = contextlib.ExitStack()
 
@@ -43,12 +43,12 @@ def run_job(config: DictConfig) -> RunResult:
         if settings.resume:
             counts = [o.removeprefix(PROCESSES) for o in overrides if o.startswith(PROCESSES)]
             settings, context = _recorded(folder, stack, settings.model.trust_remote_code, *counts[-1:])
-            context.logging = told
+            context.logging = logging
         problems = check_settings(settings)
         if problems:
             raise Refusal(problems)
         if settings.preflight.mode == PreflightMode.only:
-            return look(settings, folder, context)
+            return check_only(settings, folder, context)
         if sweeping and settings.sweep.isolation == Isolation.process:
             from sft.launch.isolated import run_apart
 

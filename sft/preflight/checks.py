@@ -1,4 +1,4 @@
-"""What is known before a weight is loaded: every part of a run looked at, all problems at once, preflight.json.
+"""What is known before a weight is loaded: every part of a run checked, all problems at once, preflight.json.
 
 Each line is ok, a warning or a refusal. A run says the gist and the warnings; `preflight.mode=only` shows everything, trains
 nothing and leaves nothing behind.
@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 
 
 def examine(settings: Settings, folder: Path, backend: str, sources: dict[str, str], split: BatchPlan | None = None) -> Found:
-    """Look at everything that can keep this run from its end; prepares the data on the way.
+    """Check everything that can keep this run from its end; prepares the data on the way.
 
-    `sources` are the origins of the settings, `split` what an earlier session of the same run had decided. With
-    `preflight.mode=skip` only the data is looked at. Problems are collected, not raised.
+    `sources` say where each setting comes from, `split` is the batch plan of an earlier session of the same run. With
+    `preflight.mode=skip` only the data is checked. Problems are collected, not raised.
     """
     found, whole = Found(split=split), settings.preflight.mode != PreflightMode.skip
     check_settings(found, settings, sources)
@@ -69,7 +69,7 @@ def check_settings(found: Found, settings: Settings, sources: dict[str, str]) ->
         found.ok("Settings", f"{key}={shown(entry['value'])}   {entry['origin']}")
     found.ok("Settings", f"the other {len(described) - len(chosen)} have their defaults: docs/settings.md")
     source = sources.get("model.trust_remote_code", provenance.DEFAULT)
-    if settings.model.trust_remote_code and source not in (provenance.TYPED, "run.json"):  # the latter was asked for anew
+    if settings.model.trust_remote_code and source not in (provenance.TYPED, "run.json"):  # the latter was requested anew
         found.warn("Settings", f"model.trust_remote_code=true comes from {source}: the model's own code runs with your rights.")
     for warning in warnings_for(settings):
         found.warn("Settings", warning)
@@ -95,11 +95,11 @@ def check_data(found: Found, settings: Settings) -> None:
     found.ok(part, f"shape {facts['shape']}, template {facts['template']}, an answer ends with {ends}")
     text = f"tokens a row: median {lengths['p50']}, 90% under {lengths['p90']}, longest {lengths['max']} of "
     text += f"model.max_seq_length={settings.model.max_seq_length}; "
-    found.ok(part, text + f"{facts['trained_tokens']:,} of {facts['train_tokens']:,} are learnt")
+    found.ok(part, text + f"{facts['trained_tokens']:,} of {facts['train_tokens']:,} are target tokens")
     bos = f"BOS {facts['bos_token']} before each row" if facts["adds_bos"] else "no BOS is added"
     found.ok(part, f"{bos}, padding {facts['pad_token']}; no row lacks its end mark" if not facts["rows_without_eos"] else bos)
     if facts["pad_token"] == facts["eos_token"]:
-        found.warn(part, "Padding and end mark are the same token: the end may not be learnt by code that masks padding.")
+        found.warn(part, "Padding and end mark are the same token: the end may not be trained on by code that masks padding.")
     if not facts["duplicates"]["held_out"] and rows.get("eval"):
         found.ok(part, "no held-out row is trained on as well")
     if facts["duplicates"]["train"]:
@@ -132,18 +132,18 @@ def check_ids(found: Found, settings: Settings) -> None:
 
 def read_shape(found: Found, settings: Settings) -> memory.ModelDims | None:
     """The model's shape by its config, with what is wrong with the modules that `lora` names; None, with a warning, where it
-    cannot be told."""
+    cannot be known."""
     where = hub.locate(settings.model, weights=False)[0]
     try:
         model, config = dims.empty_model(settings, where)
         check_adapter(found, settings, model)
         shape = dims.dims_of(model, config, settings)
         why = "it is a mixture of experts, whose memory is not estimated"
-    except Exception as error:  # not reachable, unknown to this transformers, code of its own: the load will say so itself
+    except Exception as error:  # not reachable, unknown to this transformers, code of its own: the load will report it itself
         shape, why = None, first_line(error).replace(str(where), settings.model.name).rstrip(".")
         if hub.asks_for_code(error):
             problem = hub.code_problem(settings.model)
-            found.refuse("Model", [problem] if problem not in found.problems else [])  # the tokenizer may have said so
+            found.refuse("Model", [problem] if problem not in found.problems else [])  # the tokenizer may have reported it
             return None
     if shape is None:
         found.warn("Memory", f"The size of {settings.model.name} is not known beforehand: {why}.")
@@ -163,27 +163,27 @@ def check_length(found: Found, settings: Settings, backend: str, shape: memory.M
     """Steps, epochs and tokens of the run; roughly the time they take, where the speed of such a run was measured."""
     if found.prepared is None:
         return
-    facts, trainer, split = found.prepared.facts, settings.trainer, found.split
-    each = -(-facts["rows"]["train"] // split.effective_batch_size)
+    facts, trainer, plan = found.prepared.facts, settings.trainer, found.split
+    each = -(-facts["rows"]["train"] // plan.effective_batch_size)
     steps = planned_steps(trainer, facts["rows"]["train"])
     epochs = steps / each
     tokens = int(facts["train_tokens"] * epochs)
     found.facts["plan"] = {"steps": steps, "epochs": round(epochs, 3), "tokens": tokens}
-    found.ok("Length", f"{steps} steps of {split.effective_batch_size} rows: {epochs:.2f} epochs, {tokens:,} tokens")
-    _plan_looks(found, settings, steps)
+    found.ok("Length", f"{steps} steps of {plan.effective_batch_size} rows: {epochs:.2f} epochs, {tokens:,} tokens")
+    _plan_schedule(found, settings, steps)
     name, capacity = device_of_run(settings)
     device = settings.preflight.gpu.value if settings.preflight.gpu else device_of(name) if capacity else "cpu"
     load = expected_load(found, settings, backend, shape, capacity)
-    load = as_planned(load, split)
-    rows = split.per_device_train_batch_size
+    load = as_planned(load, plan)
+    rows = plan.per_device_train_batch_size
     speed = measured_speed(device, shape.parameters, load, rows) if shape else None
     if speed is None:
-        found.ok("Length", f"no speed was measured for such a model on {name}: the run tells after its first ten steps")
+        found.ok("Length", f"no speed was measured for such a model on {name}: the run logs it after its first ten steps")
         return
     seconds = tokens / speed
     found.facts["plan"]["seconds"] = round(seconds)
     text = f"roughly {console.duration(seconds)} of training at {speed:,.0f} tokens a second, "
-    text += f"measured with {SOURCE[device]}; the run tells more exactly after its first ten steps"
+    text += f"measured with {SOURCE[device]}; the run logs it more exactly after its first ten steps"
     if trainer.max_hours and seconds > 3600 * trainer.max_hours:
         fix = "trainer.max_steps=...   for a shorter run; else it stops there and the same command goes on"
         found.warn("Length", f"{text}; trainer.max_hours={trainer.max_hours:g} is less.", fix)
@@ -191,8 +191,8 @@ def check_length(found: Found, settings: Settings, backend: str, shape: memory.M
         found.ok("Length", text)
 
 
-def _plan_looks(found: Found, settings: Settings, steps: int) -> None:
-    """At which steps the held-out loss is measured and prompts are answered, and why not in between."""
+def _plan_schedule(found: Found, settings: Settings, steps: int) -> None:
+    """At which steps the held-out loss is measured and prompts are completed, and why not in between."""
     facts = found.prepared.facts
     planned = schedule.with_eval_schedule(settings, facts)
     every = schedule.steps_between(planned.samples.every_steps, steps)
@@ -258,7 +258,7 @@ def check_tracking(found: Found, settings: Settings) -> None:
             fix = "wandb login   or   tracking.mode=offline" if not has_api_key() else "tracking.mode=offline"
             found.refuse("Tracking", [Problem("tracking.mode=online", why, fix)])
         else:
-            found.ok("Tracking", f"W&B offline ({why}), {project}; the run says how to upload it")
+            found.ok("Tracking", f"W&B offline ({why}), {project}; the run logs how to upload it")
 
 
 def check_export(found: Found, settings: Settings) -> None:

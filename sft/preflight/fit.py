@@ -22,26 +22,26 @@ PROCESS_GIB = 1.0
 
 
 def check_memory(found: Found, settings: Settings, backend: str, shape: memory.ModelDims | None, whole: bool) -> None:
-    """Decide the split of a step into passes, and hold its estimated peak against the memory there is."""
+    """Decide the batch plan, and compare its estimated peak with the memory there is."""
     name, capacity = device_of_run(settings)
     load = expected_load(found, settings, backend, shape, capacity)
     longest = _longest(found.prepared, settings)
     auto, reused = is_auto(settings.trainer), found.split is not None
     if found.split is None:
         found.split = _decide(settings, load, shape, longest, capacity)
-    split = found.split
-    load = as_planned(load, split)
+    plan = found.split
+    load = as_planned(load, plan)
     checkpointing = "with" if load.checkpointing else "without"
-    rows, passes = split.per_device_train_batch_size, split.gradient_accumulation_steps
+    rows, micro_batches = plan.per_device_train_batch_size, plan.gradient_accumulation_steps
     processes = processes_of(settings)
-    text = f"{rows} rows x {passes} passes a step, {checkpointing} gradient checkpointing"
+    text = f"{rows} rows x {micro_batches} micro-batches a step, {checkpointing} gradient checkpointing"
     text += f" of one in {load.every_n_layers} layers" if load.checkpointing and load.every_n_layers > 1 else ""
     text += f", on {processes} processes" if processes > 1 else ""
     if auto and (whole or capacity is not None):
         found.ok("Memory", f"auto: {text}" + (", as the run began" if reused else ""))
     if capacity and processes == 1 and not settings.preflight.gpu and (count := gpu_count()) > 1:
         found.ok("Memory", f"one of the {count} GPUs that are here; distributed=ddp trains on all of them")
-    found.facts["batch"] = {**asdict(split), "effective_batch_size": split.effective_batch_size}
+    found.facts["batch"] = {**asdict(plan), "effective_batch_size": plan.effective_batch_size}
     if shape is None or not whole:
         return
     guess = memory.estimate(shape, load, 1, memory.tokens_at_once(load, rows, longest))
@@ -72,25 +72,25 @@ def check_memory(found: Found, settings: Settings, backend: str, shape: memory.M
 def expected_load(
     found: Found, settings: Settings, backend: str, shape: memory.ModelDims | None, capacity: float | None
 ) -> memory.LoadPlan:
-    """How the model is loaded and trained, rows end to end where that can be expected."""
-    flat = capacity is not None and shape is not None and not why_padded(settings, backend) and has_kernel(settings)
+    """How the model is loaded and trained, padding-free where that can be expected."""
+    padding_free = capacity is not None and shape is not None and not why_padded(settings, backend) and has_kernel(settings)
     rows, tokens = (found.prepared.facts["rows"]["train"], found.prepared.facts["train_tokens"]) if found.prepared else (1, 0)
     steps = planned_steps(settings.trainer, rows)
     tokens *= steps * effective_batch_size(settings.trainer) / rows
-    return memory.load_plan_of(settings, backend, capacity is not None, flat, tokens)
+    return memory.load_plan_of(settings, backend, capacity is not None, padding_free, tokens)
 
 
-def as_planned(load: memory.LoadPlan, split: BatchPlan) -> memory.LoadPlan:
+def as_planned(load: memory.LoadPlan, plan: BatchPlan) -> memory.LoadPlan:
     """The same with the checkpointing that was decided for."""
-    if split.gradient_checkpointing is None:
+    if plan.gradient_checkpointing is None:
         return load
     # One layer of several also where trainer.extra says so, and nothing was decided.
-    every = split.every_n_layers if split.every_n_layers > 1 else load.every_n_layers
-    return replace(load, checkpointing=split.gradient_checkpointing, every_n_layers=every)
+    every = plan.every_n_layers if plan.every_n_layers > 1 else load.every_n_layers
+    return replace(load, checkpointing=plan.gradient_checkpointing, every_n_layers=every)
 
 
 def _decide(settings, load, shape, longest: list[int], capacity: float | None) -> BatchPlan:
-    """The split: as set, or for `auto` the most rows that fit; with rows end to end, checkpointing only if it is needed."""
+    """The batch plan: as set, or for `auto` the most rows that fit; padding-free, checkpointing only if it is needed."""
     trainer = settings.trainer
     choices = candidates(trainer, processes_of(settings)) if is_auto(trainer) else [trainer.per_device_train_batch_size]
     if shape is None or capacity is None:

