@@ -149,7 +149,7 @@ else:
     Text(
         """## Look before you train
 
-The first rows as the model will see them, what is learnt, whether it fits the GPU, how long it takes. A mistake is told
+The first rows as the model will see them, what is trained on, whether it fits the GPU, how long it takes. A mistake is told
 here, with what to type instead.""",
         """## 训练前检查
 
@@ -201,7 +201,7 @@ print(status())""",
     Text(
         """## Curves and answers
 
-The held-out loss is measured on rows that are not learnt. The answers are those to the same questions before and after
+The held-out loss is measured on rows that are not trained on. The completions are those to the same questions before and after
 training; one that was cut off ends in dots. `report.html` in the run folder has everything, to open in a browser.""",
         """## 曲线和回答
 

@@ -79,7 +79,7 @@ def _leave_to_first() -> None:
 def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True) -> None:
     """Compose what `argv` asks for and raise one Refusal with every problem in it.
 
-    `hardware=False` leaves out what depends on this machine (a GPU, installed backends), for commands that only look.
+    `hardware=False` leaves out what depends on this machine (a GPU, installed backends), for commands that only read.
     Flags that ask Hydra for information are left to Hydra. Takes about 0.3 s; multirun checks each value once.
     """
     args = _parse_flags(argv)
@@ -122,7 +122,7 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
             fix = "python train.py -m distributed.num_processes=2 ...   starts them for each run of the sweep"
             problems.append(Problem("torchrun train.py -m", why, fix))
         if (args.multirun or preset) and any(o.key_or_group == "preflight.mode" and o.value() == "only" for o in good):
-            why = "A sweep has many jobs, and the check alone looks at one."
+            why = "A sweep has many jobs, and the check alone is about one."
             problems.append(Problem("-m preflight.mode=only", why, "leave -m and the swept values out"))
         problems += _check_swept_values(config_name, search_path, good, hardware)
         problems += _check_pairs(config_name, search_path, good)
@@ -135,7 +135,7 @@ def read_settings(config_dir: Path, argv: list[str], hardware: bool = True) -> S
     check_command_line(config_dir, argv, hardware)
     args = _parse_flags(argv)
     if args.multirun:
-        raise Refusal([Problem("-m", "A sweep has many jobs, and this command looks at one.", "leave -m out")])
+        raise Refusal([Problem("-m", "A sweep has many jobs, and this command is about one.", "leave -m out")])
     if folders := [text.partition("=")[2] for text in args.overrides if text.startswith("resume=")]:
         return recorded_run(Path(folders[0]).expanduser(), WORD in argv)[0]
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
@@ -143,7 +143,7 @@ def read_settings(config_dir: Path, argv: list[str], hardware: bool = True) -> S
 
 
 def _parse_flags(argv: list[str]) -> Any:
-    """Hydra's own reading of the command line. Raises Refusal for what it would answer with its usage text."""
+    """Hydra's own reading of the command line. Raises Refusal for what it would end with its usage text."""
     parser = get_args_parser()
 
     def fail(message: str) -> NoReturn:
@@ -263,7 +263,7 @@ def _check_writable(folder: Path) -> list[Problem]:
 
 
 def _why_unwritable(folder: Path) -> str:
-    """Why nothing can be written to a folder, asked of the nearest one that is there; an empty text where it can."""
+    """Why nothing can be written to a folder, by the nearest one that is there; an empty text where it can."""
     if lost := why_lost(str(folder)):
         return lost
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 def track_summary(folder: Path, settings: Settings) -> None:
     """Write the leaderboard to W&B, as the run `sweep-<folder>`; nothing happens with tracking=none.
 
-    A repeated command goes on with that run where W&B can be reached. What goes wrong in the tracker ends nothing.
+    A repeated command resumes that run where W&B can be reached. What goes wrong in the tracker ends nothing.
     """
     if settings.tracking.tracker == Tracker.none:
         return
@@ -64,7 +64,7 @@ def make_table(board: Leaderboard) -> tuple[list[str], list[list[Any]]]:
 
 
 def refresh(folder: Path) -> None:
-    """Rewrite leaderboard.csv and the report. What goes wrong here is said and ends nothing."""
+    """Rewrite leaderboard.csv and the report. What goes wrong here is logged and ends nothing."""
     try:
         board = read_leaderboard(folder)
         write_csv(board)

@@ -22,7 +22,7 @@ class Said(Speaker):
         self.tokenizer, self.settings, self.shape = tokenizer, settings, Shape.messages
         self.answers, self.asked, self.target = list(answers), [], SimpleNamespace(name="said")
 
-    def answer(self, ids, say, max_new_tokens, temperature=0.0):
+    def complete(self, ids, say, max_new_tokens, temperature=0.0):
         self.asked.append(self.tokenizer.decode(ids))
         answer = self.answers.pop(0)
         if isinstance(answer, BaseException):
