@@ -3,7 +3,8 @@
 Two kinds of limits. A lossless format (adapter, merged 16-bit, GGUF f16) holds the trained weights up to the rounding of
 16 bits: its loss may differ by LOSSLESS, and its greedy completions are the same, but for ties. A quantised format
 changes the weights on purpose: its loss may rise by `export.max_loss_increase`, and how many completions stay the same
-is reported, not judged. What ends a completion, what pads, the chat template and the tokens of a prompt survive in every format.
+is reported, not judged. What ends a completion, what pads, the chat template and the tokens of a prompt survive
+in every format.
 """
 
 from dataclasses import dataclass, field

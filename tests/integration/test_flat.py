@@ -15,7 +15,7 @@ from sft.data import collators
 from sft.errors import Refusal
 from sft.model import compilation, cuda_graphs, padding_free
 from sft.model import loss as model_loss
-from sft.model.backend import PADDING_FREE_KINDS
+from sft.plan.plan import PADDING_FREE_KINDS
 from sft.run import run
 from sft.training import acceleration
 from sft.training.acceleration import choose_lengths
