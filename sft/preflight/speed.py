@@ -62,7 +62,7 @@ def measured_speed(device: str | None, parameters: int, load: LoadPlan, rows: in
         and abs(parameters / m.parameters - 1) < 0.25
         and (m.backend, m.bits, m.checkpointing) == (load.backend, load.bits, load.checkpointing)
         and (load.every_n_layers == 1 or not load.checkpointing)
-        and (m.padding_free, m.compiled) == (load.flat, load.compiled)
+        and (m.padding_free, m.compiled) == (load.padding_free, load.compiled)
         and m.rows <= 2 * rows
     ]
     return max(alike, key=lambda m: (min(m.rows, rows), -m.rows)).tokens_per_second if alike else None
