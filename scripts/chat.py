@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
 from sft.cli.chat import Speaker, find_target
-from sft.config.trust import WORD
+from sft.config.consent import WORD
 from sft.errors import ExportError, Problem, Refusal
 from sft.sanitize import shown
 from sft.threads import spin_briefly
@@ -37,12 +37,12 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         options = read_options(argv)
-        trusted = "model.trust_remote_code" in options
+        consent = "model.trust_remote_code" in options
         base = options.get("model.name")
-        targets = [find_target(options["run"], trusted, base)]
+        targets = [find_target(options["run"], consent, base)]
         if "against" in options:
             other = f"base:{targets[0].folder}" if options["against"] == "base" else options["against"]
-            targets.append(find_target(other, trusted, base if other.startswith("base:") else None))
+            targets.append(find_target(other, consent, base if other.startswith("base:") else None))
         speakers = load(targets)
     except Refusal as refusal:
         print(refusal, file=sys.stderr)

@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 from sft import console, environment
 from sft.cli.check import read_settings
 from sft.cli.target import find_run
+from sft.config.consent import WORD, with_word
 from sft.config.schema import Settings
-from sft.config.trust import WORD, with_word
 from sft.errors import ExportError, Problem, Refusal
 from sft.runs.saved import settings_of
 from sft.threads import spin_briefly

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sft import methods, signals
+from sft.config.consent import with_word
 from sft.config.destinations import mark
 from sft.config.schema import Settings, Tracker
-from sft.config.trust import with_word
 from sft.distributed import group, strategy, watchdog
 from sft.distributed.stop import stop_request
 from sft.environment import prepare_environment, quiet_libraries, seed_everything
@@ -90,7 +90,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         plan = plan_model(settings, machine, lambda: read_config(settings.model), began)
         group.broadcast(plan)
         _prepare_libraries(settings, plan)
-        found = checks.examine(settings, folder, plan, context.origins, machine, resume.read_batch_plan(before))
+        found = checks.examine(settings, folder, plan, context.provenance, machine, resume.read_batch_plan(before))
         if found.problems:
             raise Refusal(found.problems)
         facts = checks.write_preflight(folder, found)

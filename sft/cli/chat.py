@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sft.cli.target import find_run
+from sft.config.consent import with_word
 from sft.config.schema import Settings
-from sft.config.trust import with_word
 from sft.errors import ExportError, Refusal, refuse
 from sft.generation import batching
 from sft.paths import PACKAGE
@@ -33,12 +33,12 @@ class Target:
     settings: Settings
 
 
-def find_target(text: str, trusted: bool = False, base: str | None = None) -> Target:
+def find_target(text: str, consent: bool = False, base: str | None = None) -> Target:
     """Whom `run=<text>` names: a run, a checkpoint, an export of a run, or `base:<run>`, its model before training.
 
     `base` is where the run's model is now, if it is elsewhere. Raises Refusal, without reading a weight, if there is no such
     thing, it belongs to no run, its model's folder is gone, or the run needs code of its model that the command line does not
-    allow (`trusted`).
+    allow (`consent`).
     """
     kind, _, rest = text.partition(":")
     place = Path(rest if kind == "base" and rest else text).expanduser()
@@ -56,9 +56,9 @@ def find_target(text: str, trusted: bool = False, base: str | None = None) -> Ta
         problems = missing_parts()
         if problems:
             raise refuse(f"run={text}", problems[0].why, problems[0].fix)
-        return Target(place.name, "gguf", owner, place, settings_of(owner, trusted)[0])
+        return Target(place.name, "gguf", owner, place, settings_of(owner, consent)[0])
     folder, weights = find_run(str(place))
-    settings, record = settings_of(folder, trusted, base)
+    settings, record = settings_of(folder, consent, base)
     plain = weights is not None and not (weights / "adapter_config.json").is_file() and weights.parent.name != "checkpoints"
     if (kind == "base" and rest) or (settings.lora.enabled and not plain):
         problems = check_base(folder, settings)

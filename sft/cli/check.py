@@ -25,11 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 from sft.cli.overrides import check_override, is_known, looks_secret, needs_sweep, one_line, parse_overrides, secret
 from sft.config import schema
 from sft.config.compose import PROCESSES, register, to_settings
+from sft.config.consent import WORD
 from sft.config.data_rules import why_lost
 from sft.config.destinations import KEYS, check_destinations, destinations
 from sft.config.rules import check_settings
 from sft.config.schema import Settings
-from sft.config.trust import WORD
 from sft.distributed.group import is_first, launched
 from sft.errors import Problem, Refusal, chain_of, first_line
 from sft.runs.resume import check_folder, recorded_run, working_folder
@@ -277,7 +277,7 @@ def _why_unwritable(folder: Path) -> str:
 def _check_resume(argv: list[str], hardware: bool) -> None:
     """Refuse `resume=<run folder>` that does not stand alone, or whose run cannot go on.
 
-    Beside it may stand the words of sft/config/trust.py and sft/config/destinations.py, and a number of processes.
+    Beside it may stand the words of sft/config/consent.py and sft/config/destinations.py, and a number of processes.
     """
     text = next(a for a in argv if a.startswith("resume="))
     counts = [a for a in argv if a.startswith(PROCESSES)]

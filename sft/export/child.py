@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from sft.config.trust import WORD
+from sft.config.consent import WORD
 from sft.distributed import group
 from sft.environment import release_memory
 from sft.export import exporter

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sft import environment
+from sft.config.consent import with_word
 from sft.config.schema import Settings
-from sft.config.trust import with_word
 from sft.data.tokenize import starts_with_bos
 from sft.errors import ExportError, HubError, Problem, Refusal, first_line
 from sft.export import card, gguf, hub, measure, merge, ollama, verify

@@ -28,7 +28,7 @@ def check_only(settings: Settings, folder: Path, context: Context) -> RunResult:
     environment.quiet_libraries()
     machine = look_at(settings)
     plan = plan_model(settings, machine, lambda: read_config(settings.model))
-    found = checks.examine(settings, folder, plan, context.origins, machine)
+    found = checks.examine(settings, folder, plan, context.provenance, machine)
     show.show(found)
     if found.problems:
         raise Refusal(found.problems)

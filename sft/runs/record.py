@@ -39,7 +39,7 @@ class Context:
     command: str = ""
     overrides: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
-    origins: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
     """Where the value of each setting comes from."""
     logging: dict[str, Any] | None = None
     """Hydra's logging of this job, for the process that a run of several ones speaks through."""

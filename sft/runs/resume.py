@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.batching import BatchPlan
+from sft.config.consent import check_consent
 from sft.config.fingerprint import AROUND, config_hash
 from sft.config.keys import flatten
 from sft.config.schema import Settings
-from sft.config.trust import check_trust
 from sft.errors import Problem, Refusal, refuse
 from sft.storage.forms import fitted
 from sft.storage.jsonio import jsonable, parse_object
@@ -82,11 +82,11 @@ def check_folder(folder: Path, settings: Settings, locked: bool = False) -> list
     return [] if locked else _check_lock(folder)
 
 
-def recorded_run(folder: Path, trusted: bool = False, processes: str | None = None) -> tuple[Settings, dict[str, Any]]:
+def recorded_run(folder: Path, consent: bool = False, processes: str | None = None) -> tuple[Settings, dict[str, Any]]:
     """Settings and record of the run in `folder`, to go on with them.
 
     Raises Refusal if there is nothing to go on with, or the run needs code of its model that the command line does not allow
-    (`trusted`). `processes` is another `distributed.num_processes` than before, as typed. Under torchrun it has no say.
+    (`consent`). `processes` is another `distributed.num_processes` than before, as typed. Under torchrun it has no say.
     """
     from sft.config.compose import fill_settings
 
@@ -106,7 +106,7 @@ def recorded_run(folder: Path, trusted: bool = False, processes: str | None = No
     if problems:
         raise Refusal(problems)
     settings = fill_settings(record["settings"])
-    check_trust(settings, what, trusted)
+    check_consent(settings, what, consent)
     if record.get("config_hash") != config_hash(settings):
         log.warning("The settings of %s were written by another version of this project.", folder)
     if processes is not None:

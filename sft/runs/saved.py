@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from sft.config.consent import check_consent
 from sft.config.schema import Settings, Shape
-from sft.config.trust import check_trust
 from sft.errors import Problem, refuse
 from sft.storage.jsonio import read_json
 
@@ -19,10 +19,10 @@ def prompt_form(folder: Path) -> tuple[Shape, list[str]]:
     return Shape(shape), stops
 
 
-def settings_of(folder: Path, trusted: bool = False, base: str | None = None) -> tuple[Settings, dict[str, Any]]:
+def settings_of(folder: Path, consent: bool = False, base: str | None = None) -> tuple[Settings, dict[str, Any]]:
     """The settings that a run was made with, and its record; `model.name` is the folder where the run had it, or `base`.
 
-    Raises Refusal if its run.json holds none, or has code of a model run while the command line does not (`trusted`).
+    Raises Refusal if its run.json holds none, or has code of a model run while the command line does not (`consent`).
     """
     from sft.config.compose import fill_settings
 
@@ -30,7 +30,7 @@ def settings_of(folder: Path, trusted: bool = False, base: str | None = None) ->
     if "settings" not in record:
         raise refuse(f"run={folder}", "Its run.json holds no settings: nothing was trained.", "run=outputs/<another run>")
     settings = fill_settings(record["settings"])
-    check_trust(settings, f"run={folder}", trusted)
+    check_consent(settings, f"run={folder}", consent)
     settings.model.name = base or _name_of_base(settings, record)
     return settings, record
 
