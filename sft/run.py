@@ -222,7 +222,7 @@ def _generator(ctx: RunContext, model: Any) -> Any:
         def ask() -> list[dict]:
             return samples.generate(model, ctx.tokenizer, prompts, ctx.settings, ctx.stop_ids, step, check)
 
-        return ask() if step else warm_cache.of_base("answers", model, ctx.settings, key, ask)
+        return ask() if step else warm_cache.of_base("completions", model, ctx.settings, key, ask)
 
     return generate if prompts else None
 

@@ -25,7 +25,7 @@ class PaddingFreeCollator:
 
         input_ids, position_ids, labels: [1, tokens]; the first label of a row is IGNORED, since nothing predicts it.
         cu_seq_lens_q, cu_seq_lens_k: int32, the start of every row and the ends of the last one and of the filling behind it.
-        learnt: the places whose output predicts a target token; targets: these tokens.
+        target_positions: those whose output predicts a target token; targets: these tokens.
         """
         import numpy as np
         import torch
@@ -42,7 +42,7 @@ class PaddingFreeCollator:
         starts = np.cumsum([0, *counts])
         labels[starts[:-1]] = IGNORED
         positions = np.arange(total + filling) - np.repeat(starts, [*counts, filling])
-        learnt = np.flatnonzero(labels != IGNORED) - 1
+        targets_at = np.flatnonzero(labels != IGNORED) - 1
         ends = [*starts, *[total] * (self.rows - len(rows)), total + filling]
         cu_seq_lens = torch.tensor(ends, dtype=torch.int32)
         return {
@@ -53,14 +53,14 @@ class PaddingFreeCollator:
             "cu_seq_lens_k": cu_seq_lens,
             "max_length_q": self.longest,
             "max_length_k": self.longest,
-            "learnt": torch.from_numpy(learnt),
-            "targets": torch.from_numpy(labels[learnt + 1]),
+            "target_positions": torch.from_numpy(targets_at),
+            "targets": torch.from_numpy(labels[targets_at + 1]),
         }
 
 
 def is_padding_free(inputs: dict[str, Any]) -> bool:
     """Whether a micro-batch was made by PaddingFreeCollator."""
-    return "learnt" in inputs
+    return "target_positions" in inputs
 
 
 def cut(inputs: dict[str, Any]) -> list[dict[str, list[int]]]:

@@ -32,7 +32,7 @@ def training_arguments(
         max_steps=t.max_steps,
         per_device_train_batch_size=t.per_device_train_batch_size,
         per_device_eval_batch_size=plan.eval_batch_size,
-        gradient_accumulation_steps=samplers.passes_of_rank(t.gradient_accumulation_steps),
+        gradient_accumulation_steps=samplers.micro_batches_of_rank(t.gradient_accumulation_steps),
         learning_rate=t.learning_rate,
         lr_scheduler_type=t.lr_scheduler_type,
         warmup_steps=t.warmup_steps,

@@ -15,7 +15,7 @@ from sft.data.collators import pairs
 from sft.model.loss import linear_cross_entropy
 from sft.model.structure import attention_of
 
-ATTENTION = "sft_flat"
+ATTENTION = "sft_padding_free"
 """The attention's name in transformers' registry."""
 
 
@@ -34,8 +34,8 @@ def install(base: Any) -> None:
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
     usual = base.forward
 
-    def forward(self, *args: Any, learnt: Any = None, targets: Any = None, **kwargs: Any) -> Any:
-        if learnt is None:
+    def forward(self, *args: Any, target_positions: Any = None, targets: Any = None, **kwargs: Any) -> Any:
+        if target_positions is None:
             return usual(*args, **kwargs)
         items = kwargs.pop("num_items_in_batch", None)
         for unused in ("labels", "use_cache", "attention_mask"):
@@ -46,7 +46,7 @@ def install(base: Any) -> None:
             else:
                 hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
-        hidden = hidden[0].index_select(0, learnt)
+        hidden = hidden[0].index_select(0, target_positions)
         if torch.is_autocast_enabled(hidden.device.type):  # they are float32 where the weights are
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         total = linear_cross_entropy(hidden, head.weight, targets)

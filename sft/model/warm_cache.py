@@ -30,10 +30,10 @@ _keeping = _frozen = False
 
 _kept: dict[str, tuple[str, Any]] = {}
 
-loads = dict.fromkeys(("model", "adapter", "tokenizer", "tokens", "check", "recordings", "evaluation", "answers"), 0)
+loads = dict.fromkeys(("model", "adapter", "tokenizer", "tokens", "check", "captured_steps", "evaluation", "completions"), 0)
 """How often each was loaded or made in this process."""
 
-OF_MODEL = ("model", "adapter", "check", "recordings", "evaluation", "answers")
+OF_MODEL = ("model", "adapter", "check", "captured_steps", "evaluation", "completions")
 """What goes when another model is loaded."""
 
 
@@ -107,18 +107,18 @@ def checked(model: Any, settings: Settings, rows: list[Any], check: Callable[[],
     return _once("check", _key(settings.model, settings.lora, rows), check) if kept else check()
 
 
-def recordings(model: Any, settings: Settings, what: Any, make: Callable[[], Any]) -> Any:
+def captured_steps(model: Any, settings: Settings, what: Any, make: Callable[[], Any]) -> Any:
     """The captured steps of a kept model with this very adapter, made as `what` says; else what `make` gives."""
     if "adapter" not in _kept or _kept["adapter"][1].model is not model:
         return make()
-    keeps, (kept_key, found) = keeps_recordings(settings), _kept.get("recordings", ("", None))
+    keeps, (kept_key, found) = keeps_captured_steps(settings), _kept.get("captured_steps", ("", None))
     if found is not None and not (keeps and kept_key == _key(what) and found.lengths):  # of another kind, or given up
-        _kept.pop("recordings")[1].forget()
-    return _once("recordings", _key(what), make) if keeps else make()
+        _kept.pop("captured_steps")[1].forget()
+    return _once("captured_steps", _key(what), make) if keeps else make()
 
 
 def of_base(name: str, model: Any, settings: Settings, what: Any, make: Callable[[], Any]) -> Any:
-    """What `make()` finds (`evaluation`, `answers`) with a kept model whose adapter is untrained: found once for all
+    """What `make()` finds (`evaluation`, `completions`) with a kept model whose adapter is untrained: found once for all
     runs with the same `what`, whatever their ranks and rates, because such an adapter adds nothing. Else what it finds now.
 
     DoRA's magnitudes and copied modules round in other ways than the model alone; a run with a time limit has to measure.
@@ -128,7 +128,7 @@ def of_base(name: str, model: Any, settings: Settings, what: Any, make: Callable
     return _once(name, _key(settings.model, what), make) if kept and not own else make()
 
 
-def keeps_recordings(settings: Settings) -> bool:
+def keeps_captured_steps(settings: Settings) -> bool:
     """Whether captured steps stay when a run ends; an export, in a process of its own, needs the memory."""
     return _keeping and not settings.export.formats
 
@@ -167,8 +167,8 @@ def _drop_adapter() -> None:
     """Let go of the adapter and of what was captured with it. Their circles of references are opened by hand: to have the
     garbage collector search for them among all that is kept takes seconds.
     """
-    if "recordings" in _kept:
-        _kept.pop("recordings")[1].forget()
+    if "captured_steps" in _kept:
+        _kept.pop("captured_steps")[1].forget()
     stays = {id(module) for module, _ in _kept["model"][1].modules}
     for module, state in _kept.pop("adapter")[1].modules:
         if id(module) not in stays:

@@ -94,7 +94,7 @@ def run_callback(trainer, settings: Settings) -> Any:
         def on_train_end(self, args, state, control, **kwargs):
             trainer.write_line()
             clock.stop()
-            if not warm_cache.keeps_recordings(settings):
+            if not warm_cache.keeps_captured_steps(settings):
                 cuda_graphs.forget_graphs(trainer.model)
             recorder.final["bad_steps"] = trainer.bad_steps.count
             if trainer.bad_steps.rose_at is not None:

@@ -15,7 +15,7 @@ WORDS = [
     (r"\bflat\b|flat_|_flat\b|FLAT_", "padding-free", r"tests/integration/test_flat\.py"),
     (r"\bpasses\b|(rows|each|every|whole|small) pass\b|_a_pass\b", "micro-batches", r"passes (the|each|on|by)\b|it passes"),
     (r"found\.split|split into (passes|micro)|(the|a) split of (a|the|these) (step|run|settings)", "batch plan", r""),
-    (r"record(ed|ing)? (pass|step|kernel|length|as a? ?CUDA)|recordings?\b|launched (pass|step)", "captured, eager", r""),
+    (r"record(ed|ing)? (pass|step|kernel|length|as a? ?CUDA)|recordings\b|launched (pass|step)", "captured, eager", r""),
     (r"computed? (once )?again", "recomputed", r""),
     (r"with_looks|_looks\b|\blooks\.py", "evaluation schedule", r""),
     (r"bad[ _]steps?", "non-finite steps", r"max_bad_steps|[\"`]bad_steps[\"`]"),

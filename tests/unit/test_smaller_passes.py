@@ -24,9 +24,9 @@ def test_rows_with_their_labels_come_back_from_padding_and_from_end_to_end():
 
 def test_a_pass_of_rows_without_anything_to_learn_has_a_loss_of_nothing():
     passed = PaddingFreeCollator(0, 4)([{"input_ids": [0], "labels": [-100]}])
-    assert passed["learnt"].dtype == passed["targets"].dtype == torch.long and not len(passed["learnt"])
+    assert passed["target_positions"].dtype == passed["targets"].dtype == torch.long and not len(passed["target_positions"])
     hidden, head = torch.ones(1, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True)
-    loss = linear_cross_entropy(hidden.index_select(0, passed["learnt"]), head, passed["targets"])
+    loss = linear_cross_entropy(hidden.index_select(0, passed["target_positions"]), head, passed["targets"])
     loss.backward()
     assert loss.item() == 0 and not hidden.grad.any() and not head.grad.any()
 
