@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sft.config.schema import LossOn, Overlong, Settings, Shape
+from sft.data.columns import SHAPES
 from sft.data.tokenize import IGNORED
 from sft.errors import Problem, Refusal, refuse
 
@@ -131,7 +132,7 @@ def refuse_nothing_to_learn(splits: dict[str, SplitStats], counts: dict, shape: 
             what, why = "the weights of the answers", "has an answer that is trained on: all have the weight 0"
             fix = "give the answers that are to be trained on the weight 1"
         else:
-            role = {Shape.instruction: "output", Shape.prompt_completion: "completion"}.get(shape, shape.value)
+            role = SHAPES[shape].answer
             what = f"dataset.columns.{role}={getattr(settings.dataset.columns, role)}"
             why, fix = "has an answer to learn; all are empty", f"dataset.columns.{role}=<the column with the answers>"
         if name == "eval" and not settings.dataset.eval_split:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft.config.schema import DatasetSettings, Shape
+from sft.config.schema import ColumnSettings, DatasetSettings, Shape
 from sft.errors import Problem, Refusal, refuse
 
 # Names that columns of a role have in the wild, for the likeliest match.
@@ -36,6 +36,30 @@ WEIGHTS = ("weight", "train", "training", "loss", "loss_mask", "trainable")
 
 READ_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *REASONING, *WEIGHTS}
 
+
+@dataclass(frozen=True)
+class Layout:
+    """What is known of the rows of one shape."""
+
+    needed: tuple[tuple[str, ...], ...]
+    """Roles that need a column, the question's first; of several in one place the first that has one."""
+    answer: str
+    """The role of the column with the answers."""
+    turns: bool = False
+    """Whether that column holds a conversation."""
+    plain: str = ""
+    """`dataset.template=plain` as a template text; blank where it is not one."""
+
+
+SHAPES = {
+    Shape.messages: Layout((("messages",),), "messages", turns=True),
+    Shape.conversations: Layout((("conversations",),), "conversations", turns=True),
+    Shape.instruction: Layout((("instruction", "input"), ("output",)), "output", plain="{instruction}\n\n{input}\n\n{output}"),
+    Shape.prompt_completion: Layout((("prompt",), ("completion",)), "completion", plain="{prompt}{completion}"),
+    Shape.text: Layout((("text",),), "text"),
+}
+"""The shapes, in the order in which `auto` tries them."""
+
 # What a template text can always name in braces, whatever the columns are called.
 FIELDS = ("instruction", "input", "output", "prompt", "completion", "system")
 
@@ -59,16 +83,9 @@ def find_shape(rows: Sequence[dict], data: DatasetSettings) -> Shape:
     if data.shape != Shape.auto:
         return data.shape
     names, columns = _names(rows), data.columns
-    if columns.messages in names:
-        return Shape.messages
-    if columns.conversations in names:
-        return Shape.conversations
-    if columns.output in names and ({columns.instruction, columns.input} & names):
-        return Shape.instruction
-    if columns.prompt in names and columns.completion in names:
-        return Shape.prompt_completion
-    if columns.text in names:
-        return Shape.text
+    for shape, layout in SHAPES.items():
+        if all(any(getattr(columns, role) in names for role in roles) for roles in layout.needed):
+            return shape
     if columns.output in names or columns.instruction in names:
         return Shape.instruction  # check_columns says what is missing
     turns = next((name for name in sorted(names) if len(rows) and holds_turns(rows[0].get(name))), None)
@@ -80,15 +97,8 @@ def find_shape(rows: Sequence[dict], data: DatasetSettings) -> Shape:
 def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, source: str) -> None:
     """Refuse, all at once, roles whose column is not in the data, with the likeliest match."""
     names, columns = _names(rows), data.columns
-    needed = {
-        Shape.instruction: ["instruction" if columns.instruction else "input", "output"],
-        Shape.prompt_completion: ["prompt", "completion"],
-        Shape.conversations: ["conversations"],
-        Shape.messages: ["messages"],
-        Shape.text: ["text"],
-    }[shape]
     problems = []
-    for role in needed:
+    for role in (_role_of(roles, columns) for roles in SHAPES[shape].needed):
         column = getattr(columns, role)
         if column is None:
             why = f"The {shape.value} shape needs a column for {role}. There are: {', '.join(sorted(names))}."
@@ -105,7 +115,7 @@ def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, sou
             fix = f"dataset.{group}.{match}=..." if match else f"dataset.{group}={{}}   to filter nothing"
             why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
             problems.append(Problem(f"dataset.{group}.{column}", why, fix))
-    allowed = {*FIELDS} if shape in (Shape.messages, Shape.conversations) else {*FIELDS, *names}
+    allowed = {*FIELDS} if SHAPES[shape].turns else {*FIELDS, *names}
     for name in names_in(data.template):
         if name not in allowed:  # it would be filled with nothing
             match = likeliest(name, name, allowed)
@@ -114,6 +124,20 @@ def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, sou
             problems.append(Problem(f"dataset.template=...{{{name}}}...", why, fix))
     if problems:
         raise Refusal(problems)
+
+
+def question_row(question: str, columns: ColumnSettings, shape: Shape) -> dict[str, Any]:
+    """A row of this shape with this question and a stand-in for its answer."""
+    layout = SHAPES[shape]
+    answer = getattr(columns, layout.answer)
+    if layout.turns:
+        return {answer: [{"role": "user", "content": question}, {"role": "assistant", "content": "x"}]}
+    return {getattr(columns, _role_of(layout.needed[0], columns)): question, answer: "x"}
+
+
+def _role_of(roles: tuple[str, ...], columns: ColumnSettings) -> str:
+    """Of roles that can stand for each other the first that has a column."""
+    return next((role for role in roles if getattr(columns, role)), roles[-1])
 
 
 def likeliest(role: str, column: str, names: set[str]) -> str | None:
@@ -126,7 +150,7 @@ def likeliest(role: str, column: str, names: set[str]) -> str | None:
 
 def row_to_fields(row: dict, data: DatasetSettings, shape: Shape, template: str) -> dict[str, str]:
     """Values for a template text, by role; columns without a role that the text names are reached by their own name."""
-    if shape in (Shape.messages, Shape.conversations) or _prompt_is_turns(row, data, shape):
+    if SHAPES[shape].turns or _prompt_is_turns(row, data, shape):
         return _turns_to_fields(row_to_turns(row, data, shape))
     values = {name: as_text(row.get(name)) for name in names_in(template)}
     for role in FIELDS:
@@ -145,10 +169,9 @@ def row_to_fields(row: dict, data: DatasetSettings, shape: Shape, template: str)
 def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
     """A row as turns for a chat template."""
     columns = data.columns
-    if shape == Shape.messages:
-        turns = _read_turns(row.get(columns.messages), columns.messages)
-    elif shape == Shape.conversations:
-        turns = _read_turns(row.get(columns.conversations), columns.conversations)
+    if SHAPES[shape].turns:
+        column = getattr(columns, SHAPES[shape].answer)
+        turns = _read_turns(row.get(column), column)
     elif _prompt_is_turns(row, data, shape):
         turns = _read_turns(row[columns.prompt], columns.prompt)
         answer = row.get(columns.completion)

@@ -7,7 +7,7 @@ import string
 from dataclasses import dataclass, field
 
 from sft.config.schema import DatasetSettings, Shape
-from sft.data.columns import REASONING, Turn, cell_text, names_in, read_history, read_tools, row_to_fields, row_to_turns
+from sft.data.columns import REASONING, SHAPES, Turn, cell_text, names_in, read_history, read_tools, row_to_fields, row_to_turns
 from sft.errors import first_line, refuse
 
 MOST_TEMPLATE = 1_000_000
@@ -49,7 +49,7 @@ def choose_template(data: DatasetSettings, shape: Shape, tokenizer) -> str:
     Raises Refusal if the template does not go with the rows or the tokenizer.
     """
     has_chat = bool(tokenizer.chat_template)
-    multi_turn = shape in (Shape.messages, Shape.conversations)
+    multi_turn = SHAPES[shape].turns
     template = data.template
     if shape == Shape.text:
         if template not in ("auto", "plain"):
@@ -68,7 +68,7 @@ def choose_template(data: DatasetSettings, shape: Shape, tokenizer) -> str:
     if template == "plain" and multi_turn:
         raise refuse("dataset.template=plain", "Turns need a template that marks who speaks.", "dataset.template=chat")
     if template == "plain":
-        return "{prompt}{completion}" if shape == Shape.prompt_completion else "{instruction}\n\n{input}\n\n{output}"
+        return SHAPES[shape].plain
     if template == "alpaca":
         return ALPACA
     return template.replace("\\n", "\n")

@@ -4,7 +4,7 @@
 
 The sizes of the weights are exact: the model is built on torch's meta device, which holds shapes and no numbers. What a forward
 pass keeps is counted from the layers' code, a Llama-like decoder layer (RMSNorm, attention, gated MLP), so that other kinds
-are estimated less well and mixtures of experts not at all. `benchmarks/memory_table.py` holds the estimate against a GPU.
+are estimated less well and mixtures of experts not at all. `benchmarks/memory_table.py` compares the estimate with a GPU.
 """
 
 from dataclasses import dataclass, replace

@@ -23,8 +23,12 @@ WORDS = [
     (r"held against|holds? [^.]* against", "compared with", r""),
     (r"near[ -]ties?\b", "tie", r""),
     (r"\bpartings?\b", "divergence", r"[\"`]partings(_from_merged)?[\"`]"),
-    (r"take[ns]? up|took up|gone on with|gives? (it|them|memory|the memory) back|given back", "restored, freed, resumed", r""),
-    (r"\btrust(ed|s)?\b", "consent", r"trust_remote_code|SECURITY"),
+    (
+        r"take[ns]? up(?! to)|took up|gone on with|gives? (it|them|memory|the memory) back|given back",
+        "restored, freed, resumed",
+        r"",
+    ),
+    (r"\btrust(ed|s)?\b", "consent", r"trust_remote_code|that you trust|trusted network|what is trusted"),
     (r"\borigins\b", "provenance", r""),
     (r"\bembedded\b", "built-in", r""),
 ]
