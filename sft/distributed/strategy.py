@@ -58,7 +58,7 @@ def settle_accelerator(accelerator: Any) -> None:
 def settle_device(args: Any) -> None:
     """Let a process have one GPU, and call the CPU by its plain name.
 
-    transformers gives a process that is alone all GPUs it sees, with as many times the rows in a micro-batch. accelerate gives the
+    transformers gives a process that is alone all GPUs it sees, with as many times the rows a micro-batch. accelerate gives the
     CPU the rank's number (`cpu:1`), under which torch.load reads nothing.
     """
     if args.n_gpu > 1:
