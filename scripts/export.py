@@ -1,4 +1,4 @@
-"""Export a trained run, prove that each export answers as the trained model does, and push it to the hub if wanted.
+"""Export a trained run, prove that each export generates what the trained model does, and push it to the hub if wanted.
 
     python scripts/export.py run=outputs/<run> export=gguf
     python scripts/export.py run=outputs/<run> export.formats=[merged_16bit,gguf] export.gguf.quantizations=[f16,q4_k_m]

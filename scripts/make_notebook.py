@@ -199,7 +199,7 @@ cut may lose the last minutes; a checkpoint that arrived in part is noticed and 
 print(status())""",
     ),
     Text(
-        """## Curves and answers
+        """## Curves and completions
 
 The held-out loss is measured on rows that are not trained on. The completions are those to the same questions before and after
 training; one that was cut off ends in dots. `report.html` in the run folder has everything, to open in a browser.""",
@@ -220,7 +220,7 @@ display(Image(f"{RUN}/curves.png"))""",
     Text(
         """## Talk to it
 
-One question, through the template of the training. Add `against=base` for the answer of the model before training beside it;
+One question, through the template of the training. Add `against=base` for the completion of the model before training beside it;
 leave `prompt=` out in a terminal to have a conversation.""",
         """## 对话
 
@@ -235,7 +235,7 @@ assert _exit_code == 0""",
     Text(
         """## Export
 
-Each export is loaded afresh and compared with the model that was trained: the loss, the answers, what ends them. One that
+Each export is loaded afresh and compared with the model that was trained: the loss, the completions, what ends them. One that
 drifted is named.""",
         """## 导出
 
