@@ -220,8 +220,8 @@ display(Image(f"{RUN}/curves.png"))""",
     Text(
         """## Talk to it
 
-One question, through the template of the training. Add `against=base` for the completion of the model before training beside it;
-leave `prompt=` out in a terminal to have a conversation.""",
+One question, through the template of the training. Add `against=base` for the completion of the model before training beside
+it; leave `prompt=` out in a terminal to have a conversation.""",
         """## 对话
 
 问一个问题，使用训练时的模板。加上 `against=base`，可以同时看到训练前模型的回答；在终端里去掉 `prompt=` 就可以连续对话。""",
