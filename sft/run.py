@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 import traceback
 from dataclasses import asdict, replace
@@ -12,6 +11,7 @@ from typing import Any
 from sft import methods, signals
 from sft.config.consent import with_word
 from sft.config.destinations import mark
+from sft.config.method import facts_of
 from sft.config.schema import Settings, Tracker
 from sft.distributed import group, strategy, watchdog
 from sft.distributed.stop import stop_request
@@ -257,5 +257,4 @@ def _finish(ctx: RunContext, status: str, reason: str | None) -> RunResult:
         log.info("       go on with: %s", with_word(f"python train.py resume={os.path.relpath(folder)}", ctx.settings))
     for name, place in artifacts.items():
         log.info("       %-8s %s", name, os.path.relpath(folder / place))
-    good = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
-    return RunResult(status, code, folder, good)
+    return RunResult(status, code, folder, jsonio.number(metrics.get(facts_of(record.facts).metric)))

@@ -27,8 +27,8 @@ class RunResult:
     exit_code: int
     """0 finished, 1 failed, 2 refused before training, 130 interrupted."""
     folder: Path
-    eval_loss: float | None = None
-    """Held-out loss of the weights that were kept."""
+    metric: float | None = None
+    """What the method ranks runs by, of the weights that were kept."""
 
 
 @dataclass
