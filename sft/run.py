@@ -252,7 +252,7 @@ def _train(
     record.update(tracking=tracking.facts)
     trainer = sft.build_trainer(model, tokenizer, prepared, settings, loop, backend)
     record.update(speed=asdict(trainer.fast))
-    take_up(folder, checkpoint, recorder)
+    take_up(folder, checkpoint, loop.components())
     stop.training = True
     with record.timed("train"):
         trainer.train()

@@ -17,7 +17,7 @@ from sft.training.callbacks import progress_bar, run_callback
 from sft.training.nonfinite import NonFiniteSteps
 from sft.training.oom import OomRetry
 from sft.training.samplers import TokenBalancedSampler
-from sft.training.trainer import Loop, resumable
+from sft.training.trainer import Loop, ResumableTrainer
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def build_trainer(
         model, settings, data, tokenizer.pad_token_id, backend, planned_steps(settings.trainer, len(data.train))
     )
 
-    class Trainer(resumable(SFTTrainer)):
+    class Trainer(ResumableTrainer, SFTTrainer):
         """Counts the non-padding tokens it trains on, and evaluates to the mean over tokens.
 
         Counts and sums stay on the device until they are asked for. transformers' own evaluation loss is a mean over
