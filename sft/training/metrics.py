@@ -121,6 +121,11 @@ class LogLine:
     arrived: Any = None
     """The CUDA event after which they are there; None on the CPU."""
 
+    def logs(self, since: int) -> dict[str, float]:
+        """What transformers logs of it, by its names; `since` is the step of the line before. The numbers have to be there."""
+        norm = {"grad_norm": float(self.numbers["norm"])} if "norm" in self.numbers else {}
+        return {"loss": float(self.numbers["loss"]) / (self.step - since), **norm, "learning_rate": self.learning_rate}
+
 
 def mark_on_gpu() -> Any:
     """A CUDA event after all that is queued by now, which knows the time it passes; None without a GPU."""

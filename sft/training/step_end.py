@@ -8,7 +8,29 @@ from sft.distributed import group
 
 @dataclass
 class StepEnd:
-    """How far the end of the current step is."""
+    """How far the end of the current step is.
+
+        running ◀────────────────────────────────────────────────────────────┐
+           │ a step is done                                                   │
+           ▼                                                                  │
+        noted: what transformers and the budget ask for becomes `due` or      │
+           │   `save_due`; the log line is taken; all ranks agree on a stop   │
+           │                                                                  │
+           ├── not `pending`, no stop wanted ─────────────────────────────────┤
+           ▼                                                                  │
+        settling: each part of `due` is done and struck out, first `evaluate` │
+           │      (a new best makes a save due), then `samples`; a stop gives │
+           │      up the part that it finds, which stays in `due`             │
+           ▼                                                                  │
+        saving, if `save_due` or a stop is wanted: the checkpoint holds what  │
+           │      is still `due`                                              │
+           ├── no stop wanted: cleared ───────────────────────────────────────┘
+           ▼
+        `ended`: nothing more is logged or saved; out of time, the weights are evaluated once more for this session's result
+
+    A resumed run begins as settling where its checkpoint has something `due`, and else as running. The log line may be a step
+    late (`writes_late`); settling writes it first.
+    """
 
     due: list[str] = field(default_factory=list)
     """What is still to do at the step that has ended: `evaluate`, `samples`."""
@@ -16,6 +38,22 @@ class StepEnd:
     """Whether a checkpoint belongs to that step, a stop aside."""
     ended: bool = False
     """Whether a stop has been answered: nothing more is logged or saved."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether the step has an end to be made, a stop aside."""
+        return bool(self.due) or self.save_due
+
+    def take_over(self, control: Any) -> None:
+        """Note what transformers' control asks for, and take it from there."""
+        if control.should_evaluate and "evaluate" not in self.due:
+            self.due.insert(0, "evaluate")
+        self.save_due |= control.should_save
+        control.should_evaluate = control.should_save = False
+
+    def clear(self) -> None:
+        """Be done with the step."""
+        self.due, self.save_due = [], False
 
     def state_dict(self) -> dict[str, Any]:
         """What is still due, for a checkpoint."""

@@ -2,7 +2,7 @@
 
 transformers logs, evaluates and saves in one call. Here each part can be given up when the run has to stop: the checkpoint
 then says what was still due at its step, and the resumed run does that first, so that its lines are those of a run that
-was never cut.
+was never cut. `StepEnd` draws the states in which the end of a step can be.
 """
 
 import contextlib
@@ -66,6 +66,8 @@ class ResumableTrainer:
     line: LogLine | None = None
     """The line of the last step, not yet written."""
 
+    # ------------------------------------------------------------------------------------------ from where it begins
+
     def train(self, **kwargs):
         if self.loop.checkpoint:
             self.args.eval_on_start = False
@@ -101,6 +103,8 @@ class ResumableTrainer:
         if self.state.global_step >= self.state.max_steps or EarlyStopping(self).out_of_patience:
             self.control.should_training_stop = True
 
+    # ------------------------------------------------------------------------------------------ a step
+
     def training_step(self, model, inputs, *args, **kwargs):
         loss = self.smaller.train(super().training_step, model, inputs, *args, **kwargs)
         self.bad_steps.add(loss, inputs)
@@ -126,18 +130,17 @@ class ResumableTrainer:
             with short_walks(kwargs["model"]) if self.fast.padding_free else contextlib.nullcontext():
                 super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
+    # ------------------------------------------------------------------------------------------ the end of a step
+
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys, start_time, learning_rate=None):
         """In place of transformers' own, which waits for the GPU at every line, with nothing left for it to do."""
         loop, control = self.loop, self.control
         if loop.end.ended:
             return  # transformers asks once more after the last step of an epoch
-        if control.should_evaluate and "evaluate" not in loop.end.due:
-            loop.end.due.insert(0, "evaluate")
-        loop.end.save_due |= control.should_save
-        control.should_evaluate = control.should_save = False
-        due = control.should_log  # writing a line takes it back
+        loop.end.take_over(control)
+        log_due = control.should_log  # writing a line takes it back
         self.write_line()
-        if due and self.state.global_step > self._globalstep_last_logged:
+        if log_due and self.state.global_step > self._globalstep_last_logged:
             self._take_line(tr_loss, grad_norm, learning_rate, start_time)
         if not writes_late(self.args.device) or control.should_training_stop or control.should_epoch_stop:
             self.write_line()
@@ -145,8 +148,50 @@ class ResumableTrainer:
             loop.stop.out_of_time |= loop.budget.used_up()
             loop.end.save_due |= loop.budget.wants_measuring
         loop.stop.agree()
-        if loop.end.due or loop.end.save_due or loop.stop.wanted:
+        if loop.end.pending or loop.stop.wanted:
             self.end_step()
+
+    def end_step(self) -> None:
+        """Do what is due at this step, save if that is due, and end the training if a stop was asked for."""
+        loop = self.loop
+        self.write_line()
+        loop.clock.stop()
+        loop.stop.failure = loop.stop.failure or self.bad_steps.settle()
+        with contextlib.suppress(Interrupted):  # what has not been done stays due
+            self._do_due()
+        if loop.end.save_due or loop.stop.wanted:
+            with loop.budget.measured("save"):
+                self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if loop.stop.wanted:
+            self.control.should_training_stop = loop.end.ended = True
+        if loop.stop.out_of_time:
+            self._evaluate_for_this_session()
+        loop.end.clear()
+
+    def _do_due(self) -> None:
+        """Evaluate, take samples. Raises Interrupted where a stop gives that up."""
+        loop = self.loop
+        for part in list(loop.end.due):
+            if part == "samples" and loop.stop.out_of_time:
+                continue  # the last answers follow, of the weights that are kept
+            loop.stop.check()
+            with loop.budget.measured(part):
+                if part == "evaluate":
+                    loop.end.save_due |= self._is_new_best()  # at once: a later checkpoint would hold other weights
+                else:
+                    loop.answers.take(self.state.global_step)
+            loop.end.due.remove(part)
+
+    def _evaluate_for_this_session(self) -> None:
+        """Evaluate the last weights, if that was not due: the checkpoint, and with it the resumed run, knows nothing of it."""
+        if self.loop.recorder.eval_step == self.state.global_step or self.eval_dataset is None:
+            return
+        with contextlib.suppress(Interrupted):
+            self._is_new_best()
+            self.state.best_model_checkpoint = self._best_checkpoint()
+
+    # ------------------------------------------------------------------------------------------ the log line
 
     def _take_line(self, tr_loss: Any, grad_norm: Any, learning_rate: float, start_time: float) -> None:
         """Begin to fetch the numbers of this step's line; nothing waits for them."""
@@ -162,56 +207,19 @@ class ResumableTrainer:
 
     def write_line(self) -> None:
         """Write the line that was taken last, if there is one, as of its step."""
-        line, self.line, state = self.line, None, self.state
+        line, self.line = self.line, None
         if line is None:
             return
         if line.arrived is not None:
             line.arrived.synchronize()
             self.loop.clock.lap(line.arrived)
-        loss = float(line.numbers["loss"])
-        logs = {"loss": loss / (line.step - self._globalstep_last_logged)}
-        logs |= {"grad_norm": float(line.numbers["norm"])} if "norm" in line.numbers else {}
-        logs |= {"learning_rate": line.learning_rate}
-        self._total_loss_scalar += loss
+        logs = line.logs(since=self._globalstep_last_logged)
+        self._total_loss_scalar += float(line.numbers["loss"])
         self._globalstep_last_logged, self.tokens_logged = line.step, int(line.numbers["tokens"])
-        now = state.global_step, state.epoch
-        state.global_step, state.epoch = line.step, line.epoch
-        try:
+        with _as_of(self.state, line.step, line.epoch):
             self.log(logs, line.start_time)
-        finally:
-            state.global_step, state.epoch = now
 
-    def end_step(self) -> None:
-        """Do what is due at this step, save if that is due, and end the training if a stop was asked for."""
-        loop, step = self.loop, self.state.global_step
-        self.write_line()
-        loop.clock.stop()
-        loop.stop.failure = loop.stop.failure or self.bad_steps.settle()
-        for part in list(loop.end.due):
-            if part == "samples" and loop.stop.out_of_time:
-                continue  # the last answers follow, of the weights that are kept
-            try:
-                loop.stop.check()
-                with loop.budget.measured(part):
-                    if part == "evaluate":
-                        loop.end.save_due |= self._is_new_best()  # at once: a later checkpoint would hold other weights
-                    else:
-                        loop.answers.take(step)
-            except Interrupted:
-                break
-            loop.end.due.remove(part)
-        if loop.end.save_due or loop.stop.wanted:
-            with loop.budget.measured("save"):
-                self._save_checkpoint(self.model, None)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        if loop.stop.wanted:
-            self.control.should_training_stop = loop.end.ended = True
-        if loop.stop.out_of_time and loop.recorder.eval_step != step and self.eval_dataset is not None:
-            # For this session's weights alone: the checkpoint, and with it the resumed run, knows nothing of it.
-            with contextlib.suppress(Interrupted):
-                self._is_new_best()
-                self.state.best_model_checkpoint = self._best_checkpoint()
-        loop.end.due, loop.end.save_due = [], False
+    # ------------------------------------------------------------------------------------------ evaluation, checkpoint
 
     def _is_new_best(self) -> bool:
         """Evaluate; whether these weights are the best so far and are to be kept."""
@@ -249,6 +257,17 @@ class ResumableTrainer:
 def writes_late(device: Any) -> bool:
     """Whether the line of a step is written while the next one is computed, so that the device never waits for it."""
     return device.type == "cuda"
+
+
+@contextlib.contextmanager
+def _as_of(state: Any, step: int, epoch: float) -> Iterator[None]:
+    """Have transformers' state stand at a step that is past."""
+    now = state.global_step, state.epoch
+    state.global_step, state.epoch = step, epoch
+    try:
+        yield
+    finally:
+        state.global_step, state.epoch = now
 
 
 @contextlib.contextmanager
