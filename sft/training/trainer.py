@@ -14,9 +14,9 @@ from typing import Any
 from sft.distributed import group
 from sft.model import warm_cache
 from sft.model.structure import short_walks
+from sft.plan.plan import Plan
 from sft.signals import Interrupted, StopRequest
 from sft.storage import atomic
-from sft.training.acceleration import Acceleration
 from sft.training.checkpoint import Component, gather_state, load_components, place_of, prune, writing
 from sft.training.metrics import Clock, LogLine, mark_on_gpu
 from sft.training.nonfinite import NonFiniteSteps
@@ -52,13 +52,13 @@ class Loop:
 class ResumableTrainer:
     """Put before one of TRL's trainers as a base, it makes that trainer stop and go on as the module says.
 
-    It needs `loop`, `fast`, `bad_steps` and `smaller` set before it trains.
+    It needs `loop`, `plan`, `bad_steps` and `smaller` set before it trains.
     """
 
     loop: Loop
     bad_steps: NonFiniteSteps
     smaller: OomRetry
-    fast: Acceleration
+    plan: Plan
     tokens_seen: Any = 0
     tokens_logged: int = 0
     """Those of the step whose line is being written."""
@@ -111,7 +111,7 @@ class ResumableTrainer:
         return loss
 
     def _clip_grad_norm(self, model):
-        if not self.fast.padding_free:
+        if not self.plan.padding_free:
             return super()._clip_grad_norm(model)
         self.trained = self.trained or [p for p in model.parameters() if p.requires_grad]  # a walk that is made once
         return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
@@ -127,7 +127,7 @@ class ResumableTrainer:
         if not self.control.should_training_stop:  # a run that had ended, but for its last lines
             if group.world_size() > 1:
                 train_dataloader.set_epoch(epoch)  # transformers sets it where it cannot arrive, if passes are skipped
-            with short_walks(kwargs["model"]) if self.fast.padding_free else contextlib.nullcontext():
+            with short_walks(kwargs["model"]) if self.plan.padding_free else contextlib.nullcontext():
                 super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     # ------------------------------------------------------------------------------------------ the end of a step

@@ -319,12 +319,10 @@ def test_full_fine_tuning_saves_a_whole_model(small, tmp_path):
 def test_extra_reaches_the_trainer(small, tmp_path, monkeypatch):
     from sft.config.batching import batch_plan_of, with_batch_plan
     from sft.methods.arguments import training_arguments
-    from sft.training.acceleration import Acceleration
+    from sft.plan.plan import Plan
 
     settings = small("trainer.extra.adam_beta2=0.95")
-    arguments = training_arguments(
-        with_batch_plan(settings, batch_plan_of(settings.trainer, 2)), tmp_path, True, Acceleration()
-    )
+    arguments = training_arguments(with_batch_plan(settings, batch_plan_of(settings.trainer, 2)), tmp_path, True, Plan())
     assert arguments.adam_beta2 == 0.95
 
 
