@@ -186,7 +186,7 @@ def _train(ctx: RunContext) -> tuple[str, str | None]:
     record.update(tracking=recorder.tracking.facts)
     trainer = method.build_trainer(ctx, model, loop)
     record.update(speed=trainer.plan.speed(), plan=trainer.plan.facts())
-    take_up(ctx.folder, ctx.checkpoint, recorder)
+    take_up(ctx.folder, ctx.checkpoint, loop.components())
     stop.training = True
     with record.timed("train"):
         trainer.train()

@@ -19,7 +19,7 @@ from sft.training.context import RunContext
 from sft.training.nonfinite import NonFiniteSteps
 from sft.training.oom import OomRetry
 from sft.training.samplers import TokenBalancedSampler
-from sft.training.trainer import Loop, resumable
+from sft.training.trainer import Loop, ResumableTrainer
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     settings, data, tokenizer = ctx.settings, ctx.prepared, ctx.tokenizer
     plan = acceleration.settle(model, settings, data, tokenizer.pad_token_id, ctx.plan)
 
-    class Trainer(resumable(SFTTrainer)):
+    class Trainer(ResumableTrainer, SFTTrainer):
         """Counts the non-padding tokens it trains on, and evaluates to the mean over tokens.
 
         Counts and sums stay on the device until they are asked for. transformers' own evaluation loss is a mean over

@@ -33,8 +33,6 @@ class Tracking:
         self._open: Callable[[str], None] | None = None
         """Begins the W&B run again in a mode; None once that was done."""
         self._table: Any = None
-        self._given: list[dict] = []
-        """All lines of samples so far."""
 
     def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict | None = None) -> None:
         """Begin the W&B run of this job; nothing happens with `tracking=none`, or where the environment switches W&B off.
@@ -100,27 +98,22 @@ class Tracking:
         with self._guarded("log metrics"):
             self._log(lambda: dict(metrics))
 
-    def samples(self, lines: list[dict]) -> None:
-        """Add generations to the sample table, each with the base model's answer beside it."""
+    def samples(self, lines: list[dict], earlier: list[dict]) -> None:
+        """Add generations to the sample table; the first of each prompt among all of the run stands beside the later ones."""
         if lines:
             with self._guarded("log samples"):
-                self._given += lines
-                self._log(lambda: {"step": lines[0]["step"], "samples": self._fill(lines)})
+                self._log(lambda: {"step": lines[0]["step"], "samples": self._fill(lines, earlier)})
 
-    def remember(self, lines: list[dict]) -> None:
-        """Note the generations from before a resume: the first of each prompt stands beside the later ones."""
-        self._given += lines
-
-    def _fill(self, lines: list[dict]) -> Any:
+    def _fill(self, lines: list[dict], earlier: list[dict]) -> Any:
         """The table with `lines` in it: a new one has the earlier ones too, where W&B does not bring them itself."""
         import wandb
 
+        base: dict[int, str] = {}
+        for line in [*earlier, *lines]:
+            base.setdefault(line["index"], line["completion"])
         if self._table is None:
             self._table = wandb.Table(columns=SAMPLE_COLUMNS, log_mode="INCREMENTAL")
-            lines = lines if self.run.resumed else self._given
-        base: dict[int, str] = {}
-        for line in self._given:
-            base.setdefault(line["index"], line["completion"])
+            lines = lines if self.run.resumed else [*earlier, *lines]
         for line in lines:
             answers = base[line["index"]], line["completion"]
             self._table.add_data(line["step"], line["prompt"], *answers, line["finish"], line["reference"])

@@ -89,7 +89,7 @@ def run_callback(trainer, settings: Settings) -> Any:
                 control.should_evaluate = True
             every = steps_between(settings.samples.every_steps, state.max_steps)
             if state.global_step % every == 0 and state.global_step < state.max_steps:
-                loop.due.append("samples")
+                loop.end.due.append("samples")
 
         def on_train_end(self, args, state, control, **kwargs):
             trainer.write_line()

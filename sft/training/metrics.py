@@ -45,13 +45,13 @@ class Recorder:
         self.final: dict[str, Any] = {}
         self.eval_step: int | None = None
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, for `restore`."""
+    def state_dict(self) -> dict[str, Any]:
+        """The final numbers so far, for a checkpoint."""
         return {"final": self.final, "eval_step": self.eval_step}
 
-    def restore(self, kept: dict[str, Any]) -> None:
-        """Take up what `state` gave."""
-        self.final, self.eval_step = kept["final"], kept["eval_step"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the numbers of a checkpoint."""
+        self.final, self.eval_step = state["final"], state["eval_step"]
 
     def add(self, metrics: dict[str, Any]) -> None:
         """Write one line of metrics."""
@@ -71,6 +71,14 @@ class Clock:
         self.seconds, self._since, self._event = 0.0, None, None
         self.logged = {"tokens": 0, "seconds": 0.0}
         """Both as they were at the last log line."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seconds so far, for a checkpoint."""
+        return {"seconds": self.seconds, "logged": self.logged}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint."""
+        self.seconds, self.logged = state["seconds"], state["logged"]
 
     def start(self) -> None:
         """Go on counting; nothing happens if it already counts."""
@@ -112,6 +120,11 @@ class LogLine:
     """`loss`, the sum of those since the last line; the gradient's `norm`; `tokens` so far. Numbers, or tensors on the CPU."""
     arrived: Any = None
     """The CUDA event after which they are there; None on the CPU."""
+
+    def logs(self, since: int) -> dict[str, float]:
+        """What transformers logs of it, by its names; `since` is the step of the line before. The numbers have to be there."""
+        norm = {"grad_norm": float(self.numbers["norm"])} if "norm" in self.numbers else {}
+        return {"loss": float(self.numbers["loss"]) / (self.step - since), **norm, "learning_rate": self.learning_rate}
 
 
 def mark_on_gpu() -> Any:

@@ -39,6 +39,14 @@ class NonFiniteSteps:
         """Gradients of 0 in a row by now, and the step at which they were told."""
         self._open: list[tuple[int, Any, list[Any]]] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        """The count, for a checkpoint. What is watched of the losses begins anew with each session."""
+        return {"bad_steps": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint."""
+        self.count = state["bad_steps"]
+
     def add(self, loss: Any, inputs: dict[str, Any]) -> None:
         """Note the loss and the tokens of one forward pass; both stay on the device."""
         self.loss = self.loss + loss

@@ -30,6 +30,14 @@ class OomRetry:
         """The same for held-out rows."""
         self._step, self._passes = -1, []
 
+    def state_dict(self) -> dict[str, Any]:
+        """The rows that fit, for a checkpoint."""
+        return {"rows_at_once": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin with the rows that fitted before."""
+        self.rows = state.get("rows_at_once")
+
     def train(self, train: Callable[..., Any], model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
         """The loss of one pass, its gradients added up as `train(model, inputs, items)` does it.
 

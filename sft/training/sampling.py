@@ -1,4 +1,7 @@
-"""A run's answers to fixed prompts: given, written to samples.jsonl, and their share of end marks noted."""
+"""A run's answers to fixed prompts: given, written to samples.jsonl, and their share of end marks noted.
+
+samples.jsonl is their whole state: a checkpoint knows its length, and what was answered before stands in it.
+"""
 
 import logging
 import traceback
@@ -40,13 +43,15 @@ class SampleWriter:
         recorder, lines = self.recorder, self._if_it_fits(step)
         if lines is None or not recorder.writes:
             return
+        path = self.folder / "samples.jsonl"
+        earlier = [line for line in jsonio.read_lines(path) if {"index", "completion"} <= line.keys()]
         for line in lines:
-            jsonio.append_jsonl(self.folder / "samples.jsonl", line)
+            jsonio.append_jsonl(path, line)
         share = samples.eos_share(lines)
         recorder.final.setdefault("eos_share_start", share)
         recorder.final["eos_share"] = share
         recorder.add({"step": step, "eos_share": share})
-        recorder.tracking.samples(lines)
+        recorder.tracking.samples(lines, earlier)
 
     def _if_it_fits(self, step: int) -> list[dict] | None:
         """The lines; None, with a warning, where the memory is too small: nothing that is trained depends on them."""

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from typing import Any
 
 from sft.config.rules import moment_of
 from sft.config.schema import TrainerSettings
@@ -40,6 +41,14 @@ class TimeBudget:
         """Longest seconds seen of a `step`, of `load`, `evaluate`, `samples`, `save`."""
         self.earlier: dict[str, float] = {}
         """The same of the session before, which count until this one has measured its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured, for a checkpoint."""
+        return {"needs": self.earlier | self.needs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Count with what the session before has measured."""
+        self.earlier = state.get("needs", {})
 
     @contextlib.contextmanager
     def measured(self, part: str) -> Iterator[None]:

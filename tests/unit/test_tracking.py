@@ -128,7 +128,7 @@ def test_a_wandb_that_is_switched_off_writes_nothing(home, monkeypatch, switch):
     assert found.lines[0].text == f"the run folder alone: W&B is switched off ({'='.join(switch)})"
     tracker.start(tracked(), home, "n", [])
     tracker.log({"step": 1, "loss": 1.0})
-    tracker.samples([answer(1, "a")])
+    tracker.samples([answer(1, "a")], [])
     tracker.finish("finished", {})
     publish.track_summary(home, tracked())
     assert tracker.facts["mode"] == "disabled" and list(home.iterdir()) == []
@@ -177,7 +177,7 @@ def test_a_wandb_that_dies_in_the_middle_goes_on_offline(home, monkeypatch, capl
     tracker = Tracking()
     tracker.start(tracked(), home, "n", [])
     tracker.log({"step": 1, "loss": 2.5})
-    tracker.samples([answer(0, "base")])
+    tracker.samples([answer(0, "base")], [])
     for child in psutil.Process().children(recursive=True):
         if child.name().startswith("wandb"):
             child.kill()
@@ -186,7 +186,7 @@ def test_a_wandb_that_dies_in_the_middle_goes_on_offline(home, monkeypatch, capl
     first.rename(home / "first")  # the second one may begin in the same second
     for step in (2, 3, 4):
         tracker.log({"step": step, "loss": 2.0})
-    tracker.samples([answer(4, "later")])
+    tracker.samples([answer(4, "later")], [answer(0, "base")])
     tracker.finish("finished", {})
     assert "it goes on offline" in caplog.text
     (second,) = home.glob("wandb/offline-run-*")

@@ -96,8 +96,6 @@ def _upstream_base(module: _Module, node: ast.ClassDef, classes: dict, factories
     if node.name in factories:
         return factories[node.name]
     for base in node.bases:
-        if isinstance(base, ast.Call):  # a class made by a function of ours: resumable(SFTTrainer)
-            base = base.args[0]
         name = module.dotted(base)
         if name and module.is_upstream(name):
             return name
