@@ -33,7 +33,7 @@ from sft.sanitize import without_passwords
 from sft.storage import jsonio
 from sft.tracking.wandb import Tracking
 from sft.training import acceleration
-from sft.training.checkpoint import find_checkpoint, take_up
+from sft.training.checkpoint import find_checkpoint, restore_run
 from sft.training.context import RunContext
 from sft.training.metrics import Recorder
 from sft.training.sampling import SampleWriter
@@ -132,7 +132,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
 def follow() -> int:
     """The same run as seen by any process but the first: it trains with it and writes nothing; returns the exit code.
 
-    Returns only on an error, which the first process is told; else the process ends when the first one does.
+    Returns only on an error, which is reported to the first process; else the process ends when the first one does.
     """
     logging.disable(logging.CRITICAL)  # one speaks for all
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -186,12 +186,12 @@ def _train(ctx: RunContext) -> tuple[str, str | None]:
     record.update(tracking=recorder.tracking.facts)
     trainer = method.build_trainer(ctx, model, loop)
     record.update(speed=trainer.plan.speed(), plan=trainer.plan.facts())
-    take_up(ctx.folder, ctx.checkpoint, loop.components())
+    restore_run(ctx.folder, ctx.checkpoint, loop.components())
     stop.training = True
     with record.timed("train"):
         trainer.train()
-    if trainer.bad_steps.count and trainer.bad_steps.count == trainer.state.global_step:
-        stop.failure = stop.failure or f"all {trainer.bad_steps.count} steps had a loss or gradient that is not a finite number"
+    if trainer.nonfinite.count and trainer.nonfinite.count == trainer.state.global_step:
+        stop.failure = stop.failure or f"all {trainer.nonfinite.count} steps had a loss or gradient that is not a finite number"
     note_kept(trainer, recorder)
     if group.is_first() or sharded:
         recorder.final["proof_loss"] = round(method.held_out_loss(ctx, trainer), 6)
@@ -219,10 +219,10 @@ def _generator(ctx: RunContext, model: Any) -> Any:
     key = [[asdict(prompt) for prompt in prompts], sorted(ctx.stop_ids), ctx.settings.samples.max_new_tokens]
 
     def generate(step: int) -> list[dict]:
-        def ask() -> list[dict]:
+        def complete() -> list[dict]:
             return samples.generate(model, ctx.tokenizer, prompts, ctx.settings, ctx.stop_ids, step, check)
 
-        return ask() if step else warm_cache.of_base("completions", model, ctx.settings, key, ask)
+        return complete() if step else warm_cache.of_base("completions", model, ctx.settings, key, complete)
 
     return generate if prompts else None
 

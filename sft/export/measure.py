@@ -108,7 +108,7 @@ def row_losses(model: Any, rows: list[HeldOutRow]) -> tuple[float, list[float]]:
     return sum(sums) / sum(counts), [s / n for s, n in zip(sums, counts, strict=True)]
 
 
-def flat_loss(model: Any, rows: list[HeldOutRow], collate: Any) -> float:
+def padding_free_loss(model: Any, rows: list[HeldOutRow], collate: Any) -> float:
     """The mean of `row_losses` by padding-free micro-batches of many rows: seconds less for a large model on a GPU.
 
     `collate` is a PaddingFreeCollator, and `model` one that takes its batches. Raises torch.OutOfMemoryError where a single row

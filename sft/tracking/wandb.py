@@ -51,7 +51,7 @@ class Tracking:
             if mode == "offline" and settings.tracking.mode == TrackingMode.online:
                 log.warning("tracking.mode=online cannot be had (%s): W&B is offline.", why)
             before = dict(before) if before and before.get("id") else {}
-            before.pop("entity", None)  # the team is said by settings alone, which sft/config/destinations.py vouches for
+            before.pop("entity", None)  # the team is set by settings alone, which sft/config/destinations.py vouches for
             self.lines = before.get("lines", 0) + _lines_in(folder) if before else 0
             self._open = lambda mode: self._begin(settings, folder, name, tags, before, mode)
             try:
@@ -115,8 +115,8 @@ class Tracking:
             self._table = wandb.Table(columns=SAMPLE_COLUMNS, log_mode="INCREMENTAL")
             lines = lines if self.run.resumed else [*earlier, *lines]
         for line in lines:
-            answers = base[line["index"]], line["completion"]
-            self._table.add_data(line["step"], line["prompt"], *answers, line["finish"], line["reference"])
+            completions = base[line["index"]], line["completion"]
+            self._table.add_data(line["step"], line["prompt"], *completions, line["finish"], line["reference"])
         return self._table
 
     def _log(self, make: Callable[[], dict[str, Any]]) -> None:
@@ -174,8 +174,8 @@ def wandb_settings() -> Any:
     except ImportError as error:
         raise refuse("tracking=wandb", first_line(error), "pip install -e .   or   tracking=none") from error
     except Exception as error:  # its own UsageError, and pydantic's
-        told = error.errors()[0] if hasattr(error, "errors") else {}
-        why = f"{'.'.join(map(str, told['loc']))}: {told['msg']}" if told else str(error)
+        fault = error.errors()[0] if hasattr(error, "errors") else {}
+        why = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" if fault else str(error)
         fix = "correct that WANDB_... variable   or   tracking=none"
         raise refuse("tracking=wandb", f"W&B refuses its own settings: {why}", fix) from error
     return own

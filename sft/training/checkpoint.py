@@ -78,7 +78,7 @@ def find_checkpoint(folder: Path, before: dict[str, Any] | None, data_hash: str)
     return checkpoint
 
 
-def take_up(folder: Path, checkpoint: Path | None, components: dict[str, Component]) -> None:
+def restore_run(folder: Path, checkpoint: Path | None, components: dict[str, Component]) -> None:
     """Bring the run's lines and the components to where they were at the checkpoint, or the lines to nothing without one."""
     if group.is_first():
         cut_back(folder, read_state(checkpoint).get("bytes", {}) if checkpoint else {})

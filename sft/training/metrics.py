@@ -14,13 +14,13 @@ from sft.tracking.wandb import Tracking
 
 
 def count_tokens(inputs: dict[str, Any]) -> Any:
-    """Tokens of a pass without padding, as a number or still on the device.
+    """Tokens of a micro-batch without padding, as a number or still on the device.
 
     With several processes rows of one token are fillers and not counted: a row to learn from has two or more.
     """
     import torch
 
-    mask = inputs.get("attention_mask")  # rows that Unsloth lays end to end have none, and no padding either
+    mask = inputs.get("attention_mask")  # batches that Unsloth makes padding-free have none, and no padding either
     if world_size() == 1:
         if is_padding_free(inputs):
             return inputs["cu_seq_lens_q"][-2]

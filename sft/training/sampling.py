@@ -1,6 +1,6 @@
-"""A run's answers to fixed prompts: given, written to samples.jsonl, and their share of end marks noted.
+"""A run's completions of fixed prompts: generated, written to samples.jsonl, and their share of end marks noted.
 
-samples.jsonl is their whole state: a checkpoint knows its length, and what was answered before stands in it.
+samples.jsonl is their whole state: a checkpoint knows its length, and what was generated before stands in it.
 """
 
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class SampleWriter:
-    """The answers of a run."""
+    """Writes the completions of a run."""
 
     def __init__(
         self,
@@ -28,14 +28,14 @@ class SampleWriter:
         generate: Callable[[int], list[dict]] | None,
         by_all: bool = False,
     ):
-        """`generate(step)` gives the lines of samples.jsonl; None if there are no prompts. `by_all`: an answer needs what each
-        process has of the weights.
+        """`generate(step)` gives the lines of samples.jsonl; None if there are no prompts. `by_all`: a completion needs what
+        each process has of the weights.
         """
         self.folder, self.recorder, self.timed, self.generate, self.by_all = folder, recorder, timed, generate, by_all
         self._take_as_agreed = self._take if by_all else group.alone(self._take)
 
     def take(self, step: int) -> None:
-        """Have the prompts answered by the weights of this step, and keep that. Raises Interrupted where the run is to stop."""
+        """Have the prompts completed by the weights of this step, and keep that. Raises Interrupted if the run is to stop."""
         if self.generate is not None:
             self._take_as_agreed(step)
 
@@ -65,5 +65,5 @@ class SampleWriter:
                 raise  # the other processes wait for this one
             traceback.clear_frames(error.__traceback__)
             free_memory()
-            log.warning("Step %d: too little memory for answers now; the run goes on.", step)
+            log.warning("Step %d: too little memory for completions now; the run goes on.", step)
             return None

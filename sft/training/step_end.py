@@ -37,7 +37,7 @@ class StepEnd:
     save_due: bool = False
     """Whether a checkpoint belongs to that step, a stop aside."""
     ended: bool = False
-    """Whether a stop has been answered: nothing more is logged or saved."""
+    """Whether a stop has been obeyed: nothing more is logged or saved."""
 
     @property
     def pending(self) -> bool:

@@ -63,11 +63,12 @@ class TimeBudget:
 
     @property
     def reserve(self) -> float:
-        """Seconds to keep for one step more, the last evaluation and answers, the checkpoint and the adapter, the exports, and
-        the loss that they are held against: of a few held-out rows (sft/export/measure.py), it takes no longer than the former.
+        """Seconds to keep for one step more, the last evaluation and completions, the checkpoint and the adapter, the exports,
+        and the loss that they are compared with: of a few held-out rows (sft/export/measure.py), it takes no longer than the
+        former.
 
         An export measures the trained model once, and each artifact once more: it is written (as long as loading took), loaded,
-        and its loss and answers are taken.
+        and its loss and completions are taken.
         """
         needs = self.earlier | self.needs
         proof = sum(needs.get(part, 0.0) for part in ("load", "load", "evaluate", "samples"))

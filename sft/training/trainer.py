@@ -34,7 +34,7 @@ class Loop:
     stop: StopRequest
     recorder: Any
     budget: TimeBudget
-    answers: SampleWriter
+    sample_writer: SampleWriter
     timed: Callable[[str], Any]
     """Notes in run.json how many seconds a part took."""
     checkpoint: Path | None = None
@@ -52,12 +52,12 @@ class Loop:
 class ResumableTrainer:
     """Put before one of TRL's trainers as a base, it makes that trainer stop and go on as the module says.
 
-    It needs `loop`, `plan`, `bad_steps` and `smaller` set before it trains.
+    It needs `loop`, `plan`, `nonfinite` and `oom_retry` set before it trains.
     """
 
     loop: Loop
-    bad_steps: NonFiniteSteps
-    smaller: OomRetry
+    nonfinite: NonFiniteSteps
+    oom_retry: OomRetry
     plan: Plan
     tokens_seen: Any = 0
     tokens_logged: int = 0
@@ -87,8 +87,8 @@ class ResumableTrainer:
         return {
             "log": LogCounts(self),
             "early_stopping": EarlyStopping(self),
-            "nonfinite_steps": self.bad_steps,
-            "oom_retry": self.smaller,
+            "nonfinite_steps": self.nonfinite,
+            "oom_retry": self.oom_retry,
         }
 
     def restore(self) -> None:
@@ -106,8 +106,8 @@ class ResumableTrainer:
     # ------------------------------------------------------------------------------------------ a step
 
     def training_step(self, model, inputs, *args, **kwargs):
-        loss = self.smaller.train(super().training_step, model, inputs, *args, **kwargs)
-        self.bad_steps.add(loss, inputs)
+        loss = self.oom_retry.train(super().training_step, model, inputs, *args, **kwargs)
+        self.nonfinite.add(loss, inputs)
         return loss
 
     def _clip_grad_norm(self, model):
@@ -120,13 +120,13 @@ class ResumableTrainer:
         grad_norm = super()._get_grad_norm(*args, **kwargs)
         if hasattr(grad_norm, "full_tensor"):  # of gradients that the processes share
             grad_norm = grad_norm.full_tensor()
-        self.bad_steps.guard(grad_norm)
+        self.nonfinite.guard(grad_norm)
         return grad_norm
 
     def _run_epoch(self, *, epoch, train_dataloader, **kwargs):
         if not self.control.should_training_stop:  # a run that had ended, but for its last lines
             if group.world_size() > 1:
-                train_dataloader.set_epoch(epoch)  # transformers sets it where it cannot arrive, if passes are skipped
+                train_dataloader.set_epoch(epoch)  # transformers sets it where it cannot arrive, if micro-batches are skipped
             with short_walks(kwargs["model"]) if self.plan.padding_free else contextlib.nullcontext():
                 super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
@@ -152,11 +152,11 @@ class ResumableTrainer:
             self.end_step()
 
     def end_step(self) -> None:
-        """Do what is due at this step, save if that is due, and end the training if a stop was asked for."""
+        """Do what is due at this step, save if that is due, and end the training if a stop was requested."""
         loop = self.loop
         self.write_line()
         loop.clock.stop()
-        loop.stop.failure = loop.stop.failure or self.bad_steps.settle()
+        loop.stop.failure = loop.stop.failure or self.nonfinite.settle()
         with contextlib.suppress(Interrupted):  # what has not been done stays due
             self._do_due()
         if loop.end.save_due or loop.stop.wanted:
@@ -174,13 +174,13 @@ class ResumableTrainer:
         loop = self.loop
         for part in list(loop.end.due):
             if part == "samples" and loop.stop.out_of_time:
-                continue  # the last answers follow, of the weights that are kept
+                continue  # the last completions follow, of the weights that are kept
             loop.stop.check()
             with loop.budget.measured(part):
                 if part == "evaluate":
                     loop.end.save_due |= self._is_new_best()  # at once: a later checkpoint would hold other weights
                 else:
-                    loop.answers.take(self.state.global_step)
+                    loop.sample_writer.take(self.state.global_step)
             loop.end.due.remove(part)
 
     def _evaluate_for_this_session(self) -> None:
@@ -231,7 +231,7 @@ class ResumableTrainer:
             return super()._evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
-        """As transformers does, but whole or not at all, and with what `restore` takes up."""
+        """As transformers does, but whole or not at all, and with what `restore` reads."""
         folder, step = self.loop.folder, self.state.global_step
         self.store_flos()
         kept = gather_state(self.loop.components() | self.components())

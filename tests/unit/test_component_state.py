@@ -34,7 +34,7 @@ def components_of(folder):
     callbacks = [EarlyStoppingCallback(2, 0.0)]
     trainer = SimpleNamespace(tokens_seen=0, _tr_loss=0.0, _globalstep_last_logged=0)
     trainer.callback_handler = SimpleNamespace(callbacks=callbacks)
-    trainer.bad_steps, trainer.smaller = NonFiniteSteps(trainer, None, 0), OomRetry(trainer)
+    trainer.nonfinite, trainer.oom_retry = NonFiniteSteps(trainer, None, 0), OomRetry(trainer)
     loop = Loop(folder, None, Recorder(folder, None), TimeBudget(TrainerSettings()), None, None)
     return loop.components() | ResumableTrainer.components(trainer)
 
@@ -74,5 +74,5 @@ def test_a_component_reads_what_it_wrote_and_a_new_one_begins_anew(tmp_path):
     with checkpoint.writing(tmp_path, 1, checkpoint.gather_state({"mine": Counted(7)})) as work:
         (work / "model").write_text("weights")
     mine, new = Counted(0), Counted(0)
-    checkpoint.take_up(tmp_path, checkpoint.place_of(tmp_path, 1), {"mine": mine, "new": new})
+    checkpoint.restore_run(tmp_path, checkpoint.place_of(tmp_path, 1), {"mine": mine, "new": new})
     assert (mine.count, new.count) == (7, 0)

@@ -45,8 +45,9 @@ def test_what_an_export_is_held_against_is_measured_in_passes_that_fit():
             return SimpleNamespace(loss=targets.float().mean())
 
     rows = [measure.HeldOutRow("held_out", [n] * 300, [-100, *[n] * 299], 1, "", None) for n in range(1, 9)]
-    assert measure.flat_loss(Model(), rows, PaddingFreeCollator(0, 300)) == pytest.approx(4.5) and sizes == [900, 900, 600]
+    assert measure.padding_free_loss(Model(), rows, PaddingFreeCollator(0, 300)) == pytest.approx(4.5)
+    assert sizes == [900, 900, 600]
     with pytest.raises(torch.OutOfMemoryError):
-        measure.flat_loss(
+        measure.padding_free_loss(
             Model(), [measure.HeldOutRow("held_out", [1] * 1000, [1] * 1000, 1, "", None)], PaddingFreeCollator(0, 1000)
         )
