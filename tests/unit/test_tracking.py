@@ -107,7 +107,7 @@ def test_online_that_cannot_be_had_is_refused_before_loading(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
     assert "http://127.0.0.1:1 takes no connection. tracking.mode=offline" in problem_of(mode=TrackingMode.online)
-    assert problem_of() == "W&B offline (http://127.0.0.1:1 takes no connection), project sft; the run says how to upload it"
+    assert problem_of() == "W&B offline (http://127.0.0.1:1 takes no connection), project sft; the run logs how to upload it"
     monkeypatch.setenv("WANDB_PROJECT", "team/faq")
     assert "Invalid project name 'team/faq'" in problem_of() and "tracking=none" in problem_of()
 
