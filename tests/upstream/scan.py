@@ -201,7 +201,6 @@ def resolve(name: str) -> Any:
     place = [found.__name__]
     for part in parts:
         place.append(part)
-        if not hasattr(found, part):
-            importlib.import_module(".".join(place))
-        found = getattr(found, part)
+        # A module that Hydra has loaded as a plugin is no attribute of its package.
+        found = getattr(found, part) if hasattr(found, part) else importlib.import_module(".".join(place))
     return found
