@@ -20,7 +20,7 @@ from sft.training.time_budget import TimeBudget
 def follow() -> int:
     """The same run as seen by any process but the first: it trains with it and writes nothing; returns the exit code.
 
-    Returns only on an error, which the first process is told; else the process ends when the first one does.
+    Returns only on an error, which is reported to the first process; else the process ends when the first one does.
     """
     logging.disable(logging.CRITICAL)  # one speaks for all
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

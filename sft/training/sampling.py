@@ -79,9 +79,9 @@ def generator(ctx: RunContext, model: Any) -> Callable[[int], list[dict]] | None
     key = [[asdict(prompt) for prompt in prompts], sorted(ctx.stop_ids), ctx.settings.samples.max_new_tokens]
 
     def generate(step: int) -> list[dict]:
-        def ask() -> list[dict]:
+        def complete() -> list[dict]:
             return samples.generate(model, ctx.tokenizer, prompts, ctx.settings, ctx.stop_ids, step, check)
 
-        return ask() if step else warm_cache.of_base("answers", model, ctx.settings, key, ask)
+        return complete() if step else warm_cache.of_base("completions", model, ctx.settings, key, complete)
 
     return generate if prompts else None

@@ -65,16 +65,13 @@ def test_an_old_word_is_gone(old, word, allowed):
 
 
 def test_generated_text_is_a_completion():
-    allowed = (
-        r"(last|an?) answer: the prompt|up to their last answer|[\"'](ends_|)answers?(_equal|_of_merged|_every|)[\"']|the hub"
-    )
-    found = [
-        f"{place(path)}:{number}: {line.strip()}"
-        for path in CODE
-        if place(path).startswith(GENERATED)
-        for number, line in enumerate(lines(path), 1)
-        if "answer" in re.sub(allowed, "", line)
-    ]
+    prompt, keys = r"(last|an?) answer: the prompt|up to their last answer|the hub", r"\"(ends_)?answers(_equal)?\""
+    found = []
+    for path in (path for path in CODE if place(path).startswith(GENERATED)):
+        allowed = f"{prompt}|{keys}" if path.name == "verify.py" else prompt  # keys of verify.json
+        for number, line in enumerate(lines(path), 1):
+            if "answer" in re.sub(allowed, "", line):
+                found.append(f"{place(path)}:{number}: {line.strip()}")
     assert not found, "say completion:\n" + "\n".join(found)
 
 
