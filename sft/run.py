@@ -5,13 +5,13 @@ import logging
 import math
 import os
 import traceback
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sft import methods, signals
 from sft.config.destinations import mark
-from sft.config.schema import Settings, Tracker
+from sft.config.schema import Settings
 from sft.config.trust import with_word
 from sft.distributed import group, strategy, watchdog
 from sft.distributed.stop import stop_request
@@ -31,7 +31,7 @@ from sft.runs.failures import log_failure, reason_of
 from sft.runs.record import Context, NoRecord, RunRecord, RunResult, record_session, start_record
 from sft.sanitize import without_passwords
 from sft.storage import jsonio
-from sft.tracking.wandb import Tracking
+from sft.tracking.base import Trackers, make_trackers
 from sft.training import acceleration
 from sft.training.checkpoint import find_checkpoint, take_up
 from sft.training.context import RunContext
@@ -104,7 +104,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         if signed := mark(settings):
             record.update(destinations_mark=signed)
         group.broadcast((settings, plan, checkpoint, facts["data_hash"]))
-        tracking = Tracking()
+        tracking = make_trackers(settings)
         recorder = Recorder(folder, tracking)
         ctx = RunContext(folder, settings, plan, context, record, recorder, stop, budget, found.tokenizer, found.stop_ids,
                          prepared, checkpoint)  # fmt: skip
@@ -125,7 +125,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
             record.facts["error"] = {key: without_passwords(text) for key, text in fault.items()}
             log_failure(error, folder)
         tracking.finish(status, recorder.final)
-        record.facts |= {"metrics": recorder.final, "tracking": tracking.facts}
+        record.facts |= {"metrics": recorder.final, "tracking": tracking.state()}
         return _finish(ctx, status, reason)
 
 
@@ -149,8 +149,7 @@ def follow() -> int:
         prepared = warm_cache.prepare_data(settings, tokenizer, stop_ids)
         if prepared.facts["data_hash"] != data_hash:
             raise RuntimeError("its rows are others than those of rank 0: the data differ on its machine")
-        settings = replace(settings, tracking=replace(settings.tracking, tracker=Tracker.none))
-        recorder = Recorder(folder, Tracking())
+        recorder = Recorder(folder, Trackers())
         _train(RunContext(folder, settings, plan, Context(), NoRecord(), recorder, stop_request(), budget, tokenizer, stop_ids,
                           prepared, checkpoint))  # fmt: skip
         watchdog.wait_for_end()
@@ -183,7 +182,7 @@ def _train(ctx: RunContext) -> tuple[str, str | None]:
     loop = Loop(ctx.folder, stop, recorder, ctx.budget, writer, record.timed, ctx.checkpoint, settings.trainer.save_total_limit)
     tags = [*ctx.command.tags, plan.backend]
     recorder.tracking.start(settings, ctx.folder, ctx.command.name, tags, record.facts.get("tracking"))
-    record.update(tracking=recorder.tracking.facts)
+    record.update(tracking=recorder.tracking.state())
     trainer = method.build_trainer(ctx, model, loop)
     record.update(speed=trainer.plan.speed(), plan=trainer.plan.facts())
     take_up(ctx.folder, ctx.checkpoint, loop.components())
