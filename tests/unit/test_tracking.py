@@ -15,7 +15,8 @@ from sft.config.rules import check_settings
 from sft.config.schema import Settings, TrackerName, TrackingMode, TrackingSettings
 from sft.preflight import checks
 from sft.preflight.findings import Found
-from sft.storage.jsonio import read_json, read_lines, write_json
+from sft.runs.resume import read_record
+from sft.storage.jsonio import append_jsonl, read_json, read_lines, write_json
 from sft.sweep import publish
 from sft.tracking import wandb
 from sft.tracking.base import Trackers, make_trackers
@@ -284,3 +285,22 @@ def test_each_tracker_goes_on_with_its_own_facts_of_run_json(home):
     Trackers([first, second, third]).start(Settings(), home, "run", [], before)
     assert [tracker.told[0][2].get("run_id") for tracker in (first, second, third)] == [7, 7, None]
     assert first.told[0][2]["url"] == "http://first" and second.told[0][2]["url"] == "http://second" and third.told[0][2] == {}
+
+
+def test_wandbs_facts_stand_in_run_json_as_they_always_did(home, monkeypatch):
+    """A run that is cut twice offline counts its lines on: W&B takes none below the number that it has."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder, before = home / "run", None
+    folder.mkdir()
+    for session in range(3):
+        tracker = make_trackers(tracked())
+        tracker.start(tracked(), folder, "n", [], before)
+        facts = tracker.state()
+        assert set(facts) == {"mode", "url", "sync", "id", "project", "entity", "lines"}
+        assert facts["lines"] == 2 * session * (session + 1) // 2, "and no session's lines lie over another's"
+        for step in (1, 2):
+            append_jsonl(folder / "metrics.jsonl", {"step": step})
+            tracker.log({"step": step})
+        tracker.finish("stopped", {})
+        write_json(folder / "run.json", {"tracking": facts})
+        before = read_record(folder)["tracking"]
