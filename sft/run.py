@@ -2,24 +2,20 @@
 
 import contextlib
 import logging
-import math
 import os
-import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from sft import methods, signals
 from sft.config.destinations import mark
+from sft.config.method import facts_of
 from sft.config.schema import Settings
-from sft.config.trust import with_word
 from sft.distributed import group, strategy, watchdog
 from sft.distributed.stop import stop_request
 from sft.environment import prepare_environment, quiet_libraries, seed_everything
 from sft.errors import Refusal
 from sft.export import measure, requirements
 from sft.export.child import export_run_apart
-from sft.generation import samples
 from sft.model import structure, warm_cache
 from sft.model.backend import import_backend, limit_memory
 from sft.model.hub import read_config
@@ -27,16 +23,15 @@ from sft.plan.machine import look
 from sft.plan.plan import Plan, closed, plan_model
 from sft.preflight import checks
 from sft.runs import resume
-from sft.runs.failures import log_failure, reason_of
-from sft.runs.record import Context, NoRecord, RunRecord, RunResult, record_session, start_record
-from sft.sanitize import without_passwords
+from sft.runs.failures import error_facts, log_failure, reason_of
+from sft.runs.record import Context, RunRecord, RunResult, log_ending, record_session, start_record
 from sft.storage import jsonio
-from sft.tracking.base import Trackers, make_trackers
+from sft.tracking.base import make_trackers
 from sft.training import acceleration
 from sft.training.checkpoint import find_checkpoint, take_up
 from sft.training.context import RunContext
 from sft.training.metrics import Recorder
-from sft.training.sampling import SampleWriter
+from sft.training.sampling import SampleWriter, generator
 from sft.training.saving import note_kept, save_weights
 from sft.training.time_budget import TimeBudget
 from sft.training.trainer import Loop
@@ -89,7 +84,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         began = ((before or {}).get("model") or {}).get("backend")
         plan = plan_model(settings, machine, lambda: read_config(settings.model), began)
         group.broadcast(plan)
-        _prepare_libraries(settings, plan)
+        prepare_libraries(settings, plan)
         found = checks.examine(settings, folder, plan, context.origins, machine, resume.read_batch_plan(before))
         if found.problems:
             raise Refusal(found.problems)
@@ -109,7 +104,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         ctx = RunContext(folder, settings, plan, context, record, recorder, stop, budget, found.tokenizer, found.stop_ids,
                          prepared, checkpoint)  # fmt: skip
         try:
-            status, reason = _train(ctx)
+            status, reason = train(ctx)
         except Refusal:
             tracking.finish("failed", {})
             raise
@@ -120,51 +115,21 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         except Exception as raised:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
             error = watchdog.find_cause(raised)
             status, reason = "failed", reason_of(error)
-            trace = "".join([traceback.format_exc(), *getattr(error, "__notes__", ())])
-            fault = {"type": type(error).__name__, "message": str(error), "traceback": trace}
-            record.facts["error"] = {key: without_passwords(text) for key, text in fault.items()}
+            record.facts["error"] = error_facts(error)
             log_failure(error, folder)
         tracking.finish(status, recorder.final)
         record.facts |= {"metrics": recorder.final, "tracking": tracking.state()}
         return _finish(ctx, status, reason)
 
 
-def follow() -> int:
-    """The same run as seen by any process but the first: it trains with it and writes nothing; returns the exit code.
-
-    Returns only on an error, which the first process is told; else the process ends when the first one does.
-    """
-    logging.disable(logging.CRITICAL)  # one speaks for all
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    try:
-        watchdog.meet()
-        settings, folder, place = group.broadcast(None)
-        os.chdir(place)
-        watchdog.watch(folder)
-        budget = TimeBudget(settings.trainer)
-        prepare_environment()
-        _prepare_libraries(settings, group.broadcast(None))
-        settings, plan, checkpoint, data_hash = group.broadcast(None)  # as decided by the checks, which the first one makes
-        tokenizer, stop_ids = warm_cache.load_tokenizer(settings)
-        prepared = warm_cache.prepare_data(settings, tokenizer, stop_ids)
-        if prepared.facts["data_hash"] != data_hash:
-            raise RuntimeError("its rows are others than those of rank 0: the data differ on its machine")
-        recorder = Recorder(folder, Trackers())
-        _train(RunContext(folder, settings, plan, Context(), NoRecord(), recorder, stop_request(), budget, tokenizer, stop_ids,
-                          prepared, checkpoint))  # fmt: skip
-        watchdog.wait_for_end()
-    except BaseException as error:
-        watchdog.report(error)
-    return 1
-
-
-def _prepare_libraries(settings: Settings, plan: Plan) -> None:
+def prepare_libraries(settings: Settings, plan: Plan) -> None:
+    """Import and seed what the run computes with."""
     import_backend(plan.backend)
     quiet_libraries()
     seed_everything(settings.seed)
 
 
-def _train(ctx: RunContext) -> tuple[str, str | None]:
+def train(ctx: RunContext) -> tuple[str, str | None]:
     """Load, attach, sample, train, save, sample: (status, reason)."""
     settings, plan, record, recorder, stop = ctx.settings, ctx.plan, ctx.record, ctx.recorder, ctx.stop
     method, sharded = methods.method_of(settings), strategy.shards(settings)
@@ -178,7 +143,7 @@ def _train(ctx: RunContext) -> tuple[str, str | None]:
     record.update(model={**facts, "parameters": total, "trainable_parameters": trained})
     log.info("Model  %s through %s: %s of %s parameters trained", source, plan.backend, f"{trained:,}", f"{total:,}")
 
-    writer = SampleWriter(ctx.folder, recorder, record.timed, _generator(ctx, model), sharded)
+    writer = SampleWriter(ctx.folder, recorder, record.timed, generator(ctx, model), sharded)
     loop = Loop(ctx.folder, stop, recorder, ctx.budget, writer, record.timed, ctx.checkpoint, settings.trainer.save_total_limit)
     tags = [*ctx.command.tags, plan.backend]
     recorder.tracking.start(settings, ctx.folder, ctx.command.name, tags, record.facts.get("tracking"))
@@ -211,21 +176,6 @@ def _train(ctx: RunContext) -> tuple[str, str | None]:
     return "finished", None
 
 
-def _generator(ctx: RunContext, model: Any) -> Any:
-    """`generate(step)`: the lines of samples.jsonl that the weights of this step give; None without prompts."""
-    prompts = samples.choose_prompts(ctx.prepared, ctx.settings, ctx.tokenizer)
-    check = ctx.stop.check if strategy.shards(ctx.settings) else ctx.stop.check_here
-    key = [[asdict(prompt) for prompt in prompts], sorted(ctx.stop_ids), ctx.settings.samples.max_new_tokens]
-
-    def generate(step: int) -> list[dict]:
-        def ask() -> list[dict]:
-            return samples.generate(model, ctx.tokenizer, prompts, ctx.settings, ctx.stop_ids, step, check)
-
-        return ask() if step else warm_cache.of_base("answers", model, ctx.settings, key, ask)
-
-    return generate if prompts else None
-
-
 def _finish(ctx: RunContext, status: str, reason: str | None) -> RunResult:
     """Export, write the report, then the final status, last of all; say how it went."""
     folder, record, stop, metrics = ctx.folder, ctx.record, ctx.stop, ctx.recorder.final
@@ -247,14 +197,5 @@ def _finish(ctx: RunContext, status: str, reason: str | None) -> RunResult:
         log.warning("The report could not be written: %s", error)
         artifacts.pop("report", None)
     record.close(status, reason, artifacts=artifacts)
-    eval_loss, start = metrics.get("eval_loss"), metrics.get("eval_loss_start")
-    if eval_loss is not None and start is not None:
-        log.info("Done   %s: held-out loss %.4f -> %.4f", status, start, eval_loss)
-    else:
-        log.info("Done   %s%s", status, f": {reason}" if reason else "")
-    if status == "stopped":
-        log.info("       go on with: %s", with_word(f"python train.py resume={os.path.relpath(folder)}", ctx.settings))
-    for name, place in artifacts.items():
-        log.info("       %-8s %s", name, os.path.relpath(folder / place))
-    good = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
-    return RunResult(status, code, folder, good)
+    log_ending(ctx.settings, folder, record.facts)
+    return RunResult(status, code, folder, jsonio.number(metrics.get(facts_of(record.facts).metric)))

@@ -14,14 +14,15 @@ def note_kept(trainer: Any, recorder: Any) -> None:
     """Note which weights are kept: the best evaluation's where they were loaded back, else the last."""
     state, final = trainer.state, recorder.final
     if state.best_metric is not None:
-        final["best_eval_loss"], final["best_step"] = state.best_metric, state.best_global_step
+        name = trainer.args.metric_for_best_model
+        final[f"best_{name}"], final["best_step"] = state.best_metric, state.best_global_step
         if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
-            final["eval_loss"] = state.best_metric
+            final[name] = state.best_metric
             final["kept_step"] = state.best_global_step
             return
     final["kept_step"] = state.global_step
     if recorder.eval_step != state.global_step:  # stopped between evaluations: the last one was of other weights
-        final.pop("eval_loss", None)
+        final.pop(trainer.args.metric_for_best_model, None)
 
 
 def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path, weights: dict[str, Any] | None = None) -> str:

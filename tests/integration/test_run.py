@@ -106,7 +106,7 @@ def test_best_weights_are_kept_and_are_those_on_disk(finished):
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     losses = {line["step"]: line["eval_loss"] for line in read_lines(folder / "metrics.jsonl") if "eval_loss" in line}
     later = {step: loss for step, loss in losses.items() if step}
-    assert record["metrics"]["best_eval_loss"] == min(later.values()) == result.eval_loss
+    assert record["metrics"]["best_eval_loss"] == min(later.values()) == result.metric
     assert record["metrics"]["kept_step"] == min(later, key=later.get)
     checkpoint = folder / "checkpoints" / f"checkpoint-{record['metrics']['kept_step']}"
     from safetensors.torch import load_file
