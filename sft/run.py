@@ -26,7 +26,7 @@ from sft.runs import resume
 from sft.runs.failures import error_facts, log_failure, reason_of
 from sft.runs.record import Context, RunRecord, RunResult, log_ending, record_session, start_record
 from sft.storage import jsonio
-from sft.tracking.wandb import Tracking
+from sft.tracking.base import make_trackers
 from sft.training import acceleration
 from sft.training.checkpoint import find_checkpoint, restore_run
 from sft.training.context import RunContext
@@ -99,7 +99,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         if signed := mark(settings):
             record.update(destinations_mark=signed)
         group.broadcast((settings, plan, checkpoint, facts["data_hash"]))
-        tracking = Tracking()
+        tracking = make_trackers(settings)
         recorder = Recorder(folder, tracking)
         ctx = RunContext(folder, settings, plan, context, record, recorder, stop, budget, found.tokenizer, found.stop_ids,
                          prepared, checkpoint)  # fmt: skip
@@ -118,7 +118,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
             record.facts["error"] = error_facts(error)
             log_failure(error, folder)
         tracking.finish(status, recorder.final)
-        record.facts |= {"metrics": recorder.final, "tracking": tracking.facts}
+        record.facts |= {"metrics": recorder.final, "tracking": tracking.state()}
         return _finish(ctx, status, reason)
 
 
@@ -147,7 +147,7 @@ def train(ctx: RunContext) -> tuple[str, str | None]:
     loop = Loop(ctx.folder, stop, recorder, ctx.budget, writer, record.timed, ctx.checkpoint, settings.trainer.save_total_limit)
     tags = [*ctx.command.tags, plan.backend]
     recorder.tracking.start(settings, ctx.folder, ctx.command.name, tags, record.facts.get("tracking"))
-    record.update(tracking=recorder.tracking.facts)
+    record.update(tracking=recorder.tracking.state())
     trainer = method.build_trainer(ctx, model, loop)
     record.update(speed=trainer.plan.speed(), plan=trainer.plan.facts())
     restore_run(ctx.folder, ctx.checkpoint, loop.components())

@@ -73,7 +73,7 @@ class Bias(Enum):
     lora_only = "lora_only"
 
 
-class Tracker(Enum):
+class TrackerName(Enum):
     """Where curves and samples go besides the run folder."""
 
     wandb = "wandb"
@@ -382,7 +382,7 @@ class ExportSettings:
 class TrackingSettings:
     """Where the run is tracked besides its own folder."""
 
-    tracker: Tracker = Tracker.wandb
+    tracker: TrackerName = TrackerName.wandb
     """`wandb`, or `none` for the run folder alone."""
     mode: TrackingMode = TrackingMode.auto
     """`auto`: as WANDB_MODE says, else online with an API key and a network, else offline with one line on how to sync.

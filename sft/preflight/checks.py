@@ -16,7 +16,7 @@ from sft.config import provenance, schedule
 from sft.config.batching import BatchPlan
 from sft.config.keys import shown
 from sft.config.rules import warnings_for
-from sft.config.schema import PreflightMode, Settings, Tracker, TrackingMode
+from sft.config.schema import PreflightMode, Settings
 from sft.data.token_cache import token_counts
 from sft.errors import Problem, first_line
 from sft.export import gguf, requirements
@@ -31,7 +31,7 @@ from sft.preflight.findings import Found
 from sft.preflight.fit import check_memory, shown_size
 from sft.preflight.speed import SOURCE, device_of, measured_speed
 from sft.storage.jsonio import write_json
-from sft.tracking.wandb import choose_mode, has_api_key, place
+from sft.tracking import base as trackers
 
 log = logging.getLogger(__name__)
 
@@ -262,25 +262,9 @@ def check_disk(found: Found, settings: Settings, folder: Path, dims: memory.Mode
 
 
 def check_tracking(found: Found, settings: Settings) -> None:
-    """Whether W&B will be reached."""
-    tracking = settings.tracking
-    if tracking.tracker == Tracker.none:
-        found.ok("Tracking", "the run folder alone")
-        return
+    """Where the run will be tracked."""
     with found.collecting("Tracking"):
-        mode, why = choose_mode(tracking.mode)
-        entity, project = place(tracking)
-        project = f"project {entity}/{project}" if entity else f"project {project}"
-        if mode == "online":
-            found.ok("Tracking", f"W&B online, {project}")
-        elif mode == "disabled":
-            found.ok("Tracking", f"the run folder alone: W&B is switched off ({why})")
-        elif tracking.mode == TrackingMode.online:
-            why = f"W&B cannot be online: {why}."
-            fix = "wandb login   or   tracking.mode=offline" if not has_api_key() else "tracking.mode=offline"
-            found.refuse("Tracking", [Problem("tracking.mode=online", why, fix)])
-        else:
-            found.ok("Tracking", f"W&B offline ({why}), {project}; the run logs how to upload it")
+        found.ok("Tracking", trackers.check_tracking(settings))
 
 
 def check_export(found: Found, settings: Settings) -> None:

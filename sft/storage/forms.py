@@ -35,7 +35,7 @@ RUN = {
     "error": TEXTS,
     "artifacts": TEXTS,
     "versions": {},
-    "tracking": TEXTS,
+    "tracking": {**dict.fromkeys(("tracker", "mode", "url", "sync", "id", "project", "entity"), TEXT), "lines": NUMBER},
     "settings": {},
     "differs_from_defaults": {...: {}},
 }

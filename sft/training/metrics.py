@@ -10,7 +10,7 @@ from sft.data.collators import is_padding_free
 from sft.distributed import group
 from sft.distributed.group import world_size
 from sft.storage.jsonio import append_jsonl
-from sft.tracking.wandb import Tracking
+from sft.tracking.base import Trackers
 
 
 def count_tokens(inputs: dict[str, Any]) -> Any:
@@ -37,9 +37,9 @@ def count_tokens(inputs: dict[str, Any]) -> Any:
 
 
 class Recorder:
-    """Keeps metrics.jsonl and the final numbers, and passes each line on to the tracker."""
+    """Keeps metrics.jsonl and the final numbers, and passes each line on to the trackers."""
 
-    def __init__(self, folder: Path, tracking: Tracking):
+    def __init__(self, folder: Path, tracking: Trackers):
         self.path, self.tracking = folder / "metrics.jsonl", tracking
         self.writes = group.is_first()
         self.final: dict[str, Any] = {}

@@ -54,7 +54,7 @@ class SampleWriter:
         recorder.final.setdefault("eos_share_start", share)
         recorder.final["eos_share"] = share
         recorder.add({"step": step, "eos_share": share})
-        recorder.tracking.samples(lines, earlier)
+        recorder.tracking.log_samples(lines, earlier)
 
     def _if_it_fits(self, step: int) -> list[dict] | None:
         """The lines; None, with a warning, where the memory is too small: nothing that is trained depends on them."""

@@ -60,8 +60,9 @@ class StepEnd:
         return {"due": [*self.due], "save_due": self.save_due}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Have still due what a stop gave up."""
-        self.due, self.save_due = state["due"], state["save_due"]
+        """Have still due what a stop gave up. With nothing left of the step, its checkpoint is the one that was due."""
+        self.due = [*state["due"]]
+        self.save_due = state["save_due"] and bool(self.due)
 
 
 class LogCounts:

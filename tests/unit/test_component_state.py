@@ -10,6 +10,7 @@ from sft.training import checkpoint
 from sft.training.metrics import Recorder
 from sft.training.nonfinite import NonFiniteSteps
 from sft.training.oom import OomRetry
+from sft.training.step_end import StepEnd
 from sft.training.time_budget import TimeBudget
 from sft.training.trainer import Loop, ResumableTrainer
 
@@ -76,3 +77,11 @@ def test_a_component_reads_what_it_wrote_and_a_new_one_begins_anew(tmp_path):
     mine, new = Counted(0), Counted(0)
     checkpoint.restore_run(tmp_path, checkpoint.place_of(tmp_path, 1), {"mine": mine, "new": new})
     assert (mine.count, new.count) == (7, 0)
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_that_was_due_saves_none_at_its_first_step():
+    due, given_up, resumed = StepEnd(save_due=True), StepEnd(due=["evaluate"], save_due=True), StepEnd()
+    resumed.load_state_dict(due.state_dict())
+    assert not resumed.pending and not resumed.save_due
+    resumed.load_state_dict(given_up.state_dict())
+    assert resumed.due == ["evaluate"] and resumed.save_due, "what a stop gave up is made up for, and saved"
