@@ -70,7 +70,7 @@ def _leave_to_first() -> None:
         args, _ = get_args_parser().parse_known_args()
         if args.help or args.hydra_help or args.info or args.shell_completion or args.cfg:
             raise SystemExit(0)
-        from sft.run import follow
+        from sft.launch.follower import follow
 
         code = follow()
         sys.stderr.flush()

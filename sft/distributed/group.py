@@ -1,8 +1,8 @@
 """The processes of one run: who they are, how they meet, and what they agree on.
 
 Rank 0 is the run. It checks, writes the run folder, tracks, generates samples, saves, and hears the signals. The other ranks
-take over its settings, train on their share of each step's rows and write nothing; `run.follow` is their story. In a run of
-one process every function here gives back what it was given.
+take over its settings, train on their share of each step's rows and write nothing: `launch.follower` is their story. In a run
+of one process every function here gives back what it was given.
 
 Ranks that `launch.ranks.start` has started meet through a file in a folder that this user alone can read, listen on loopback
 alone, and unpickle only what is signed with a secret of that folder. What torchrun has started meets through torchrun's

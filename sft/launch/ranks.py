@@ -69,7 +69,8 @@ def work(job: Path) -> int:
     meet_at(job.with_name("store"), secret)
     os.chdir(place)
     end_with(parent)
-    from sft.run import follow, run
+    from sft.launch.follower import follow
+    from sft.run import run
 
     if not is_first():
         return follow()

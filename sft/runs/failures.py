@@ -49,3 +49,10 @@ def _hints(error: BaseException) -> list[str]:
     if isinstance(error, SaveFailed) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
         return ["make room on the disk, or mend it; then the same command goes on from the last checkpoint"]
     return []
+
+
+def error_facts(error: BaseException) -> dict[str, str]:
+    """What run.json keeps of an error that is being handled."""
+    trace = "".join([traceback.format_exc(), *getattr(error, "__notes__", ())])
+    facts = {"type": type(error).__name__, "message": str(error), "traceback": trace}
+    return {key: without_passwords(text) for key, text in facts.items()}

@@ -1,6 +1,7 @@
 """run.json: what a run is, how it stands and how it ended, rewritten as a whole with each change."""
 
 import contextlib
+import logging
 import os
 import platform
 import socket
@@ -12,8 +13,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sft.config.fingerprint import config_hash, differs_from
+from sft.config.schema import Settings
+from sft.config.trust import with_word
 from sft.paths import ROOT
-from sft.storage.jsonio import now, write_json
+from sft.storage.jsonio import jsonable, now, write_json
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -25,8 +31,8 @@ class RunResult:
     exit_code: int
     """0 finished, 1 failed, 2 refused before training, 130 interrupted."""
     folder: Path
-    eval_loss: float | None = None
-    """Held-out loss of the weights that were kept."""
+    metric: float | None = None
+    """What the method ranks runs by, of the weights that were kept."""
 
 
 @dataclass
@@ -80,6 +86,43 @@ class RunRecord:
         finally:
             seconds = self.facts["seconds"] = self.facts.get("seconds") or {}
             seconds[part] = round((seconds.get(part) or 0.0) + time.monotonic() - start, 2)
+
+
+def start_record(settings: Settings, folder: Path, context: Context, before: dict | None) -> RunRecord:
+    """Write run.json before anything that takes time, so that a run which is killed can be told from an empty folder."""
+    if before:
+        return RunRecord(folder, before)
+    return RunRecord(
+        folder,
+        name=context.name,
+        command=context.command,
+        overrides=list(context.overrides),
+        working_folder=os.getcwd(),
+        tags=list(context.tags),
+        config_hash=config_hash(settings),
+        seed=settings.seed,
+        settings=jsonable(settings),
+        differs_from_defaults=differs_from(settings, Settings()),
+    )
+
+
+def record_session(record: RunRecord, facts: dict, checkpoint: Path | None) -> None:
+    """Note the data, and that the run begins or goes on here."""
+    rows = facts["rows"]
+    sessions = [*(record.facts.get("sessions") or []), {"started_at": now(), "from": checkpoint and checkpoint.name}]
+    record.update(
+        data={
+            "source": facts["source"],
+            "hash": facts["data_hash"],
+            "held_out_hash": facts.get("held_out_hash"),
+            "train_rows": rows["train"],
+            "eval_rows": rows.get("eval", 0),
+            "train_tokens": facts["train_tokens"],
+            "eval_tokens": facts.get("eval_tokens", 0),
+        },
+        sessions=sessions,
+        **machine_facts(),
+    )
 
 
 class NoRecord(RunRecord):
@@ -137,3 +180,17 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") if commit.returncode == 0 else None
+
+
+def log_ending(settings: Settings, folder: Path, facts: dict[str, Any]) -> None:
+    """Say how a run ended, what it left, and how it goes on."""
+    status, reason, metrics = facts["status"], facts["reason"], facts.get("metrics") or {}
+    eval_loss, start = metrics.get("eval_loss"), metrics.get("eval_loss_start")
+    if eval_loss is not None and start is not None:
+        log.info("Done   %s: held-out loss %.4f -> %.4f", status, start, eval_loss)
+    else:
+        log.info("Done   %s%s", status, f": {reason}" if reason else "")
+    if status == "stopped":
+        log.info("       go on with: %s", with_word(f"python train.py resume={os.path.relpath(folder)}", settings))
+    for name, place in facts["artifacts"].items():
+        log.info("       %-8s %s", name, os.path.relpath(folder / place))

@@ -3,12 +3,15 @@
 import logging
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sft.distributed import group
+from sft.distributed import group, strategy
 from sft.generation import samples
+from sft.model import warm_cache
 from sft.storage import jsonio
+from sft.training.context import RunContext
 from sft.training.oom import free_memory
 
 log = logging.getLogger(__name__)
@@ -62,3 +65,18 @@ class SampleWriter:
             free_memory()
             log.warning("Step %d: too little memory for answers now; the run goes on.", step)
             return None
+
+
+def generator(ctx: RunContext, model: Any) -> Callable[[int], list[dict]] | None:
+    """`generate(step)`: the lines of samples.jsonl that the weights of this step give; None without prompts."""
+    prompts = samples.choose_prompts(ctx.prepared, ctx.settings, ctx.tokenizer)
+    check = ctx.stop.check if strategy.shards(ctx.settings) else ctx.stop.check_here
+    key = [[asdict(prompt) for prompt in prompts], sorted(ctx.stop_ids), ctx.settings.samples.max_new_tokens]
+
+    def generate(step: int) -> list[dict]:
+        def ask() -> list[dict]:
+            return samples.generate(model, ctx.tokenizer, prompts, ctx.settings, ctx.stop_ids, step, check)
+
+        return ask() if step else warm_cache.of_base("answers", model, ctx.settings, key, ask)
+
+    return generate if prompts else None

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from sft import run as sft_run
 from sft.cli.chat import find_target
 from sft.cli.check import check_command_line
 from sft.config.fingerprint import config_hash
 from sft.config.rules import check_settings
 from sft.console import LogFile
 from sft.errors import Refusal
+from sft.export import child
 from sft.export.card import write_card
 from sft.export.exporter import _with_earlier, failures
 from sft.report import page
@@ -53,7 +53,7 @@ def test_an_export_runs_no_code_of_the_folder_that_it_is_started_in(folder, monk
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PYTHONPATH", ":.")
     record = RunRecord(folder, settings=jsonable(small()))
-    failed, _ = sft_run._export(folder, record, StopRequest())
+    failed, _ = child.export_run_apart(folder, record, StopRequest())
     assert failed == ["the export ended early, with exit code 1"]
     assert "the run folder is not whole" in capfd.readouterr().err
     assert not list(folder.rglob("code_was_run"))
