@@ -79,14 +79,13 @@ class Speaker:
     """A loaded model that completes prompts."""
 
     def __init__(self, target: Target):
-        """Load it. Raises Refusal if the base cannot be found, ExportError if llama.cpp does not take the file."""
-        from transformers import AutoTokenizer
+        """Load it. Raises Refusal if base or tokenizer cannot be had, ExportError if llama.cpp does not take the file."""
+        from sft.model.tokenizer import read_tokenizer
 
         self.target, self.settings = target, target.settings
         kept = target.folder / ("adapter" if self.settings.lora.enabled else "model")
-        self.tokenizer = AutoTokenizer.from_pretrained(kept, trust_remote_code=self.settings.model.trust_remote_code)
         self.shape, stops = prompt_form(target.folder)
-        self.stop_ids = sorted(self.tokenizer.convert_tokens_to_ids(stops))
+        self.tokenizer, self.stop_ids = read_tokenizer(kept, self.settings.model.trust_remote_code, stops)
         self.child: Any = None
         self.model = None if target.kind == "gguf" else self._load()
 

@@ -15,11 +15,12 @@ from typing import Any, NoReturn
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sft.cli.overrides import check_override, is_known, looks_secret, needs_sweep, one_line, parse_overrides, secret
@@ -347,7 +348,8 @@ def _check_swept_values(config_name: str, search_path: list[str], overrides: lis
 
 def _check_job(config_name: str, overrides: list[str], hardware: bool, folder: Path | None) -> list[Problem]:
     try:
-        config = compose(config_name, overrides=overrides)
+        config = compose(config_name, overrides=overrides, return_hydra_config=True)
+        _fill_in_hydra(config)
         settings = to_settings(config)
         problems = _check_overruled(config, config_name, overrides) + check_settings(settings, hardware)
         return problems + (check_folder(folder, settings) if folder else [])
@@ -361,9 +363,26 @@ def _check_job(config_name: str, overrides: list[str], hardware: bool, folder: P
         if broken:
             return broken  # whatever the overrides are
         message = _reason(error)
-        named = [o for o in overrides if o.partition("=")[0].lstrip("+~") in message or o.partition("=")[2] in message]
+        full = f"{message} {getattr(error, 'full_key', '')}"
+        named = [o for o in overrides if o.partition("=")[0].lstrip("+~") in full or o.partition("=")[2] in full]
         what = " ".join(named or overrides) or "conf/"
         return [Problem(what, message, "python train.py --cfg job   shows the settings without these overrides")]
+
+
+def _fill_in_hydra(config: DictConfig) -> None:
+    """Fill in Hydra's own part of `config` as Hydra will, and take it out; raises what that would raise, which Hydra shows as a
+    traceback.
+    """
+    filled, hydra = HydraConfig.instance(), config.hydra
+    before = filled.cfg
+    with open_dict(config):
+        hydra.job.num, hydra.job.id, hydra.runtime.output_dir = 0, "0", "outputs"  # known only once a job runs
+        filled.set_config(config)
+        try:
+            OmegaConf.to_container(hydra, resolve=True)
+        finally:
+            filled.cfg = before
+        del config["hydra"]
 
 
 def _check_overruled(config: DictConfig, config_name: str, overrides: list[str]) -> list[Problem]:

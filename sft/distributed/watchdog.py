@@ -1,7 +1,8 @@
 """A dead rank ends the run within seconds, with its reason.
 
 Every rank holds a line (a socket) to rank 0. What ends a rank is reported over it, and a line that breaks off says that a
-process is gone, which a collective may wait for without end.
+process is gone, which a collective may wait for without end. Heartbeats in torch's store could not tell a dead process from one
+that is paused or that holds Python's lock for seconds; the kernel closes a socket when the process ends, and only then.
 """
 
 import contextlib

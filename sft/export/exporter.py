@@ -30,6 +30,7 @@ from sft.export.proving import (
     reference_facts,
 )
 from sft.export.requirements import FORMATS, check_export
+from sft.model.tokenizer import read_tokenizer
 from sft.runs import resume
 from sft.runs.saved import prompt_form
 from sft.storage import atomic, jsonio
@@ -162,17 +163,14 @@ def failures(report: dict[str, Any]) -> list[str]:
 
 
 def read_trained(folder: Path, settings: Settings, weights: Path | None) -> Trained:
-    """Everything of the run but the model. Raises ExportError if the run folder lacks a part."""
-    from transformers import AutoTokenizer
-
+    """Everything of the run but the model. Raises ExportError if the run folder lacks a part, Refusal if it is damaged."""
     record = read_json(folder / "run.json")
     weights = weights or folder / ("adapter" if settings.lora.enabled else "model")
     try:
         rows = measure.read_rows(folder)
-        tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=settings.model.trust_remote_code)
     except (OSError, ValueError, TypeError) as error:
         raise ExportError(f"the run folder is not whole: {first_line(error)}") from error
-    stop_ids = sorted(tokenizer.convert_tokens_to_ids(prompt_form(folder)[1]))
+    tokenizer, stop_ids = read_tokenizer(weights, settings.model.trust_remote_code, prompt_form(folder)[1])
     prompts = [measure.prompt_of(row) for row in rows[: settings.export.num_prompts]]
     adds_bos = starts_with_bos(tokenizer)
     texts = [tokenizer.decode(ids[1:] if adds_bos and ids[:1] == [tokenizer.bos_token_id] else ids) for ids in prompts]

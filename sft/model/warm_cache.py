@@ -201,7 +201,8 @@ class Base:
     def restore(self) -> str:
         """Put every module back as it was when loaded; returns what could not be put back, or an empty text.
 
-        An adapter, a hook, a patched forward or a flag is an entry of a module's __dict__, so all of them go with it.
+        An adapter, a hook, a patched forward or a flag is an entry of a module's __dict__, so all of them go with it. PEFT's
+        `unload` takes off its own layers alone, and an adapter made anew has other memory than that of captured steps.
         """
         for module, state in self.modules:
             module.__dict__.clear()

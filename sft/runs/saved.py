@@ -13,7 +13,8 @@ def prompt_form(folder: Path) -> tuple[Shape, list[str]]:
     """The shape of a run's rows and the tokens that end its completions, from preflight.json. Raises Refusal without them."""
     preflight = read_json(folder / "preflight.json")
     shape, stops = preflight.get("shape"), preflight.get("stop_tokens")
-    if shape not in [shape.value for shape in Shape] or not stops:
+    plain = isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)
+    if shape not in [shape.value for shape in Shape] or not stops or not plain:
         why = "It does not say how the run's prompts are shaped, or which tokens end its completions."
         raise refuse(str(folder / "preflight.json"), why, "bring the file back as the run wrote it")
     return Shape(shape), stops
