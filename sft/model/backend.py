@@ -9,7 +9,7 @@ from sft.config.schema import Backend, Dtype, Gpu, ModelSettings, Settings
 from sft.model.hub import read_config
 
 FLAT_KINDS = ("llama", "mistral", "qwen2", "qwen3")
-"""Models whose rows were laid end to end in tests/integration/test_flat.py."""
+"""Models whose rows were laid end to end in tests/integration/test_padding_free.py."""
 
 ROOM = 0.45
 """Share of a GPU's memory that the weights may take."""

@@ -12,7 +12,7 @@ from sft.data.templates import render_row
 from sft.data.tokenize import encode
 from sft.model.tokenizer import CHATML
 from sft.sanitize import shown
-from tests.unit.test_render import LLAMA3, MISTRAL, QWEN3
+from tests.data.test_templates import LLAMA3, MISTRAL, QWEN3
 
 
 class Said(Speaker):

@@ -23,7 +23,7 @@ from sft.run import run
 from sft.runs.record import Context
 from tests.conftest import ROOT, make_settings
 from tests.faults.fault_campaign import BASE, MEASURED, write_rows
-from tests.integration.test_bad_numbers import lines_of, quick_report, record_of  # noqa: F401
+from tests.integration.test_nonfinite import lines_of, quick_report, record_of  # noqa: F401
 
 # 11 rows in steps of 4, so that the last step of each of the two epochs has 3: one process gets a pass without a row.
 JOB = (*BASE, "dataset=local", "lora.lora_dropout=0", "trainer.gradient_accumulation_steps=null", "trainer.max_steps=-1",

@@ -20,7 +20,7 @@ from sft.run import run
 from sft.training import acceleration
 from sft.training.acceleration import choose_lengths
 from tests.conftest import SMALL, make_settings
-from tests.integration.test_bad_numbers import quick_report  # noqa: F401
+from tests.integration.test_nonfinite import quick_report  # noqa: F401
 
 JOB = (*SMALL, "trainer=debug", "dataset.max_rows=60", "trainer.learning_rate=1e-3", "trainer.per_device_train_batch_size=4",
        "trainer.gradient_accumulation_steps=2", "samples.num_held_out=0", "trainer.save_steps=20",

@@ -19,7 +19,7 @@ from sft.model import builtin
 from sft.run import run
 from sft.storage import atomic
 from tests.conftest import ROOT, SMALL, make_settings
-from tests.unit.test_safety import add_code, change, write_pickle
+from tests.test_safety import add_code, change, write_pickle
 
 # -------------------------------------------------------------------------------------------------------------- secrets
 
