@@ -170,10 +170,10 @@ def test_a_failure_outside_of_training_is_recorded_too(tmp_path):
     """The trainer cannot be built, for a reason nobody foresaw: one line, exit 1, and the reason in run.json."""
     program = f"""
 import runpy, sys
-import sft.trainer
+import sft.methods.sft
 def fail(*arguments, **keywords):
     raise OSError("a fault that nobody foresaw")
-sft.trainer.build_trainer = fail
+sft.methods.sft.build_trainer = fail
 sys.argv = [{str(ROOT / "train.py")!r}, *sys.argv[1:]]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -19,9 +19,9 @@ PLANT = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from sft.bad_steps import BadSteps
+from sft.training.nonfinite import NonFiniteSteps
 
-add = BadSteps.add
+add = NonFiniteSteps.add
 
 def planted(self, loss, inputs):
     import torch
@@ -33,7 +33,7 @@ def planted(self, loss, inputs):
         os.kill(os.getpid(), signal.SIGKILL)
     return add(self, loss, inputs)
 
-BadSteps.add = planted
+NonFiniteSteps.add = planted
 """
 
 
