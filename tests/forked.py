@@ -35,6 +35,7 @@ def _server() -> multiprocessing.context.ForkServerContext:
 def _become(program: str, argv: list[str], place: str, environment: dict[str, str], before: str, files: list[str]) -> None:
     """Be `python program *argv`, after the file `before`, with standard input, output and errors from and to `files`."""
     atexit._clear()  # what was to be done at the end of the process that this one was forked from
+    tempfile.tempdir = None  # of this environment
     for descriptor, (file, flags) in enumerate(zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
         opened = os.open(file, flags | os.O_APPEND)
         os.dup2(opened, descriptor)
@@ -78,6 +79,9 @@ class Process:
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
             os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
