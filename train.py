@@ -19,14 +19,14 @@ threads.spin_briefly()
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def train(config: DictConfig) -> float | None:
-    """One job: run it, keep its exit code, and give a sweeper the held-out loss."""
+    """One job: run it, keep its exit code, and give a sweeper what ranks it."""
     from sft.cli.job import run_job
 
     outcome = run_job(config)
     exit_codes.append(outcome.exit_code)
     if outcome.exit_code == 130:
         raise KeyboardInterrupt  # ends a sweep too
-    return outcome.eval_loss
+    return outcome.metric
 
 
 if __name__ == "__main__":

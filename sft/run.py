@@ -1,46 +1,43 @@
-"""A run from its settings to its report, in the order it happens."""
+"""A run from its settings to its report, in the order it happens. What is trained, and how, is the method's: sft/methods."""
 
 import contextlib
 import logging
-import math
 import os
-import subprocess
 import traceback
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sft import signals
-from sft.config import fingerprint
-from sft.config.batching import with_batch_plan
+from sft import methods, signals
 from sft.config.destinations import mark
-from sft.config.hardware import processes_of
-from sft.config.schedule import with_eval_schedule
-from sft.config.schema import Backend, Settings, Tracker
-from sft.config.trust import WORD, with_word
+from sft.config.method import facts_of
+from sft.config.schema import Settings, Tracker
+from sft.config.trust import with_word
 from sft.distributed import group, strategy, watchdog
 from sft.distributed.stop import stop_request
-from sft.environment import prepare_environment, quiet_libraries, release_memory, seed_everything
-from sft.errors import Refusal, SaveFailed, first_line
-from sft.export import exporter, measure, requirements
+from sft.environment import prepare_environment, quiet_libraries, seed_everything
+from sft.errors import Refusal
+from sft.export import measure, requirements
+from sft.export.child import export_run_apart
 from sft.generation import samples
-from sft.methods import sft
 from sft.model import structure, warm_cache
-from sft.model.backend import import_backend, limit_memory, settle_backend, torch_dtype
+from sft.model.backend import import_backend, limit_memory
+from sft.model.hub import read_config
+from sft.plan.machine import look
+from sft.plan.plan import Plan, closed, plan_model
 from sft.preflight import checks
-from sft.processes import child_environment, python_command
 from sft.runs import resume
 from sft.runs.failures import log_failure, reason_of
-from sft.runs.record import Context, NoRecord, RunRecord, RunResult, machine_facts
+from sft.runs.record import Context, NoRecord, RunRecord, RunResult, record_session, start_record
 from sft.sanitize import without_passwords
-from sft.storage import atomic, jsonio
-from sft.storage.jsonio import read_json
+from sft.storage import jsonio
 from sft.tracking.wandb import Tracking
 from sft.training import acceleration
 from sft.training.checkpoint import find_checkpoint, take_up
+from sft.training.context import RunContext
 from sft.training.metrics import Recorder
 from sft.training.sampling import SampleWriter
+from sft.training.saving import note_kept, save_weights
 from sft.training.time_budget import TimeBudget
 from sft.training.trainer import Loop
 
@@ -62,7 +59,7 @@ def run(settings: Settings, folder: Path, context: Context | None = None) -> Run
         before = resume.read_record(folder)
         if before and not before.get("config_hash"):
             before = None  # it failed before anything began
-        record = _start_record(settings, folder, context, before)
+        record = start_record(settings, folder, context, before)
         watchdog.watch(record)
         try:
             return _run(settings, folder, context, record, before)
@@ -88,33 +85,31 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
     stop = stop_request()
     with stop.listening():
         log.info("Run    %s", os.path.relpath(folder))
-        settings = _settle_backend(settings, before)
-        backend = import_backend(settings)
-        quiet_libraries()
-        seed_everything(settings.seed)
-        split = resume.read_batch_plan(before)
-        if split and split.gradient_accumulation_steps % processes_of(settings):
-            split = None  # decided for another number of processes
-        found = checks.examine(settings, folder, backend, context.origins, split)
+        machine = look(settings)
+        began = ((before or {}).get("model") or {}).get("backend")
+        plan = plan_model(settings, machine, lambda: read_config(settings.model), began)
+        group.broadcast(plan)
+        _prepare_libraries(settings, plan)
+        found = checks.examine(settings, folder, plan, context.origins, machine, resume.read_batch_plan(before))
         if found.problems:
             raise Refusal(found.problems)
-        tokenizer, stop_ids, prepared = found.tokenizer, found.stop_ids, found.prepared
         facts = checks.write_preflight(folder, found)
-        settings = with_eval_schedule(with_batch_plan(settings, found.split), prepared.facts)
+        plan, prepared = found.plan, found.prepared
+        settings = closed(settings, plan)
         measure.write_rows(folder, prepared)
         checkpoint = find_checkpoint(folder, before, facts["data_hash"])
         strategy.check_checkpoint(checkpoint, settings)
-        _record_data(record, facts, checkpoint)
-        record.update(split=asdict(found.split), processes=group.world_size())
+        record_session(record, facts, checkpoint)
+        record.update(split=asdict(plan.batch), plan=plan.facts(), processes=group.world_size())
         if signed := mark(settings):
             record.update(destinations_mark=signed)
-        group.broadcast((settings, checkpoint, facts["data_hash"]))
+        group.broadcast((settings, plan, checkpoint, facts["data_hash"]))
         tracking = Tracking()
         recorder = Recorder(folder, tracking)
+        ctx = RunContext(folder, settings, plan, context, record, recorder, stop, budget, found.tokenizer, found.stop_ids,
+                         prepared, checkpoint)  # fmt: skip
         try:
-            status, reason = _train(
-                settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop, budget, checkpoint
-            )
+            status, reason = _train(ctx)
         except Refusal:
             tracking.finish("failed", {})
             raise
@@ -126,23 +121,12 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
             error = watchdog.find_cause(raised)
             status, reason = "failed", reason_of(error)
             trace = "".join([traceback.format_exc(), *getattr(error, "__notes__", ())])
-            told = {"type": type(error).__name__, "message": str(error), "traceback": trace}
-            record.facts["error"] = {key: without_passwords(text) for key, text in told.items()}
+            fault = {"type": type(error).__name__, "message": str(error), "traceback": trace}
+            record.facts["error"] = {key: without_passwords(text) for key, text in fault.items()}
             log_failure(error, folder)
-        metrics = recorder.final
-        tracking.finish(status, metrics)
-        record.facts |= {"metrics": metrics, "tracking": tracking.facts}
-        return _finish(settings, folder, record, status, reason, metrics, stop)
-
-
-def _settle_backend(settings: Settings, before: dict | None) -> Settings:
-    """The settings with the backend that the run began with, or that this machine calls for."""
-    began = ((before or {}).get("model") or {}).get("backend")
-    if began in [backend.value for backend in Backend] and settings.model.backend == Backend.auto:
-        settings = replace(settings, model=replace(settings.model, backend=Backend(began)))
-    settings = settle_backend(settings)
-    group.broadcast(settings)
-    return settings
+        tracking.finish(status, recorder.final)
+        record.facts |= {"metrics": recorder.final, "tracking": tracking.facts}
+        return _finish(ctx, status, reason)
 
 
 def follow() -> int:
@@ -159,119 +143,66 @@ def follow() -> int:
         watchdog.watch(folder)
         budget = TimeBudget(settings.trainer)
         prepare_environment()
-        settings = group.broadcast(None)  # with the backend that the first one settled on
-        backend = import_backend(settings)
-        quiet_libraries()
-        seed_everything(settings.seed)
-        settings, checkpoint, data_hash = group.broadcast(None)  # as decided by the checks, which the first one makes
+        _prepare_libraries(settings, group.broadcast(None))
+        settings, plan, checkpoint, data_hash = group.broadcast(None)  # as decided by the checks, which the first one makes
         tokenizer, stop_ids = warm_cache.load_tokenizer(settings)
         prepared = warm_cache.prepare_data(settings, tokenizer, stop_ids)
         if prepared.facts["data_hash"] != data_hash:
             raise RuntimeError("its rows are others than those of rank 0: the data differ on its machine")
         settings = replace(settings, tracking=replace(settings.tracking, tracker=Tracker.none))
-        record, recorder = NoRecord(), Recorder(folder, Tracking())
-        stop = stop_request()
-        _train(settings, folder, Context(), backend, tokenizer, stop_ids, prepared, record, recorder, stop, budget, checkpoint)
+        recorder = Recorder(folder, Tracking())
+        _train(RunContext(folder, settings, plan, Context(), NoRecord(), recorder, stop_request(), budget, tokenizer, stop_ids,
+                          prepared, checkpoint))  # fmt: skip
         watchdog.wait_for_end()
     except BaseException as error:
         watchdog.report(error)
     return 1
 
 
-def _start_record(settings: Settings, folder: Path, context: Context, before: dict | None) -> RunRecord:
-    """Write run.json before anything that takes time, so that a run which is killed can be told from an empty folder."""
-    if before:
-        return RunRecord(folder, before)
-    return RunRecord(
-        folder,
-        name=context.name,
-        command=context.command,
-        overrides=list(context.overrides),
-        working_folder=os.getcwd(),
-        tags=list(context.tags),
-        config_hash=fingerprint.config_hash(settings),
-        seed=settings.seed,
-        settings=jsonio.jsonable(settings),
-        differs_from_defaults=fingerprint.differs_from(settings, Settings()),
-    )
+def _prepare_libraries(settings: Settings, plan: Plan) -> None:
+    import_backend(plan.backend)
+    quiet_libraries()
+    seed_everything(settings.seed)
 
 
-def _record_data(record: RunRecord, facts: dict, checkpoint: Path | None) -> None:
-    rows = facts["rows"]
-    sessions = [*(record.facts.get("sessions") or []), {"started_at": jsonio.now(), "from": checkpoint and checkpoint.name}]
-    record.update(
-        data={
-            "source": facts["source"],
-            "hash": facts["data_hash"],
-            "held_out_hash": facts.get("held_out_hash"),
-            "train_rows": rows["train"],
-            "eval_rows": rows.get("eval", 0),
-            "train_tokens": facts["train_tokens"],
-            "eval_tokens": facts.get("eval_tokens", 0),
-        },
-        sessions=sessions,
-        **machine_facts(),
-    )
-
-
-def _train(
-    settings, folder, context, backend, tokenizer, stop_ids, prepared, record, recorder, stop, budget, checkpoint
-) -> tuple[str, str | None]:
-    """Load, attach, sample, train, sample, save: (status, reason)."""
-    tracking = recorder.tracking
-    with record.timed("load"), budget.measured("load"):
+def _train(ctx: RunContext) -> tuple[str, str | None]:
+    """Load, attach, sample, train, save, sample: (status, reason)."""
+    settings, plan, record, recorder, stop = ctx.settings, ctx.plan, ctx.record, ctx.recorder, ctx.stop
+    method, sharded = methods.method_of(settings), strategy.shards(settings)
+    with record.timed("load"), ctx.budget.measured("load"):
         limit_memory(settings)
-        acceleration.warm_up(settings, prepared, backend)
-        model, source = warm_cache.load_model(settings, backend)
-        model = warm_cache.attach_adapter(model, settings, backend)
+        acceleration.warm_up(plan)
+        model, source = warm_cache.load_model(settings, plan)
+        model = warm_cache.attach_adapter(model, settings, plan)
     total, trained = structure.count_parameters(model)
-    facts = {
-        "name": settings.model.name,
-        "source": source,
-        "backend": backend,
-        "dtype": str(torch_dtype(settings.model)),
-    }
+    facts = {"name": settings.model.name, "source": source, "backend": plan.backend, "dtype": f"torch.{plan.dtype}"}
     record.update(model={**facts, "parameters": total, "trainable_parameters": trained})
-    log.info("Model  %s through %s: %s of %s parameters trained", source, backend, f"{trained:,}", f"{total:,}")
+    log.info("Model  %s through %s: %s of %s parameters trained", source, plan.backend, f"{trained:,}", f"{total:,}")
 
-    prompts = samples.choose_prompts(prepared, settings, tokenizer)
-    sharded = strategy.shards(settings)
-    asked = [[asdict(prompt) for prompt in prompts], sorted(stop_ids), settings.samples.max_new_tokens]
-
-    def generate(step: int) -> list[dict]:
-        check = stop.check if sharded else stop.check_here
-
-        def ask() -> list[dict]:
-            return samples.generate(model, tokenizer, prompts, settings, stop_ids, step, backend, check)
-
-        return ask() if step else warm_cache.of_base("answers", model, settings, asked, ask)
-
-    answers = SampleWriter(folder, recorder, record.timed, generate if prompts else None, sharded)
-    loop = Loop(folder, stop, recorder, budget, answers, record.timed, checkpoint, settings.trainer.save_total_limit)
-    tracking.start(settings, folder, context.name, [*context.tags, backend], record.facts.get("tracking"))
-    record.update(tracking=tracking.facts)
-    trainer = sft.build_trainer(model, tokenizer, prepared, settings, loop, backend)
-    record.update(speed=asdict(trainer.fast))
-    take_up(folder, checkpoint, recorder)
+    writer = SampleWriter(ctx.folder, recorder, record.timed, _generator(ctx, model), sharded)
+    loop = Loop(ctx.folder, stop, recorder, ctx.budget, writer, record.timed, ctx.checkpoint, settings.trainer.save_total_limit)
+    tags = [*ctx.command.tags, plan.backend]
+    recorder.tracking.start(settings, ctx.folder, ctx.command.name, tags, record.facts.get("tracking"))
+    record.update(tracking=recorder.tracking.facts)
+    trainer = method.build_trainer(ctx, model, loop)
+    record.update(speed=trainer.plan.speed(), plan=trainer.plan.facts())
+    take_up(ctx.folder, ctx.checkpoint, recorder)
     stop.training = True
     with record.timed("train"):
         trainer.train()
     if trainer.bad_steps.count and trainer.bad_steps.count == trainer.state.global_step:
         stop.failure = stop.failure or f"all {trainer.bad_steps.count} steps had a loss or gradient that is not a finite number"
-    _keep_best(trainer, recorder)
+    note_kept(trainer, recorder)
     if group.is_first() or sharded:
-        with trainer.compute_loss_context_manager(), acceleration.evaluating(model, trainer.fast):
-            rows, flat = measure.read_rows(folder), trainer.end_to_end  # what an export of these weights is held against
-            loss = measure.flat_loss(model, rows, flat) if flat else measure.row_losses(model, rows)[0]
-            recorder.final["proof_loss"] = round(loss, 6)
+        recorder.final["proof_loss"] = round(method.held_out_loss(ctx, trainer), 6)
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
     if group.is_first():
-        name = save_weights(model, tokenizer, settings, folder, weights)
+        name = save_weights(model, ctx.tokenizer, settings, ctx.folder, weights)
         record.update(artifacts={name: name})
     with contextlib.suppress(signals.Interrupted):
         if not stop.failure:
             stop.check()
-            answers.take(trainer.state.global_step)
+            writer.take(trainer.state.global_step)
     if stop.failure:
         return "failed", stop.failure
     if stop.wanted:
@@ -281,49 +212,27 @@ def _train(
     return "finished", None
 
 
-def _keep_best(trainer, recorder) -> None:
-    """Note which weights are kept: the best evaluation's where they were loaded back, else the last."""
-    state, final = trainer.state, recorder.final
-    if state.best_metric is not None:
-        final["best_eval_loss"], final["best_step"] = state.best_metric, state.best_global_step
-        if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
-            final["eval_loss"] = state.best_metric
-            final["kept_step"] = state.best_global_step
-            return
-    final["kept_step"] = state.global_step
-    if recorder.eval_step != state.global_step:  # stopped between evaluations: the last one was of other weights
-        final.pop("eval_loss", None)
+def _generator(ctx: RunContext, model: Any) -> Any:
+    """`generate(step)`: the lines of samples.jsonl that the weights of this step give; None without prompts."""
+    prompts = samples.choose_prompts(ctx.prepared, ctx.settings, ctx.tokenizer)
+    check = ctx.stop.check if strategy.shards(ctx.settings) else ctx.stop.check_here
+    key = [[asdict(prompt) for prompt in prompts], sorted(ctx.stop_ids), ctx.settings.samples.max_new_tokens]
+
+    def generate(step: int) -> list[dict]:
+        def ask() -> list[dict]:
+            return samples.generate(model, ctx.tokenizer, prompts, ctx.settings, ctx.stop_ids, step, check)
+
+        return ask() if step else warm_cache.of_base("answers", model, ctx.settings, key, ask)
+
+    return generate if prompts else None
 
 
-def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path, weights: dict[str, Any] | None = None) -> str:
-    """Save the adapter to adapter/ (the whole model to model/ without one), complete or not at all; returns the name.
-
-    `weights` are those of the whole model, where this process has only a share of them.
-    """
-    name = "adapter" if settings.lora.enabled else "model"
-    with _told(name), atomic.new_folder(folder / name, manifest=False) as work:
-        embeds = {"embed_tokens", "lm_head"} & {*settings.lora.modules_to_save, *settings.lora.target_modules}
-        options = {"save_embedding_layers": bool(embeds)} if settings.lora.enabled else {}
-        model.save_pretrained(str(work), **options, **({"state_dict": weights} if weights is not None else {}))
-        tokenizer.save_pretrained(work)
-        (work / "README.md").unlink(missing_ok=True)  # PEFT's model card, with nothing of this run in it
-    return name
-
-
-@contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Turn whatever a library raises when it cannot write into one plain sentence."""
-    try:
-        yield
-    except Exception as error:
-        raise SaveFailed(f"{what}/ could not be written: {first_line(error)}") from error
-
-
-def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResult:
-    """Write the report, then the final status, last of all; say how it went."""
+def _finish(ctx: RunContext, status: str, reason: str | None) -> RunResult:
+    """Export, write the report, then the final status, last of all; say how it went."""
+    folder, record, stop, metrics = ctx.folder, ctx.record, ctx.stop, ctx.recorder.final
     # A run that the clock stopped kept the time for its exports: a borrowed GPU may not come back.
     complete = status == "finished" or (status == "stopped" and stop.out_of_time and not stop.signal)
-    failures, cut = _export(folder, record, stop) if complete and settings.export.formats else ([], None)
+    failures, cut = export_run_apart(folder, record, stop) if complete and ctx.settings.export.formats else ([], None)
     if failures:
         reason = "; ".join([*([reason] if reason else []), "trained, but not every export holds: " + " | ".join(failures)])
     if cut:  # to be made when the run goes on
@@ -339,54 +248,13 @@ def _finish(settings, folder, record, status, reason, metrics, stop) -> RunResul
         log.warning("The report could not be written: %s", error)
         artifacts.pop("report", None)
     record.close(status, reason, artifacts=artifacts)
-    eval_loss = metrics.get("eval_loss")
-    start = metrics.get("eval_loss_start")
+    eval_loss, start = metrics.get("eval_loss"), metrics.get("eval_loss_start")
     if eval_loss is not None and start is not None:
         log.info("Done   %s: held-out loss %.4f -> %.4f", status, start, eval_loss)
     else:
         log.info("Done   %s%s", status, f": {reason}" if reason else "")
     if status == "stopped":
-        log.info("       go on with: %s", with_word(f"python train.py resume={os.path.relpath(folder)}", settings))
+        log.info("       go on with: %s", with_word(f"python train.py resume={os.path.relpath(folder)}", ctx.settings))
     for name, place in artifacts.items():
         log.info("       %-8s %s", name, os.path.relpath(folder / place))
-    good = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
-    return RunResult(status, code, folder, good)
-
-
-def _export(folder: Path, record: RunRecord, stop: signals.StopRequest) -> tuple[list[str], str | None]:
-    """Export in a process of its own, which measures what was saved and not what is still in memory: what failed of it, and
-    the signal that ended it early.
-
-    The weights are safe by now, so a failure is told and does not undo the run.
-    """
-    release_memory()
-    record.update()  # the export holds the saved weights against what the record says of the training
-    environment = {**group.plain_environment(), "PYTHONPATH": child_environment()["PYTHONPATH"]}
-    words = [WORD] if _runs_code(record.facts) else []  # this command has it from its user
-    with record.timed("export"):
-        child = subprocess.Popen([*python_command("sft.export"), *words, str(folder)], env=environment)
-        while child.poll() is None:
-            if stop.signal:
-                child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=0.5)
-    report = read_json(folder / "export" / "verify.json")
-    artifacts = {
-        f"export/{n}": f["path"] for n, f in (report.get("artifacts") or {}).items() if f and f.get("path") and n != "adapter"
-    }
-    record.update(artifacts={**(record.facts.get("artifacts") or {}), **artifacts})
-    failures = exporter.failures(report) if report else []
-    cut = stop.signal if child.returncode and not failures else None
-    if child.returncode and not failures and not cut:
-        failures = [f"the export ended early, with exit code {child.returncode}"]
-    for line in failures:
-        log.error("export: %s", line)
-    if failures:
-        again = f"python scripts/export.py run={os.path.relpath(folder)} export.formats=[...]"
-        log.error("hint: %s   exports again", " ".join([again, *words]))
-    return failures, cut
-
-
-def _runs_code(facts: dict[str, Any]) -> bool:
-    model = (facts.get("settings") or {}).get("model")
-    return isinstance(model, dict) and model.get("trust_remote_code") is True
+    return RunResult(status, code, folder, jsonio.number(metrics.get(facts_of(record.facts).metric)))

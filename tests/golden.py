@@ -65,6 +65,7 @@ def golden(folder: Path) -> dict[str, Any]:
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONHASHSEED": "0",  # the order of names in adapter_config.json
         "SFT_CACHE": str(folder / "cache"),
     }
 

@@ -28,6 +28,7 @@ from sft.errors import Problem, Refusal, first_line, last_line, refuse
 from sft.export import merge
 from sft.model import loading, tokenizer
 from sft.model.builtin import local_model
+from sft.plan.plan import Plan
 from sft.preflight import checks, findings, show
 from sft.report import page as report_page
 from sft.runs.failures import log_failure, reason_of
@@ -88,7 +89,7 @@ def add_code(folder: Path, marker: Path, kind: str) -> None:
 
 def load_all(settings: Settings) -> None:
     tokenizer.load_tokenizer(settings.model)
-    loading.load_model(settings, "transformers")
+    loading.load_model(settings, Plan())
 
 
 @pytest.mark.parametrize("kind", ["config", "tokenizer", "generate"])
@@ -111,7 +112,7 @@ def test_code_of_a_model_is_run_only_if_asked_for(folder, marker, kind):
 def test_code_of_a_model_is_refused_before_anything_is_trained(folder, marker):
     add_code(folder, marker, "config")
     found = findings.Found()
-    assert checks.read_shape(found, settings_of(folder)) is None
+    assert checks.read_dims(found, settings_of(folder)) is None
     assert any("trust_remote_code=true" in problem.fix for problem in found.problems) and not marker.exists()
 
 
@@ -143,7 +144,7 @@ def test_a_model_that_is_only_a_pickle_is_refused(folder, marker):
     (problem,) = [p for p in check_settings(settings_of(folder)) if "model.name" in p.what]
     assert "no weights as safetensors" in problem.why and "can run code" in problem.why
     with pytest.raises(Refusal, match="no weights as safetensors"):
-        loading.load_model(settings_of(folder), "transformers")
+        loading.load_model(settings_of(folder), Plan())
     with pytest.raises(OSError, match="safetensors"):
         merge.load_merged(folder, torch.float32)
     assert not marker.exists()
@@ -152,7 +153,7 @@ def test_a_model_that_is_only_a_pickle_is_refused(folder, marker):
 def test_a_pickle_beside_safetensors_is_left_alone(folder, marker):
     write_pickle(folder / "pytorch_model.bin", marker)
     assert not check_settings(settings_of(folder), hardware=False)
-    assert loading.load_model(settings_of(folder), "transformers")[0] is not None and not marker.exists()
+    assert loading.load_model(settings_of(folder), Plan())[0] is not None and not marker.exists()
 
 
 def test_an_adapter_that_is_only_a_pickle_is_refused(folder, tmp_path, marker):

@@ -132,12 +132,13 @@ class Speaker:
     def _load(self) -> Any:
         from sft.export import merge
         from sft.model import backend, loading
+        from sft.plan.plan import plan_saved
 
         target = self.target
         if target.kind == "merged":
-            return merge.load_merged(target.place, backend.torch_dtype(self.settings.model))
+            return merge.load_merged(target.place, backend.torch_dtype(plan_saved(self.settings).dtype))
         if target.kind == "base":
-            return loading.load_model(self.settings, "transformers")[0]
+            return loading.load_model(self.settings, plan_saved(self.settings))[0]
         return merge.load_trained(self.settings, target.place)
 
     def _generate(self, ids: list[int], writer: "_Writer", max_new_tokens: int, temperature: float) -> None:

@@ -21,9 +21,10 @@ def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> A
     `weights` cannot be believed.
     """
     from sft.model import backend, loading
+    from sft.plan.plan import plan_saved
 
     if not settings.lora.enabled:
-        return _load_folder(weights, backend.torch_dtype(settings.model))
+        return _load_folder(weights, backend.torch_dtype(plan_saved(settings).dtype))
     import torch
     from peft import PeftModel
 
@@ -32,7 +33,7 @@ def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> A
     problems = check_adapter_files(weights, f"run={weights.parent}")
     if problems:
         raise Refusal(problems)
-    base, _ = loading.load_model(settings, "transformers")
+    base, _ = loading.load_model(settings, plan_saved(settings))
     if not quantised and getattr(base, "is_quantized", False):
         base = base.dequantize()
     try:

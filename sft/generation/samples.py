@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sft.config.schema import Settings, Shape
+from sft.config.schema import Backend, Settings, Shape
 from sft.data.prompts import prompt_ids
 from sft.data.token_cache import Prepared
 from sft.distributed import strategy
@@ -50,7 +50,6 @@ def generate(
     settings: Settings,
     stop_ids: set[int],
     step: int,
-    backend: str,
     check_stop: Callable[[], None] = lambda: None,
 ) -> list[dict]:
     """One greedy answer a prompt, as the lines of samples.jsonl. Weights, mode and random state are left as they were.
@@ -73,7 +72,7 @@ def generate(
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
     )
-    count = at_once(backend)
+    count = at_once(settings)
     fits = count > 1 and not strategy.shards(settings) and decoding.fits(base_of(model))
 
     def ask(part: list[list[int]]) -> list[list[int]]:
@@ -89,7 +88,7 @@ def generate(
             input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[check]
         )[:, ids.shape[1] :].tolist()  # fmt: skip
 
-    with _answering(model, settings, backend), batching.plain(model):
+    with _answering(model, settings), batching.plain(model):
         parts = batching.grouped([prompt.input_ids for prompt in prompts], config.max_new_tokens, count)
         answers = [answer for part in parts for answer in ask(part)]
     if torch.cuda.is_available():
@@ -113,9 +112,9 @@ def _line(prompt: Prompt, answer: list[int], tokenizer: Any, stop_ids: set[int],
     }
 
 
-def at_once(backend: str) -> int:
+def at_once(settings: Settings) -> int:
     """Prompts that are answered together: four cost little more than one. Unsloth's inference is its own and gets one."""
-    return 8 if backend == "transformers" else 1
+    return 1 if settings.model.backend == Backend.unsloth else 8
 
 
 def eos_share(lines: list[dict]) -> float | None:
@@ -124,17 +123,17 @@ def eos_share(lines: list[dict]) -> float | None:
 
 
 @contextlib.contextmanager
-def _answering(model: Any, settings: Settings, backend: str) -> Iterator[None]:
+def _answering(model: Any, settings: Settings) -> Iterator[None]:
     """Inference mode inside the block; afterwards the mode and the random state are what they were before."""
     import torch
 
     from sft.model.backend import unsloth_checkpointing
 
-    was_training = model.training
+    was_training, unsloth = model.training, settings.model.backend == Backend.unsloth
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     # Nothing is compiled for the lengths of answers.
     with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        if backend == "unsloth":
+        if unsloth:
             from unsloth import FastLanguageModel
 
             FastLanguageModel.for_inference(model)
@@ -142,7 +141,8 @@ def _answering(model: Any, settings: Settings, backend: str) -> Iterator[None]:
         try:
             yield
         finally:
-            if backend == "unsloth":
+            if unsloth:
                 # The same kind of checkpointing as before, else the next step recompiles and needs more memory.
-                FastLanguageModel.for_training(model, use_gradient_checkpointing=unsloth_checkpointing(settings))
+                kind = unsloth_checkpointing(settings.trainer.gradient_checkpointing)
+                FastLanguageModel.for_training(model, use_gradient_checkpointing=kind)
             model.train(was_training)

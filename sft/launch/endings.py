@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sft import environment
-from sft.config.hardware import resolve_backend
 from sft.config.schema import Settings
 from sft.errors import Refusal
-from sft.model import backend, warm_cache
+from sft.model import warm_cache
+from sft.model.hub import read_config
+from sft.plan.machine import look as look_at
+from sft.plan.plan import plan_model
 from sft.preflight import checks, show
 from sft.runs import record, resume
 from sft.runs.failures import log_failure, reason_of
@@ -24,8 +26,9 @@ def look(settings: Settings, folder: Path, context: Context) -> RunResult:
     """
     environment.prepare_environment()
     environment.quiet_libraries()
-    settings = backend.settle_backend(settings)
-    found = checks.examine(settings, folder, resolve_backend(settings), context.origins)
+    machine = look_at(settings)
+    plan = plan_model(settings, machine, lambda: read_config(settings.model))
+    found = checks.examine(settings, folder, plan, context.origins, machine)
     show.show(found)
     if found.problems:
         raise Refusal(found.problems)

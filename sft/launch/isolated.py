@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from sft import console, signals
+from sft.config.method import facts_of
 from sft.config.schema import Settings
 from sft.errors import first_line
 from sft.processes import child_environment, end_with, killer_of, passing_on, python_command
@@ -49,7 +50,7 @@ def _result(folder: Path, context: Any, code: int) -> Any:
     run = read_json(folder / "run.json")
     if code in (0, 1, 2, 130) and run.get("status") in ("finished", "stopped", "failed"):
         status = "refused" if code == 2 else run["status"]
-        return RunResult(status, code, folder, number(run.get("metrics", {}).get("eval_loss")))
+        return RunResult(status, code, folder, number(run.get("metrics", {}).get(facts_of(run).metric)))
     if code == 130:
         return RunResult("stopped", code, folder)
     killer = killer_of(code)

@@ -3,30 +3,27 @@
 from pathlib import Path
 from typing import Any
 
-from sft.config.batching import EVAL_ROWS
-from sft.config.hardware import resolve_backend
+from sft.config.method import SFT
 from sft.config.schema import Settings
 from sft.distributed import strategy
-from sft.model.backend import torch_dtype, uses_checkpointing
-from sft.training import acceleration, samplers
+from sft.plan.plan import Plan
+from sft.training import samplers
 
 
 def training_arguments(
     settings: Settings,
     folder: Path,
     has_eval: bool,
-    choice: acceleration.Acceleration,
-    rows: int = EVAL_ROWS,
+    plan: Plan,
     chunked: bool = True,
 ) -> Any:
-    """The SFTConfig of these settings; every value is plain, none is a config node. An evaluation's pass has `rows` rows;
-    `chunked` says whether padded rows can have TRL's default loss.
+    """The SFTConfig of these settings; every value is plain, none is a config node. `chunked` says whether padded rows can have
+    TRL's default loss.
     """
     import torch
     from trl import SFTConfig
 
     t, gpu = settings.trainer, torch.cuda.is_available()
-    dtype = torch_dtype(settings.model)
     keep_best = has_eval and (t.load_best_model_at_end or bool(t.early_stopping_patience))
     options = dict(
         output_dir=str(folder / "checkpoints"),
@@ -34,7 +31,7 @@ def training_arguments(
         num_train_epochs=t.num_train_epochs,
         max_steps=t.max_steps,
         per_device_train_batch_size=t.per_device_train_batch_size,
-        per_device_eval_batch_size=rows,
+        per_device_eval_batch_size=plan.eval_batch_size,
         gradient_accumulation_steps=samplers.passes_of_rank(t.gradient_accumulation_steps),
         learning_rate=t.learning_rate,
         lr_scheduler_type=t.lr_scheduler_type,
@@ -50,24 +47,24 @@ def training_arguments(
         eval_on_start=has_eval,
         save_strategy="steps",
         save_steps=t.save_steps,
-        metric_for_best_model="eval_loss" if has_eval else None,
-        greater_is_better=False if has_eval else None,
-        gradient_checkpointing=uses_checkpointing(settings),
-        bf16=gpu and dtype == torch.bfloat16,
-        fp16=gpu and dtype == torch.float16,
+        metric_for_best_model=SFT.metric if has_eval else None,
+        greater_is_better=SFT.greater_is_better if has_eval else None,
+        gradient_checkpointing=plan.checkpointing,
+        bf16=gpu and plan.dtype == "bfloat16",
+        fp16=gpu and plan.dtype == "float16",
         use_cpu=not gpu,
         dataloader_pin_memory=gpu,
         accelerator_config={"non_blocking": gpu},  # else each pass would wait for the one before to be moved to the GPU
         max_length=settings.model.max_seq_length,
         dataset_kwargs={"skip_prepare_dataset": True},
         # The head's loss of sft/model/padding_free.py needs no patch; else TRL's default, where it fits.
-        **({"loss_type": "nll"} if choice.padding_free or not chunked else {}),
+        **({"loss_type": "nll"} if plan.padding_free or not chunked else {}),
         # None lets Unsloth lay rows end to end, which its GPU kernels keep apart; everything else pads them.
-        padding_free=None if gpu and resolve_backend(settings) == "unsloth" else False,
+        padding_free=None if gpu and plan.backend == "unsloth" else False,
         remove_unused_columns=False,
         report_to="none",
     )
-    args = SFTConfig(**(options | strategy.training_options(settings, uses_checkpointing(settings)) | t.extra))
+    args = SFTConfig(**(options | strategy.training_options(settings, plan.checkpointing) | t.extra))
     # Not among the options, which would then ask for checkpoints at evaluations alone: training/trainer.py saves each new best.
     args.load_best_model_at_end = keep_best
     return args

@@ -1,19 +1,21 @@
-"""TRL's SFTTrainer over our tokens, and the one callback that records, samples and stops."""
+"""Supervised fine-tuning: TRL's SFTTrainer over our tokens, evaluated to the mean over target tokens."""
 
 import logging
 from dataclasses import replace
 from typing import Any
 
-from sft.config.batching import eval_rows, planned_steps
+from sft.config.method import SFT
 from sft.config.schema import Settings
 from sft.data import collators
-from sft.data.token_cache import Prepared, token_counts
+from sft.data.token_cache import token_counts
 from sft.distributed import group, strategy
+from sft.export import measure
 from sft.methods.arguments import training_arguments
 from sft.model import warm_cache
 from sft.model.structure import base_of
 from sft.training import acceleration, metrics, samplers
 from sft.training.callbacks import progress_bar, run_callback
+from sft.training.context import RunContext
 from sft.training.nonfinite import NonFiniteSteps
 from sft.training.oom import OomRetry
 from sft.training.samplers import TokenBalancedSampler
@@ -22,27 +24,19 @@ from sft.training.trainer import Loop, resumable
 log = logging.getLogger(__name__)
 
 
-def build_trainer(
-    model: Any,
-    tokenizer: Any,
-    data: Prepared,
-    settings: Settings,
-    loop: Loop,
-    backend: str,
-) -> Any:
-    """An SFTTrainer for `data`, which is already tokenised and masked; it goes on from `loop.checkpoint` if there is one.
+def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
+    """An SFTTrainer for `ctx.prepared`, which is tokenised and masked; it goes on from `loop.checkpoint` if there is one.
 
-    `loop.answers` are taken before the first step and at those that `samples.every_steps` names, but not after the last one:
-    those belong to the caller, who knows which weights are kept.
+    Samples are taken before the first step and at those that `samples.every_steps` names, but not after the last one: those
+    belong to the caller, who knows which weights are kept.
     """
     import torch
     import transformers
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
     from trl import SFTTrainer
 
-    choice = acceleration.choose(
-        model, settings, data, tokenizer.pad_token_id, backend, planned_steps(settings.trainer, len(data.train))
-    )
+    settings, data, tokenizer = ctx.settings, ctx.prepared, ctx.tokenizer
+    plan = acceleration.settle(model, settings, data, tokenizer.pad_token_id, ctx.plan)
 
     class Trainer(resumable(SFTTrainer)):
         """Counts the non-padding tokens it trains on, and evaluates to the mean over tokens.
@@ -86,7 +80,7 @@ def build_trainer(
             what = [
                 data.facts["held_out_hash"],
                 self.args.per_device_eval_batch_size,
-                choice.padding_free,
+                plan.padding_free,
                 settings.trainer.extra,
             ]
             found = warm_cache.of_base("evaluation", self.model, settings, what, lambda: self.evaluate_anew(*args, **kwargs))
@@ -96,7 +90,7 @@ def build_trainer(
             self.eval_sum, self.eval_tokens = 0.0, 0
             across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
             try:  # each process takes the mean of its own rows
-                with acceleration.evaluating(self.model, choice):
+                with acceleration.evaluating(self.model, plan):
                     output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             finally:
                 self.args.average_tokens_across_devices = across
@@ -107,7 +101,7 @@ def build_trainer(
         def _get_train_sampler(self, train_dataset=None):
             sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
             passes = settings.trainer.gradient_accumulation_steps
-            if not choice.padding_free or passes == 1:
+            if not plan.padding_free or passes == 1:
                 return samplers.share_rows(sampler, len(data.train), rows)
             ordered = samplers.share_rows(samplers.settle_order(sampler, len(data.train)), len(data.train), rows)
             lengths = [*token_counts(data.train).tolist(), 1]  # the last one is the filler's
@@ -118,9 +112,7 @@ def build_trainer(
             return samplers.share_rows(sampler, len(data.eval), self.args.per_device_eval_batch_size)
 
     longest = int(max(token_counts(split).max() for split in (data.train, data.eval) if split is not None))
-    many = choice.padding_free and torch.cuda.is_available() and data.eval is not None
-    rows = eval_rows(settings.trainer, token_counts(data.eval) if many else None, group.world_size())
-    args = training_arguments(settings, loop.folder, data.eval is not None, choice, rows, _takes_chunks(model, settings))
+    args = training_arguments(settings, loop.folder, data.eval is not None, plan, _takes_chunks(model, settings))
     strategy.settle_device(args)
     trainer = Trainer(
         model=model,
@@ -130,11 +122,11 @@ def build_trainer(
         processing_class=tokenizer,
     )
     strategy.settle_accelerator(trainer.accelerator)
-    trainer.fast, trainer.end_to_end = choice, None
-    if choice.padding_free:
-        rows = settings.trainer.per_device_train_batch_size if choice.lengths else 0
-        trainer.end_to_end = collators.PaddingFreeCollator(tokenizer.pad_token_id, longest)  # evaluation is not recorded
-        trainer.data_collator = replace(trainer.end_to_end, lengths=choice.lengths, rows=rows)
+    trainer.plan, trainer.end_to_end = plan, None
+    if plan.padding_free:
+        rows = settings.trainer.per_device_train_batch_size if plan.capture_sizes else 0
+        trainer.end_to_end = collators.PaddingFreeCollator(tokenizer.pad_token_id, longest)  # evaluation is not captured
+        trainer.data_collator = replace(trainer.end_to_end, lengths=plan.capture_sizes, rows=rows)
     trainer.loop = loop
     trainer.bad_steps = NonFiniteSteps(trainer, data.train, settings.trainer.max_bad_steps)
     trainer.smaller = OomRetry(trainer)
@@ -146,6 +138,13 @@ def build_trainer(
     if patience:
         trainer.add_callback(EarlyStoppingCallback(patience, settings.trainer.early_stopping_threshold))
     return trainer
+
+
+def held_out_loss(ctx: RunContext, trainer: Any) -> float:
+    """The mean loss of the rows of held_out.jsonl by the weights in memory."""
+    model, collate, rows = trainer.model, trainer.end_to_end, measure.read_rows(ctx.folder)
+    with trainer.compute_loss_context_manager(), acceleration.evaluating(model, trainer.plan):
+        return measure.flat_loss(model, rows, collate) if collate else measure.row_losses(model, rows)[0]
 
 
 def _takes_chunks(model: Any, settings: Settings) -> bool:
@@ -161,7 +160,7 @@ def _takes_chunks(model: Any, settings: Settings) -> bool:
 
 
 def _model_columns(dataset: Any, tokenizer: Any, settings: Settings) -> Any:
-    columns = samplers.with_filler(dataset.select_columns(["input_ids", "labels"]), tokenizer.pad_token_id)
+    columns = samplers.with_filler(dataset.select_columns(list(SFT.columns)), tokenizer.pad_token_id)
     # No row is longer: sft.data saw to it. Unsloth asks for this word before it lays rows end to end without padding.
     columns._unsloth_truncated_to = settings.model.max_seq_length
     return columns

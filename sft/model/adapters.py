@@ -5,12 +5,13 @@ from typing import Any
 
 from sft.config.schema import LoraSettings, Settings
 from sft.errors import Problem, Refusal
-from sft.model.backend import unsloth_checkpointing, uses_checkpointing
+from sft.model.backend import unsloth_checkpointing
+from sft.plan.plan import Plan
 
 ALL_LINEAR = "all-linear"
 
 
-def attach(model: Any, settings: Settings, backend: str) -> Any:
+def attach(model: Any, settings: Settings, plan: Plan) -> Any:
     """The model with a LoRA adapter; the model itself with every weight trainable if `lora.enabled` is false.
 
     The adapter starts from `seed` in both backends, so they start from the same weights.
@@ -33,12 +34,12 @@ def attach(model: Any, settings: Settings, backend: str) -> Any:
         "use_rslora": lora.use_rslora,
         "modules_to_save": list(lora.modules_to_save) or None,
     }
-    if backend == "unsloth":
+    if plan.backend == "unsloth":
         from unsloth import FastLanguageModel
 
         return FastLanguageModel.get_peft_model(
             model,
-            use_gradient_checkpointing=unsloth_checkpointing(settings),
+            use_gradient_checkpointing=unsloth_checkpointing(plan.checkpointing),
             random_state=settings.seed,
             max_seq_length=settings.model.max_seq_length,
             **options,
@@ -47,7 +48,7 @@ def attach(model: Any, settings: Settings, backend: str) -> Any:
     from transformers import set_seed
 
     if settings.model.load_in_4bit or settings.model.load_in_8bit:
-        _freeze_quantized(model, uses_checkpointing(settings))
+        _freeze_quantized(model, plan.checkpointing)
     set_seed(settings.seed)
     # Trained copies of tied layers stay one, as in the model itself; two would differ, and a merge could keep only one.
     tied = bool({"embed_tokens", "lm_head"} & set(lora.modules_to_save)) and model.config.tie_word_embeddings

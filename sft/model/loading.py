@@ -4,70 +4,62 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from sft.config.schema import Attention, Dtype, Settings
+from sft.config.schema import Attention, Settings
 from sft.distributed import strategy
 from sft.errors import Refusal
 from sft.model.backend import torch_dtype, unsloth_checkpointing
 from sft.model.files import check_model_files
 from sft.model.hub import locate, refusing_failures
+from sft.plan.plan import Plan
 
 log = logging.getLogger(__name__)
 
 
-def load_model(settings: Settings, backend: str) -> tuple[Any, str]:
+def load_model(settings: Settings, plan: Plan) -> tuple[Any, str]:
     """The model in memory, on the GPU where there is one, and the source of its weights for the record."""
     model = settings.model
     where, source = locate(model)
     if Path(where).is_dir() and (problems := check_model_files(Path(where), model)):
         raise Refusal(problems)
     with refusing_failures(model):
-        loaded = _load_unsloth(settings, where) if backend == "unsloth" else _load_transformers(settings, where)
+        load = _load_unsloth if plan.backend == "unsloth" else _load_transformers
+        loaded = load(settings, plan, where)
     commit = getattr(loaded.config, "_commit_hash", None)
     return loaded, f"{source} at {commit}" if commit and source.startswith("hub") else source
 
 
-def weights_in_float32(settings: Settings) -> bool:
-    """Whether the weights are kept in float32 and computed with in another type.
-
-    So they are where all of them are trained and `model.dtype` names no type: steps of 1e-5 are rounded away by 16 bits.
-    Adapters are kept in float32 as well. Where processes share the weights, accelerate makes each share float32.
-    """
-    return not settings.lora.enabled and settings.model.dtype == Dtype.auto and not strategy.shards(settings)
-
-
-def _load_unsloth(settings: Settings, where: str) -> Any:
-    import torch
+def _load_unsloth(settings: Settings, plan: Plan, where: str) -> Any:
     from unsloth import FastLanguageModel
 
     model = settings.model
     options: dict[str, Any] = {}
     if model.attn_implementation != Attention.auto:
         options["attn_implementation"] = model.attn_implementation.value
-    if weights_in_float32(settings) and torch_dtype(model) != torch.float32:  # an option that it has on GPUs alone
+    if plan.weights_dtype != plan.dtype:  # an option that it has on GPUs alone
         options["float32_mixed_precision"] = True
     loaded, _ = FastLanguageModel.from_pretrained(
         model_name=where,
         revision=model.revision,
         max_seq_length=model.max_seq_length,
-        dtype=torch_dtype(model),
+        dtype=torch_dtype(plan.dtype),
         load_in_4bit=model.load_in_4bit,
         load_in_8bit=model.load_in_8bit,
         full_finetuning=not settings.lora.enabled,
         trust_remote_code=model.trust_remote_code,
         use_safetensors=True,  # as in _load_transformers
-        use_gradient_checkpointing=unsloth_checkpointing(settings),
+        use_gradient_checkpointing=unsloth_checkpointing(plan.checkpointing),
         **options,
     )
     return loaded
 
 
-def _load_transformers(settings: Settings, where: str) -> Any:
+def _load_transformers(settings: Settings, plan: Plan, where: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     model = settings.model
     # Weights in Python's own format can run code when they are read; safetensors cannot.
-    dtype = torch.float32 if weights_in_float32(settings) else torch_dtype(model)
+    dtype = torch_dtype(plan.weights_dtype)
     options: dict[str, Any] = {"dtype": dtype, "revision": model.revision, "use_safetensors": True}
     if model.attn_implementation != Attention.auto:
         options["attn_implementation"] = model.attn_implementation.value
@@ -76,7 +68,7 @@ def _load_transformers(settings: Settings, where: str) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch_dtype(model),
+            bnb_4bit_compute_dtype=torch_dtype(plan.dtype),
         )
     if model.load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)

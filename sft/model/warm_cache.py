@@ -21,6 +21,7 @@ from sft.config.schema import Settings
 from sft.data import prepare, token_cache
 from sft.model import adapters, loading
 from sft.model import tokenizer as model_tokenizer
+from sft.plan.plan import Plan
 from sft.storage import jsonio
 
 log = logging.getLogger(__name__)
@@ -56,15 +57,15 @@ def prepare_data(settings: Settings, tokenizer: Any, stop_ids: set[int]) -> toke
     return token_cache.Prepared(prepared.train, prepared.eval, dict(prepared.facts))
 
 
-def load_model(settings: Settings, backend: str) -> tuple[Any, str]:
+def load_model(settings: Settings, plan: Plan) -> tuple[Any, str]:
     """`models.load_model`, once for all runs with the same model settings, where that can be proven clean.
 
     Full fine-tuning writes to the weights, quantised weights are cast in place, and Unsloth patches what it loads: these
     are loaded anew for every run.
     """
-    shareable = _keeping and settings.lora.enabled and backend == "transformers"
+    shareable = _keeping and settings.lora.enabled and plan.backend == "transformers"
     shareable = shareable and not (settings.model.load_in_4bit or settings.model.load_in_8bit)
-    key = _key(settings.model, backend)
+    key = _key(settings.model, plan.backend)
     kept_key, base = _kept.get("model", ("", None))
     if base is not None:
         changed = base.restore() if shareable and kept_key == key else "another model is asked for"
@@ -74,18 +75,18 @@ def load_model(settings: Settings, backend: str) -> tuple[Any, str]:
         del base
         _forget(*OF_MODEL)  # first, so that two models are never in memory together
     loads["model"] += 1
-    model, source = loading.load_model(settings, backend)
+    model, source = loading.load_model(settings, plan)
     if shareable:
         _kept["model"] = (key, Base(model, source))
     return model, source
 
 
-def attach_adapter(model: Any, settings: Settings, backend: str) -> Any:
+def attach_adapter(model: Any, settings: Settings, plan: Plan) -> Any:
     """`lora.attach`; a model that is kept comes back with the adapter it was given before, as that one was at first, where the
     next run begins with the same one. The random state is then what it was after it had been made.
     """
     if "model" not in _kept or _kept["model"][1].model is not model:
-        return adapters.attach(model, settings, backend)
+        return adapters.attach(model, settings, plan)
     key = _key(settings.lora, settings.seed)
     kept_key, adapted = _kept.get("adapter", ("", None))
     if adapted is not None and kept_key == key and not adapted.restore():
@@ -95,7 +96,7 @@ def attach_adapter(model: Any, settings: Settings, backend: str) -> Any:
         _drop_adapter()
         _kept["model"][1].restore()  # the attempt above has put the old adapter's layers back
     loads["adapter"] += 1
-    model = adapters.attach(model, settings, backend)
+    model = adapters.attach(model, settings, plan)
     _kept["adapter"] = (key, Adapted(model))
     return model
 

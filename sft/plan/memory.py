@@ -9,10 +9,9 @@ are estimated less well and mixtures of experts not at all. `benchmarks/memory_t
 
 from dataclasses import dataclass, replace
 
-from sft.config.batching import BatchPlan, batch_plan_of
-from sft.config.eligibility import is_compiled
+from sft.config.batching import BatchPlan, batch_plan_of, effective_batch_size
 from sft.config.hardware import CONTEXT, GIB, LAUNCH_BOUND, PIECE
-from sft.config.schema import Dtype, Settings
+from sft.config.schema import Settings
 
 FRAGMENTATION = 1.02
 """torch reserves more than tensors hold: 6.29 for 6.21 GiB and 15.79 for 15.74 through Unsloth."""
@@ -255,28 +254,9 @@ def tokens_at_once(load: LoadPlan, rows: int, lengths: list[int]) -> int:
     return sum(lengths) if load.backend == "unsloth" or load.flat else lengths[0] * rows
 
 
-# ----------------------------------------------------------------------------------------------------- from settings
-
-
-def load_plan_of(settings: Settings, backend: str, gpu: bool, flat: bool = False, tokens: float = 0) -> LoadPlan:
-    """How these settings load and train their model; `gpu` says whether there is one, `flat` whether rows lie end to end on
-    it, `tokens` how many the whole run trains on.
-    """
-    model, wanted = settings.model, settings.trainer.gradient_checkpointing
-    bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else 16
-    if bits == 16 and (model.dtype == Dtype.float32 or (model.dtype == Dtype.auto and not gpu)):
-        bits = 32
-    full = not settings.lora.enabled
-    return LoadPlan(
-        backend=backend,
-        bits=bits,
-        full=full,
-        adapter_bytes=2 if full and model.dtype in (Dtype.bfloat16, Dtype.float16) else 4,
-        checkpointing=gpu if wanted is None else wanted,
-        optim=settings.trainer.optim,
-        dropout=settings.lora.enabled and settings.lora.lora_dropout > 0,
-        eager=model.attn_implementation.value == "eager",
-        flat=flat,
-        compiled=flat and is_compiled(settings.trainer, tokens),
-        every_n_layers=(settings.trainer.extra.get("gradient_checkpointing_kwargs") or {}).get("every_n_layers", 1),
-    )
+def longest_rows(lengths: list[int], settings: Settings) -> list[int]:
+    """Tokens of the longest of the rows with these `lengths`, longest first, as many as a step has; as long as rows may be
+    where none is known."""
+    count = effective_batch_size(settings.trainer)
+    longest = sorted(lengths, reverse=True)[:count] or [settings.model.max_seq_length]
+    return longest + longest[:1] * (count - len(longest))

@@ -13,18 +13,22 @@ from typing import Any
 
 from sft import console
 from sft.config import provenance, schedule
-from sft.config.batching import BatchPlan, planned_steps
+from sft.config.batching import BatchPlan
 from sft.config.keys import shown
 from sft.config.rules import warnings_for
 from sft.config.schema import PreflightMode, Settings, Tracker, TrackingMode
+from sft.data.token_cache import token_counts
 from sft.errors import Problem, first_line
 from sft.export import gguf, requirements
 from sft.export.hub import check_access, repo_for
-from sft.model import adapters, dims, hub, warm_cache
+from sft.model import adapters, hub, warm_cache
+from sft.model import dims as model_dims
 from sft.plan import memory
+from sft.plan.machine import Machine, look
+from sft.plan.plan import Plan, load_plan_of, plan_training
 from sft.preflight import versions
 from sft.preflight.findings import Found
-from sft.preflight.fit import as_planned, check_memory, device_of_run, expected_load, shown_size
+from sft.preflight.fit import check_memory, shown_size
 from sft.preflight.speed import SOURCE, device_of, measured_speed
 from sft.storage.jsonio import write_json
 from sft.tracking.wandb import choose_mode, has_api_key, place
@@ -32,26 +36,39 @@ from sft.tracking.wandb import choose_mode, has_api_key, place
 log = logging.getLogger(__name__)
 
 
-def examine(settings: Settings, folder: Path, backend: str, sources: dict[str, str], split: BatchPlan | None = None) -> Found:
-    """Look at everything that can keep this run from its end; prepares the data on the way.
+def examine(
+    settings: Settings,
+    folder: Path,
+    plan: Plan,
+    sources: dict[str, str],
+    machine: Machine | None = None,
+    began: BatchPlan | None = None,
+) -> Found:
+    """Look at everything that can keep this run from its end; prepares the data on the way and finishes the plan.
 
-    `sources` are the origins of the settings, `split` what an earlier session of the same run had decided. With
-    `preflight.mode=skip` only the data is looked at. Problems are collected, not raised.
+    `plan` is that of the model, `sources` are the origins of the settings, `began` is the batch plan of an earlier session of
+    the same run. With `preflight.mode=skip` only the data is looked at. Problems are collected, not raised.
     """
-    found, whole = Found(split=split), settings.preflight.mode != PreflightMode.skip
+    machine = machine or look(settings)
+    found, whole = Found(plan=plan), settings.preflight.mode != PreflightMode.skip
     check_settings(found, settings, sources)
     if whole:
         check_versions(found)
     with found.collecting("Data"):
         found.tokenizer, found.stop_ids = warm_cache.load_tokenizer(settings)
         found.prepared = warm_cache.prepare_data(settings, found.tokenizer, found.stop_ids)
+        splits = {"train": found.prepared.train, "eval": found.prepared.eval}
+        found.lengths = {name: token_counts(rows).tolist() for name, rows in splits.items() if rows is not None}
         check_data(found, settings)
         check_ids(found, settings)
-    shape = read_shape(found, settings) if whole or device_of_run(settings)[1] is not None else None
-    check_memory(found, settings, backend, shape, whole)
+    dims = read_dims(found, settings) if whole or machine.gpu else None
+    facts = found.prepared.facts if found.prepared else None
+    found.plan = plan_training(plan, settings, machine, dims, facts, found.lengths, began=began)
+    check_memory(found, settings, machine, dims, whole)
     if whole:
-        check_length(found, settings, backend, shape)
-        check_disk(found, settings, folder, shape)
+        check_plan(found)
+        check_length(found, settings, machine, dims)
+        check_disk(found, settings, folder, dims)
         check_tracking(found, settings)
         check_export(found, settings)
     return found
@@ -130,14 +147,14 @@ def check_ids(found: Found, settings: Settings) -> None:
         found.warn("Data", f"The tokenizer has {len(beyond)} tokens that the model has no embedding for ({named}): {config}.")
 
 
-def read_shape(found: Found, settings: Settings) -> memory.ModelDims | None:
+def read_dims(found: Found, settings: Settings) -> memory.ModelDims | None:
     """The model's shape by its config, with what is wrong with the modules that `lora` names; None, with a warning, where it
     cannot be told."""
     where = hub.locate(settings.model, weights=False)[0]
     try:
-        model, config = dims.empty_model(settings, where)
+        model, config = model_dims.empty_model(settings, where)
         check_adapter(found, settings, model)
-        shape = dims.dims_of(model, config, settings)
+        shape = model_dims.dims_of(model, config, settings)
         why = "it is a mixture of experts, whose memory is not estimated"
     except Exception as error:  # not reachable, unknown to this transformers, code of its own: the load will say so itself
         shape, why = None, first_line(error).replace(str(where), settings.model.name).rstrip(".")
@@ -159,26 +176,33 @@ def check_adapter(found: Found, settings: Settings, model: Any) -> None:
             found.warn("Model", warning)
 
 
-def check_length(found: Found, settings: Settings, backend: str, shape: memory.ModelDims | None) -> None:
+def check_plan(found: Found) -> None:
+    """What was decided where the settings leave it open, and why."""
+    plan = found.plan
+    found.facts["decided"] = plan.facts()
+    found.ok("Plan", f"model.backend={plan.backend}, computes in {plan.dtype}   {plan.reasons.get('backend', 'as set')}")
+    speed = [word for word, on in (("padding-free rows", plan.padding_free), ("compiled layers", plan.compiled),
+                                   ("captured micro-batches", plan.captured)) if on]  # fmt: skip
+    why = plan.why_padded or plan.reasons.get("padding_free", "")
+    found.ok("Plan", f"{', '.join(speed) or 'padded rows'}   {why}")
+
+
+def check_length(found: Found, settings: Settings, machine: Machine, dims: memory.ModelDims | None) -> None:
     """Steps, epochs and tokens of the run; roughly the time they take, where the speed of such a run was measured."""
     if found.prepared is None:
         return
-    facts, trainer, split = found.prepared.facts, settings.trainer, found.split
-    each = -(-facts["rows"]["train"] // split.effective_batch_size)
-    steps = planned_steps(trainer, facts["rows"]["train"])
+    facts, trainer, batch, steps = found.prepared.facts, settings.trainer, found.plan.batch, found.plan.steps
+    each = -(-facts["rows"]["train"] // batch.effective_batch_size)
     epochs = steps / each
     tokens = int(facts["train_tokens"] * epochs)
     found.facts["plan"] = {"steps": steps, "epochs": round(epochs, 3), "tokens": tokens}
-    found.ok("Length", f"{steps} steps of {split.effective_batch_size} rows: {epochs:.2f} epochs, {tokens:,} tokens")
-    _plan_looks(found, settings, steps)
-    name, capacity = device_of_run(settings)
-    device = settings.preflight.gpu.value if settings.preflight.gpu else device_of(name) if capacity else "cpu"
-    load = expected_load(found, settings, backend, shape, capacity)
-    load = as_planned(load, split)
-    rows = split.per_device_train_batch_size
-    speed = measured_speed(device, shape.parameters, load, rows) if shape else None
+    found.ok("Length", f"{steps} steps of {batch.effective_batch_size} rows: {epochs:.2f} epochs, {tokens:,} tokens")
+    _check_schedule(found, settings)
+    device = settings.preflight.gpu.value if settings.preflight.gpu else device_of(machine.name) if machine.gpu else "cpu"
+    load = load_plan_of(settings, found.plan, machine)
+    speed = measured_speed(device, dims.parameters, load, batch.per_device_train_batch_size) if dims else None
     if speed is None:
-        found.ok("Length", f"no speed was measured for such a model on {name}: the run tells after its first ten steps")
+        found.ok("Length", f"no speed was measured for such a model on {machine.name}: the run tells after its first ten steps")
         return
     seconds = tokens / speed
     found.facts["plan"]["seconds"] = round(seconds)
@@ -191,37 +215,35 @@ def check_length(found: Found, settings: Settings, backend: str, shape: memory.M
         found.ok("Length", text)
 
 
-def _plan_looks(found: Found, settings: Settings, steps: int) -> None:
-    """At which steps the held-out loss is measured and prompts are answered, and why not in between."""
-    facts = found.prepared.facts
-    planned = schedule.with_eval_schedule(settings, facts)
-    every = schedule.steps_between(planned.samples.every_steps, steps)
-    found.facts["plan"]["answers_every"] = every
+def _check_schedule(found: Found, settings: Settings) -> None:
+    """At which steps the held-out loss is measured and prompts are completed, and why not in between."""
+    plan, steps = found.plan, found.plan.steps
+    found.facts["plan"]["answers_every"] = schedule.steps_between(plan.every_steps, steps)
     if found.prepared.eval is None:
         return
-    every = schedule.steps_between(planned.trainer.eval_steps, steps)
+    every = schedule.steps_between(plan.eval_steps, steps)
     found.facts["plan"]["evaluated_every"] = every
     text = "held-out loss before the first step and after the last"
     if every < steps:
         text += f", and every {every} steps"
     elif settings.trainer.eval_steps is None:
-        share = schedule.evaluation_work(settings.trainer, steps, facts)
+        share = schedule.evaluation_work(settings.trainer, steps, found.prepared.facts)
         text += f"; at every quarter it would be {100 * share:.0f} % of the training's work (trainer.eval_steps=0.25)"
     found.ok("Length", text)
 
 
-def check_disk(found: Found, settings: Settings, folder: Path, shape: memory.ModelDims | None) -> None:
+def check_disk(found: Found, settings: Settings, folder: Path, dims: memory.ModelDims | None) -> None:
     """What checkpoints, the kept weights and each export take, against what is free."""
-    if shape is None:
+    if dims is None:
         return
     trainer, adapter = settings.trainer, settings.lora.enabled
     state = memory.OPTIMIZER_BYTES.get(trainer.optim, 8)
-    kept = shape.trained * 4
+    kept = dims.trained * 4
     sizes = {
         f"{trainer.save_total_limit} checkpoints and one being written": (trainer.save_total_limit + 1)
-        * (kept + shape.trained * state),
+        * (kept + dims.trained * state),
         "adapter" if adapter else "model": kept,
-        **{name: size * shape.parameters for name, size in requirements.bytes_a_parameter(settings.export).items()},
+        **{name: size * dims.parameters for name, size in requirements.bytes_a_parameter(settings.export).items()},
     }
     need, place = sum(sizes.values()), next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free

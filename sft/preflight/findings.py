@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft.config.batching import BatchPlan
 from sft.data.token_cache import Prepared
 from sft.errors import Problem, Refusal
+from sft.plan.plan import Plan
 
 OK, WARNING, REFUSED = "ok", "warning", "refused"
 
@@ -31,7 +31,9 @@ class Found:
     tokenizer: Any = None
     stop_ids: set[int] = field(default_factory=set)
     prepared: Prepared | None = None
-    split: BatchPlan | None = None
+    plan: Plan = field(default_factory=Plan)
+    lengths: dict[str, list[int]] = field(default_factory=dict)
+    """Tokens of each row, by split."""
     lines: list[Finding] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)

@@ -2,49 +2,41 @@
 
 from dataclasses import asdict, replace
 
-from sft.config import hardware
-from sft.config.batching import CPU_ROWS, BatchPlan, batch_plan_of, candidates, effective_batch_size, is_auto, planned_steps
-from sft.config.eligibility import why_padded
-from sft.config.hardware import gpu_count, processes_of
+from sft.config.batching import effective_batch_size, is_auto
+from sft.config.hardware import gpu_count
 from sft.config.schema import Settings
-from sft.data.token_cache import Prepared, token_counts
 from sft.errors import Problem
-from sft.model.backend import has_kernel
 from sft.plan import memory
+from sft.plan.machine import Machine
+from sft.plan.plan import CLOSE, load_plan_of
 from sft.preflight.findings import Found
 
-CLOSE, OFF = 0.9, 1.15
-"""An estimate above this share of the GPU's memory is close to it; by how much what is kept of a forward pass may be less than
-estimated (the weights' own size is exact)."""
+OFF = 1.15
+"""By how much what is kept of a forward pass may be less than estimated (the weights' own size is exact)."""
 
 PROCESS_GIB = 1.0
 """What Python and the libraries take on the CPU."""
 
 
-def check_memory(found: Found, settings: Settings, backend: str, shape: memory.ModelDims | None, whole: bool) -> None:
-    """Decide the split of a step into passes, and hold its estimated peak against the memory there is."""
-    name, capacity = device_of_run(settings)
-    load = expected_load(found, settings, backend, shape, capacity)
-    longest = _longest(found.prepared, settings)
-    auto, reused = is_auto(settings.trainer), found.split is not None
-    if found.split is None:
-        found.split = _decide(settings, load, shape, longest, capacity)
-    split = found.split
-    load = as_planned(load, split)
+def check_memory(found: Found, settings: Settings, machine: Machine, dims: memory.ModelDims | None, whole: bool) -> None:
+    """Show the batch plan, and hold its estimated peak against the memory there is."""
+    name, capacity, batch = machine.name, machine.free_gib, found.plan.batch
+    load = load_plan_of(settings, found.plan, machine)
+    longest = memory.longest_rows(found.lengths.get("train", []), settings)
     checkpointing = "with" if load.checkpointing else "without"
-    rows, passes = split.per_device_train_batch_size, split.gradient_accumulation_steps
-    processes = processes_of(settings)
+    rows, passes, processes = batch.per_device_train_batch_size, batch.gradient_accumulation_steps, found.plan.processes
     text = f"{rows} rows x {passes} passes a step, {checkpointing} gradient checkpointing"
     text += f" of one in {load.every_n_layers} layers" if load.checkpointing and load.every_n_layers > 1 else ""
     text += f", on {processes} processes" if processes > 1 else ""
-    if auto and (whole or capacity is not None):
-        found.ok("Memory", f"auto: {text}" + (", as the run began" if reused else ""))
+    if is_auto(settings.trainer) and (whole or capacity is not None):
+        began = found.plan.reasons["batch"] == "as the run began"
+        found.ok("Memory", f"auto: {text}" + (", as the run began" if began else ""))
     if capacity and processes == 1 and not settings.preflight.gpu and (count := gpu_count()) > 1:
         found.ok("Memory", f"one of the {count} GPUs that are here; distributed=ddp trains on all of them")
-    found.facts["batch"] = {**asdict(split), "effective_batch_size": split.effective_batch_size}
-    if shape is None or not whole:
+    found.facts["batch"] = {**asdict(batch), "effective_batch_size": batch.effective_batch_size}
+    if dims is None or not whole:
         return
-    guess = memory.estimate(shape, load, 1, memory.tokens_at_once(load, rows, longest))
+    guess = memory.estimate(dims, load, 1, memory.tokens_at_once(load, rows, longest))
     needed = guess.needed if capacity else (guess.allocated + PROCESS_GIB) * processes  # which share this machine's memory
     found.facts["memory"] = {
         **{k: round(v, 3) for k, v in asdict(guess).items()},
@@ -59,8 +51,8 @@ def check_memory(found: Found, settings: Settings, backend: str, shape: memory.M
         found.ok("Memory", text)
         return
     fix = "trainer.per_device_train_batch_size=1   or a smaller model"
-    fix = _fix_memory(settings, load, shape, longest, limit) if capacity else fix
-    least = memory.estimate(shape, replace(load, checkpointing=True), 1, longest[0])
+    fix = _fix_memory(settings, load, dims, longest, limit) if capacity else fix
+    least = memory.estimate(dims, replace(load, checkpointing=True), 1, longest[0])
     if capacity and least.weights + least.trained + least.activations / OFF > limit:
         what = f"model.name={settings.model.name} on {name}"
         why = f"Even one row at a time takes about {least.needed:.1f} GiB, and {name} has {limit:.1f}."
@@ -69,39 +61,7 @@ def check_memory(found: Found, settings: Settings, backend: str, shape: memory.M
         found.warn("Memory", f"Memory may be short: {text}.", fix)
 
 
-def expected_load(
-    found: Found, settings: Settings, backend: str, shape: memory.ModelDims | None, capacity: float | None
-) -> memory.LoadPlan:
-    """How the model is loaded and trained, rows end to end where that can be expected."""
-    flat = capacity is not None and shape is not None and not why_padded(settings, backend) and has_kernel(settings)
-    rows, tokens = (found.prepared.facts["rows"]["train"], found.prepared.facts["train_tokens"]) if found.prepared else (1, 0)
-    steps = planned_steps(settings.trainer, rows)
-    tokens *= steps * effective_batch_size(settings.trainer) / rows
-    return memory.load_plan_of(settings, backend, capacity is not None, flat, tokens)
-
-
-def as_planned(load: memory.LoadPlan, split: BatchPlan) -> memory.LoadPlan:
-    """The same with the checkpointing that was decided for."""
-    if split.gradient_checkpointing is None:
-        return load
-    # One layer of several also where trainer.extra says so, and nothing was decided.
-    every = split.every_n_layers if split.every_n_layers > 1 else load.every_n_layers
-    return replace(load, checkpointing=split.gradient_checkpointing, every_n_layers=every)
-
-
-def _decide(settings, load, shape, longest: list[int], capacity: float | None) -> BatchPlan:
-    """The split: as set, or for `auto` the most rows that fit; with rows end to end, checkpointing only if it is needed."""
-    trainer = settings.trainer
-    choices = candidates(trainer, processes_of(settings)) if is_auto(trainer) else [trainer.per_device_train_batch_size]
-    if shape is None or capacity is None:
-        rows = next((n for n in choices if n <= CPU_ROWS), choices[-1]) if is_auto(trainer) else None
-        return batch_plan_of(trainer, rows, trainer.gradient_checkpointing)
-    if not is_auto(trainer) and not load.flat:
-        return batch_plan_of(trainer, checkpointing=trainer.gradient_checkpointing)
-    return memory.fitting_batch_plan(shape, settings, load, longest, CLOSE * capacity, choices)[0]
-
-
-def _fix_memory(settings: Settings, load: memory.LoadPlan, shape: memory.ModelDims, longest: list[int], limit: float) -> str:
+def _fix_memory(settings: Settings, load: memory.LoadPlan, dims: memory.ModelDims, longest: list[int], limit: float) -> str:
     """The first of the usual ways that fits by the estimate."""
     plain = "trainer.per_device_train_batch_size=1 trainer.gradient_accumulation_steps=null "
     plain += f"trainer.effective_batch_size={effective_batch_size(settings.trainer)}"
@@ -110,7 +70,7 @@ def _fix_memory(settings: Settings, load: memory.LoadPlan, shape: memory.ModelDi
         packed = replace(load, checkpointing=True, bits=4)
         ways.append(("model.load_in_4bit=true   for a quarter of the weights' memory", packed))
     for text, way in ways:
-        if memory.estimate(shape, way, 1, longest[0]).needed <= CLOSE * limit:
+        if memory.estimate(dims, way, 1, longest[0]).needed <= CLOSE * limit:
             return text
     return "a smaller model, or shorter rows: model.max_seq_length=... dataset.overlong=drop"
 
@@ -118,32 +78,10 @@ def _fix_memory(settings: Settings, load: memory.LoadPlan, shape: memory.ModelDi
 # ------------------------------------------------------------------------------------------------------- small parts
 
 
-def device_of_run(settings: Settings) -> tuple[str, float | None]:
-    """(name, GiB) of the GPU that is trained on; ("this machine", None) without one."""
-    if settings.preflight.gpu:
-        return settings.preflight.gpu.value, hardware.within_limit(settings, hardware.CAPACITY[settings.preflight.gpu])
-    import torch
-
-    if not torch.cuda.is_available():
-        return "this machine", None
-    # What other processes hold is not there for us; what an earlier job of ours holds is.
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return torch.cuda.get_device_name(), round(hardware.within_limit(settings, free / 2**30 + hardware.CONTEXT), 2)
-
-
 def _free_memory() -> float:
     import psutil
 
     return psutil.virtual_memory().available / 2**30
-
-
-def _longest(prepared: Prepared | None, settings: Settings) -> list[int]:
-    """Tokens of the longest rows, longest first, as many as a step has."""
-    count = effective_batch_size(settings.trainer)
-    if prepared is None:
-        return [settings.model.max_seq_length] * count
-    longest = sorted(token_counts(prepared.train).tolist(), reverse=True)[:count]
-    return longest + longest[:1] * (count - len(longest))
 
 
 def shown_size(size: float) -> str:

@@ -12,8 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sft.config.fingerprint import config_hash, differs_from
+from sft.config.schema import Settings
 from sft.paths import ROOT
-from sft.storage.jsonio import now, write_json
+from sft.storage.jsonio import jsonable, now, write_json
 
 
 @dataclass
@@ -25,8 +27,8 @@ class RunResult:
     exit_code: int
     """0 finished, 1 failed, 2 refused before training, 130 interrupted."""
     folder: Path
-    eval_loss: float | None = None
-    """Held-out loss of the weights that were kept."""
+    metric: float | None = None
+    """What the method ranks runs by, of the weights that were kept."""
 
 
 @dataclass
@@ -80,6 +82,43 @@ class RunRecord:
         finally:
             seconds = self.facts["seconds"] = self.facts.get("seconds") or {}
             seconds[part] = round((seconds.get(part) or 0.0) + time.monotonic() - start, 2)
+
+
+def start_record(settings: Settings, folder: Path, context: Context, before: dict | None) -> RunRecord:
+    """Write run.json before anything that takes time, so that a run which is killed can be told from an empty folder."""
+    if before:
+        return RunRecord(folder, before)
+    return RunRecord(
+        folder,
+        name=context.name,
+        command=context.command,
+        overrides=list(context.overrides),
+        working_folder=os.getcwd(),
+        tags=list(context.tags),
+        config_hash=config_hash(settings),
+        seed=settings.seed,
+        settings=jsonable(settings),
+        differs_from_defaults=differs_from(settings, Settings()),
+    )
+
+
+def record_session(record: RunRecord, facts: dict, checkpoint: Path | None) -> None:
+    """Note the data, and that the run begins or goes on here."""
+    rows = facts["rows"]
+    sessions = [*(record.facts.get("sessions") or []), {"started_at": now(), "from": checkpoint and checkpoint.name}]
+    record.update(
+        data={
+            "source": facts["source"],
+            "hash": facts["data_hash"],
+            "held_out_hash": facts.get("held_out_hash"),
+            "train_rows": rows["train"],
+            "eval_rows": rows.get("eval", 0),
+            "train_tokens": facts["train_tokens"],
+            "eval_tokens": facts.get("eval_tokens", 0),
+        },
+        sessions=sessions,
+        **machine_facts(),
+    )
 
 
 class NoRecord(RunRecord):

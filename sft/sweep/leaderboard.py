@@ -15,6 +15,7 @@ from statistics import mean, variance
 from typing import Any, TextIO
 
 from sft.config.keys import flatten
+from sft.config.method import SFT, MethodFacts, facts_of
 from sft.config.schema import GROUPS, Settings
 from sft.errors import refuse
 from sft.sanitize import shown
@@ -37,6 +38,8 @@ class TableRow:
     values: dict[str, Any]
     """The varying settings, numbers as numbers."""
     rank: int | None = None
+    metric: float | None = None
+    """What its method ranks runs by, of the weights that were kept; only of finished jobs."""
     eval_loss: float | None = None
     """Held-out loss of the weights that were kept; only of finished jobs."""
     eval_loss_start: float | None = None
@@ -63,6 +66,8 @@ class Leaderboard:
     keys: list[str]
     """The settings that vary, as columns."""
     rows: list[TableRow]
+    method: MethodFacts = SFT
+    """How the jobs were trained, and so what ranks them."""
     seeds_apart: bool = False
     """Settings have several seeds, but each seed has held-out rows of its own."""
     noise: float | None = None
@@ -72,9 +77,13 @@ class Leaderboard:
     next_commands: list[str] = field(default_factory=list)
     """Commands that would answer what is open."""
 
+    def cost(self, row: TableRow) -> float:
+        """What ranks a row, the less the better."""
+        return -row.metric if self.method.greater_is_better else row.metric
+
     @property
     def best(self) -> TableRow | None:
-        """The finished row with the lowest held-out loss."""
+        """The finished row that ranks first."""
         return next((row for row in self.rows if row.rank == 1), None)
 
 
@@ -84,11 +93,12 @@ def read_leaderboard(folder: Path) -> Leaderboard:
     if index is None:
         raise refuse(f"run={folder}", "The folder holds no sweep (no sweep.json).", "run=<a folder in outputs/sweeps>")
     keys = varying_keys(index.jobs)
-    rows = [_read_row(index, job, keys) for job in index.jobs]
-    rows.sort(key=lambda row: (row.eval_loss is None, row.eval_loss or 0.0, row.job.number))
-    for rank, row in enumerate((row for row in rows if row.eval_loss is not None), 1):
+    runs = [read_run(index.folder / job.folder) for job in index.jobs]
+    rows = [_read_row(run, job, keys) for run, job in zip(runs, index.jobs, strict=True)]
+    board = Leaderboard(index, keys, rows, facts_of(runs[0]) if runs else SFT)
+    rows.sort(key=lambda row: (row.metric is None, 0.0 if row.metric is None else board.cost(row), row.job.number))
+    for rank, row in enumerate((row for row in rows if row.metric is not None), 1):
         row.rank = rank
-    board = Leaderboard(index, keys, rows)
     remark(board)
     return board
 
@@ -148,8 +158,7 @@ def _plain(text: str) -> Any:
     return text
 
 
-def _read_row(index: SweepIndex, job: Job, keys: list[str]) -> TableRow:
-    run = read_run(index.folder / job.folder)
+def _read_row(run: dict[str, Any], job: Job, keys: list[str]) -> TableRow:
     metrics, data = run.get("metrics", {}), run.get("data", {})
     row = TableRow(job, {key: _value(job, key) for key in keys}, note=job.reason or "")
     if run.get("config_hash") != job.config_hash:
@@ -161,7 +170,7 @@ def _read_row(index: SweepIndex, job: Job, keys: list[str]) -> TableRow:
     if run.get("hardware", {}).get("gpu"):
         row.gpu_hours = round(max(job.seconds, row.seconds or 0.0) / 3600, 4)
     if job.status == FINISHED:
-        row.eval_loss = number(metrics.get("eval_loss"))
+        row.eval_loss, row.metric = number(metrics.get("eval_loss")), number(metrics.get(facts_of(run).metric))
         if row.eval_loss is not None and row.eval_loss_start is not None and row.eval_loss > row.eval_loss_start:
             row.note = row.note or "worse than before training"
     return row
@@ -201,12 +210,12 @@ def _check_budget(board: Leaderboard, ranked: list[TableRow]) -> None:
 
 
 def _groups(board: Leaderboard, rows: list[TableRow]) -> list[list[TableRow]]:
-    """Rows that differ in their seed alone, together; in the order of their mean loss."""
+    """Rows that differ in their seed alone, together; the best first."""
     groups: dict[str, list[TableRow]] = {}
     for row in rows:
         key = json.dumps([str(row.values[k]) for k in board.keys if k not in SEEDS] + [row.held_out])
         groups.setdefault(key, []).append(row)
-    return sorted(groups.values(), key=lambda group: mean(row.eval_loss for row in group))
+    return sorted(groups.values(), key=lambda group: mean(board.cost(row) for row in group))
 
 
 def _check_noise(board: Leaderboard, ranked: list[TableRow]) -> None:
@@ -227,11 +236,11 @@ def _check_noise(board: Leaderboard, ranked: list[TableRow]) -> None:
             )
         return
     freedom = sum(len(group) - 1 for group in repeated)
-    board.noise = math.sqrt(sum((len(g) - 1) * variance([row.eval_loss for row in g]) for g in repeated) / freedom)
+    board.noise = math.sqrt(sum((len(g) - 1) * variance([row.metric for row in g]) for g in repeated) / freedom)
     factor = T95[freedom - 1] if freedom <= len(T95) else 2.0
     best, within = groups[0], 0
     for group in groups[1:]:
-        gap = mean(r.eval_loss for r in group) - mean(r.eval_loss for r in best)
+        gap = mean(board.cost(r) for r in group) - mean(board.cost(r) for r in best)
         if gap <= factor * board.noise * math.sqrt(1 / len(group) + 1 / len(best)):
             within += len(group)
             for row in group:

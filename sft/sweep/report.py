@@ -89,7 +89,7 @@ def draw_curves(board: Leaderboard) -> dict | None:
 
 def draw_effect(board: Leaderboard) -> dict | None:
     """The learning rate (or the first other number that varies) against the held-out loss, a line for each other value."""
-    ranked = [row for row in board.rows if row.eval_loss is not None]
+    ranked = [row for row in board.rows if row.metric is not None]
     numeric = [key for key in board.keys if key != "seed" and _is_numeric(ranked, key)]
     if not numeric:
         return None
@@ -97,7 +97,7 @@ def draw_effect(board: Leaderboard) -> dict | None:
     others = [key for key in board.keys if key not in (x, "seed")]
     series = {row.job.number: ", ".join(f"{_short(key)} {row.values[key]}" for key in others) or "all" for row in ranked}
     points = [
-        {"x": row.values[x], "loss": row.eval_loss, "series": series[row.job.number], "run": row.job.label} for row in ranked
+        {"x": row.values[x], "loss": row.metric, "series": series[row.job.number], "run": row.job.label} for row in ranked
     ]
     positive = all(point["x"] > 0 for point in points)
     names = list(dict.fromkeys(sorted(series.values(), key=_natural)))
@@ -122,7 +122,7 @@ def draw_effect(board: Leaderboard) -> dict | None:
 
 def draw_parallel(board: Leaderboard) -> dict | None:
     """Parallel coordinates: an axis for each varying setting and one for the held-out loss, a line a run."""
-    ranked = [row for row in board.rows if row.eval_loss is not None]
+    ranked = [row for row in board.rows if row.metric is not None]
     if len(ranked) < 2 or not board.keys:
         return None
     axes, labels = [*map(_short, board.keys), "held-out loss"], []
@@ -133,12 +133,12 @@ def draw_parallel(board: Leaderboard) -> dict | None:
             places[row.job.number].append(values.index(row.values[key]) / max(1, len(values) - 1))
         shown = values if len(values) <= 12 else [values[0], values[-1]]
         labels += [{"axis": axis, "place": values.index(v) / max(1, len(values) - 1), "text": _text(v)} for v in shown]
-    low, high = ranked[0].eval_loss, ranked[-1].eval_loss
+    low, high = ranked[0].metric, ranked[-1].metric
     for row in ranked:
-        places[row.job.number].append((row.eval_loss - low) / ((high - low) or 1.0))
+        places[row.job.number].append((row.metric - low) / ((high - low) or 1.0))
     labels += [{"axis": axes[-1], "place": p, "text": f"{value:.4f}"} for p, value in {0.0: low, 1.0: high}.items()]
     lines = [
-        {"run": row.job.label, "axis": axis, "place": place, "rank": row.rank, "loss": row.eval_loss}
+        {"run": row.job.label, "axis": axis, "place": place, "rank": row.rank, "loss": row.metric}
         for row in ranked
         for axis, place in zip(axes, places[row.job.number], strict=True)
     ]

@@ -23,10 +23,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from sft import console
 from sft.config.compose import command_text, to_settings
 from sft.config.keys import flatten
+from sft.config.method import facts_of
 from sft.config.schema import Isolation, OnFailure, Settings
 from sft.errors import Refusal, refuse
 from sft.model import warm_cache
 from sft.storage import jsonio
+from sft.storage.jsonio import number
 from sft.sweep import cluster, exit_codes, leaderboard, publish, summaries
 from sft.sweep.index import (
     DIVERGED,
@@ -286,8 +288,12 @@ def _ending(folder: Path) -> tuple[str, str | None]:
 
 
 def _result(job: Job, folder: Path) -> JobReturn:
-    """What a sweeper gets to see: the held-out loss, infinite if it diverged. Without the configs, which it would keep."""
-    value = read_run(folder / job.folder).get("metrics", {}).get("eval_loss") if job.status == FINISHED else None
+    """What a sweeper gets to see, the less the better: what the method ranks runs by, infinite if it diverged. Without the
+    configs, which it would keep."""
+    run = read_run(folder / job.folder) if job.status == FINISHED else {}
+    method = facts_of(run)
+    value = number(run.get("metrics", {}).get(method.metric))
+    value = -value if value is not None and method.greater_is_better else value
     result = JobReturn(overrides=[f"{k}={v}" for k, v in job.overrides.items()], status=JobStatus.COMPLETED)
     result.return_value = math.inf if job.status == DIVERGED else value
     return result

@@ -9,22 +9,22 @@ import contextlib
 import logging
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from sft.config.batching import planned_steps
-from sft.config.eligibility import is_compiled, why_eager, why_padded
-from sft.config.schema import Settings
+from sft.config.batching import eval_rows
+from sft.config.schema import Settings, TrainerSettings
 from sft.data import collators, tokenize
 from sft.data.token_cache import token_counts
 from sft.distributed import group, watchdog
 from sft.errors import refuse
 from sft.model import cuda_graphs, structure, warm_cache
-from sft.model.backend import has_kernel, torch_dtype, uses_checkpointing
+from sft.model.backend import torch_dtype
 from sft.model.compilation import compile_layers, keep_kernels
 from sft.model.fused_layers import fused_inference
 from sft.model.padding_free import ATTENTION, install
 from sft.model.structure import base_of, decoder_layers
+from sft.plan.plan import Plan
 from sft.training.samplers import balance_micro_batches
 
 log = logging.getLogger(__name__)
@@ -46,91 +46,71 @@ PASSES_A_LENGTH = 10
 """Passes of a run for each of them, at least: a replayed pass saved 60 to 200 ms there."""
 
 
-@dataclass(frozen=True)
-class Acceleration:
-    """What was decided for a run."""
-
-    padding_free: bool = False
-    why_not: str = ""
-    """Why rows are padded."""
-    compiled: bool = False
-    """Whether decoder layers are compiled."""
-    lengths: tuple[int, ...] = ()
-    """Lengths of a pass that are recorded as CUDA graphs, shortest first; none if no pass is."""
-
-
-def warm_up(settings: Settings, data: Any, backend: str) -> None:
+def warm_up(plan: Plan) -> None:
     """Start the processes that will compile kernels, if any will: they come up while the weights are read."""
     import torch
 
-    tokens = _tokens(settings, token_counts(data.train), planned_steps(settings.trainer, len(data.train)))
-    if torch.cuda.is_available() and not why_padded(settings, backend) and is_compiled(settings.trainer, tokens):
+    if torch.cuda.is_available() and plan.compiled:
         keep_kernels()
         from torch._inductor.async_compile import maybe_warm_pool
 
         maybe_warm_pool()
 
 
-def _tokens(settings: Settings, row_lengths: Any, steps: int) -> float:
-    """Tokens that the whole run trains on."""
-    return steps * settings.trainer.effective_batch_size * sum(row_lengths) / len(row_lengths)
-
-
-def choose(model: Any, settings: Settings, data: Any, pad_token_id: int, backend: str, steps: int) -> Acceleration:
-    """Decide for a loaded model with its adapter on, and prepare it.
+def settle(model: Any, settings: Settings, data: Any, pad_token_id: int, plan: Plan) -> Plan:
+    """Prepare a loaded model with its adapter on, and return the plan as it holds for it.
 
     Raises Refusal where `trainer.padding_free`, `trainer.torch_compile` or `trainer.cuda_graphs` is true and cannot be had.
     """
-    wanted, compiling, recording = (
-        settings.trainer.padding_free,
-        settings.trainer.torch_compile,
-        settings.trainer.cuda_graphs,
-    )
-    why_not = _obstacle(model, settings, backend)
-    base = base_of(model)
+    trainer, base = settings.trainer, base_of(model)
+    why_not = plan.why_padded or _obstacle(base)
     if not why_not:
         install(base)
         first = _first_rows(data.train)
-        dtype = torch_dtype(settings.model)
+        dtype = torch_dtype(plan.dtype)
         found = warm_cache.checked(model, settings, first, lambda: _difference(model, first, pad_token_id, dtype))
         reasons = group.gathered(found)
         why_not = next(filter(None, reasons), "")
     if why_not:
-        if (wanted or compiling or recording) and not group.is_first():
-            watchdog.wait_for_end()  # all found the same; the first process refuses for all
-        if wanted:
-            raise refuse("trainer.padding_free=true", why_not, "trainer.padding_free=null   pads where it has to")
-        if compiling or recording:
-            key = "trainer.torch_compile" if compiling else "trainer.cuda_graphs"
-            raise refuse(f"{key}=true", f"It needs rows without padding: {why_not}", f"{key}=null")
-        if wanted is None and backend == "transformers":
+        _refuse_what_is_asked_for(trainer, why_not)
+        if trainer.padding_free is None and plan.backend == "transformers":
             log.info("Speed  rows are padded: %s", why_not)
-        return Acceleration(why_not=why_not)
-    rows = settings.trainer.per_device_train_batch_size
-    row_lengths = token_counts(data.train).tolist()
-    tokens = _tokens(settings, row_lengths, steps)
-    on_gpu, compiled, lengths = base.device.type == "cuda", False, ()
+        return plan.padded(why_not, eval_rows(trainer))
+    on_gpu, sizes = base.device.type == "cuda", ()
     if on_gpu and settings.model.load_in_4bit:
         from sft.model.nf4 import open_layers
 
         open_layers(base)
-    if is_compiled(settings.trainer, tokens) and (on_gpu or compiling):
+    if plan.compiled:
         compile_layers(base)
-        compiled = True
-    if on_gpu and recording is not False and not why_eager(settings):
-        passes, most = settings.trainer.gradient_accumulation_steps, cuda_graphs.launch_bound_tokens(decoder_layers(base)[0])
-        count = max(1, min(NUM_LENGTHS, steps * passes // PASSES_A_LENGTH))
-        # Layers are computed again where the memory is short: beside a recorded pass there is no room for one that is launched.
-        lengths = choose_lengths(row_lengths, rows, passes, count, most, whole=uses_checkpointing(settings))
-        if recording and not lengths:
+    if plan.captured:
+        rows, micro_batches = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
+        most = cuda_graphs.launch_bound_tokens(decoder_layers(base)[0])
+        count = max(1, min(NUM_LENGTHS, plan.steps * micro_batches // PASSES_A_LENGTH))
+        # Layers are recomputed where the memory is short: beside a captured step there is no room for an eager one.
+        lengths = token_counts(data.train).tolist()
+        sizes = choose_lengths(lengths, rows, micro_batches, count, most, whole=plan.checkpointing)
+        if trainer.cuda_graphs and not sizes:
             log.warning("trainer.cuda_graphs is ignored: most passes are so long that the GPU never waits for the host.")
-        if lengths:
-            what = [lengths, rows, compiled]
-            base.graphs = warm_cache.recordings(model, settings, what, lambda: cuda_graphs.GraphPool(base, lengths, rows + 2))
-    words = ["rows end to end"] + ["layers compiled"] * compiled
-    words += [f"passes of {', '.join(map(str, lengths))} tokens replayed as CUDA graphs"] * bool(lengths)
+        if sizes:
+            what = [sizes, rows, plan.compiled]
+            base.graphs = warm_cache.recordings(model, settings, what, lambda: cuda_graphs.GraphPool(base, sizes, rows + 2))
+    words = ["padding-free rows"] + ["layers compiled"] * plan.compiled
+    words += [f"micro-batches of {', '.join(map(str, sizes))} tokens replayed as CUDA graphs"] * bool(sizes)
     log.info("Speed  %s", "; ".join(words))
-    return Acceleration(True, compiled=compiled, lengths=lengths)
+    return replace(plan, captured=bool(sizes), capture_sizes=sizes)
+
+
+def _refuse_what_is_asked_for(trainer: TrainerSettings, why_not: str) -> None:
+    """Raise Refusal if a setting asks for what rows with padding cannot have."""
+    if not (trainer.padding_free or trainer.torch_compile or trainer.cuda_graphs):
+        return
+    if not group.is_first():
+        watchdog.wait_for_end()  # all found the same; the first process refuses for all
+    if trainer.padding_free:
+        raise refuse("trainer.padding_free=true", why_not, "trainer.padding_free=null   pads where it has to")
+    key = "trainer.torch_compile" if trainer.torch_compile else "trainer.cuda_graphs"
+    raise refuse(f"{key}=true", f"It needs rows without padding: {why_not}", f"{key}=null")
 
 
 def choose_lengths(
@@ -166,38 +146,30 @@ def choose_lengths(
 
 
 @contextlib.contextmanager
-def evaluating(model: Any, choice: Acceleration) -> Iterator[None]:
+def evaluating(model: Any, plan: Plan) -> Iterator[None]:
     """Inside the block compiled layers run as they were written, for lengths that nothing was compiled for; on a GPU, where
     rows lie end to end, in fewer kernels. Not for gradients.
     """
     import torch
 
     base = base_of(model)
-    light = choice.padding_free and base.device.type == "cuda"
-    as_written = torch.compiler.set_stance("force_eager") if choice.compiled else contextlib.nullcontext()
+    light = plan.padding_free and base.device.type == "cuda"
+    as_written = torch.compiler.set_stance("force_eager") if plan.compiled else contextlib.nullcontext()
     with as_written, fused_inference(base) if light else contextlib.nullcontext():
         yield
 
 
-def _obstacle(model: Any, settings: Settings, backend: str) -> str:
-    """Why rows cannot be laid end to end, as far as it shows without running the model; empty if nothing does."""
+def _obstacle(base: Any) -> str:
+    """Why a model's rows cannot be padding-free, as far as it shows without running it; empty if nothing does."""
     import torch
 
-    base, config = base_of(model), base_of(model).config.get_text_config()
-    if why := why_padded(settings, backend):
-        return why
-    if getattr(config, "attention_dropout", 0):
+    if getattr(base.config.get_text_config(), "attention_dropout", 0):
         return "the model drops attention weights while it learns"
     head = base.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.bias is not None:
         return "its output layer is not a plain one"
     if not getattr(base, "_supports_attention_backend", False):
         return f"{type(base).__name__} takes no attention of another's making"
-    if base.device.type == "cuda":
-        if not has_kernel(settings):
-            return "the GPU has no attention kernel for rows of various lengths (compute capability 8.0 or higher)"
-        if torch_dtype(settings.model) == torch.float32:
-            return "attention over rows of various lengths needs 16 bits on a GPU"
     return ""
 
 

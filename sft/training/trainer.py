@@ -14,9 +14,9 @@ from typing import Any
 from sft.distributed import group
 from sft.model import warm_cache
 from sft.model.structure import short_walks
+from sft.plan.plan import Plan
 from sft.signals import Interrupted, StopRequest
 from sft.storage import atomic
-from sft.training.acceleration import Acceleration
 from sft.training.checkpoint import place_of, prune, read_state, writing
 from sft.training.metrics import Clock, LogLine, mark_on_gpu
 from sft.training.nonfinite import NonFiniteSteps
@@ -50,14 +50,14 @@ class Loop:
 
 
 def resumable(base: type) -> type:
-    """A subclass of TRL's trainer `base` that stops and goes on as the module says; it needs `loop` and `fast`."""
+    """A subclass of TRL's trainer `base` that stops and goes on as the module says; it needs `loop` and `plan`."""
     from transformers.trainer_pt_utils import nested_gather
 
     class ResumableTrainer(base):
         loop: Loop
         bad_steps: NonFiniteSteps
         smaller: OomRetry
-        fast: Acceleration
+        plan: Plan
         tokens_seen: Any = 0
         tokens_logged: int = 0
         """Those of the step whose line is being written."""
@@ -107,7 +107,7 @@ def resumable(base: type) -> type:
             return loss
 
         def _clip_grad_norm(self, model):
-            if not self.fast.padding_free:
+            if not self.plan.padding_free:
                 return super()._clip_grad_norm(model)
             self.trained = self.trained or [p for p in model.parameters() if p.requires_grad]  # a walk that is made once
             return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
@@ -123,7 +123,7 @@ def resumable(base: type) -> type:
             if not self.control.should_training_stop:  # a run that had ended, but for its last lines
                 if group.world_size() > 1:
                     train_dataloader.set_epoch(epoch)  # transformers sets it where it cannot arrive, if passes are skipped
-                with short_walks(kwargs["model"]) if self.fast.padding_free else contextlib.nullcontext():
+                with short_walks(kwargs["model"]) if self.plan.padding_free else contextlib.nullcontext():
                     super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
         def _maybe_log_save_evaluate(

@@ -16,6 +16,7 @@ from sft.data.tokenize import IGNORED, encode
 from sft.errors import Refusal
 from sft.model import builtin
 from sft.model.tokenizer import CHATML, load_tokenizer
+from sft.plan.plan import Plan
 from sft.preflight.checks import examine
 
 # A reasoning model's template: reasoning of the last answer stays, that of earlier ones goes; tools come first.
@@ -289,7 +290,7 @@ def test_ids_beyond_the_embeddings_are_refused_before_loading(model, small, tmp_
     def look(answer: str):
         path.write_text("\n".join(json.dumps({"instruction": f"Say {n}.", "output": f"{answer} {n}"}) for n in range(8)))
         overrides = (f"model.name={folder}", "dataset=local", f"dataset.path={path}", "dataset.eval_fraction=0")
-        return examine(small("preflight.mode=only", *overrides), tmp_path / "run", "transformers", {})
+        return examine(small("preflight.mode=only", *overrides), tmp_path / "run", Plan(), {})
 
     (problem,) = look("<|mark|> yes").problems
     assert "of the data: the token '<|mark|>', id 49152" in problem.what and "vocab_size=49152" in problem.why

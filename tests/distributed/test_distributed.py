@@ -46,10 +46,10 @@ def test_without_other_processes_everything_is_left_as_it_is():
 def test_a_process_takes_one_of_several_gpus(tmp_path):
     """Else transformers has as many times the rows in a pass, and a step is another one."""
     from sft.methods.arguments import training_arguments
-    from sft.training.acceleration import Acceleration
+    from sft.plan.plan import Plan
 
     settings = make_settings("trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=4")
-    args = training_arguments(settings, tmp_path, False, Acceleration())
+    args = training_arguments(settings, tmp_path, False, Plan())
     args._n_gpu = 2  # as where two are seen
     assert args.train_batch_size == 4
     strategy.settle_device(args)

@@ -9,9 +9,10 @@ import torch
 from sft.export import measure
 from sft.generation import batching, decoding, samples
 from sft.generation.samples import Prompt
-from sft.model import backend as model_backend
 from sft.model import fused_layers, loading
 from sft.model import tokenizer as model_tokenizer
+from sft.plan import plan
+from sft.plan.plan import Plan
 from tests.conftest import SMALL, make_settings
 
 
@@ -19,14 +20,14 @@ from tests.conftest import SMALL, make_settings
 def tiny():
     settings = make_settings(*SMALL, "samples.max_new_tokens=12")
     tokenizer, stop_ids = model_tokenizer.load_tokenizer(settings.model)
-    return settings, tokenizer, stop_ids, loading.load_model(settings, "transformers")[0]
+    return settings, tokenizer, stop_ids, loading.load_model(settings, Plan())[0]
 
 
 def answers(tiny, stop_ids, at_once, monkeypatch):
     settings, tokenizer, _, model = tiny
     monkeypatch.setattr(samples, "at_once", lambda backend: at_once)
     prompts = [Prompt(i, "config", list(range(20 * i + 5, 20 * i + 7 + 3 * i)), f"q{i}", None) for i in range(5)]
-    return samples.generate(model, tokenizer, prompts, settings, stop_ids, 0, "transformers")
+    return samples.generate(model, tokenizer, prompts, settings, stop_ids, 0)
 
 
 @pytest.mark.parametrize("at_once", [2, 8])
@@ -88,7 +89,7 @@ def test_an_answer_that_ends_before_the_others_is_cut_at_its_end(tiny, monkeypat
     assert any(line["finish"] == "length" for line in alone), "else nothing had to be padded"
 
 
-@pytest.mark.parametrize("kind", model_backend.FLAT_KINDS)
+@pytest.mark.parametrize("kind", plan.PADDING_FREE_KINDS)
 def test_answers_of_a_cache_of_fixed_size_are_those_of_generate(kind):
     """What a GPU records, launched step by step: the same tokens, prompts of unlike lengths among them."""
     from peft import LoraConfig, get_peft_model

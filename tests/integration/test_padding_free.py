@@ -15,7 +15,7 @@ from sft.data import collators
 from sft.errors import Refusal
 from sft.model import compilation, cuda_graphs, padding_free
 from sft.model import loss as model_loss
-from sft.model.backend import FLAT_KINDS
+from sft.plan.plan import PADDING_FREE_KINDS
 from sft.run import run
 from sft.training import acceleration
 from sft.training.acceleration import choose_lengths
@@ -107,7 +107,7 @@ def test_tokens_that_see_the_row_before_are_found_and_rows_are_padded(tmp_path, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", FLAT_KINDS)
+@pytest.mark.parametrize("kind", PADDING_FREE_KINDS)
 def test_each_kind_of_model_that_auto_takes_agrees_with_rows_alone(kind, dtype):
     """Random weights in the shape of each kind, its own attention and norms: what `model.backend=auto` counts on. In bfloat16
     as where all weights are trained: they are float32, and autocast computes.

@@ -105,7 +105,7 @@ def test_best_weights_are_kept_and_are_those_on_disk(finished):
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     losses = {line["step"]: line["eval_loss"] for line in read_lines(folder / "metrics.jsonl") if "eval_loss" in line}
     later = {step: loss for step, loss in losses.items() if step}
-    assert record["metrics"]["best_eval_loss"] == min(later.values()) == result.eval_loss
+    assert record["metrics"]["best_eval_loss"] == min(later.values()) == result.metric
     assert record["metrics"]["kept_step"] == min(later, key=later.get)
     checkpoint = folder / "checkpoints" / f"checkpoint-{record['metrics']['kept_step']}"
     from safetensors.torch import load_file
@@ -318,12 +318,10 @@ def test_full_fine_tuning_saves_a_whole_model(small, tmp_path):
 def test_extra_reaches_the_trainer(small, tmp_path, monkeypatch):
     from sft.config.batching import batch_plan_of, with_batch_plan
     from sft.methods.arguments import training_arguments
-    from sft.training.acceleration import Acceleration
+    from sft.plan.plan import Plan
 
     settings = small("trainer.extra.adam_beta2=0.95")
-    arguments = training_arguments(
-        with_batch_plan(settings, batch_plan_of(settings.trainer, 2)), tmp_path, True, Acceleration()
-    )
+    arguments = training_arguments(with_batch_plan(settings, batch_plan_of(settings.trainer, 2)), tmp_path, True, Plan())
     assert arguments.adam_beta2 == 0.95
 
 

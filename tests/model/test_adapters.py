@@ -10,6 +10,7 @@ from sft.config.schema import LoraSettings
 from sft.errors import Refusal
 from sft.methods import sft
 from sft.model import adapters, dims, hub, loading
+from sft.plan.plan import Plan
 from sft.preflight.checks import examine
 from sft.run import run
 from tests.conftest import make_settings
@@ -82,7 +83,7 @@ def test_targets_inside_of_what_is_trained_whole_are_told_or_refused(tiny):
 def test_all_problems_of_modules_come_at_once_and_before_loading(small, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("the weights were loaded"))
     settings = small("lora.target_modules=[mlp]", "lora.modules_to_save=[lm_haed]", "dataset.columns.output=nothing")
-    found = examine(settings, tmp_path, "transformers", {})
+    found = examine(settings, tmp_path, Plan(), {})
     assert {"lora.target_modules=[mlp]", "lora.modules_to_save=[lm_haed]"} < {p.what for p in found.problems}
     with pytest.raises(Refusal, match="Did you mean lm_head"):
         run(settings, tmp_path / "run")
@@ -91,7 +92,7 @@ def test_all_problems_of_modules_come_at_once_and_before_loading(small, tmp_path
 def test_a_model_that_cannot_be_looked_at_beforehand_is_asked_once_it_is_loaded(small):
     settings = small("lora.modules_to_save=[lm_haed]")
     with pytest.raises(Refusal, match="Did you mean lm_head"):
-        adapters.attach(loading.load_model(settings, "transformers")[0], settings, "transformers")
+        adapters.attach(loading.load_model(settings, Plan())[0], settings, Plan())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from sft.model import loading
-from sft.model.backend import settle_backend
+from sft.model.hub import read_config
+from sft.plan.machine import Machine, look
+from sft.plan.plan import plan_model
 from tests.conftest import SMALL, make_settings
 
 LLAMA_8B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -17,11 +19,10 @@ LLAMA_8B = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 143
     ("overrides", "dtype"),
     [((), torch.bfloat16), (("lora=none",), torch.float32), (("lora=none", "model.dtype=bfloat16"), torch.bfloat16)],
 )
-def test_weights_that_are_all_trained_are_loaded_in_float32(overrides, dtype, monkeypatch):
+def test_weights_that_are_all_trained_are_loaded_in_float32(overrides, dtype):
     """As on a GPU that computes in bfloat16."""
-    monkeypatch.setattr(loading, "torch_dtype", lambda model: torch.bfloat16)
     settings = make_settings(*SMALL, *overrides)
-    loaded, _ = loading.load_model(settings, "transformers")
+    loaded, _ = loading.load_model(settings, plan_model(settings, Machine("as a GPU", True, 80.0, 80.0, True)))
     assert {p.dtype for p in loaded.parameters()} == {dtype}
 
 
@@ -45,7 +46,7 @@ def test_weights_that_are_all_trained_are_loaded_in_float32(overrides, dtype, mo
 def test_rows_end_to_end_where_they_can_be_had_and_the_weights_leave_room(tmp_path, overrides, backend):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
     settings = make_settings(f"model.name={tmp_path}", *overrides)
-    assert settle_backend(settings).model.backend.value == backend
+    assert plan_model(settings, look(settings), lambda: read_config(settings.model)).backend == backend
 
 
 @pytest.mark.parametrize("config", [{**LLAMA_8B, "model_type": "gemma3"}, {"model_type": "mixtral"}, None])
@@ -53,4 +54,4 @@ def test_models_that_were_not_tried_stay_with_unsloth(tmp_path, config):
     if config:
         (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     settings = make_settings(f"model.name={tmp_path}", "preflight.gpu=h100")
-    assert settle_backend(settings).model.backend.value == "unsloth"
+    assert plan_model(settings, look(settings), lambda: read_config(settings.model)).backend == "unsloth"

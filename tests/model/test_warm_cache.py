@@ -10,6 +10,7 @@ import torch
 
 from sft import environment
 from sft.model import adapters, loading, warm_cache
+from sft.plan.plan import Plan, plan_saved
 from tests.conftest import SMALL, make_settings
 
 
@@ -36,7 +37,7 @@ def names(model) -> list[str]:
 
 
 def attached(settings):
-    return warm_cache.attach_adapter(warm_cache.load_model(settings, "transformers")[0], settings, "transformers")
+    return warm_cache.attach_adapter(warm_cache.load_model(settings, plan_saved(settings))[0], settings, plan_saved(settings))
 
 
 def train_a_step(settings):
@@ -54,12 +55,12 @@ def train_a_step(settings):
 
 def test_a_shared_model_comes_back_as_it_was_loaded(keeping):
     settings = make_settings(*SMALL, "lora.r=8")
-    fresh, _ = warm_cache.load_model(settings, "transformers")
+    fresh, _ = warm_cache.load_model(settings, plan_saved(settings))
     weights_before, names_before, cache = weights(fresh), names(fresh), fresh.config.use_cache
     for rank in (8, 4):
         train_a_step(make_settings(*SMALL, f"lora.r={rank}"))
         warm_cache.release()
-    again, _ = warm_cache.load_model(settings, "transformers")
+    again, _ = warm_cache.load_model(settings, plan_saved(settings))
     assert again is fresh and keeping()["model"] == 1
     assert weights(again) == weights_before and names(again) == names_before and again.config.use_cache == cache
     assert all(p.requires_grad and p.grad is None for p in again.parameters()) and not hasattr(again, "peft_config")
@@ -68,18 +69,18 @@ def test_a_shared_model_comes_back_as_it_was_loaded(keeping):
 
 def test_a_model_that_was_written_to_is_loaded_again(keeping):
     settings = make_settings(*SMALL)
-    fresh, _ = warm_cache.load_model(settings, "transformers")
+    fresh, _ = warm_cache.load_model(settings, plan_saved(settings))
     before = weights(fresh)
     with torch.no_grad():
         fresh.model.layers[0].self_attn.q_proj.weight.add_(1e-3)
-    again, _ = warm_cache.load_model(settings, "transformers")
+    again, _ = warm_cache.load_model(settings, plan_saved(settings))
     assert again is not fresh and weights(again) == before and keeping()["model"] == 2
 
 
 @pytest.mark.parametrize("other", ["lora=none", "model.max_seq_length=64", "model.dtype=bfloat16"])
 def test_other_settings_get_a_model_of_their_own(keeping, other):
-    first, _ = warm_cache.load_model(make_settings(*SMALL), "transformers")
-    second, _ = warm_cache.load_model(make_settings(*SMALL, other), "transformers")
+    first, _ = warm_cache.load_model(make_settings(*SMALL), Plan())
+    second, _ = warm_cache.load_model(make_settings(*SMALL, other), Plan())
     assert second is not first and keeping()["model"] == 2
 
 
@@ -97,7 +98,7 @@ def test_rows_are_tokenised_once_for_jobs_that_agree_on_them(keeping):
 def test_an_adapter_comes_back_as_it_was_before_it_was_trained(keeping):
     """Weights, names, flags and the random state are those of one that is made anew."""
     settings = make_settings(*SMALL, "lora.r=8", "lora.lora_dropout=0.1")
-    fresh = adapters.attach(loading.load_model(settings, "transformers")[0], settings, "transformers")
+    fresh = adapters.attach(loading.load_model(settings, plan_saved(settings))[0], settings, plan_saved(settings))
     expected = weights(fresh), names(fresh), [p.requires_grad for p in fresh.parameters()], torch.rand(3).tolist()
     for _ in range(2):
         train_a_step(settings)
@@ -114,7 +115,9 @@ def test_another_adapter_is_made_anew(keeping, other):
     warm_cache.release()
     settings = make_settings(*SMALL, "lora.r=8", other)
     again = weights(attached(settings))
-    assert again == weights(adapters.attach(loading.load_model(settings, "transformers")[0], settings, "transformers"))
+    assert again == weights(
+        adapters.attach(loading.load_model(settings, plan_saved(settings))[0], settings, plan_saved(settings))
+    )
     assert (keeping()["model"], keeping()["adapter"]) == (1, 2)
 
 
@@ -124,7 +127,7 @@ def test_an_adapter_beside_a_weight_that_was_written_to_is_made_anew(keeping):
     with torch.no_grad():
         model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.add_(1e-3)
     warm_cache.release()
-    expected = weights(adapters.attach(loading.load_model(settings, "transformers")[0], settings, "transformers"))
+    expected = weights(adapters.attach(loading.load_model(settings, plan_saved(settings))[0], settings, plan_saved(settings)))
     assert weights(attached(settings)) == expected and (keeping()["model"], keeping()["adapter"]) == (2, 2)
 
 
@@ -134,7 +137,7 @@ def test_an_adapter_whose_weight_lies_elsewhere_is_made_anew(keeping):
     weight.data = weight.data.clone()
     warm_cache.release()
     again = attached(settings)
-    fresh = adapters.attach(loading.load_model(settings, "transformers")[0], settings, "transformers")
+    fresh = adapters.attach(loading.load_model(settings, plan_saved(settings))[0], settings, plan_saved(settings))
     assert weights(again) == weights(fresh) and names(again) == names(fresh)
     assert (keeping()["model"], keeping()["adapter"]) == (1, 2)
 

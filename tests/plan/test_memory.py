@@ -8,7 +8,9 @@ from sft.config.batching import BatchPlan, batch_plan_of, candidates, check_batc
 from sft.config.hardware import CAPACITY
 from sft.config.schema import Gpu, LoraSettings, Settings, TrainerSettings
 from sft.model.dims import dims_of
-from sft.plan.memory import LoadPlan, ModelDims, estimate, fitting_batch_plan, kept_by_layer, load_plan_of, tokens_at_once
+from sft.plan.machine import Machine
+from sft.plan.memory import LoadPlan, ModelDims, estimate, fitting_batch_plan, kept_by_layer, tokens_at_once
+from sft.plan.plan import load_plan_of, plan_model
 
 # Llama 3 8B with LoRA r 16 on its seven projections.
 LLAMA_8B = ModelDims(8030261248, 6979321856, 41943040, 1245184, 58720256, 4096, 14336, 32, 32, 4096, 1024, 128256)
@@ -103,7 +105,8 @@ def test_rows_end_to_end_are_estimated_within_5_percent(measured, compiled, toke
 )  # fmt: skip
 def test_weights_that_are_all_trained_are_kept_in_float32(settings_of, overrides, gpu, each):
     """Bytes a weight: float32 of itself, its gradient and two moments, and 16 bits of what is computed with."""
-    load = load_plan_of(settings_of("lora=none", *overrides), "transformers", gpu)
+    settings, machine = settings_of("lora=none", *overrides), Machine("H100", gpu, 80.0, 80.0, True)
+    load = load_plan_of(settings, plan_model(settings, machine), machine)
     full = replace(LLAMA_1B, trained=LLAMA_1B.parameters)
     guess = estimate(full, load, 1, 8)
     assert guess.weights + guess.trained == pytest.approx(each * LLAMA_1B.parameters / 2**30)

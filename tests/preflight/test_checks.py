@@ -20,7 +20,11 @@ from sft.export import gguf
 from sft.launch import endings
 from sft.launch.endings import guarded
 from sft.model import builtin, dims, hub, warm_cache
+from sft.plan import machine as plan_machine
+from sft.plan import memory
+from sft.plan.machine import Machine
 from sft.plan.memory import LoadPlan, ModelDims
+from sft.plan.plan import Plan
 from sft.preflight import checks, fit, speed, versions
 from sft.preflight.checks import examine
 from sft.preflight.findings import Found
@@ -38,7 +42,7 @@ def no_gpu(monkeypatch):
 @pytest.fixture
 def look(small, tmp_path):
     """`look("lora.r=8")`: what is found of a small run with these overrides."""
-    return lambda *overrides: examine(small("preflight.mode=only", *overrides), tmp_path / "run", "transformers", {})
+    return lambda *overrides: examine(small("preflight.mode=only", *overrides), tmp_path / "run", Plan(), {})
 
 
 def lines_of(found: Found, part: str) -> str:
@@ -178,7 +182,7 @@ def test_the_built_in_models_size_is_known_before_its_weights_are_unpacked(tmp_p
     old = tmp_path / f"models/smollm2-tokenizer-v{builtin.VERSION}"
     old.mkdir(parents=True)  # as an earlier version left it, without a config
     found = Found()
-    shape = checks.read_shape(found, Settings())
+    shape = checks.read_dims(found, Settings())
     assert shape.parameters == 134515008 and found.warnings == []
 
 
@@ -187,7 +191,7 @@ def test_a_size_that_is_not_known_is_said_without_the_cache_and_with_one_full_st
     monkeypatch.setattr(hub, "locate", lambda *args, **kwargs: (str(tmp_path), None))
     monkeypatch.setattr(dims, "empty_model", lambda *args: (_ for _ in ()).throw(error))
     found = Found()
-    assert checks.read_shape(found, small()) is None
+    assert checks.read_dims(found, small()) is None
     (warning,) = found.warnings
     assert str(tmp_path) not in warning and warning.endswith("`model_type`.")
 
@@ -204,18 +208,18 @@ def test_repositories_are_only_made_by_a_run(look, small, tmp_path, monkeypatch)
     monkeypatch.setattr(checks, "check_access", lambda repo, formats, private, create: asked.append(create) or [])
     wanted = ("export=adapter", "export.hub.repo=me/model")
     assert "the hub takes me/model-LoRA (private)" in lines_of(look(*wanted), "Export")
-    examine(small(*wanted), tmp_path, "transformers", {})
+    examine(small(*wanted), tmp_path, Plan(), {})
     assert asked == [False, True]
 
 
 def test_skip_looks_at_the_data_alone(small, tmp_path, monkeypatch):
     monkeypatch.setattr(dims, "empty_model", lambda *args: pytest.fail("the model was looked at"))
-    found = examine(small("preflight.mode=skip"), tmp_path, "transformers", {})
-    assert {line.part for line in found.lines} == {"Settings", "Data"} and found.split.effective_batch_size == 8
+    found = examine(small("preflight.mode=skip"), tmp_path, Plan(), {})
+    assert {line.part for line in found.lines} == {"Settings", "Data"} and found.plan.batch.effective_batch_size == 8
 
 
 def test_preflight_json_keeps_its_keys_and_gains_the_lines(small, tmp_path):
-    found = examine(small(), tmp_path, "transformers", {"lora.r": "command line"})
+    found = examine(small(), tmp_path, Plan(), {"lora.r": "command line"})
     checks.write_preflight(tmp_path, found)
     content = json.loads((tmp_path / "preflight.json").read_text(encoding="utf-8"))
     assert {"examples", "lengths", "truncated_rows", "rows_without_eos", "stop_tokens", "shape", "warnings", "rows"} <= set(
@@ -236,7 +240,7 @@ def on(small, tmp_path, monkeypatch):
 
     def look(gpu: str, *overrides: str) -> Found:
         settings = small("preflight.mode=only", f"preflight.gpu={gpu}", *overrides)
-        return examine(settings, tmp_path, "unsloth", {})
+        return examine(settings, tmp_path, Plan("unsloth", "bfloat16", "bfloat16"), {})
 
     return look
 
@@ -249,7 +253,7 @@ def test_a_model_that_cannot_fit_is_refused_with_what_would(on):
 
 
 def test_rows_that_may_not_fit_are_a_warning(on, monkeypatch):
-    monkeypatch.setattr(fit, "_longest", lambda *args: [2000] * 8)
+    monkeypatch.setattr(memory, "longest_rows", lambda *args: [2000] * 8)
     found = on("l4", "trainer.per_device_train_batch_size=8", "trainer.gradient_checkpointing=false")
     assert found.problems == [] and "warning: Memory may be short" in lines_of(found, "Memory")
     assert "trainer.per_device_train_batch_size=1" in lines_of(found, "Memory")
@@ -258,7 +262,7 @@ def test_rows_that_may_not_fit_are_a_warning(on, monkeypatch):
 def test_a_run_on_one_of_several_gpus_is_told_of_the_others(look, on, monkeypatch):
     monkeypatch.setattr(fit, "gpu_count", lambda: 2)
     assert "GPUs" not in lines_of(look(), "Memory") + lines_of(on("h100"), "Memory")
-    monkeypatch.setattr(fit, "device_of_run", lambda settings: ("NVIDIA H100", 80.0))
+    monkeypatch.setattr(checks, "look", lambda settings: Machine("NVIDIA H100", True, 80.0, 80.0, True))
     assert "one of the 2 GPUs that are here; distributed=ddp" in lines_of(look(), "Memory")
 
 
@@ -276,18 +280,19 @@ def test_problems_are_collected_and_not_raised(small, tmp_path, monkeypatch):
         raise Refusal([Problem("x", "It is broken.", "mend it")])
 
     monkeypatch.setattr(warm_cache, "load_tokenizer", refuse)
-    found = examine(replace(small(), resume=None), Path(tmp_path), "transformers", {})
+    found = examine(replace(small(), resume=None), Path(tmp_path), Plan(), {})
     assert [p.what for p in found.problems] == ["x"] and {"Memory", "Disk"} <= {line.part for line in found.lines}
 
 
-def test_the_rough_time_of_a_run_is_told_where_its_speed_was_measured_and_no_other(settings_of, monkeypatch):
+def test_the_rough_time_of_a_run_is_told_where_its_speed_was_measured_and_no_other(settings_of):
     facts = {"rows": {"train": 8}, "train_tokens": 159_000, "lengths": {"train": {"p50": 10.0}}}
 
-    def length(*overrides):
-        found = Found(split=BatchPlan(2, 4, None))
-        found.prepared = Prepared(None, None, facts)
+    def length(*overrides, machine=None):
         settings = settings_of("trainer.max_steps=10", "model.load_in_4bit=true", *overrides)
-        checks.check_length(found, settings, "unsloth", LLAMA_8B)
+        batch = BatchPlan(2, 4, settings.trainer.gradient_checkpointing)
+        found = Found(plan=Plan("unsloth", "bfloat16", "bfloat16", batch=batch, steps=10, every_steps=0.5))
+        found.prepared = Prepared(None, None, facts)
+        checks.check_length(found, settings, machine or plan_machine.look(settings), LLAMA_8B)
         return found.lines[-1].text, found.facts["plan"].get("seconds")
 
     measured = ("preflight.gpu=h100", "trainer.gradient_checkpointing=true")
@@ -295,5 +300,5 @@ def test_the_rough_time_of_a_run_is_told_where_its_speed_was_measured_and_no_oth
     assert text.startswith("roughly 44 min of training at 606 tokens a second, measured with ") and seconds == 2624
     text, seconds = length("preflight.gpu=t4")
     assert "no speed was measured for such a model on t4" in text and seconds is None
-    monkeypatch.setattr(checks, "device_of_run", lambda settings: ("NVIDIA B300", 200.0))
-    assert "no speed was measured for such a model on NVIDIA B300" in length()[0]
+    b300 = Machine("NVIDIA B300", True, 200.0, 200.0, True)
+    assert "no speed was measured for such a model on NVIDIA B300" in length(machine=b300)[0]

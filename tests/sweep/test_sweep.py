@@ -19,12 +19,13 @@ from omegaconf import OmegaConf, open_dict
 
 from sft.cli.target import find_run
 from sft.config import fingerprint
+from sft.config.method import MethodFacts
 from sft.config.schema import Settings
 from sft.errors import Refusal
 from sft.launch import isolated
 from sft.report import page as report_page
 from sft.storage import jsonio
-from sft.sweep import leaderboard
+from sft.sweep import leaderboard, runner
 from sft.sweep.grid import check_pairs, expand
 from sft.sweep.index import SweepIndex, SweepLock, identify, judge, load_index, make_label
 from sft.sweep.report import write_sweep_report
@@ -419,3 +420,18 @@ def test_a_sweep_of_an_odd_form_is_refused_by_name_and_left_out_of_the_others(sw
     with pytest.raises(Refusal, match=r"b/sweep\.json"):
         leaderboard.read_leaderboard(odd)
     assert find_run("best")[0].parent.name == "a" and "b/sweep.json is left out" in caplog.text
+
+
+def test_jobs_are_ranked_by_their_methods_metric_and_in_its_direction(sweep, monkeypatch):
+    folder = sweep([("lora.r=8", 1.0), ("lora.r=16", 3.0), ("lora.r=32", 2.0)])
+    board = leaderboard.read_leaderboard(folder)
+    assert [row.values["lora.r"] for row in board.rows] == [8, 32, 16] and board.best.metric == 1.0
+    up = MethodFacts("up", ("input_ids",), greater_is_better=True)
+    monkeypatch.setattr(leaderboard, "facts_of", lambda run: up)
+    board = leaderboard.read_leaderboard(folder)
+    assert [row.values["lora.r"] for row in board.rows] == [16, 32, 8] and board.best.metric == 3.0
+    monkeypatch.setattr(leaderboard, "facts_of", lambda run: MethodFacts("other", (), metric="eval_reward"))
+    assert leaderboard.read_leaderboard(folder).best is None
+    monkeypatch.setattr(runner, "facts_of", lambda run: up)
+    results = [runner._result(job, folder).return_value for job in board.index.jobs]
+    assert results == [-1.0, -3.0, -2.0]  # a sweeper minimises

@@ -1,0 +1,30 @@
+"""What is known of a method without loading anything: for the checks before a run, and for whoever ranks runs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """One method."""
+
+    name: str
+    columns: tuple[str, ...]
+    """Columns of a tokenised row that it trains on."""
+    metric: str = "eval_loss"
+    """The number of metrics.jsonl and run.json that its runs are ranked by: best checkpoint, early stopping, sweeps, report."""
+    greater_is_better: bool = False
+    sequences: int = 1
+    """Sequences that a row puts through the model."""
+
+
+SFT = MethodFacts("sft", ("input_ids", "labels"))
+METHODS = {method.name: method for method in (SFT,)}
+
+
+def facts_of(run: dict[str, Any]) -> MethodFacts:
+    """The method of the run with this run.json; one without a word on it is of supervised fine-tuning."""
+    settings = run.get("settings")
+    method = settings.get("method") if isinstance(settings, dict) else None
+    name = method.get("name") if isinstance(method, dict) else None
+    return METHODS.get(name, SFT) if isinstance(name, str) else SFT

@@ -1,0 +1,262 @@
+"""What a run does where its settings leave it open: decided here once, each with its reason.
+
+    plan_model       before the model's tokenizer is loaded: backend, types, processes
+    plan_training    when the rows and the model's dimensions are known: micro-batch, checkpointing, padding-free, compiled and
+                     captured steps, when to evaluate and to sample
+    Plan.padded      when the loaded model shows that its rows have to be padded
+
+A preflight shows the plan, run.json records it, and what runs later is handed the plan or `closed` settings: nothing there
+asks what an `auto` or a null comes to. A run that goes on takes the backend and the batch plan that it began with.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from sft.config.batching import (
+    CPU_ROWS,
+    BatchPlan,
+    batch_plan_of,
+    candidates,
+    effective_batch_size,
+    eval_rows,
+    is_auto,
+    planned_steps,
+    with_batch_plan,
+)
+from sft.config.eligibility import is_compiled, why_eager, why_padded
+from sft.config.hardware import processes_of, resolve_backend
+from sft.config.schedule import with_eval_schedule
+from sft.config.schema import Backend, Dtype, Settings, Strategy
+from sft.plan import memory
+from sft.plan.machine import Machine, look
+
+CLOSE = 0.9
+"""An estimate above this share of the GPU's memory is close to it."""
+
+PADDING_FREE_KINDS = ("llama", "mistral", "qwen2", "qwen3")
+"""Models whose padding-free rows are tried in tests/integration/test_padding_free.py."""
+
+ROOM = 0.45
+"""Share of a GPU's memory that the weights may take for `model.backend=auto` to leave Unsloth."""
+
+TRAINED = 18.0
+"""Bytes of a weight where all are trained: itself, its gradient and two moments in float32, and a copy to compute with."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every open value of a run, decided."""
+
+    backend: str = "transformers"
+    """`unsloth` or `transformers`."""
+    dtype: str = "float32"
+    """Type that the model computes in."""
+    weights_dtype: str = "float32"
+    """Type that weights are kept in which are not quantised."""
+    processes: int = 1
+    batch: BatchPlan | None = None
+    """Rows of a micro-batch, micro-batches of a step, checkpointing."""
+    eval_batch_size: int = 1
+    """Rows of a micro-batch of an evaluation."""
+    steps: int = 0
+    padding_free: bool = False
+    why_padded: str = ""
+    compiled: bool = False
+    """Whether decoder layers are compiled."""
+    captured: bool = False
+    """Whether micro-batches are captured as CUDA graphs, where the host would be the slower one."""
+    capture_sizes: tuple[int, ...] = ()
+    """Tokens of those that are, shortest first: known when the model is loaded."""
+    eval_steps: float | None = None
+    """`trainer.eval_steps`: a share of all steps, or a number of them."""
+    every_steps: float | None = None
+    """`samples.every_steps`, in the same way."""
+    keep_best: bool = True
+    """`trainer.load_best_model_at_end`."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why, by the name of what was decided."""
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are recomputed."""
+        return bool(self.batch and self.batch.gradient_checkpointing)
+
+    def padded(self, why: str, eval_batch_size: int) -> "Plan":
+        """The plan of a model whose rows have to be padded."""
+        no = dict.fromkeys(("padding_free", "compiled", "captured"), False)
+        return replace(self, **no, why_padded=why, eval_batch_size=eval_batch_size)
+
+    def speed(self) -> dict[str, Any]:
+        """What run.json keeps under `speed`."""
+        return {"padding_free": self.padding_free, "why_not": self.why_padded, "compiled": self.compiled,
+                "lengths": list(self.capture_sizes)}  # fmt: skip
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json keeps under `plan`."""
+        return asdict(self)
+
+
+def plan_model(
+    settings: Settings,
+    machine: Machine | None = None,
+    config: Callable[[], dict[str, Any]] = dict,
+    began: str | None = None,
+) -> Plan:
+    """Backend, types and processes. `config` reads the model's config.json, empty where it cannot be had; `began` is the
+    backend that an earlier session of the run had.
+    """
+    machine = machine or look(settings)
+    backend, why = _choose_backend(settings, machine, config, began)
+    dtype = settings.model.dtype
+    if dtype != Dtype.auto:
+        kind = dtype.value
+    else:
+        kind = "float32" if not machine.gpu else "bfloat16" if machine.bfloat16 else "float16"
+    # Where all weights are trained and no type is named, they stay float32: steps of 1e-5 are rounded away by 16 bits. Where
+    # processes share the weights, accelerate makes each share float32.
+    whole = not settings.lora.enabled and dtype == Dtype.auto and settings.distributed.strategy != Strategy.fsdp
+    return Plan(backend, kind, "float32" if whole else kind, processes_of(settings), reasons={"backend": why})
+
+
+def plan_saved(settings: Settings) -> Plan:
+    """How saved weights are loaded: by transformers, whatever has trained them, on the machine that is here."""
+    model, preflight = replace(settings.model, backend=Backend.transformers), replace(settings.preflight, gpu=None)
+    return plan_model(replace(settings, model=model, preflight=preflight))
+
+
+def _choose_backend(
+    settings: Settings, machine: Machine, config: Callable[[], dict[str, Any]], began: str | None
+) -> tuple[str, str]:
+    """The backend and why. On a GPU with Unsloth installed the choice is between it and transformers with padding-free rows,
+    which is several times faster (docs/benchmarks.md) but keeps more in memory.
+    """
+    if settings.model.backend != Backend.auto:
+        return settings.model.backend.value, "as set"
+    if began in {backend.value for backend in Backend} - {"auto"}:
+        return began, "as the run began"
+    backend = resolve_backend(settings)
+    if backend != "unsloth":
+        return backend, "Unsloth cannot be used here"
+    if _has_room(settings, machine, config()):
+        return "transformers", "padding-free rows are faster, and the weights leave room for what they keep"
+    return "unsloth", "it keeps least in memory"
+
+
+def _has_room(settings: Settings, machine: Machine, config: dict[str, Any]) -> bool:
+    """Whether rows can be padding-free, and the weights leave enough of the GPU for what these keep."""
+    if why_padded(settings, "transformers") or settings.trainer.gradient_checkpointing or not machine.varlen:
+        return False
+    if config.get("model_type") not in PADDING_FREE_KINDS:
+        return False
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    wide = config.get("head_dim") or hidden // heads
+    attention = 2 * hidden * wide * (heads + config.get("num_key_value_heads", heads))
+    layers = config["num_hidden_layers"] * (attention + 3 * hidden * config["intermediate_size"])
+    ends = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    each = 2.0 if settings.lora.enabled else TRAINED
+    packed = 0.57 if settings.model.load_in_4bit else 1.0 if settings.model.load_in_8bit else each
+    return layers * packed + ends * each <= ROOM * (machine.total_gib or 0) * 2**30
+
+
+def plan_training(
+    plan: Plan,
+    settings: Settings,
+    machine: Machine,
+    dims: memory.ModelDims | None,
+    facts: dict[str, Any] | None,
+    lengths: dict[str, list[int]],
+    *,
+    began: BatchPlan | None = None,
+) -> Plan:
+    """The rest of `plan`. `facts` are those of the prepared data and `lengths` the tokens of each row by split; both are empty
+    where the data was refused. `began` is the batch plan of an earlier session of the run.
+    """
+    trainer = settings.trainer
+    rows = facts["rows"]["train"] if facts else 1
+    steps = planned_steps(trainer, rows)
+    why = why_padded(settings, plan.backend)
+    if not why and machine.gpu and not machine.varlen:
+        why = "the GPU has no attention kernel for rows of various lengths (compute capability 8.0 or higher)"
+    if not why and machine.gpu and plan.dtype == "float32":
+        why = "attention over rows of various lengths needs 16 bits on a GPU"
+    tokens = facts["train_tokens"] * steps * effective_batch_size(trainer) / rows if facts else 0
+    compiled = not why and bool(trainer.torch_compile or (machine.gpu and is_compiled(trainer, tokens)))
+    captured = not why and machine.gpu and trainer.cuda_graphs is not False and not why_eager(settings)
+    plan = replace(plan, steps=steps, padding_free=not why, why_padded=why, compiled=compiled, captured=captured)
+    reused = _reusable(began, plan)
+    batch = reused or _plan_batch(plan, settings, machine, dims, lengths.get("train", []))
+    if batch.gradient_checkpointing is None:
+        batch = replace(batch, gradient_checkpointing=machine.gpu)
+    many = lengths.get("eval") if plan.padding_free and machine.gpu else None
+    plan = replace(plan, batch=batch, eval_batch_size=eval_rows(trainer, _array(many), plan.processes))
+    chosen = "as many rows as fit" if is_auto(trainer) else "as set"
+    reasons = {**plan.reasons, "batch": "as the run began" if reused else chosen,
+               "padding_free": why or "the model's attention is tried when it is loaded"}  # fmt: skip
+    if not facts:
+        return replace(plan, reasons=reasons)
+    scheduled = with_eval_schedule(settings, facts)
+    keep = scheduled.trainer.load_best_model_at_end
+    return replace(plan, eval_steps=scheduled.trainer.eval_steps, every_steps=scheduled.samples.every_steps, keep_best=keep,
+                   reasons=reasons)  # fmt: skip
+
+
+def _reusable(began: BatchPlan | None, plan: Plan) -> BatchPlan | None:
+    """The batch plan that a run began with, unless it was decided for another number of processes."""
+    return began if began and began.gradient_accumulation_steps % plan.processes == 0 else None
+
+
+def _plan_batch(
+    plan: Plan, settings: Settings, machine: Machine, dims: memory.ModelDims | None, lengths: list[int]
+) -> BatchPlan:
+    """As set, or for `auto` the most rows that fit; with padding-free rows, checkpointing only if it is needed."""
+    trainer = settings.trainer
+    choices = candidates(trainer, plan.processes) if is_auto(trainer) else [trainer.per_device_train_batch_size]
+    if dims is None or machine.free_gib is None:
+        rows = next((n for n in choices if n <= CPU_ROWS), choices[-1]) if is_auto(trainer) else None
+        return batch_plan_of(trainer, rows, trainer.gradient_checkpointing)
+    load = load_plan_of(settings, plan, machine)
+    if not is_auto(trainer) and not load.flat:
+        return batch_plan_of(trainer, checkpointing=trainer.gradient_checkpointing)
+    longest = memory.longest_rows(lengths, settings)
+    return memory.fitting_batch_plan(dims, settings, load, longest, CLOSE * machine.free_gib, choices)[0]
+
+
+def load_plan_of(settings: Settings, plan: Plan, machine: Machine) -> memory.LoadPlan:
+    """How a plan loads and trains the model, for the estimate of its memory; by the settings before a batch is planned."""
+    model, trainer = settings.model, settings.trainer
+    kwargs = trainer.extra.get("gradient_checkpointing_kwargs") or {}
+    wanted = plan.batch.gradient_checkpointing if plan.batch else trainer.gradient_checkpointing
+    every = plan.batch.every_n_layers if plan.batch else 1
+    return memory.LoadPlan(
+        backend=plan.backend,
+        bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else 32 if plan.dtype == "float32" else 16,
+        full=not settings.lora.enabled,
+        adapter_bytes=2 if not settings.lora.enabled and model.dtype in (Dtype.bfloat16, Dtype.float16) else 4,
+        checkpointing=machine.gpu if wanted is None else wanted,
+        optim=trainer.optim,
+        dropout=settings.lora.enabled and settings.lora.lora_dropout > 0,
+        eager=model.attn_implementation.value == "eager",
+        flat=plan.padding_free and machine.gpu,
+        compiled=plan.compiled and machine.gpu,
+        # One layer of several also where trainer.extra says so, and nothing was decided.
+        every_n_layers=every if every > 1 else kwargs.get("every_n_layers", 1),
+    )
+
+
+def closed(settings: Settings, plan: Plan) -> Settings:
+    """The settings with what was decided in place of `auto` and null."""
+    settings = with_batch_plan(settings, plan.batch)
+    trainer = replace(settings.trainer, eval_steps=plan.eval_steps, load_best_model_at_end=plan.keep_best)
+    return replace(
+        settings,
+        model=replace(settings.model, backend=Backend(plan.backend)),
+        trainer=trainer,
+        samples=replace(settings.samples, every_steps=plan.every_steps),
+    )
+
+
+def _array(lengths: list[int] | None) -> Any:
+    import numpy as np
+
+    return None if lengths is None else np.asarray(lengths)

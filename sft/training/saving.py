@@ -1,0 +1,49 @@
+"""The weights that a run keeps: which ones, and their folder."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sft.config.schema import Settings
+from sft.errors import SaveFailed, first_line
+from sft.storage import atomic
+
+
+def note_kept(trainer: Any, recorder: Any) -> None:
+    """Note which weights are kept: the best evaluation's where they were loaded back, else the last."""
+    state, final = trainer.state, recorder.final
+    if state.best_metric is not None:
+        name = trainer.args.metric_for_best_model
+        final[f"best_{name}"], final["best_step"] = state.best_metric, state.best_global_step
+        if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+            final[name] = state.best_metric
+            final["kept_step"] = state.best_global_step
+            return
+    final["kept_step"] = state.global_step
+    if recorder.eval_step != state.global_step:  # stopped between evaluations: the last one was of other weights
+        final.pop(trainer.args.metric_for_best_model, None)
+
+
+def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path, weights: dict[str, Any] | None = None) -> str:
+    """Save the adapter to adapter/ (the whole model to model/ without one), complete or not at all; returns the name.
+
+    `weights` are those of the whole model, where this process has only a share of them.
+    """
+    name = "adapter" if settings.lora.enabled else "model"
+    with _told(name), atomic.new_folder(folder / name, manifest=False) as work:
+        embeds = {"embed_tokens", "lm_head"} & {*settings.lora.modules_to_save, *settings.lora.target_modules}
+        options = {"save_embedding_layers": bool(embeds)} if settings.lora.enabled else {}
+        model.save_pretrained(str(work), **options, **({"state_dict": weights} if weights is not None else {}))
+        tokenizer.save_pretrained(work)
+        (work / "README.md").unlink(missing_ok=True)  # PEFT's model card, with nothing of this run in it
+    return name
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn whatever a library raises when it cannot write into one plain sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise SaveFailed(f"{what}/ could not be written: {first_line(error)}") from error
