@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 WORDS = [
     (r"learnt", "target tokens, trained on", r"nothing_learnt_at"),
     (r"end[- _]to[- _]end|EndToEnd", "padding-free", r""),
-    (r"\bflat\b|flat_|_flat\b|FLAT_", "padding-free", r"tests/integration/test_flat\.py|flat (keys|=)|\*\*flat"),
+    (r"\bflat\b|flat_|_flat\b|FLAT_", "padding-free", r"flat (keys|=)|\*\*flat"),
     (r"\bpasses\b|(rows|each|every|whole|small) pass\b|_a_pass\b", "micro-batches", r"passes (the|each|on|by)\b|it passes"),
     (r"found\.split|split into (passes|micro)|(the|a) split of (a|the|these) (step|run|settings)", "batch plan", r""),
     (r"record(ed|ing)? (pass|step|kernel|length|as a? ?CUDA)|recordings\b|launched (pass|step)", "captured, eager", r""),
