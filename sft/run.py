@@ -26,9 +26,9 @@ from sft.runs import resume
 from sft.runs.failures import error_facts, log_failure, reason_of
 from sft.runs.record import Context, RunRecord, RunResult, log_ending, record_session, start_record
 from sft.storage import jsonio
-from sft.tracking.wandb import Tracking
+from sft.tracking.base import make_trackers
 from sft.training import acceleration
-from sft.training.checkpoint import find_checkpoint, take_up
+from sft.training.checkpoint import find_checkpoint, restore_run
 from sft.training.context import RunContext
 from sft.training.metrics import Recorder
 from sft.training.sampling import SampleWriter, generator
@@ -86,7 +86,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         group.broadcast(plan)
         prepare_libraries(settings, plan)
         settings = with_backend(settings, plan)
-        found = checks.examine(settings, folder, plan, context.origins, machine, resume.read_batch_plan(before))
+        found = checks.examine(settings, folder, plan, context.provenance, machine, resume.read_batch_plan(before))
         if found.problems:
             raise Refusal(found.problems)
         facts = checks.write_preflight(folder, found)
@@ -100,7 +100,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         if signed := mark(settings):
             record.update(destinations_mark=signed)
         group.broadcast((settings, plan, checkpoint, facts["data_hash"]))
-        tracking = Tracking()
+        tracking = make_trackers(settings)
         recorder = Recorder(folder, tracking)
         ctx = RunContext(folder, settings, plan, context, record, recorder, stop, budget, found.tokenizer, found.stop_ids,
                          prepared, checkpoint)  # fmt: skip
@@ -119,7 +119,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
             record.facts["error"] = error_facts(error)
             log_failure(error, folder)
         tracking.finish(status, recorder.final)
-        record.facts |= {"metrics": recorder.final, "tracking": tracking.facts}
+        record.facts |= {"metrics": recorder.final, "tracking": tracking.state()}
         return _finish(ctx, status, reason)
 
 
@@ -148,15 +148,15 @@ def train(ctx: RunContext) -> tuple[str, str | None]:
     loop = Loop(ctx.folder, stop, recorder, ctx.budget, writer, record.timed, ctx.checkpoint, settings.trainer.save_total_limit)
     tags = [*ctx.command.tags, plan.backend]
     recorder.tracking.start(settings, ctx.folder, ctx.command.name, tags, record.facts.get("tracking"))
-    record.update(tracking=recorder.tracking.facts)
+    record.update(tracking=recorder.tracking.state())
     trainer = method.build_trainer(ctx, model, loop)
     record.update(speed=trainer.plan.speed(), plan=trainer.plan.facts())
-    take_up(ctx.folder, ctx.checkpoint, recorder)
+    restore_run(ctx.folder, ctx.checkpoint, loop.components())
     stop.training = True
     with record.timed("train"):
         trainer.train()
-    if trainer.bad_steps.count and trainer.bad_steps.count == trainer.state.global_step:
-        stop.failure = stop.failure or f"all {trainer.bad_steps.count} steps had a loss or gradient that is not a finite number"
+    if trainer.nonfinite.count and trainer.nonfinite.count == trainer.state.global_step:
+        stop.failure = stop.failure or f"all {trainer.nonfinite.count} steps had a loss or gradient that is not a finite number"
     note_kept(trainer, recorder)
     if group.is_first() or sharded:
         recorder.final["proof_loss"] = round(method.held_out_loss(ctx, trainer), 6)

@@ -2,16 +2,14 @@
 
 import logging
 import os
-from dataclasses import replace
 
-from sft.config.schema import Tracker
 from sft.distributed import group, watchdog
 from sft.distributed.stop import stop_request
 from sft.environment import prepare_environment
 from sft.model import warm_cache
 from sft.run import prepare_libraries, train
 from sft.runs.record import Context, NoRecord
-from sft.tracking.wandb import Tracking
+from sft.tracking.base import Trackers
 from sft.training.context import RunContext
 from sft.training.metrics import Recorder
 from sft.training.time_budget import TimeBudget
@@ -20,7 +18,7 @@ from sft.training.time_budget import TimeBudget
 def follow() -> int:
     """The same run as seen by any process but the first: it trains with it and writes nothing; returns the exit code.
 
-    Returns only on an error, which the first process is told; else the process ends when the first one does.
+    Returns only on an error, which is reported to the first process; else the process ends when the first one does.
     """
     logging.disable(logging.CRITICAL)  # one speaks for all
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -37,8 +35,7 @@ def follow() -> int:
         prepared = warm_cache.prepare_data(settings, tokenizer, stop_ids)
         if prepared.facts["data_hash"] != data_hash:
             raise RuntimeError("its rows are others than those of rank 0: the data differ on its machine")
-        settings = replace(settings, tracking=replace(settings.tracking, tracker=Tracker.none))
-        recorder = Recorder(folder, Tracking())
+        recorder = Recorder(folder, Trackers())
         train(RunContext(folder, settings, plan, Context(), NoRecord(), recorder, stop_request(), budget, tokenizer, stop_ids,
                          prepared, checkpoint))  # fmt: skip
         watchdog.wait_for_end()

@@ -20,14 +20,14 @@ def reason_of(error: BaseException) -> str:
         return without_passwords(str(error))
     if isinstance(error, Refusal):
         return without_passwords("; ".join(f"{p.what}: {p.why}" for p in error.problems))
-    text = without_passwords(str(error)).strip().splitlines()
-    told = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    lines = without_passwords(str(error)).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     # transformers wraps what goes wrong at an import several times; only the innermost error says what it was.
     root = error
     while root.__cause__:
         root = root.__cause__
     return (
-        told if root is error or first_line(root) in told else f"{told} (because of {type(root).__name__}: {first_line(root)})"
+        text if root is error or first_line(root) in text else f"{text} (because of {type(root).__name__}: {first_line(root)})"
     )
 
 

@@ -13,9 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sft.config.consent import with_word
 from sft.config.fingerprint import config_hash, differs_from
 from sft.config.schema import Settings
-from sft.config.trust import with_word
 from sft.paths import ROOT
 from sft.storage.jsonio import jsonable, now, write_json
 
@@ -43,7 +43,7 @@ class Context:
     command: str = ""
     overrides: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
-    origins: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
     """Where the value of each setting comes from."""
     logging: dict[str, Any] | None = None
     """Hydra's logging of this job, for the process that a run of several ones speaks through."""

@@ -126,6 +126,8 @@ ODD = (None, True, -1, 0, 1.5, 1e308, 10**400, "", "x", "a\0b", "${oc.env:HOME}"
        [None], {}, {"a": 1}, {"a": {"b": []}}, [{}], [{"name": 1}])  # fmt: skip
 FILES = ("run.json", "preflight.json", "export/verify.json", "metrics.jsonl", "samples.jsonl", "sweep.json")
 MUTATIONS = 3400 if os.environ.get("SFT_TEST_LONG") else 250
+SECONDS_EACH = 0.9
+"""Twice what one takes on a core that others use too."""
 
 
 def whole_folder(settings) -> dict[str, list]:
@@ -211,6 +213,7 @@ def test_half_a_character_in_a_folder_is_read_as_a_question_mark(folder, small):
     assert write_csv(board).is_file() and write_sweep_report(board).is_file()
 
 
+@pytest.mark.timeout(60 + SECONDS_EACH * MUTATIONS)
 def test_whatever_stands_in_a_folder_ends_in_a_result_or_in_a_refusal(tmp_path, monkeypatch, small):
     monkeypatch.setattr(page, "bundled_charts", lambda: "/* charts */")
     monkeypatch.chdir(tmp_path)
