@@ -41,6 +41,7 @@ test-long: $(VENV)/.testing
 lint: $(VENV)/.testing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/python scripts/settings_table.py --check
 	$(VENV)/bin/python scripts/make_notebook.py --check
 

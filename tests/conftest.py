@@ -1,5 +1,8 @@
-"""Shared by all tests: no network, no accounts, and a small helper to compose settings."""
+"""Shared by all tests: no network, no accounts, composed settings, and SmolLM2's tokenizer with copies that differ from it."""
 
+import copy
+import functools
+import gc
 import os
 import signal
 import sys
@@ -27,6 +30,7 @@ from hydra import compose, initialize_config_dir
 from sft.config.compose import register, to_settings
 from sft.config.schema import Settings
 from sft.environment import prepare_environment
+from sft.model import tokenizer as model_tokenizer
 
 prepare_environment()
 register()
@@ -41,6 +45,14 @@ def make_settings(*overrides: str) -> Settings:
         return to_settings(compose("config", overrides=list(overrides)))
 
 
+@pytest.fixture(autouse=True)
+def frozen_libraries():
+    """What the libraries hold is not looked through again by the garbage collection of each run, a sixth of a tiny one."""
+    if "trl.trainer.sft_trainer" in sys.modules and gc.get_freeze_count() < 100_000:
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.fixture
 def settings_of():
     """`settings_of("lora.r=8")`: composed settings."""
@@ -51,6 +63,42 @@ def settings_of():
 def small():
     """`small("lora.r=8")`: composed settings of a run that takes seconds."""
     return lambda *overrides: make_settings(*SMALL, *overrides)
+
+
+@pytest.fixture(scope="session")
+def loaded_tokenizer():
+    """SmolLM2's tokenizer and stop tokens, as a run loads them. Not to be changed: take `make_tokenizer`."""
+    return model_tokenizer.load_tokenizer(Settings().model)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(loaded_tokenizer):
+    return loaded_tokenizer[0]
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(tokenizer):
+    """`make_tokenizer(chat_template, bos=..., adds_bos=True, special=(...,), eos=..., pad=...)`: a changed copy.
+
+    It is shared by all who ask for the same.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    @functools.cache  # a copy takes half a second
+    def make(chat_template=None, bos=None, adds_bos=False, special=(), eos=None, pad=None):
+        made = copy.deepcopy(tokenizer)
+        made.chat_template = chat_template
+        made.add_special_tokens({"additional_special_tokens": list(special)})
+        for name, value in (("bos_token", bos), ("eos_token", eos), ("pad_token", pad)):
+            if value:
+                made.add_special_tokens({name: value})
+        if adds_bos:
+            made.backend_tokenizer.post_processor = TemplateProcessing(
+                single=f"{made.bos_token} $A", special_tokens=[(made.bos_token, made.bos_token_id)]
+            )
+        return made
+
+    return make
 
 
 def pytest_configure() -> None:

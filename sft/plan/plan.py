@@ -35,7 +35,7 @@ CLOSE = 0.9
 """An estimate above this share of the GPU's memory is close to it."""
 
 PADDING_FREE_KINDS = ("llama", "mistral", "qwen2", "qwen3")
-"""Models whose padding-free rows are tried in tests/integration/test_flat.py."""
+"""Models whose padding-free rows are tried in tests/integration/test_padding_free.py."""
 
 ROOM = 0.45
 """Share of a GPU's memory that the weights may take for `model.backend=auto` to leave Unsloth."""

@@ -14,6 +14,7 @@ from sft.cli.chat import _Writer, find_target
 from sft.errors import Refusal
 from sft.run import run
 from sft.sanitize import shown
+from tests import forked
 from tests.conftest import ROOT, SMALL, make_settings
 
 
@@ -30,8 +31,7 @@ def trained(tmp_path_factory):
 
 
 def chat(*options: str, text: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts/chat.py"), *options]
-    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+    return forked.run("scripts/chat.py", *options, cwd=ROOT, text=text)
 
 
 def last_sample(folder: Path) -> dict:

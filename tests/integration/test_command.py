@@ -1,4 +1,8 @@
-"""train.py as people run it: exit codes, what is printed, Ctrl-C, sweeps, and what W&B can read afterwards."""
+"""train.py as people run it: exit codes, what is printed, Ctrl-C, sweeps, and what W&B can read afterwards.
+
+Where a terminal, secrets or W&B are the matter, it is started as from a shell; else it is forked from a process that has
+imported the libraries.
+"""
 
 import fcntl
 import json
@@ -14,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.conftest import ROOT, SMALL
 
 QUICK = ("trainer=debug", *SMALL)
@@ -24,12 +29,13 @@ def command(*overrides: str) -> list[str]:
 
 
 def train(cwd: Path, *overrides: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*overrides), capture_output=True, text=True, cwd=cwd, timeout=280)
+    return forked.run("train.py", *overrides, cwd=cwd)
 
 
 def test_a_run_with_wandb_can_be_read_back_offline(tmp_path):
     """No key, no network: offline by itself, one line on how to sync, curves and sample table in the W&B file."""
-    done = train(tmp_path, *QUICK, "tracking=wandb", "hydra.run.dir=run")
+    words = command(*QUICK, "tracking=wandb", "hydra.run.dir=run")
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "wandb sync" in done.stderr and "wandb leet" in done.stderr and "Traceback" not in done.stderr
     record = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))
@@ -67,15 +73,17 @@ def test_ctrl_c_saves_and_marks_the_run_as_stopped(tmp_path):
         "trainer.save_steps=50000",
         "hydra.run.dir=run",
     )
-    process = subprocess.Popen(command(*overrides), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    (tmp_path / "errors").touch()
+    process = forked.Process("train.py", *overrides, cwd=tmp_path, files=(os.devnull, os.devnull, tmp_path / "errors"))
     try:
         metrics, limit = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
         while time.monotonic() < limit and not (metrics.is_file() and metrics.read_text().count('"loss"') > 3):
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        errors = process.communicate(timeout=120)[1]
+        process.wait(120)
     finally:
         process.kill()
+    errors = (tmp_path / "errors").read_text(encoding="utf-8")
     assert process.returncode == 130, errors[-3000:]
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert record["status"] == "stopped" and record["reason"].startswith("SIGINT at step")
@@ -83,7 +91,7 @@ def test_ctrl_c_saves_and_marks_the_run_as_stopped(tmp_path):
     assert (tmp_path / "run" / "report.html").is_file() and "Traceback" not in errors
 
 
-def wait_for_lines(process: subprocess.Popen, metrics: Path, count: int, terminal: int | None = None) -> None:
+def wait_for_lines(process: subprocess.Popen | forked.Process, metrics: Path, count: int, terminal: int | None = None) -> None:
     """Wait until a run has logged so many steps, and read what it writes to its terminal."""
     limit = time.monotonic() + 120
     while time.monotonic() < limit and not (metrics.is_file() and metrics.read_text().count('"loss"') >= count):
@@ -119,9 +127,9 @@ def test_a_run_whose_terminal_is_gone_stops_and_saves(tmp_path, processes):
 
 
 def test_under_nohup_a_run_goes_on(tmp_path):
-    words = command(*SMALL, "trainer.max_steps=60", "trainer.save_steps=60", "hydra.run.dir=run")
-    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL, preexec_fn=ignore)
+    (tmp_path / "nohup.py").write_text("import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n")
+    words = (*SMALL, "trainer.max_steps=60", "trainer.save_steps=60", "hydra.run.dir=run")
+    process = forked.Process("train.py", *words, cwd=tmp_path, before=tmp_path / "nohup.py")
     try:
         wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 2)
         process.send_signal(signal.SIGHUP)
@@ -168,17 +176,13 @@ def test_no_secret_reaches_a_file(tmp_path):
 
 def test_a_failure_outside_of_training_is_recorded_too(tmp_path):
     """The trainer cannot be built, for a reason nobody foresaw: one line, exit 1, and the reason in run.json."""
-    program = f"""
-import runpy, sys
-import sft.trainer
-def fail(*arguments, **keywords):
-    raise OSError("a fault that nobody foresaw")
-sft.trainer.build_trainer = fail
-sys.argv = [{str(ROOT / "train.py")!r}, *sys.argv[1:]]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-    done = subprocess.run([sys.executable, "-c", program, *QUICK, "hydra.run.dir=run"], capture_output=True, text=True,
-                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)  # fmt: skip
+    (tmp_path / "plant.py").write_text(
+        "import sft.methods.sft\n"
+        "def fail(*arguments, **keywords):\n"
+        "    raise OSError('a fault that nobody foresaw')\n"
+        "sft.methods.sft.build_trainer = fail\n"
+    )
+    done = forked.run("train.py", *QUICK, "hydra.run.dir=run", cwd=tmp_path, before=tmp_path / "plant.py")
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert "Failed:" in done.stderr and "a fault that nobody foresaw" in done.stderr, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "failed"

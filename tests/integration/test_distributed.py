@@ -21,9 +21,10 @@ from sft.errors import Refusal
 from sft.launch.ranks import launch
 from sft.run import run
 from sft.runs.record import Context
+from tests import forked
 from tests.conftest import ROOT, make_settings
 from tests.faults.fault_campaign import BASE, MEASURED, write_rows
-from tests.integration.test_bad_numbers import lines_of, quick_report, record_of  # noqa: F401
+from tests.integration.test_nonfinite import lines_of, quick_report, record_of  # noqa: F401
 
 # 11 rows in steps of 4, so that the last step of each of the two epochs has 3: one process gets a pass without a row.
 JOB = (*BASE, "dataset=local", "lora.lora_dropout=0", "trainer.gradient_accumulation_steps=null", "trainer.max_steps=-1",
@@ -53,7 +54,11 @@ def command_of(*words: str, torchrun: bool = False) -> list[str]:
 
 
 def train(cwd: Path, *overrides: str, torchrun: bool = False, **more: str) -> subprocess.CompletedProcess:
-    command, environment = command_of(*overrides, torchrun=torchrun), {**os.environ, **more}
+    """The command; by torchrun as from a shell, else forked. The processes that it starts are started as always."""
+    environment = {**os.environ, **more}
+    if not torchrun:
+        return forked.run("train.py", *overrides, cwd=cwd, env=environment, timeout=200)
+    command = command_of(*overrides, torchrun=True)
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=200, env=environment)
 
 
@@ -128,7 +133,7 @@ def test_a_run_goes_on_in_another_number_of_processes(work, whole):
 
 
 def start_and_wait(cwd: Path, folder: str, *overrides: str, torchrun: bool = False) -> tuple[subprocess.Popen, dict]:
-    """A long run that has made its second step, and its ranks' processes by their number."""
+    """A long run, as from a shell, that has made its second step, and its ranks' processes by their number."""
     job = (*JOB, "dataset.path=rows.jsonl", "trainer.num_train_epochs=99", "trainer.eval_steps=90", "trainer.save_steps=90")
     command = command_of(*job, f"hydra.run.dir={folder}", *overrides, torchrun=torchrun)
     with open(cwd / f"{folder}.err", "w", encoding="utf-8") as errors:

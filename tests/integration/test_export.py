@@ -15,11 +15,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from scripts.export import main
-from sft import environment
 from sft.errors import ExportError, Refusal
 from sft.export import exporter, gguf, merge
 from sft.run import run
 from sft.runs.saved import settings_of
+from sft.storage import jsonio
+from tests import forked
 from tests.conftest import ROOT, SMALL, make_settings
 from tests.faults.fault_campaign import export_hashes
 
@@ -53,9 +54,24 @@ def converted(trained, monkeypatch):
 
     def convert(merged, target, kind="f16"):
         assert kind == "f16"
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(trained / "export" / "gguf" / "model-f16.gguf", target)
 
     monkeypatch.setattr(gguf, "convert", convert)
+
+
+@pytest.fixture
+def forked_export(monkeypatch):
+    """The process of a run's export, forked from one that has imported the libraries."""
+    started = subprocess.Popen
+
+    def start(command, *args, **options):
+        if "sft.export" not in command:
+            return started(command, *args, **options)
+        words = command[command.index("sft.export") + 1 :]
+        return forked.Process("sft/export/__main__.py", *words, cwd=os.getcwd(), env=options["env"])
+
+    monkeypatch.setattr(subprocess, "Popen", start)
 
 
 def read(folder: Path) -> dict:
@@ -370,7 +386,7 @@ def test_mistakes_are_refused_before_anything_is_loaded(trained, options, told, 
     assert told in capsys.readouterr().err
 
 
-def test_a_failed_export_shows_in_the_exit_code_and_keeps_the_run(tmp_path, monkeypatch):
+def test_a_failed_export_shows_in_the_exit_code_and_keeps_the_run(tmp_path, forked_export):
     """With a limit that nothing keeps: on random weights rounding costs next to nothing."""
     settings = make_settings(*SMALL, "trainer=debug", "export=merged_4bit")
     settings.export.max_loss_increase = -1.0
@@ -381,7 +397,7 @@ def test_a_failed_export_shows_in_the_exit_code_and_keeps_the_run(tmp_path, monk
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_a_run_that_is_interrupted_in_its_export_makes_it_when_it_goes_on(tmp_path, monkeypatch):
+def test_a_run_that_is_interrupted_in_its_export_makes_it_when_it_goes_on(tmp_path, monkeypatch, forked_export):
     class Exporting:
         """An export that is at work when the signal comes."""
 
@@ -470,15 +486,19 @@ def full_disk():
             "write_adapter",
             ["export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[f16]", "export.gguf.adapter=true"],
         ),
-        (environment, "write_json", ["export=adapter"]),
+        (jsonio, "write_json", ["export=adapter"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_disk_that_fills_up_ends_an_export_in_a_line_and_the_next_one_completes(
-    trained, copied, monkeypatch, capfd, module, step, words
+    trained, copied, monkeypatch, capfd, request, module, step, words
 ):
-    """What is there under its own name is whole; the rest is absent, and nothing hidden is left."""
+    """What is there under its own name is whole; the rest is absent, and nothing hidden is left. The converter runs where it
+    is what the disk stops, and once more after it; the steps after it are given the file that it has made.
+    """
     shutil.rmtree(copied / "export")
+    if step in ("quantise", "write_adapter"):
+        request.getfixturevalue("converted")
     original = getattr(module, step)
 
     def on_a_full_disk(*args, **options):
@@ -499,7 +519,7 @@ def test_a_disk_that_fills_up_ends_an_export_in_a_line_and_the_next_one_complete
     assert files.items() <= whole.items()
     assert not [p for p in (copied / "export").rglob("*") if p.name.startswith(".")]
 
-    monkeypatch.undo()
+    monkeypatch.setattr(module, step, original)
     assert main([f"run={copied}", *words]) == 0
     assert export_hashes(copied).items() <= whole.items() and len(export_hashes(copied)) > len(files)
 

@@ -6,12 +6,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.integration.test_sweep import QUICK, curve, jobs_of, log_of, place, start, sweep  # noqa: F401
+from tests.integration.test_sweep import QUICK, curve, jobs_of, log_of, place  # noqa: F401
 
 LONG = [word for word in QUICK if "steps" not in word]
 LONG += ["trainer.max_steps=80", "trainer.eval_steps=40", "trainer.save_steps=1000", "trainer.load_best_model_at_end=false"]
@@ -44,6 +45,18 @@ def ray(monkeypatch):
         pytest.skip('needs the extra: pip install -e ".[ray]"')
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     return "hydra/launcher=ray", "+hydra.launcher.ray.init.num_gpus=2", "+hydra.launcher.ray.init.num_cpus=2"
+
+
+def start(place, *overrides: str) -> subprocess.Popen:  # noqa: F811
+    """train.py as from a shell, with the plant on Python's path: Ray and Slurm start processes of their own from it."""
+    environment = {**os.environ, "PYTHONPATH": str(place / "plant")}
+    command = [sys.executable, str(ROOT / "train.py"), *overrides]
+    with open(place / "log", "a", encoding="utf-8") as log:
+        return subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log)
+
+
+def sweep(place, *overrides: str) -> int:  # noqa: F811
+    return start(place, *overrides).wait(timeout=280)
 
 
 def run_of(folder) -> dict:

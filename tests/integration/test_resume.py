@@ -18,6 +18,7 @@ from sft.runs import resume
 from sft.storage import atomic
 from sft.storage.jsonio import jsonable
 from sft.training import checkpoint
+from tests import forked
 from tests.conftest import ROOT, make_settings
 from tests.faults.fault_campaign import BASE, compare, write_rows
 
@@ -25,13 +26,12 @@ JOB = (*BASE, "dataset=local", "dataset.path=rows.jsonl")
 
 
 def train(cwd: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "train.py"), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=280)
+    return forked.run("train.py", *overrides, cwd=cwd)
 
 
 def cut(cwd: Path, after: str, number: int, *overrides: str) -> None:
     """Start train.py and send it a signal as soon as the file `after` is there."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *overrides], cwd=cwd, stderr=subprocess.DEVNULL)
+    process = forked.Process("train.py", *overrides, cwd=cwd)
     limit = time.monotonic() + 200
     while time.monotonic() < limit and not (cwd / after).exists():
         assert process.poll() is None
@@ -160,8 +160,7 @@ def test_a_run_of_an_older_version_is_the_same_run_if_only_settings_are_new(tmp_
 
 def test_runs_killed_at_random_moments_end_as_if_they_never_were(tmp_path):
     """A part of the fault campaign with a fixed seed; tests/faults/fault_campaign.py has the long form."""
-    command = [sys.executable, str(ROOT / "tests" / "faults" / "fault_campaign.py"), "kills=4", "seed=5", "shapes=epochs"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+    done = forked.run("tests/faults/fault_campaign.py", "kills=4", "seed=5", "shapes=epochs", cwd=tmp_path)
     assert done.returncode == 0 and "0 lost or different" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sft import run as sft_run
 from sft.run import run
 from sft.runs.record import Context
 from sft.signals import StopRequest
@@ -204,7 +203,7 @@ def test_a_failure_is_recorded_with_its_reason(small, tmp_path, monkeypatch):
     def break_down(*args, **kwargs):
         raise RuntimeError("out of luck") from KeyError("the cause")
 
-    monkeypatch.setattr(sft_run.training, "build_trainer", break_down)
+    monkeypatch.setattr("sft.methods.sft.build_trainer", break_down)
     result = run(small(*QUICK), tmp_path)
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert (result.status, result.exit_code) == ("failed", 1)

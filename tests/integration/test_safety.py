@@ -18,8 +18,9 @@ from sft.config.schema import Settings
 from sft.model import builtin
 from sft.run import run
 from sft.storage import atomic
+from tests import forked
 from tests.conftest import ROOT, SMALL, make_settings
-from tests.unit.test_safety import add_code, change, write_pickle
+from tests.test_safety import add_code, change, write_pickle
 
 # -------------------------------------------------------------------------------------------------------------- secrets
 
@@ -161,18 +162,20 @@ def strange(tmp_path, stopped):
         ("scripts/chat.py", ["run={run}", "prompt=hello"]),
         ("scripts/chat.py", ["run={run}", "against=base", "prompt=hello"]),
         ("scripts/export.py", ["run={run}", "export=merged_16bit"]),
-        ("-m", ["sft.export", "{run}"]),
+        ("sft/export/__main__.py", ["{run}"]),
     ],
     ids=["resume", "preview", "chat", "base", "export", "module"],
 )
 def test_a_run_folder_from_elsewhere_runs_no_code_unless_this_command_says_so(tmp_path, strange, program, words):
     folder, marker = strange
-    program = program if program == "-m" else str(ROOT / program)
-    command = [sys.executable, program, *(word.replace("{run}", str(folder)) for word in words)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    own_cache = tmp_path / "own_cache.py"  # the variable is read where transformers is imported
+    own_cache.write_text(
+        f"import transformers\ntransformers.dynamic_module_utils.HF_MODULES_CACHE = {str(tmp_path / 'modules')!r}\n"
+    )
+    words = [word.replace("{run}", str(folder)) for word in words]
+    refused = forked.run(program, *words, cwd=tmp_path, before=own_cache)
     assert refused.returncode == 2 and WORD in refused.stderr and "Traceback" not in refused.stderr, refused.stderr[-3000:]
     assert not marker.exists()
-    command.insert(-1 if program == "-m" else len(command), WORD)
-    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=200)
+    words.insert(0 if program == "sft/export/__main__.py" else len(words), WORD)
+    forked.run(program, *words, cwd=tmp_path, before=own_cache)
     assert marker.exists(), "else this test would prove nothing"

@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.conftest import ROOT
 
 QUICK = ("trainer=debug", "model=tiny_random", "dataset.max_rows=24", "samples.num_held_out=0", "tracking=none",
@@ -19,9 +18,9 @@ PLANT = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from sft.bad_steps import BadSteps
+from sft.training.nonfinite import NonFiniteSteps
 
-add = BadSteps.add
+add = NonFiniteSteps.add
 
 def planted(self, loss, inputs):
     import torch
@@ -33,7 +32,7 @@ def planted(self, loss, inputs):
         os.kill(os.getpid(), signal.SIGKILL)
     return add(self, loss, inputs)
 
-BadSteps.add = planted
+NonFiniteSteps.add = planted
 """
 
 
@@ -44,11 +43,12 @@ def place(tmp_path):
     return tmp_path
 
 
-def start(place: Path, *overrides: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(place / "plant")}
-    command = [sys.executable, str(ROOT / "train.py"), *overrides]
-    with open(place / "log", "a", encoding="utf-8") as log:
-        return subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log)
+def start(place: Path, *overrides: str) -> forked.Process:
+    """train.py, forked; the processes that it starts itself find the plant on Python's path."""
+    environment, plant = {**os.environ, "PYTHONPATH": str(place / "plant")}, place / "plant" / "sitecustomize.py"
+    (place / "log").touch()
+    files = (os.devnull, place / "log", place / "log")
+    return forked.Process("train.py", *overrides, cwd=place, env=environment, before=plant, files=files)
 
 
 def sweep(place: Path, *overrides: str) -> int:
@@ -72,7 +72,7 @@ def curve(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gib")} for line in lines]
 
 
-def kill_after(process: subprocess.Popen, folder: Path, done: int) -> None:
+def kill_after(process: forked.Process, folder: Path, done: int) -> None:
     limit = time.monotonic() + 250
     while time.monotonic() < limit and process.poll() is None:
         if sum(job["status"] not in ("waiting", "running") for job in jobs_of(folder)) >= done:

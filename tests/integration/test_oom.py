@@ -11,7 +11,7 @@ from sft.run import run
 from sft.training import checkpoint
 from tests.conftest import make_settings
 from tests.faults.fault_campaign import BASE, write_rows
-from tests.integration.test_bad_numbers import lines_of, quick_report, record_of  # noqa: F401
+from tests.integration.test_nonfinite import lines_of, quick_report, record_of  # noqa: F401
 
 # 12 rows: every second step has only four of them.
 JOB = (*BASE, "dataset=local", "trainer.max_steps=4", "samples.num_held_out=0", "dataset.eval_fraction=0",

@@ -10,8 +10,8 @@ from sft import run as sft_run
 from sft.generation import samples
 from sft.run import run
 from sft.training import checkpoint
-from tests.integration.test_bad_numbers import lines_of, quick_report, record_of  # noqa: F401
-from tests.integration.test_splits import short  # noqa: F401
+from tests.integration.test_nonfinite import lines_of, quick_report, record_of  # noqa: F401
+from tests.integration.test_oom import short  # noqa: F401
 
 ASKED = (
     "trainer.save_steps=4",

@@ -9,8 +9,8 @@ from sft.run import run
 from sft.training import metrics, trainer
 from sft.training.nonfinite import NonFiniteSteps
 from tests.conftest import make_settings
-from tests.integration.test_bad_numbers import quick_report  # noqa: F401
-from tests.integration.test_flat import JOB
+from tests.integration.test_nonfinite import quick_report  # noqa: F401
+from tests.integration.test_padding_free import JOB
 
 TIMES = ("tokens_per_second", "memory_gib")
 OPTIONS = ("trainer.max_steps=7", "trainer.logging_steps=2", "trainer.eval_steps=3", "trainer.save_steps=3",

@@ -36,8 +36,8 @@ from sft.sanitize import shown, without_passwords
 from sft.sweep import leaderboard
 from sft.sweep.report import write_sweep_report
 from tests.conftest import make_settings
-from tests.unit.test_report import Page
-from tests.unit.test_sweep import sweep  # noqa: F401
+from tests.report.test_page import Page
+from tests.sweep.test_sweep import sweep  # noqa: F401
 
 
 @pytest.fixture

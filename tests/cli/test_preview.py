@@ -2,17 +2,16 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import forked
+
 COLUMNS = ("dataset.columns.instruction=question", "dataset.columns.output=answer")
 
 
 def preview(folder: Path, *argv: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "40"}
-    command = [sys.executable, str(ROOT / "scripts" / "preview.py"), *argv]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=120)
+    return forked.run("scripts/preview.py", *argv, cwd=folder, env=environment)
 
 
 def test_the_learnt_part_stands_in_brackets(tmp_path):

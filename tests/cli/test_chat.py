@@ -16,7 +16,7 @@ from sft.errors import Refusal
 from sft.model.tokenizer import CHATML, load_tokenizer
 from sft.sanitize import shown
 from sft.storage.jsonio import jsonable
-from tests.unit.test_render import LLAMA3, MISTRAL, QWEN3
+from tests.data.test_templates import LLAMA3, MISTRAL, QWEN3
 
 
 class Said(Speaker):

@@ -20,7 +20,7 @@ from sft.run import run
 from sft.training import acceleration
 from sft.training.acceleration import choose_lengths
 from tests.conftest import SMALL, make_settings
-from tests.integration.test_bad_numbers import quick_report  # noqa: F401
+from tests.integration.test_nonfinite import quick_report  # noqa: F401
 
 JOB = (*SMALL, "trainer=debug", "dataset.max_rows=60", "trainer.learning_rate=1e-3", "trainer.per_device_train_batch_size=4",
        "trainer.gradient_accumulation_steps=2", "samples.num_held_out=0", "trainer.save_steps=20",
@@ -78,7 +78,7 @@ def test_compiled_layers_train_as_they_do_uncompiled(tmp_path, monkeypatch):
         options = ("trainer.max_steps=20", "lora.lora_dropout=0", "lora.lora_alpha=16", f"lora.r={rank}")
         usual, record = train(tmp_path / f"usual{rank}", *options)
         ours, ours_record = train(tmp_path / f"compiled{rank}", *options, "trainer.torch_compile=true")
-        cuda_graphs.append(counters["stats"]["unique_graphs"])
+        graphs.append(counters["stats"]["unique_graphs"])
         assert (record["speed"]["compiled"], ours_record["speed"]["compiled"]) == (False, True)
         for key, most in (("loss", 1e-5), ("eval_loss", 1e-5), ("grad_norm", 1e-4)):
             assert ours[key] == pytest.approx(usual[key], abs=most), key

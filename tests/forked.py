@@ -1,0 +1,102 @@
+"""Programs in processes of their own that find torch and the libraries loaded: forked from one that has imported them.
+
+A process that imports them itself takes eight seconds for it, several times what a tiny run takes. All else is that of a
+process: its folder, environment, signals, exit code and what it prints. Variables that are read where a library is imported
+are those of the tests; a test of them, or of the imports, starts a real process.
+"""
+
+import atexit
+import functools
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from multiprocessing import forkserver
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+PRELOADED = ("sft.run", "sft.cli.job", "sft.cli.chat", "sft.export.exporter", "sft.methods.arguments", "sft.methods.sft",
+             "sft.sweep.runner", "transformers.trainer", "transformers.models.llama.modeling_llama", "peft", "tests.forked",
+             "trl.trainer.sft_trainer")  # fmt: skip
+
+
+@functools.cache
+def _server() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    forkserver.ensure_running()
+    return context
+
+
+def _become(program: str, argv: list[str], place: str, environment: dict[str, str], before: str, files: list[str]) -> None:
+    """Be `python program *argv`, after the file `before`, with standard input, output and errors from and to `files`."""
+    atexit._clear()  # what was to be done at the end of the process that this one was forked from
+    tempfile.tempdir = None  # of this environment
+    for descriptor, (file, flags) in enumerate(zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
+        opened = os.open(file, flags | os.O_APPEND)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    os.chdir(place)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [program, *argv]
+    if before:
+        runpy.run_path(before)
+    try:
+        runpy.run_path(program, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
+
+
+class Process:
+    """What is used of subprocess.Popen."""
+
+    def __init__(self, program, *argv, cwd, env=None, before="", files=(os.devnull, os.devnull, os.devnull)):
+        files, argv = [str(file) for file in files], [str(word) for word in argv]
+        words = str(ROOT / program), argv, str(cwd), dict(os.environ if env is None else env), str(before), files
+        self._process = _server().Process(target=_become, args=words)
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run(program, *argv, cwd, env=None, before="", text: str = "", timeout: float = 280) -> subprocess.CompletedProcess:
+    """As subprocess.run(..., capture_output=True, text=True), with `text` to read, and a file of Python to run `before`."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("in", "out", "err")]
+        for file in files:
+            file.write_text(text if file.name == "in" else "", encoding="utf-8")
+        process = Process(program, *argv, cwd=cwd, env=env, before=before, files=files)
+        try:
+            process.wait(timeout)
+        finally:
+            process.kill()
+        out, err = (file.read_text(encoding="utf-8") for file in files[1:])
+        return subprocess.CompletedProcess([str(program), *argv], process.returncode, out, err)
