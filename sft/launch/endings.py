@@ -12,7 +12,7 @@ from sft.errors import Refusal
 from sft.model import warm_cache
 from sft.model.hub import read_config
 from sft.plan.machine import look as look_at
-from sft.plan.plan import plan_model
+from sft.plan.plan import plan_model, with_backend
 from sft.preflight import checks, show
 from sft.runs import record, resume
 from sft.runs.failures import log_failure, reason_of
@@ -28,7 +28,7 @@ def check_only(settings: Settings, folder: Path, context: Context) -> RunResult:
     environment.quiet_libraries()
     machine = look_at(settings)
     plan = plan_model(settings, machine, lambda: read_config(settings.model))
-    found = checks.examine(settings, folder, plan, context.provenance, machine)
+    found = checks.examine(with_backend(settings, plan), folder, plan, context.provenance, machine)
     show.show(found)
     if found.problems:
         raise Refusal(found.problems)

@@ -244,16 +244,16 @@ def load_plan_of(settings: Settings, plan: Plan, machine: Machine) -> memory.Loa
     )
 
 
+def with_backend(settings: Settings, plan: Plan) -> Settings:
+    """The settings with the backend that was decided for."""
+    return replace(settings, model=replace(settings.model, backend=Backend(plan.backend)))
+
+
 def closed(settings: Settings, plan: Plan) -> Settings:
     """The settings with what was decided in place of `auto` and null."""
-    settings = with_batch_plan(settings, plan.batch)
+    settings = with_batch_plan(with_backend(settings, plan), plan.batch)
     trainer = replace(settings.trainer, eval_steps=plan.eval_steps, load_best_model_at_end=plan.keep_best)
-    return replace(
-        settings,
-        model=replace(settings.model, backend=Backend(plan.backend)),
-        trainer=trainer,
-        samples=replace(settings.samples, every_steps=plan.every_steps),
-    )
+    return replace(settings, trainer=trainer, samples=replace(settings.samples, every_steps=plan.every_steps))
 
 
 def _array(lengths: list[int] | None) -> Any:
