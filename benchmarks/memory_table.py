@@ -68,12 +68,14 @@ def make_config(shape: str):
 
 
 def estimate(shape: str, backend: str, bits: int, checkpointing: bool, rows: int, length: int, compiled: bool) -> float:
-    """GiB that torch should reserve where no pass is recorded: recordings are given up where the memory runs short."""
+    """GiB that torch should reserve without CUDA graphs: captured steps are given up where the memory runs short."""
     from sft.config import hardware
     from sft.plan import memory
 
-    flat = backend == "transformers"
-    load = memory.LoadPlan(backend, bits, checkpointing=checkpointing, flat=flat, compiled=flat and compiled)
+    padding_free = backend == "transformers"
+    load = memory.LoadPlan(
+        backend, bits, checkpointing=checkpointing, padding_free=padding_free, compiled=padding_free and compiled
+    )
     return memory.estimate(read_shape(shape), load, rows, length).needed - hardware.CONTEXT
 
 

@@ -1,4 +1,4 @@
-"""Where Hydra looks for sweepers and launchers. What these do is told in sft/sweep/launch.py."""
+"""Where Hydra looks for sweepers and launchers. What these do is in sft/sweep/runner.py."""
 
 from collections.abc import Sequence
 from typing import Any

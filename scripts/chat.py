@@ -1,15 +1,15 @@
 """Talk to a trained model in the terminal, through the template it was trained with.
 
     python scripts/chat.py run=outputs/<run>                                  the trained adapter
-    python scripts/chat.py run=outputs/<run> prompt="Why is the sky blue?"    one answer, then the end
+    python scripts/chat.py run=outputs/<run> prompt="Why is the sky blue?"    one completion, then the end
     python scripts/chat.py run=outputs/<run>/export/merged_16bit              an export: merged_16bit, merged_4bit
     python scripts/chat.py run=outputs/<run>/export/gguf/model-q8_0.gguf      or a GGUF file of the run
-    python scripts/chat.py run=outputs/<run> against=base                     two answers side by side: the base's too
+    python scripts/chat.py run=outputs/<run> against=base                     two completions side by side: the base's too
     python scripts/chat.py run=outputs/<run> against=outputs/<another run>    or those of another run
 
 Further: max_new_tokens=256, temperature=0 (greedy, as in samples.jsonl), model.name=<folder> where the model that
 was trained on is elsewhere now, model.trust_remote_code=true for a run that has that.
-In the chat: /reset forgets what was said, /quit or Ctrl-D ends, Ctrl-C stops an answer. Exit codes: 0, 1 failed, 2 refused.
+In the chat: /reset forgets what was said, /quit or Ctrl-D ends, Ctrl-C stops a completion. Exit codes: 0, 1 failed, 2 refused.
 """
 
 import difflib
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
 from sft.cli.chat import Speaker, find_target
-from sft.config.trust import WORD
+from sft.config.consent import WORD
 from sft.errors import ExportError, Problem, Refusal
 from sft.sanitize import shown
 from sft.threads import spin_briefly
@@ -31,18 +31,18 @@ OPTIONS = ("run", "against", "prompt", "max_new_tokens", "temperature", "model.n
 
 
 def main(argv: list[str]) -> int:
-    """Chat, or answer one prompt; returns the exit code."""
+    """Chat, or complete one prompt; returns the exit code."""
     if {"-h", "--help"} & set(argv) or not argv:
         print(__doc__)
         return 0
     try:
         options = read_options(argv)
-        trusted = "model.trust_remote_code" in options
+        consent = "model.trust_remote_code" in options
         base = options.get("model.name")
-        targets = [find_target(options["run"], trusted, base)]
+        targets = [find_target(options["run"], consent, base)]
         if "against" in options:
             other = f"base:{targets[0].folder}" if options["against"] == "base" else options["against"]
-            targets.append(find_target(other, trusted, base if other.startswith("base:") else None))
+            targets.append(find_target(other, consent, base if other.startswith("base:") else None))
         speakers = load(targets)
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
@@ -126,36 +126,36 @@ def talk(speakers: list[Speaker], options: dict) -> None:
                 print("  (stopped)")
             except Refusal as refusal:  # the chat template does not take these turns
                 print(shown("\n".join(problem.why for problem in refusal.problems)) + " /reset forgets what was said.")
-            # A question that not all have answered is not kept, so that they are asked the same.
+            # A question that not all have completed is not kept, so that all get the same.
             turns = min(len(history) for history in histories) // 2 * 2
             histories = [history[:turns] for history in histories]
 
 
 def ask(speakers: list[Speaker], histories: list[list[dict]], question: str, options: dict) -> None:
-    """Put one question to every speaker and show the answers; one streams, two stand side by side."""
-    answers = []
+    """Put one question to every speaker and show the completions; one streams, two stand side by side."""
+    completions = []
     for speaker, history in zip(speakers, histories, strict=True):
         if not speaker.remembers:
             history.clear()
         history.append({"role": "user", "content": question})
         ids = speaker.prompt(history)
         say = (lambda text: print(shown(text), end="", flush=True)) if len(speakers) == 1 else (lambda text: None)
-        answers.append(speaker.answer(ids, say, options["max_new_tokens"], options["temperature"]))
-        history.append({"role": "assistant", "content": answers[-1]})
+        completions.append(speaker.complete(ids, say, options["max_new_tokens"], options["temperature"]))
+        history.append({"role": "assistant", "content": completions[-1]})
     print()
     if len(speakers) > 1:
-        show_side_by_side([s.target.name for s in speakers], answers)
+        show_side_by_side([s.target.name for s in speakers], completions)
 
 
-def show_side_by_side(names: list[str], answers: list[str]) -> None:
-    """Two answers beside each other, or one under the other where the terminal is narrow."""
+def show_side_by_side(names: list[str], completions: list[str]) -> None:
+    """Two completions beside each other, or one under the other where the terminal is narrow."""
     from rich.console import Console, Group
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    panels = [Panel(Text(shown(a)), title=Text(shown(n))) for n, a in zip(names, answers, strict=True)]
+    panels = [Panel(Text(shown(a)), title=Text(shown(n))) for n, a in zip(names, completions, strict=True)]
     if console.width < 80:
         console.print(Group(*panels))
         return

@@ -1,4 +1,4 @@
-"""Export a trained run, prove that each export answers as the trained model does, and push it to the hub if asked.
+"""Export a trained run, prove that each export generates what the trained model does, and push it to the hub if wanted.
 
     python scripts/export.py run=outputs/<run> export=gguf
     python scripts/export.py run=outputs/<run> export.formats=[merged_16bit,gguf] export.gguf.quantizations=[f16,q4_k_m]
@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 from sft import console, environment
 from sft.cli.check import read_settings
 from sft.cli.target import find_run
+from sft.config.consent import WORD, with_word
 from sft.config.schema import Settings
-from sft.config.trust import WORD, with_word
 from sft.errors import ExportError, Problem, Refusal
 from sft.runs.saved import settings_of
 from sft.threads import spin_briefly
@@ -77,21 +77,21 @@ def read_request(argv: list[str]) -> tuple[Path, Path | None, Settings, bool]:
     if problems:
         raise Refusal(problems)
     push = own.get("push", "false").lower() in ("true", "1", "yes")
-    told = any(word.lstrip("+").startswith(("export=", "export.formats=")) for word in others)
+    named = any(word.lstrip("+").startswith(("export=", "export.formats=")) for word in others)
     # A repository without a format is refused where something is made; a push without one takes what there is.
-    asked = read_settings(ROOT / "conf", [*(["export=adapter"] if push and not told else []), *others], hardware=False).export
-    asked.formats = asked.formats if told else []
+    wanted = read_settings(ROOT / "conf", [*(["export=adapter"] if push and not named else []), *others], hardware=False).export
+    wanted.formats = wanted.formats if named else []
     folder, weights = find_run(own["run"])
     settings, record = settings_of(folder, WORD in argv, own.get("model.name"))
-    settings.export = asked
+    settings.export = wanted
     if weights is not None and weights.parent.name != "checkpoints":
         why = "It is neither a run nor a checkpoint of one."
         problems.append(Problem(f"run={own['run']}", why, f"run={folder}"))
-    if push and not asked.hub.repo:
+    if push and not wanted.hub.repo:
         problems.append(Problem("push=true", "It names no repository.", "export.hub.repo=<user>/<name>"))
-    if not push and not asked.formats:
+    if not push and not wanted.formats:
         problems.append(Problem(" ".join(argv), "It names no format.", "export=merged_16bit, export=gguf or export=all"))
-    if not settings.lora.enabled and "adapter" in asked.formats:
+    if not settings.lora.enabled and "adapter" in wanted.formats:
         problems.append(Problem("export.formats: adapter", "This run trained the whole model.", "export=merged_16bit"))
     if weights is None and not (folder / ("adapter" if settings.lora.enabled else "model")).is_dir():
         fix = (

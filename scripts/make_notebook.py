@@ -149,7 +149,7 @@ else:
     Text(
         """## Look before you train
 
-The first rows as the model will see them, what is learnt, whether it fits the GPU, how long it takes. A mistake is told
+The first rows as the model will see them, what is trained on, whether it fits the GPU, how long it takes. A mistake is told
 here, with what to type instead.""",
         """## 训练前检查
 
@@ -199,9 +199,9 @@ cut may lose the last minutes; a checkpoint that arrived in part is noticed and 
 print(status())""",
     ),
     Text(
-        """## Curves and answers
+        """## Curves and completions
 
-The held-out loss is measured on rows that are not learnt. The answers are those to the same questions before and after
+The held-out loss is measured on rows that are not trained on. The completions are those to the same questions before and after
 training; one that was cut off ends in dots. `report.html` in the run folder has everything, to open in a browser.""",
         """## 曲线和回答
 
@@ -220,8 +220,8 @@ display(Image(f"{RUN}/curves.png"))""",
     Text(
         """## Talk to it
 
-One question, through the template of the training. Add `against=base` for the answer of the model before training beside it;
-leave `prompt=` out in a terminal to have a conversation.""",
+One question, through the template of the training. Add `against=base` for the completion of the model before training beside
+it; leave `prompt=` out in a terminal to have a conversation.""",
         """## 对话
 
 问一个问题，使用训练时的模板。加上 `against=base`，可以同时看到训练前模型的回答；在终端里去掉 `prompt=` 就可以连续对话。""",
@@ -235,7 +235,7 @@ assert _exit_code == 0""",
     Text(
         """## Export
 
-Each export is loaded afresh and compared with the model that was trained: the loss, the answers, what ends them. One that
+Each export is loaded afresh and compared with the model that was trained: the loss, the completions, what ends them. One that
 drifted is named.""",
         """## 导出
 

@@ -1,4 +1,4 @@
-"""Show what a run would train on: the first rows with the learnt tokens in colour and every special token visible.
+"""Show what a run would train on: the first rows with the target tokens in colour and every special token visible.
 
     python scripts/preview.py model=llama3_8b dataset=ruozhiba
     python scripts/preview.py dataset=local dataset.path=my_data.jsonl
@@ -50,7 +50,7 @@ def show(settings: Settings) -> None:
     print(shown(f"Source    {facts['source']}: {rows['train']} rows to train on, {rows.get('eval', 0)} held out"))
     print(shown(f"Shape     {facts['shape']}, template {facts['template']}"))
     print(f"Tokens    median {lengths['p50']}, 90% under {lengths['p90']}, longest {lengths['max']};", end=" ")
-    print(f"{facts['trained_tokens']:,} of {facts['train_tokens']:,} are learnt")
+    print(f"{facts['trained_tokens']:,} of {facts['train_tokens']:,} are target tokens")
     print(f"End mark  {' or '.join(facts['stop_tokens'])}; BOS {facts['bos_token']}; padding {facts['pad_token']}")
     for key in ("truncated_rows", "dropped_rows", "rows_without_labels", "rows_without_eos"):
         print(f"{key.replace('_', ' '):<20} {facts[key]}")

@@ -1,9 +1,9 @@
-"""Show a run at a glance: its curves as a picture, and its answers from before and after training.
+"""Show a run at a glance: its curves as a picture, and its completions from before and after training.
 
     python scripts/show_run.py run=outputs/<run>
 
-Writes curves.png into the run folder and prints the answers. It reads only what the run folder holds, so it also works while
-the run is going on. The whole report, to look at in a browser, is report.html in the same folder.
+Writes curves.png into the run folder and prints the completions. It reads only what the run folder holds, so it also works
+while the run is going on. The whole report, to look at in a browser, is report.html in the same folder.
 """
 
 import sys
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     status = read_json(folder / "run.json").get("status")
     picture = draw_curves(folder)
     print(f"{folder.name}: {status}; " + (f"curves in {picture}" if picture else "no curves yet"))
-    print(tell_answers(read_lines(folder / "samples.jsonl")))
+    print(completions_text(read_lines(folder / "samples.jsonl")))
     return 0
 
 
@@ -62,17 +62,17 @@ def draw_curves(folder: Path) -> Path | None:
     return target
 
 
-def tell_answers(samples: list[dict]) -> str:
-    """The questions with their first and last answer, as text."""
-    told = []
+def completions_text(samples: list[dict]) -> str:
+    """The questions with their first and last completion, as text."""
+    lines = []
     for prompt in group_samples(samples)["prompts"]:
-        first, answers = prompt["first"], prompt["answers"]
-        told.append(f"\n{shown(first.get('question') or first.get('prompt') or '').strip()}")
-        for step in sorted({min(answers), max(answers)}):
-            text = shown(answers[step].get("completion") or "").strip() or "(white space)"
-            end = "" if answers[step].get("finish") == "eos" else " ..."
-            told.append(f"  {'before' if step == 0 else f'step {step}':<9}" + text.replace("\n", "\n" + " " * 11) + end)
-    return "\n".join(told) or "\nNo answers: samples.num_held_out=0"
+        first, completions = prompt["first"], prompt["completions"]
+        lines.append(f"\n{shown(first.get('question') or first.get('prompt') or '').strip()}")
+        for step in sorted({min(completions), max(completions)}):
+            text = shown(completions[step].get("completion") or "").strip() or "(white space)"
+            end = "" if completions[step].get("finish") == "eos" else " ..."
+            lines.append(f"  {'before' if step == 0 else f'step {step}':<9}" + text.replace("\n", "\n" + " " * 11) + end)
+    return "\n".join(lines) or "\nNo completions: samples.num_held_out=0"
 
 
 def _still(spec: dict) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Around a run: quiet environment, seeds, the record in run.json, interruption, memory and where it ran."""
+"""Around a run: a quiet environment, the hub within reach, seeds and memory."""
 
 import contextlib
 import ctypes
@@ -67,8 +67,8 @@ def quiet_libraries() -> None:
         "Input and output embeddings are no longer tied",
         "Setting `save_embedding_l",
     )
-    for told in tied:
-        warnings.filterwarnings("ignore", told)
+    for message in tied:
+        warnings.filterwarnings("ignore", message)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
 

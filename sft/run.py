@@ -3,40 +3,35 @@
 import contextlib
 import logging
 import os
-import traceback
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from sft import methods, signals
 from sft.config.destinations import mark
 from sft.config.method import facts_of
-from sft.config.schema import Settings, Tracker
-from sft.config.trust import with_word
+from sft.config.schema import Settings
 from sft.distributed import group, strategy, watchdog
 from sft.distributed.stop import stop_request
 from sft.environment import prepare_environment, quiet_libraries, seed_everything
 from sft.errors import Refusal
 from sft.export import measure, requirements
 from sft.export.child import export_run_apart
-from sft.generation import samples
 from sft.model import structure, warm_cache
 from sft.model.backend import import_backend, limit_memory
 from sft.model.hub import read_config
 from sft.plan.machine import look
-from sft.plan.plan import Plan, closed, plan_model
+from sft.plan.plan import Plan, closed, plan_model, with_backend
 from sft.preflight import checks
 from sft.runs import resume
-from sft.runs.failures import log_failure, reason_of
-from sft.runs.record import Context, NoRecord, RunRecord, RunResult, record_session, start_record
-from sft.sanitize import without_passwords
+from sft.runs.failures import error_facts, log_failure, reason_of
+from sft.runs.record import Context, RunRecord, RunResult, log_ending, record_session, start_record
 from sft.storage import jsonio
-from sft.tracking.wandb import Tracking
+from sft.tracking.base import make_trackers
 from sft.training import acceleration
-from sft.training.checkpoint import find_checkpoint, take_up
+from sft.training.checkpoint import find_checkpoint, restore_run
 from sft.training.context import RunContext
 from sft.training.metrics import Recorder
-from sft.training.sampling import SampleWriter
+from sft.training.sampling import SampleWriter, generator
 from sft.training.saving import note_kept, save_weights
 from sft.training.time_budget import TimeBudget
 from sft.training.trainer import Loop
@@ -89,8 +84,9 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         began = ((before or {}).get("model") or {}).get("backend")
         plan = plan_model(settings, machine, lambda: read_config(settings.model), began)
         group.broadcast(plan)
-        _prepare_libraries(settings, plan)
-        found = checks.examine(settings, folder, plan, context.origins, machine, resume.read_batch_plan(before))
+        prepare_libraries(settings, plan)
+        settings = with_backend(settings, plan)
+        found = checks.examine(settings, folder, plan, context.provenance, machine, resume.read_batch_plan(before))
         if found.problems:
             raise Refusal(found.problems)
         facts = checks.write_preflight(folder, found)
@@ -104,12 +100,12 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         if signed := mark(settings):
             record.update(destinations_mark=signed)
         group.broadcast((settings, plan, checkpoint, facts["data_hash"]))
-        tracking = Tracking()
+        tracking = make_trackers(settings)
         recorder = Recorder(folder, tracking)
         ctx = RunContext(folder, settings, plan, context, record, recorder, stop, budget, found.tokenizer, found.stop_ids,
                          prepared, checkpoint)  # fmt: skip
         try:
-            status, reason = _train(ctx)
+            status, reason = train(ctx)
         except Refusal:
             tracking.finish("failed", {})
             raise
@@ -120,52 +116,21 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         except Exception as raised:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
             error = watchdog.find_cause(raised)
             status, reason = "failed", reason_of(error)
-            trace = "".join([traceback.format_exc(), *getattr(error, "__notes__", ())])
-            fault = {"type": type(error).__name__, "message": str(error), "traceback": trace}
-            record.facts["error"] = {key: without_passwords(text) for key, text in fault.items()}
+            record.facts["error"] = error_facts(error)
             log_failure(error, folder)
         tracking.finish(status, recorder.final)
-        record.facts |= {"metrics": recorder.final, "tracking": tracking.facts}
+        record.facts |= {"metrics": recorder.final, "tracking": tracking.state()}
         return _finish(ctx, status, reason)
 
 
-def follow() -> int:
-    """The same run as seen by any process but the first: it trains with it and writes nothing; returns the exit code.
-
-    Returns only on an error, which the first process is told; else the process ends when the first one does.
-    """
-    logging.disable(logging.CRITICAL)  # one speaks for all
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    try:
-        watchdog.meet()
-        settings, folder, place = group.broadcast(None)
-        os.chdir(place)
-        watchdog.watch(folder)
-        budget = TimeBudget(settings.trainer)
-        prepare_environment()
-        _prepare_libraries(settings, group.broadcast(None))
-        settings, plan, checkpoint, data_hash = group.broadcast(None)  # as decided by the checks, which the first one makes
-        tokenizer, stop_ids = warm_cache.load_tokenizer(settings)
-        prepared = warm_cache.prepare_data(settings, tokenizer, stop_ids)
-        if prepared.facts["data_hash"] != data_hash:
-            raise RuntimeError("its rows are others than those of rank 0: the data differ on its machine")
-        settings = replace(settings, tracking=replace(settings.tracking, tracker=Tracker.none))
-        recorder = Recorder(folder, Tracking())
-        _train(RunContext(folder, settings, plan, Context(), NoRecord(), recorder, stop_request(), budget, tokenizer, stop_ids,
-                          prepared, checkpoint))  # fmt: skip
-        watchdog.wait_for_end()
-    except BaseException as error:
-        watchdog.report(error)
-    return 1
-
-
-def _prepare_libraries(settings: Settings, plan: Plan) -> None:
+def prepare_libraries(settings: Settings, plan: Plan) -> None:
+    """Import and seed what the run computes with."""
     import_backend(plan.backend)
     quiet_libraries()
     seed_everything(settings.seed)
 
 
-def _train(ctx: RunContext) -> tuple[str, str | None]:
+def train(ctx: RunContext) -> tuple[str, str | None]:
     """Load, attach, sample, train, save, sample: (status, reason)."""
     settings, plan, record, recorder, stop = ctx.settings, ctx.plan, ctx.record, ctx.recorder, ctx.stop
     method, sharded = methods.method_of(settings), strategy.shards(settings)
@@ -179,19 +144,19 @@ def _train(ctx: RunContext) -> tuple[str, str | None]:
     record.update(model={**facts, "parameters": total, "trainable_parameters": trained})
     log.info("Model  %s through %s: %s of %s parameters trained", source, plan.backend, f"{trained:,}", f"{total:,}")
 
-    writer = SampleWriter(ctx.folder, recorder, record.timed, _generator(ctx, model), sharded)
+    writer = SampleWriter(ctx.folder, recorder, record.timed, generator(ctx, model), sharded)
     loop = Loop(ctx.folder, stop, recorder, ctx.budget, writer, record.timed, ctx.checkpoint, settings.trainer.save_total_limit)
     tags = [*ctx.command.tags, plan.backend]
     recorder.tracking.start(settings, ctx.folder, ctx.command.name, tags, record.facts.get("tracking"))
-    record.update(tracking=recorder.tracking.facts)
+    record.update(tracking=recorder.tracking.state())
     trainer = method.build_trainer(ctx, model, loop)
     record.update(speed=trainer.plan.speed(), plan=trainer.plan.facts())
-    take_up(ctx.folder, ctx.checkpoint, recorder)
+    restore_run(ctx.folder, ctx.checkpoint, loop.components())
     stop.training = True
     with record.timed("train"):
         trainer.train()
-    if trainer.bad_steps.count and trainer.bad_steps.count == trainer.state.global_step:
-        stop.failure = stop.failure or f"all {trainer.bad_steps.count} steps had a loss or gradient that is not a finite number"
+    if trainer.nonfinite.count and trainer.nonfinite.count == trainer.state.global_step:
+        stop.failure = stop.failure or f"all {trainer.nonfinite.count} steps had a loss or gradient that is not a finite number"
     note_kept(trainer, recorder)
     if group.is_first() or sharded:
         recorder.final["proof_loss"] = round(method.held_out_loss(ctx, trainer), 6)
@@ -210,21 +175,6 @@ def _train(ctx: RunContext) -> tuple[str, str | None]:
     if trainer.state.global_step < trainer.state.max_steps:
         return "finished", f"stopped early at step {trainer.state.global_step}: the held-out loss no longer fell"
     return "finished", None
-
-
-def _generator(ctx: RunContext, model: Any) -> Any:
-    """`generate(step)`: the lines of samples.jsonl that the weights of this step give; None without prompts."""
-    prompts = samples.choose_prompts(ctx.prepared, ctx.settings, ctx.tokenizer)
-    check = ctx.stop.check if strategy.shards(ctx.settings) else ctx.stop.check_here
-    key = [[asdict(prompt) for prompt in prompts], sorted(ctx.stop_ids), ctx.settings.samples.max_new_tokens]
-
-    def generate(step: int) -> list[dict]:
-        def ask() -> list[dict]:
-            return samples.generate(model, ctx.tokenizer, prompts, ctx.settings, ctx.stop_ids, step, check)
-
-        return ask() if step else warm_cache.of_base("answers", model, ctx.settings, key, ask)
-
-    return generate if prompts else None
 
 
 def _finish(ctx: RunContext, status: str, reason: str | None) -> RunResult:
@@ -248,13 +198,5 @@ def _finish(ctx: RunContext, status: str, reason: str | None) -> RunResult:
         log.warning("The report could not be written: %s", error)
         artifacts.pop("report", None)
     record.close(status, reason, artifacts=artifacts)
-    eval_loss, start = metrics.get("eval_loss"), metrics.get("eval_loss_start")
-    if eval_loss is not None and start is not None:
-        log.info("Done   %s: held-out loss %.4f -> %.4f", status, start, eval_loss)
-    else:
-        log.info("Done   %s%s", status, f": {reason}" if reason else "")
-    if status == "stopped":
-        log.info("       go on with: %s", with_word(f"python train.py resume={os.path.relpath(folder)}", ctx.settings))
-    for name, place in artifacts.items():
-        log.info("       %-8s %s", name, os.path.relpath(folder / place))
+    log_ending(ctx.settings, folder, record.facts)
     return RunResult(status, code, folder, jsonio.number(metrics.get(facts_of(record.facts).metric)))

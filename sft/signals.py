@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: heard at once, answered at the end of a step."""
+"""Ctrl-C, SIGTERM and SIGHUP: received at once, obeyed at the end of a step."""
 
 import contextlib
 import logging
@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 class Interrupted(KeyboardInterrupt):
-    """An evaluation or an answer is given up because the run has to stop."""
+    """An evaluation or a completion is given up because the run has to stop."""
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -40,7 +40,7 @@ class StopRequest:
         self.check_here()
 
     def check_here(self) -> None:
-        """The same, asked by this process alone where there are several."""
+        """The same, for this process alone where there are several."""
         if self.signal:
             raise Interrupted(self.signal)
 

@@ -1,4 +1,4 @@
-"""Talk to what was trained: prompts go through the training's own template, and answers come token by token."""
+"""Talk to what was trained: prompts go through the training's own template, and completions come token by token."""
 
 import contextlib
 import json
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sft.cli.target import find_run
+from sft.config.consent import with_word
 from sft.config.schema import Settings
-from sft.config.trust import with_word
 from sft.errors import ExportError, Refusal, refuse
 from sft.generation import batching
 from sft.paths import PACKAGE
@@ -33,12 +33,12 @@ class Target:
     settings: Settings
 
 
-def find_target(text: str, trusted: bool = False, base: str | None = None) -> Target:
+def find_target(text: str, consent: bool = False, base: str | None = None) -> Target:
     """Whom `run=<text>` names: a run, a checkpoint, an export of a run, or `base:<run>`, its model before training.
 
     `base` is where the run's model is now, if it is elsewhere. Raises Refusal, without reading a weight, if there is no such
     thing, it belongs to no run, its model's folder is gone, or the run needs code of its model that the command line does not
-    allow (`trusted`).
+    allow (`consent`).
     """
     kind, _, rest = text.partition(":")
     place = Path(rest if kind == "base" and rest else text).expanduser()
@@ -56,9 +56,9 @@ def find_target(text: str, trusted: bool = False, base: str | None = None) -> Ta
         problems = missing_parts()
         if problems:
             raise refuse(f"run={text}", problems[0].why, problems[0].fix)
-        return Target(place.name, "gguf", owner, place, settings_of(owner, trusted)[0])
+        return Target(place.name, "gguf", owner, place, settings_of(owner, consent)[0])
     folder, weights = find_run(str(place))
-    settings, record = settings_of(folder, trusted, base)
+    settings, record = settings_of(folder, consent, base)
     plain = weights is not None and not (weights / "adapter_config.json").is_file() and weights.parent.name != "checkpoints"
     if (kind == "base" and rest) or (settings.lora.enabled and not plain):
         problems = check_base(folder, settings)
@@ -76,17 +76,16 @@ def find_target(text: str, trusted: bool = False, base: str | None = None) -> Ta
 
 
 class Speaker:
-    """A loaded model that answers prompts."""
+    """A loaded model that completes prompts."""
 
     def __init__(self, target: Target):
-        """Load it. Raises Refusal if the base cannot be found, ExportError if llama.cpp does not take the file."""
-        from transformers import AutoTokenizer
+        """Load it. Raises Refusal if base or tokenizer cannot be had, ExportError if llama.cpp does not take the file."""
+        from sft.model.tokenizer import read_tokenizer
 
         self.target, self.settings = target, target.settings
         kept = target.folder / ("adapter" if self.settings.lora.enabled else "model")
-        self.tokenizer = AutoTokenizer.from_pretrained(kept, trust_remote_code=self.settings.model.trust_remote_code)
         self.shape, stops = prompt_form(target.folder)
-        self.stop_ids = sorted(self.tokenizer.convert_tokens_to_ids(stops))
+        self.tokenizer, self.stop_ids = read_tokenizer(kept, self.settings.model.trust_remote_code, stops)
         self.child: Any = None
         self.model = None if target.kind == "gguf" else self._load()
 
@@ -105,11 +104,11 @@ class Speaker:
         from sft.data.columns import Turn
         from sft.data.prompts import conversation_ids
 
-        asked = [Turn(turn["role"], turn["content"]) for turn in turns]
-        return conversation_ids(asked, self.settings, self.shape, self.tokenizer)
+        spoken = [Turn(turn["role"], turn["content"]) for turn in turns]
+        return conversation_ids(spoken, self.settings, self.shape, self.tokenizer)
 
-    def answer(self, ids: list[int], say: Callable[[str], None], max_new_tokens: int, temperature: float = 0.0) -> str:
-        """The answer to a prompt; `say` gets each piece of text as soon as its characters are whole.
+    def complete(self, ids: list[int], say: Callable[[str], None], max_new_tokens: int, temperature: float = 0.0) -> str:
+        """The completion of a prompt; `say` gets each piece of text as soon as its characters are whole.
 
         Greedy at temperature 0, as in samples.jsonl. An end mark is not part of the text.
         """
@@ -157,7 +156,7 @@ class Speaker:
             )
 
     def _ask_child(self, ids: list[int], writer: "_Writer", max_new_tokens: int, temperature: float) -> None:
-        """One question to the process around llama.cpp, which answers with a token id a line and `null` at the end."""
+        """One prompt for the process around llama.cpp, which prints a token id a line and `null` at the end."""
         if self.child is None:
             program = PACKAGE / "export" / "llama_cpp.py"
             command = [sys.executable, str(program), "chat", str(self.target.place)]
@@ -165,20 +164,20 @@ class Speaker:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                 # Threads that wait actively slow each other down.
                 env=child_environment(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="0"),
-                start_new_session=True,  # Ctrl-C stops an answer here, not the process
+                start_new_session=True,  # Ctrl-C stops a completion here, not the process
             )  # fmt: skip
-        asked = {"ids": ids, "max_new_tokens": max_new_tokens, "temperature": temperature, "stop_ids": self.stop_ids}
+        job = {"ids": ids, "max_new_tokens": max_new_tokens, "temperature": temperature, "stop_ids": self.stop_ids}
         try:
-            self.child.stdin.write(json.dumps(asked) + "\n")
+            self.child.stdin.write(json.dumps(job) + "\n")
             self.child.stdin.flush()
             while (line := self.child.stdout.readline()).strip() != "null":
                 if not line:
-                    raise ExportError(f"llama.cpp ended while it answered: {self.target.place}")
+                    raise ExportError(f"llama.cpp ended while it generated: {self.target.place}")
                 writer.add([int(line)])
         except BrokenPipeError as error:
             raise ExportError(f"llama.cpp could not load {self.target.place}") from error
         except KeyboardInterrupt:
-            self.close()  # it would go on answering
+            self.close()  # it would go on generating
             raise
 
 
@@ -188,7 +187,7 @@ class _Writer:
     def __init__(self, tokenizer: Any, stop_ids: list[int], say: Callable[[str], None]):
         self.tokenizer, self.stop_ids, self.say = tokenizer, stop_ids, say
         self.ids: list[int] = []
-        self.said = 0
+        self.shown = 0
         self._prompt = True
 
     def put(self, value: Any) -> None:
@@ -202,13 +201,13 @@ class _Writer:
         self.ids += [i for i in ids if i not in self.stop_ids]
         text = self.tokenizer.decode(self.ids)
         if not text.endswith("\ufffd"):
-            self.say(text[self.said :])
-            self.said = len(text)
+            self.say(text[self.shown :])
+            self.shown = len(text)
 
     def end(self) -> str:
         """The whole text; says what is left of it."""
         text = self.tokenizer.decode(self.ids)
-        if len(text) > self.said:
-            self.say(text[self.said :])
-            self.said = len(text)
+        if len(text) > self.shown:
+            self.say(text[self.shown :])
+            self.shown = len(text)
         return text

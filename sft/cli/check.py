@@ -15,21 +15,22 @@ from typing import Any, NoReturn
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sft.cli.overrides import check_override, is_known, looks_secret, needs_sweep, one_line, parse_overrides, secret
 from sft.config import schema
 from sft.config.compose import PROCESSES, register, to_settings
+from sft.config.consent import WORD
 from sft.config.data_rules import why_lost
 from sft.config.destinations import KEYS, check_destinations, destinations
 from sft.config.rules import check_settings
 from sft.config.schema import Settings
-from sft.config.trust import WORD
 from sft.distributed.group import is_first, launched
 from sft.errors import Problem, Refusal, chain_of, first_line
 from sft.runs.resume import check_folder, recorded_run, working_folder
@@ -69,7 +70,7 @@ def _leave_to_first() -> None:
         args, _ = get_args_parser().parse_known_args()
         if args.help or args.hydra_help or args.info or args.shell_completion or args.cfg:
             raise SystemExit(0)
-        from sft.run import follow
+        from sft.launch.follower import follow
 
         code = follow()
         sys.stderr.flush()
@@ -79,7 +80,7 @@ def _leave_to_first() -> None:
 def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True) -> None:
     """Compose what `argv` asks for and raise one Refusal with every problem in it.
 
-    `hardware=False` leaves out what depends on this machine (a GPU, installed backends), for commands that only look.
+    `hardware=False` leaves out what depends on this machine (a GPU, installed backends), for commands that only read.
     Flags that ask Hydra for information are left to Hydra. Takes about 0.3 s; multirun checks each value once.
     """
     args = _parse_flags(argv)
@@ -122,7 +123,7 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
             fix = "python train.py -m distributed.num_processes=2 ...   starts them for each run of the sweep"
             problems.append(Problem("torchrun train.py -m", why, fix))
         if (args.multirun or preset) and any(o.key_or_group == "preflight.mode" and o.value() == "only" for o in good):
-            why = "A sweep has many jobs, and the check alone looks at one."
+            why = "A sweep has many jobs, and the check alone is about one."
             problems.append(Problem("-m preflight.mode=only", why, "leave -m and the swept values out"))
         problems += _check_swept_values(config_name, search_path, good, hardware)
         problems += _check_pairs(config_name, search_path, good)
@@ -135,7 +136,7 @@ def read_settings(config_dir: Path, argv: list[str], hardware: bool = True) -> S
     check_command_line(config_dir, argv, hardware)
     args = _parse_flags(argv)
     if args.multirun:
-        raise Refusal([Problem("-m", "A sweep has many jobs, and this command looks at one.", "leave -m out")])
+        raise Refusal([Problem("-m", "A sweep has many jobs, and this command is about one.", "leave -m out")])
     if folders := [text.partition("=")[2] for text in args.overrides if text.startswith("resume=")]:
         return recorded_run(Path(folders[0]).expanduser(), WORD in argv)[0]
     with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
@@ -143,7 +144,7 @@ def read_settings(config_dir: Path, argv: list[str], hardware: bool = True) -> S
 
 
 def _parse_flags(argv: list[str]) -> Any:
-    """Hydra's own reading of the command line. Raises Refusal for what it would answer with its usage text."""
+    """Hydra's own reading of the command line. Raises Refusal for what it would end with its usage text."""
     parser = get_args_parser()
 
     def fail(message: str) -> NoReturn:
@@ -263,7 +264,7 @@ def _check_writable(folder: Path) -> list[Problem]:
 
 
 def _why_unwritable(folder: Path) -> str:
-    """Why nothing can be written to a folder, asked of the nearest one that is there; an empty text where it can."""
+    """Why nothing can be written to a folder, by the nearest one that is there; an empty text where it can."""
     if lost := why_lost(str(folder)):
         return lost
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -277,7 +278,7 @@ def _why_unwritable(folder: Path) -> str:
 def _check_resume(argv: list[str], hardware: bool) -> None:
     """Refuse `resume=<run folder>` that does not stand alone, or whose run cannot go on.
 
-    Beside it may stand the words of sft/config/trust.py and sft/config/destinations.py, and a number of processes.
+    Beside it may stand the words of sft/config/consent.py and sft/config/destinations.py, and a number of processes.
     """
     text = next(a for a in argv if a.startswith("resume="))
     counts = [a for a in argv if a.startswith(PROCESSES)]
@@ -347,7 +348,8 @@ def _check_swept_values(config_name: str, search_path: list[str], overrides: lis
 
 def _check_job(config_name: str, overrides: list[str], hardware: bool, folder: Path | None) -> list[Problem]:
     try:
-        config = compose(config_name, overrides=overrides)
+        config = compose(config_name, overrides=overrides, return_hydra_config=True)
+        _fill_in_hydra(config)
         settings = to_settings(config)
         problems = _check_overruled(config, config_name, overrides) + check_settings(settings, hardware)
         return problems + (check_folder(folder, settings) if folder else [])
@@ -361,9 +363,26 @@ def _check_job(config_name: str, overrides: list[str], hardware: bool, folder: P
         if broken:
             return broken  # whatever the overrides are
         message = _reason(error)
-        named = [o for o in overrides if o.partition("=")[0].lstrip("+~") in message or o.partition("=")[2] in message]
+        full = f"{message} {getattr(error, 'full_key', '')}"
+        named = [o for o in overrides if o.partition("=")[0].lstrip("+~") in full or o.partition("=")[2] in full]
         what = " ".join(named or overrides) or "conf/"
         return [Problem(what, message, "python train.py --cfg job   shows the settings without these overrides")]
+
+
+def _fill_in_hydra(config: DictConfig) -> None:
+    """Fill in Hydra's own part of `config` as Hydra will, and take it out; raises what that would raise, which Hydra shows as a
+    traceback.
+    """
+    filled, hydra = HydraConfig.instance(), config.hydra
+    before = filled.cfg
+    with open_dict(config):
+        hydra.job.num, hydra.job.id, hydra.runtime.output_dir = 0, "0", "outputs"  # known only once a job runs
+        filled.set_config(config)
+        try:
+            OmegaConf.to_container(hydra, resolve=True)
+        finally:
+            filled.cfg = before
+        del config["hydra"]
 
 
 def _check_overruled(config: DictConfig, config_name: str, overrides: list[str]) -> list[Problem]:

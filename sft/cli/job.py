@@ -14,7 +14,7 @@ from sft.config.rules import check_settings
 from sft.config.schema import Isolation, PreflightMode, Settings
 from sft.errors import Refusal
 from sft.launch import ranks
-from sft.launch.endings import guarded, look
+from sft.launch.endings import check_only, guarded
 from sft.runs import resume
 from sft.runs.record import Context, RunResult
 
@@ -31,9 +31,9 @@ def run_job(config: DictConfig) -> RunResult:
     choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra") and v not in (None, "none")}
     name = _job_name(choices, folder) if sweeping else _run_name(choices, overrides)
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
-    origins = find_provenance(dict(hydra.runtime.choices), overrides, folders)
-    told = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    context = Context(name, command_text(), overrides, tuple(choices.values()), origins, told)
+    provenance = find_provenance(dict(hydra.runtime.choices), overrides, folders)
+    logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
+    context = Context(name, command_text(), overrides, tuple(choices.values()), provenance, logging)
 
     stack = contextlib.ExitStack()
 
@@ -43,12 +43,12 @@ def run_job(config: DictConfig) -> RunResult:
         if settings.resume:
             counts = [o.removeprefix(PROCESSES) for o in overrides if o.startswith(PROCESSES)]
             settings, context = _recorded(folder, stack, settings.model.trust_remote_code, *counts[-1:])
-            context.logging = told
+            context.logging = logging
         problems = check_settings(settings)
         if problems:
             raise Refusal(problems)
         if settings.preflight.mode == PreflightMode.only:
-            return look(settings, folder, context)
+            return check_only(settings, folder, context)
         if sweeping and settings.sweep.isolation == Isolation.process:
             from sft.launch.isolated import run_apart
 
@@ -60,14 +60,14 @@ def run_job(config: DictConfig) -> RunResult:
 
 
 def _recorded(
-    folder: Path, stack: contextlib.ExitStack, trusted: bool, processes: str | None = None
+    folder: Path, stack: contextlib.ExitStack, consent: bool, processes: str | None = None
 ) -> tuple[Settings, Context]:
     """Settings and context of the run in `folder`, for `resume=`; until `stack` closes, the run works where it began."""
-    settings, record = resume.recorded_run(folder, trusted, processes)
+    settings, record = resume.recorded_run(folder, consent, processes)
     stack.enter_context(resume.working_folder(record, folder))
     named = [record.get(key) or empty for key, empty in (("name", "run"), ("command", ""), ("overrides", ()), ("tags", ()))]
-    origins = dict.fromkeys(leaf_keys(), "run.json")
-    return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), origins)
+    provenance = dict.fromkeys(leaf_keys(), "run.json")
+    return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), provenance)
 
 
 def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:

@@ -1,6 +1,6 @@
 """One override of the command line, `key=value`: read, and checked against the schema before anything is composed.
 
-What cannot be said is answered with what was typed, why it cannot, and what to type instead. A secret is never shown.
+What cannot be typed is refused with what was typed, why it cannot, and what to type instead. A secret is never shown.
 """
 
 import difflib
@@ -25,7 +25,7 @@ from sft.sweep.grid import list_values
 
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
 
-# Options whose names only look like a secret's.
+# Options whose names only resemble a secret's.
 NOT_SECRET = ("trainer.extra.eos_token", "trainer.extra.pad_token", "dataset.keep.", "dataset.drop.")
 
 # W&B's old keys are 40 hexadecimal digits; inside a path these are a commit of the hub's cache.

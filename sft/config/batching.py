@@ -1,8 +1,8 @@
-"""How the rows of one optimiser step are split into forward passes. Imports nothing heavy.
+"""The batch plan: how the rows of one optimiser step are cut into micro-batches. Imports nothing heavy.
 
 `per_device_train_batch_size` rows go through the model at a time, `gradient_accumulation_steps` times a step. The product
-decides what is learnt: the loss of a step is a sum over its learnt tokens divided by their number, however they are split.
-Several processes share the passes of a step out among them, so that the product stays what it is.
+decides what the model learns: the loss of a step is a sum over its target tokens divided by their number, however it is cut.
+Several processes share the micro-batches of a step out among them, so that the product stays what it is.
 """
 
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ from sft.errors import Problem
 AUTO = "auto"
 
 ACCUMULATION, EFFECTIVE, CPU_ROWS = 4, 8, 2
-"""Forward passes where nothing says how many; rows a step for `auto`; rows a pass that `auto` takes on the CPU."""
+"""Micro-batches a step where nothing says how many; rows a step for `auto`; rows a micro-batch for `auto` on the CPU."""
 
 EVAL_ROWS, MOST_EVAL_ROWS, EVAL_TOKENS = 4, 256, 8_192
-"""Rows of a pass in an evaluation; most of them, and their tokens, if they lie end to end on a GPU. It keeps nothing for a
+"""Rows of a micro-batch in an evaluation; most of them, and their tokens, padding-free on a GPU. It keeps nothing for a
 backward pass: 8B takes up to 1 GiB for these tokens (three times the MLP's width). More of them save no time: an H100 computes
-them far longer than a host takes to launch the pass."""
+them far longer than a host takes to launch their kernels."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class BatchPlan:
     gradient_checkpointing: bool | None
     """None leaves it to `models.uses_checkpointing`."""
     every_n_layers: int = 1
-    """With checkpointing one of so many layers is computed again for the backward pass, and the others are kept."""
+    """With checkpointing one of so many layers is recomputed for the backward pass, and the others are kept."""
 
     @property
     def effective_batch_size(self) -> int:
@@ -40,12 +40,12 @@ class BatchPlan:
 
 
 def is_auto(trainer: TrainerSettings) -> bool:
-    """Whether the rows of a pass are to be chosen by the memory there is."""
+    """Whether the rows of a micro-batch are to be chosen by the memory there is."""
     return trainer.per_device_train_batch_size == AUTO
 
 
 def effective_batch_size(trainer: TrainerSettings) -> int:
-    """Rows in one optimiser step, known before they are split."""
+    """Rows in one optimiser step, known before it is cut into micro-batches."""
     if trainer.effective_batch_size:
         return trainer.effective_batch_size
     return (
@@ -56,10 +56,10 @@ def effective_batch_size(trainer: TrainerSettings) -> int:
 
 
 def eval_rows(trainer: TrainerSettings, lengths: Any = None, processes: int = 1) -> int:
-    """Rows in one forward pass of an evaluation.
+    """Rows in one micro-batch of an evaluation.
 
-    `lengths`: tokens of each row, an array in the order of the rows, where these lie end to end on a GPU. As many rows then
-    make a pass as have no more than EVAL_TOKENS in any of the passes, and leave a pass to each process.
+    `lengths`: tokens of each row, an array in the order of the rows, where they are padding-free on a GPU. As many rows then
+    make a micro-batch as have no more than EVAL_TOKENS in any of them, and leave one to each process.
     """
     import numpy as np
 
@@ -79,31 +79,31 @@ def planned_steps(trainer: TrainerSettings, rows: int) -> int:
 def batch_plan_of(
     trainer: TrainerSettings, rows: int | None = None, checkpointing: bool | None = None, every_n_layers: int = 1
 ) -> BatchPlan:
-    """The split of these settings; `rows` is what was chosen for `auto`."""
+    """The batch plan of these settings; `rows` is what was chosen for `auto`."""
     rows = rows or trainer.per_device_train_batch_size
     return BatchPlan(rows, effective_batch_size(trainer) // rows, checkpointing, every_n_layers)
 
 
 def candidates(trainer: TrainerSettings, processes: int = 1) -> list[int]:
-    """Rows of a pass that make up the effective batch evenly, in as many passes on each process, most first."""
+    """Rows of a micro-batch that make up the effective batch evenly, with as many of them on each process, most first."""
     total = effective_batch_size(trainer)
     if trainer.gradient_accumulation_steps:
         return [total // trainer.gradient_accumulation_steps]
     return [n for n in range(total, 0, -1) if total % (n * processes) == 0]
 
 
-def with_batch_plan(settings: Settings, split: BatchPlan) -> Settings:
+def with_batch_plan(settings: Settings, plan: BatchPlan) -> Settings:
     """The settings with plain numbers in place of `auto` and null."""
     extra = settings.trainer.extra
-    if split.every_n_layers > 1:
+    if plan.every_n_layers > 1:
         more = {"use_reentrant": False, **(extra.get("gradient_checkpointing_kwargs") or {})}
-        extra = {**extra, "gradient_checkpointing_kwargs": {**more, "every_n_layers": split.every_n_layers}}
+        extra = {**extra, "gradient_checkpointing_kwargs": {**more, "every_n_layers": plan.every_n_layers}}
     trainer = replace(
         settings.trainer,
-        per_device_train_batch_size=split.per_device_train_batch_size,
-        gradient_accumulation_steps=split.gradient_accumulation_steps,
-        effective_batch_size=split.effective_batch_size,
-        gradient_checkpointing=split.gradient_checkpointing,
+        per_device_train_batch_size=plan.per_device_train_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        effective_batch_size=plan.effective_batch_size,
+        gradient_checkpointing=plan.gradient_checkpointing,
         extra=extra,
     )
     return replace(settings, trainer=trainer)
@@ -111,7 +111,7 @@ def with_batch_plan(settings: Settings, split: BatchPlan) -> Settings:
 
 def check_batch_plan(trainer: TrainerSettings, processes: int = 1) -> list[Problem]:
     """What of the three settings contradicts another, would be ignored, or cannot be shared out evenly among the processes."""
-    rows, passes, total = (
+    rows, micro_batches, total = (
         trainer.per_device_train_batch_size,
         trainer.gradient_accumulation_steps,
         trainer.effective_batch_size,
@@ -119,38 +119,42 @@ def check_batch_plan(trainer: TrainerSettings, processes: int = 1) -> list[Probl
     key = f"trainer.per_device_train_batch_size={rows}"
     if isinstance(rows, str) and rows != AUTO:
         return [Problem(key, "It is neither a whole number nor auto.", "trainer.per_device_train_batch_size=auto")]
-    if any(isinstance(n, int) and n < 1 for n in (rows, passes, total)):
+    if any(isinstance(n, int) and n < 1 for n in (rows, micro_batches, total)):
         return []  # refused as numbers
     freed = "trainer.gradient_accumulation_steps=null"
     if rows == AUTO:
-        if passes is None:
+        if micro_batches is None:
             return _check_shares(trainer, 1, processes)
-        if total and total % passes == 0:
-            return _check_shares(trainer, total // passes, processes)
-        what = f"{key} trainer.gradient_accumulation_steps={passes}" + (
+        if total and total % micro_batches == 0:
+            return _check_shares(trainer, total // micro_batches, processes)
+        what = f"{key} trainer.gradient_accumulation_steps={micro_batches}" + (
             f" trainer.effective_batch_size={total}" if total else ""
         )
-        why = f"{total} rows cannot be made of {passes} passes." if total else "It does not say how many rows a step has."
-        fix = f"trainer.effective_batch_size={passes * max(1, round((total or 2 * passes) / passes))}"
-        fix += f"\n{freed}   auto chooses the passes: trainer.effective_batch_size={total or EFFECTIVE}"
+        why = (
+            f"{total} rows cannot be made of {micro_batches} micro-batches."
+            if total
+            else "It does not say how many rows a step has."
+        )
+        fix = f"trainer.effective_batch_size={micro_batches * max(1, round((total or 2 * micro_batches) / micro_batches))}"
+        fix += f"\n{freed}   auto chooses the micro-batches: trainer.effective_batch_size={total or EFFECTIVE}"
         return [Problem(what, why, fix)]
     if total is None:
         return _check_shares(trainer, rows, processes)
     what = f"{key} trainer.effective_batch_size={total}"
-    if passes is not None and rows * passes != total:
-        why = f"{rows} rows x {passes} passes are {rows * passes} rows a step, not {total}."
-        fix = f"{freed}   follows the effective batch size\ntrainer.effective_batch_size={rows * passes}"
-        return [Problem(f"{what} trainer.gradient_accumulation_steps={passes}", why, fix)]
+    if micro_batches is not None and rows * micro_batches != total:
+        why = f"{rows} rows x {micro_batches} micro-batches are {rows * micro_batches} rows a step, not {total}."
+        fix = f"{freed}   follows the effective batch size\ntrainer.effective_batch_size={rows * micro_batches}"
+        return [Problem(f"{what} trainer.gradient_accumulation_steps={micro_batches}", why, fix)]
     if total % rows:
         best = max(n for n in range(1, min(rows, total) + 1) if total % n == 0)
-        why = f"{total} rows cannot be made of passes of {rows}."
+        why = f"{total} rows cannot be made of micro-batches of {rows}."
         fix = f"trainer.per_device_train_batch_size={best}\ntrainer.effective_batch_size={max(1, round(total / rows)) * rows}"
         return [Problem(what, why, fix)]
     return _check_shares(trainer, rows, processes)
 
 
 def _check_shares(trainer: TrainerSettings, rows: int, processes: int) -> list[Problem]:
-    """Why the rows of a step cannot be dealt out in passes of `rows`, as many to each process."""
+    """Why the rows of a step cannot be dealt out in micro-batches of `rows`, as many to each process."""
     total = effective_batch_size(trainer)
     if total % (rows * processes) == 0:
         return []
@@ -159,5 +163,5 @@ def _check_shares(trainer: TrainerSettings, rows: int, processes: int) -> list[P
     freed = "trainer.gradient_accumulation_steps=null "
     fix = f"{freed}trainer.per_device_train_batch_size={smaller} trainer.effective_batch_size={total}\n" if smaller else ""
     fix += f"{freed}trainer.effective_batch_size={more}   learns from more rows a step"
-    why = f"{total} rows a step cannot be shared out evenly among {processes} processes in passes of {rows}."
+    why = f"{total} rows a step cannot be shared out evenly among {processes} processes in micro-batches of {rows}."
     return [Problem(f"{processes} processes, {total} rows a step", why, fix)]

@@ -11,7 +11,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from sft.config.schema import Settings, Tracker
+from sft.config.schema import Settings, TrackerName
 from sft.errors import Problem
 from sft.storage import cache
 
@@ -23,7 +23,7 @@ def destinations(settings: Settings) -> dict[str, str]:
     found = {}
     if settings.export.hub.repo and settings.export.formats:
         found["export.hub.repo"] = settings.export.hub.repo
-    if settings.tracking.tracker == Tracker.wandb and settings.tracking.entity:
+    if settings.tracking.tracker != TrackerName.none and settings.tracking.entity:
         found["tracking.entity"] = settings.tracking.entity
     return found
 

@@ -1,4 +1,4 @@
-"""What this machine has, or the GPU that is only planned for: processes, memory, and how far a kernel's launch is felt."""
+"""What this machine has, or the GPU that is only planned for: processes, memory, and what bounds launching kernels."""
 
 import importlib.util
 import os

@@ -21,18 +21,18 @@ def find_provenance(choices: dict[str, str], overrides: tuple[str, ...], folders
     files = [(f"{group}/{option}.yaml", f"{group}.") for group, option in choices.items() if group not in last]
     files += [("config.yaml", "")]
     files += [(f"{group}/{choices[group]}.yaml", "") for group in last if group in choices]
-    origins = dict.fromkeys(leaf_keys(), DEFAULT)
+    provenance = dict.fromkeys(leaf_keys(), DEFAULT)
     for name, prefix in files:
         place = next((folder / name for folder in folders if (folder / name).is_file()), None)
         if place:
             keys = _keys_of(yaml.safe_load(place.read_text(encoding="utf-8")) or {}, prefix)
-            _note(origins, keys, f"{place.parent.parent.name}/{name}" if "/" in name else f"{place.parent.name}/{name}")
+            _note(provenance, keys, f"{place.parent.parent.name}/{name}" if "/" in name else f"{place.parent.name}/{name}")
     typed = [o.partition("=")[0].lstrip("+") for o in overrides]
-    _note(origins, [key for key in typed if key not in GROUPS], TYPED)
-    return origins
+    _note(provenance, [key for key in typed if key not in GROUPS], TYPED)
+    return provenance
 
 
-def describe(settings: Settings, origins: dict[str, str]) -> dict[str, dict[str, Any]]:
+def describe(settings: Settings, provenance: dict[str, str]) -> dict[str, dict[str, Any]]:
     """{dotted key: {"value", "origin"}} of every setting."""
     from sft.storage.jsonio import jsonable
 
@@ -41,7 +41,7 @@ def describe(settings: Settings, origins: dict[str, str]) -> dict[str, dict[str,
         value: Any = settings
         for part in key.split("."):
             value = getattr(value, part)
-        found[key] = {"value": jsonable(value), "origin": origins.get(key, DEFAULT)}
+        found[key] = {"value": jsonable(value), "origin": provenance.get(key, DEFAULT)}
     return found
 
 
@@ -53,8 +53,8 @@ def _keys_of(tree: Any, prefix: str) -> list[str]:
     return keys
 
 
-def _note(origins: dict[str, str], keys: list[str], origin: str) -> None:
+def _note(provenance: dict[str, str], keys: list[str], origin: str) -> None:
     for key in keys:
-        for known in origins:
+        for known in provenance:
             if known == key or known.startswith(f"{key}.") or key.startswith(f"{known}."):
-                origins[known] = origin
+                provenance[known] = origin

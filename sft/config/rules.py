@@ -126,7 +126,7 @@ def _check_distributed(settings: Settings) -> list[Problem]:
 
 
 def _check_preflight(settings: Settings) -> list[Problem]:
-    """`preflight.gpu` beside anything but a look: a run trains on what is there."""
+    """`preflight.gpu` without `preflight.mode=only`: a run trains on what is there."""
     preflight = settings.preflight
     if preflight.gpu is None or preflight.mode == PreflightMode.only:
         return []
@@ -418,7 +418,8 @@ def _check_hub_repo(repo: str | None) -> list[Problem]:
 def _check_tracking(tracking: TrackingSettings) -> list[Problem]:
     """A project name that W&B would refuse after loading."""
     refused, project = r"/\#?%:", tracking.project
-    if tracking.tracker != schema.Tracker.wandb or project is None or (len(project) <= 128 and not set(project) & set(refused)):
+    at_wandb = tracking.tracker == schema.TrackerName.wandb
+    if not at_wandb or project is None or (len(project) <= 128 and not set(project) & set(refused)):
         return []
     team, _, rest = project.partition("/")
     clean = re.sub(r"[^a-zA-Z0-9_.-]+", "-", project)[:128].strip("-") or "sft"

@@ -1,6 +1,6 @@
-"""How often a run measures the held-out loss and answers prompts between its first step and its last, where the settings leave
-it open. Both take time from the training; before the first and after the last step they are never left out. Imports nothing
-heavy.
+"""The evaluation schedule: how often a run measures the held-out loss and completes prompts between its first and last step,
+where the settings leave it open. Both take time from the training; before the first and after the last step they are never
+left out. Imports nothing heavy.
 """
 
 import math
@@ -20,8 +20,8 @@ EVALUATED = 0.5
 """Work of an evaluated token against a trained one: a forward pass, where training also takes the gradients of the inputs."""
 
 STEPS_A_TOKEN = 2
-"""Steps of a run for each token of an answer, from which on there are answers in between: a token takes about a fifteenth of
-a step of 8 rows, so that they take some 3 %."""
+"""Steps of a run for each token of a completion, from which on there are completions in between: a token takes about a
+fifteenth of a step of 8 rows, so that they take some 3 %."""
 
 
 def with_eval_schedule(settings: Settings, facts: dict[str, Any]) -> Settings:

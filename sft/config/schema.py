@@ -73,7 +73,7 @@ class Bias(Enum):
     lora_only = "lora_only"
 
 
-class Tracker(Enum):
+class TrackerName(Enum):
     """Where curves and samples go besides the run folder."""
 
     wandb = "wandb"
@@ -134,7 +134,7 @@ class ModelSettings:
     revision: str | None = None
     """Branch, tag or commit on the hub; null takes the newest and records its commit in `run.json`."""
     backend: Backend = Backend.auto
-    """`unsloth`, `transformers`, or `auto`. On a GPU with both: transformers where rows can lie end to end and the weights
+    """`unsloth`, `transformers`, or `auto`. On a GPU with both: transformers where batches can be padding-free and the weights
     leave room for them, which is faster; else Unsloth, which needs less memory."""
     max_seq_length: int = 2048
     """Longest row in tokens. Longer ones follow `dataset.overlong`; nothing is cut in silence."""
@@ -257,19 +257,19 @@ class TrainerSettings:
     """How the model is trained, under TRL's and transformers' names."""
 
     num_train_epochs: float = 1.0
-    """Passes over the training rows."""
+    """Epochs: how often each training row is used."""
     max_steps: int = -1
     """Stop after this many optimiser steps; above 0 it replaces `num_train_epochs`."""
     per_device_train_batch_size: int | str = "auto"
-    """Rows in one forward pass. `auto`: the most, up to `effective_batch_size`, that an estimate of the GPU's memory allows;
+    """Rows in one micro-batch. `auto`: the most, up to `effective_batch_size`, that an estimate of the GPU's memory allows;
     2 on the CPU."""
     gradient_accumulation_steps: int | None = None
-    """Forward passes in one optimiser step, beside a number of rows in each. null: what `effective_batch_size` asks for, else
+    """Micro-batches in one optimiser step, beside a number of rows in each. null: what `effective_batch_size` asks for, else
     4."""
     effective_batch_size: int | None = None
-    """Rows in one optimiser step, in however many passes. null: 8 for `auto`, else the product of the two."""
+    """Rows in one optimiser step, in however many micro-batches. null: 8 for `auto`, else the product of the two."""
     per_device_eval_batch_size: int | None = None
-    """Rows in one forward pass of the evaluation. null: 4; end to end on a GPU, as many as have 8,192 tokens."""
+    """Rows in one micro-batch of the evaluation. null: 4; padding-free on a GPU, as many as have 8,192 tokens."""
     learning_rate: float = 2e-4
     """Peak learning rate. LoRA usually wants 1e-4 to 1e-3; 3e-3 mostly diverges."""
     lr_scheduler_type: str = "linear"
@@ -284,19 +284,19 @@ class TrainerSettings:
     """Gradients are clipped to this norm."""
     gradient_checkpointing: bool | None = None
     """Recompute activations to save memory, at about a third more time. null: where the memory estimate calls for it, and with
-    a fixed number of rows a pass through Unsloth; never on the CPU."""
+    a fixed number of rows a micro-batch through Unsloth; never on the CPU."""
     padding_free: bool | None = None
-    """Lay the rows of a pass end to end instead of padding them: the same losses, no time for padding. null: where the backend
-    is `transformers` and the model's attention allows it; Unsloth has a way of its own."""
+    """Concatenate the rows of a micro-batch instead of padding them: the same losses, no time for padding. null: where the
+    backend is `transformers` and the model's attention allows it; Unsloth has a way of its own."""
     torch_compile: bool | None = None
     """Compile the decoder layers: about a third less time a step, after one to two minutes at the start that the next run finds
     on the disk. null: on a GPU, in runs that are long enough to repay it."""
     cuda_graphs: bool | None = None
-    """Record passes of usual lengths as CUDA graphs and replay them, so that a small pass does not wait for the host. null: on
-    a GPU, where rows lie end to end without dropout."""
+    """Capture micro-batches of usual lengths as CUDA graphs and replay them, so that a small one does not wait for the host.
+    null: on a GPU, where batches are padding-free, without dropout."""
     max_memory_gib: float | None = None
-    """GPU memory that the run may take, in GiB, on each GPU: what has no room is split, recomputed or refused as on a GPU of
-    that size. null: all there is."""
+    """GPU memory that the run may take, in GiB, on each GPU: what has no room is cut smaller, recomputed or refused as on a GPU
+    of that size. null: all there is."""
     logging_steps: int = 1
     """Write a line of metrics every so many steps."""
     eval_steps: float | None = None
@@ -327,7 +327,7 @@ class TrainerSettings:
 
 @dataclass
 class SamplesSettings:
-    """Answers generated greedily from fixed prompts while the model learns."""
+    """Completions generated greedily from fixed prompts while the model learns."""
 
     num_held_out: int = 4
     """How many prompts to take from the held-out rows (from the training rows where none are held out)."""
@@ -337,7 +337,7 @@ class SamplesSettings:
     """Generate every so many steps; below 1 a share of all steps. Always before the first and after the last step. null:
     half-way too, in runs of at least twice as many steps as `samples.max_new_tokens`."""
     max_new_tokens: int = 128
-    """Longest answer in tokens."""
+    """Longest completion in tokens."""
 
 
 @dataclass
@@ -370,7 +370,7 @@ class ExportSettings:
     gguf: GgufSettings = field(default_factory=GgufSettings)
     """Which GGUF files are made."""
     num_prompts: int = 8
-    """Greedy answers compared between each export and the model that was trained."""
+    """Greedy completions compared between each export and the model that was trained."""
     max_loss_increase: float = 0.1
     """A quantised export whose held-out loss is higher than the trained model's by more than this (in nats a token) has
     failed. Lossless ones have a fixed, much smaller limit."""
@@ -382,7 +382,7 @@ class ExportSettings:
 class TrackingSettings:
     """Where the run is tracked besides its own folder."""
 
-    tracker: Tracker = Tracker.wandb
+    tracker: TrackerName = TrackerName.wandb
     """`wandb`, or `none` for the run folder alone."""
     mode: TrackingMode = TrackingMode.auto
     """`auto`: as WANDB_MODE says, else online with an API key and a network, else offline with one line on how to sync.
@@ -413,7 +413,7 @@ class SweepSettings:
 
 @dataclass
 class DistributedSettings:
-    """Several processes for one run, one a GPU. Without effect on what is learnt: a step has the same rows."""
+    """Several processes for one run, one a GPU. Without effect on what the model learns: a step has the same rows."""
 
     num_processes: int | str = 1
     """Processes on this machine, which train.py starts; `auto`: one for each GPU. Under a torchrun of your own
@@ -425,7 +425,7 @@ class DistributedSettings:
 
 @dataclass
 class PreflightSettings:
-    """The check before a weight is loaded. Without effect on what is learnt."""
+    """The check before a weight is loaded. Without effect on the training."""
 
     mode: PreflightMode = PreflightMode.run
     """`run`: check, then train. `only`: check, show everything and train nothing. `skip`: check no more than the data."""
@@ -453,7 +453,7 @@ class Settings:
     seed: int = 3407
     """Seed of the shuffling, the adapter's start and dropout."""
     resume: str | None = None
-    """Run folder to go on with, in place and with its own settings. Stands alone on the command line, but for
+    """Run folder to resume, in place and with its own settings. Stands alone on the command line, but for
     `model.trust_remote_code=true` where the run has that."""
 
 

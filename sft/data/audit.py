@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sft.config.schema import LossOn, Overlong, Settings, Shape
+from sft.data.columns import SHAPES
 from sft.data.tokenize import IGNORED
 from sft.errors import Problem, Refusal, refuse
 
@@ -18,7 +19,7 @@ COUNTED = ("truncated_rows", "dropped_rows", "rows_without_labels", "rows_withou
 
 @dataclass
 class SplitStats:
-    """What is known of the rows of one split besides their tokens, which are in a file."""
+    """What is known of the rows of one split, `train` or `eval`, besides their tokens, which are in a file."""
 
     lengths: array = field(default_factory=lambda: array("q"))
     """Tokens of each row read, before anything is cut or left out."""
@@ -28,8 +29,8 @@ class SplitStats:
     """Its number in the data."""
     tokens: int = 0
     """Of the rows kept."""
-    learnt: int = 0
-    """How many of these are learnt."""
+    target_tokens: int = 0
+    """How many of these are targets."""
     too_long: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     examples: list[dict] = field(default_factory=list)
@@ -77,7 +78,7 @@ def find_duplicates(train: SplitStats, held_out: SplitStats | None) -> dict[str,
 
 
 class Faults:
-    """Rows that cannot be learnt from, by what is wrong with them."""
+    """Rows that cannot be trained on, by what is wrong with them."""
 
     def __init__(self) -> None:
         self.rows: dict[Problem, list[int]] = {}
@@ -125,13 +126,13 @@ def refuse_nothing_to_learn(splits: dict[str, SplitStats], counts: dict, shape: 
         elif settings.dataset.overlong == Overlong.truncate and counts.get("rows_without_labels"):
             what, why, fix = f"dataset.overlong=truncate {limit}", "has an answer left to learn", "raise model.max_seq_length"
         elif split.notes["reasoning"]:
-            what, why = "the chat template", "has an answer that is learnt: it leaves out the reasoning of each"
+            what, why = "the chat template", "has an answer that is trained on: it leaves out the reasoning of each"
             fix = "model.chat_template=<the file of a template that keeps it>"
         elif split.notes["weight"]:
-            what, why = "the weights of the answers", "has an answer that is learnt: all have the weight 0"
-            fix = "give the answers that are to be learnt the weight 1"
+            what, why = "the weights of the answers", "has an answer that is trained on: all have the weight 0"
+            fix = "give the answers that are to be trained on the weight 1"
         else:
-            role = {Shape.instruction: "output", Shape.prompt_completion: "completion"}.get(shape, shape.value)
+            role = SHAPES[shape].answer
             what = f"dataset.columns.{role}={getattr(settings.dataset.columns, role)}"
             why, fix = "has an answer to learn; all are empty", f"dataset.columns.{role}=<the column with the answers>"
         if name == "eval" and not settings.dataset.eval_split:
@@ -148,7 +149,7 @@ def data_warnings(counts: dict, blank: int, duplicates: dict[str, Any], notes: C
         found.append(f"{counts['dropped_rows']} rows over {limit} tokens were left out.")
     if counts.get("rows_without_labels"):
         reason = "an empty answer" if settings.dataset.overlong != Overlong.truncate else "an empty or cut-off answer"
-        reason += ", or none that is learnt," if notes["reasoning"] or notes["weight"] else ""
+        reason += ", or none that is trained on," if notes["reasoning"] or notes["weight"] else ""
         found.append(f"{counts['rows_without_labels']} rows have {reason} and were left out.")
     if blank:
         found.append(f"{blank} rows have an answer but no question.")
@@ -175,12 +176,12 @@ def _note_warnings(notes: Counter, settings: Settings) -> list[str]:
     found = []
     if notes["reasoning"]:
         found.append(
-            f"{notes['reasoning']} answers are read and not learnt, because the chat template leaves out their reasoning: "
-            "learnt without it they would teach the model to answer at once. Rows with one answer each keep it."
+            f"{notes['reasoning']} answers are read and not trained on, because the chat template leaves out their reasoning: "
+            "without it they would teach the model to answer at once. Rows with one answer each keep it."
         )
     if notes["weight"] and settings.dataset.loss_on == LossOn.all:
         found.append(
-            f"{notes['weight']} answers have the weight 0 and are learnt all the same, because of dataset.loss_on=all."
+            f"{notes['weight']} answers have the weight 0 and are trained on all the same, because of dataset.loss_on=all."
         )
     if notes["tools"]:
         found.append(f"{notes['tools']} rows define tools, and the chat template has no place for them: they are left out.")

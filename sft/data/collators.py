@@ -1,4 +1,4 @@
-"""Batches without padding: rows put together in one long row, with the ends that keep them apart."""
+"""Padding-free micro-batches: rows concatenated, with the ends that keep them apart; and any micro-batch cut into its rows."""
 
 import itertools
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from sft.data.tokenize import IGNORED
 
 @dataclass
 class PaddingFreeCollator:
-    """Puts rows together; takes the place of TRL's collator."""
+    """Concatenates the rows of a micro-batch; takes the place of TRL's collator."""
 
     pad_token_id: int
     longest: int
-    """Tokens in the longest row there is: one number for a whole run, so that nothing is compiled or recorded twice for it."""
+    """Tokens in the longest row there is: one number for a whole run, so that nothing is compiled or captured twice for it."""
     lengths: tuple[int, ...] = ()
-    """Lengths that a pass is filled up to, shortest first, because each is recorded as a CUDA graph. A longer pass is left as
-    it is; so is every pass if there are none."""
+    """Lengths that a micro-batch is padded to, shortest first, because each is captured as a CUDA graph. A longer one is left
+    as it is; so is every one if there are none."""
     rows: int = 0
-    """Rows of a whole pass. The ends of fewer rows are filled up to as many, for the same reason."""
+    """Rows of a whole micro-batch. The ends of fewer rows are filled up to as many, for the same reason."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """One pass of `rows` (`input_ids`, `labels`: lists or arrays), as a model with `install` takes it.
+        """One micro-batch of `rows` (`input_ids`, `labels`: lists or arrays), as a model with `install` takes it.
 
         input_ids, position_ids, labels: [1, tokens]; the first label of a row is IGNORED, since nothing predicts it.
         cu_seq_lens_q, cu_seq_lens_k: int32, the start of every row and the ends of the last one and of the filling behind it.
-        learnt: the places whose output predicts a learnt token; targets: these tokens.
+        target_positions: those whose output predicts a target token; targets: these tokens.
         """
         import numpy as np
         import torch
@@ -33,7 +33,7 @@ class PaddingFreeCollator:
         counts = [len(row["input_ids"]) for row in rows]
         total = sum(counts)
         filling = next((n - total for n in self.lengths if n >= total), 0)
-        if filling > self.longest:  # attention is launched for rows up to `longest`
+        if filling > self.longest:  # attention is computed for rows up to `longest`
             filling = 0
         ids = np.full(total + filling, self.pad_token_id)
         labels = np.full(total + filling, IGNORED)
@@ -42,7 +42,7 @@ class PaddingFreeCollator:
         starts = np.cumsum([0, *counts])
         labels[starts[:-1]] = IGNORED
         positions = np.arange(total + filling) - np.repeat(starts, [*counts, filling])
-        learnt = np.flatnonzero(labels != IGNORED) - 1
+        targets_at = np.flatnonzero(labels != IGNORED) - 1
         ends = [*starts, *[total] * (self.rows - len(rows)), total + filling]
         cu_seq_lens = torch.tensor(ends, dtype=torch.int32)
         return {
@@ -53,20 +53,20 @@ class PaddingFreeCollator:
             "cu_seq_lens_k": cu_seq_lens,
             "max_length_q": self.longest,
             "max_length_k": self.longest,
-            "learnt": torch.from_numpy(learnt),
-            "targets": torch.from_numpy(labels[learnt + 1]),
+            "target_positions": torch.from_numpy(targets_at),
+            "targets": torch.from_numpy(labels[targets_at + 1]),
         }
 
 
 def is_padding_free(inputs: dict[str, Any]) -> bool:
-    """Whether a pass was put together by EndToEnd."""
-    return "learnt" in inputs
+    """Whether a micro-batch was made by PaddingFreeCollator."""
+    return "target_positions" in inputs
 
 
 def cut(inputs: dict[str, Any]) -> list[dict[str, list[int]]]:
-    """The rows of any pass, without padding: padded ones by their mask, flat ones by their ends.
+    """The rows of any micro-batch, without padding: padded ones by their mask, padding-free ones by their ends.
 
-    Passes that Unsloth lays end to end are cut where positions start again.
+    Those that Unsloth makes padding-free are cut where positions start again.
     """
     ids, labels, mask = inputs["input_ids"], inputs["labels"], inputs.get("attention_mask")
     if mask is not None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft.config.schema import DatasetSettings, Shape
+from sft.config.schema import ColumnSettings, DatasetSettings, Shape
 from sft.errors import Problem, Refusal, refuse
 
 # Names that columns of a role have in the wild, for the likeliest match.
@@ -28,13 +28,37 @@ SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "a
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
-# Keys of a turn, as public data sets write them: what an assistant thought, and whether its answer is learnt (OpenAI and
+# Keys of a turn, as public data sets write them: what an assistant thought, and whether its answer is trained on (OpenAI and
 # Mistral: weight; axolotl and open-instruct: train, training; ms-swift: loss; others: loss_mask, trainable).
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 WEIGHTS = ("weight", "train", "training", "loss", "loss_mask", "trainable")
 
 READ_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *REASONING, *WEIGHTS}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is known of the rows of one shape."""
+
+    needed: tuple[tuple[str, ...], ...]
+    """Roles that need a column, the question's first; of several in one place the first that has one."""
+    answer: str
+    """The role of the column with the answers."""
+    turns: bool = False
+    """Whether that column holds a conversation."""
+    plain: str = ""
+    """`dataset.template=plain` as a template text; blank where it is not one."""
+
+
+SHAPES = {
+    Shape.messages: Layout((("messages",),), "messages", turns=True),
+    Shape.conversations: Layout((("conversations",),), "conversations", turns=True),
+    Shape.instruction: Layout((("instruction", "input"), ("output",)), "output", plain="{instruction}\n\n{input}\n\n{output}"),
+    Shape.prompt_completion: Layout((("prompt",), ("completion",)), "completion", plain="{prompt}{completion}"),
+    Shape.text: Layout((("text",),), "text"),
+}
+"""The shapes, in the order in which `auto` tries them."""
 
 # What a template text can always name in braces, whatever the columns are called.
 FIELDS = ("instruction", "input", "output", "prompt", "completion", "system")
@@ -48,8 +72,8 @@ class Turn:
     content: str
     reasoning: str = ""
     """What an assistant thought before it answered, where the data has it in a key of its own."""
-    learnt: bool = True
-    """Whether an assistant's answer is learnt, as its weight says; else it is only read."""
+    trained_on: bool = True
+    """Whether an assistant's answer is trained on, as its weight says; else it is only read."""
     unused: tuple[str, ...] = field(default=(), compare=False)
     """Keys of the turn that hold something and are not used."""
 
@@ -59,16 +83,9 @@ def find_shape(rows: Sequence[dict], data: DatasetSettings) -> Shape:
     if data.shape != Shape.auto:
         return data.shape
     names, columns = _names(rows), data.columns
-    if columns.messages in names:
-        return Shape.messages
-    if columns.conversations in names:
-        return Shape.conversations
-    if columns.output in names and ({columns.instruction, columns.input} & names):
-        return Shape.instruction
-    if columns.prompt in names and columns.completion in names:
-        return Shape.prompt_completion
-    if columns.text in names:
-        return Shape.text
+    for shape, layout in SHAPES.items():
+        if all(any(getattr(columns, role) in names for role in roles) for roles in layout.needed):
+            return shape
     if columns.output in names or columns.instruction in names:
         return Shape.instruction  # check_columns says what is missing
     turns = next((name for name in sorted(names) if len(rows) and holds_turns(rows[0].get(name))), None)
@@ -80,15 +97,8 @@ def find_shape(rows: Sequence[dict], data: DatasetSettings) -> Shape:
 def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, source: str) -> None:
     """Refuse, all at once, roles whose column is not in the data, with the likeliest match."""
     names, columns = _names(rows), data.columns
-    needed = {
-        Shape.instruction: ["instruction" if columns.instruction else "input", "output"],
-        Shape.prompt_completion: ["prompt", "completion"],
-        Shape.conversations: ["conversations"],
-        Shape.messages: ["messages"],
-        Shape.text: ["text"],
-    }[shape]
     problems = []
-    for role in needed:
+    for role in (_role_of(roles, columns) for roles in SHAPES[shape].needed):
         column = getattr(columns, role)
         if column is None:
             why = f"The {shape.value} shape needs a column for {role}. There are: {', '.join(sorted(names))}."
@@ -105,7 +115,7 @@ def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, sou
             fix = f"dataset.{group}.{match}=..." if match else f"dataset.{group}={{}}   to filter nothing"
             why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
             problems.append(Problem(f"dataset.{group}.{column}", why, fix))
-    allowed = {*FIELDS} if shape in (Shape.messages, Shape.conversations) else {*FIELDS, *names}
+    allowed = {*FIELDS} if SHAPES[shape].turns else {*FIELDS, *names}
     for name in names_in(data.template):
         if name not in allowed:  # it would be filled with nothing
             match = likeliest(name, name, allowed)
@@ -114,6 +124,20 @@ def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, sou
             problems.append(Problem(f"dataset.template=...{{{name}}}...", why, fix))
     if problems:
         raise Refusal(problems)
+
+
+def question_row(question: str, columns: ColumnSettings, shape: Shape) -> dict[str, Any]:
+    """A row of this shape with this question and a stand-in for its answer."""
+    layout = SHAPES[shape]
+    answer = getattr(columns, layout.answer)
+    if layout.turns:
+        return {answer: [{"role": "user", "content": question}, {"role": "assistant", "content": "x"}]}
+    return {getattr(columns, _role_of(layout.needed[0], columns)): question, answer: "x"}
+
+
+def _role_of(roles: tuple[str, ...], columns: ColumnSettings) -> str:
+    """Of roles that can stand for each other the first that has a column."""
+    return next((role for role in roles if getattr(columns, role)), roles[-1])
 
 
 def likeliest(role: str, column: str, names: set[str]) -> str | None:
@@ -126,7 +150,7 @@ def likeliest(role: str, column: str, names: set[str]) -> str | None:
 
 def row_to_fields(row: dict, data: DatasetSettings, shape: Shape, template: str) -> dict[str, str]:
     """Values for a template text, by role; columns without a role that the text names are reached by their own name."""
-    if shape in (Shape.messages, Shape.conversations) or _prompt_is_turns(row, data, shape):
+    if SHAPES[shape].turns or _prompt_is_turns(row, data, shape):
         return _turns_to_fields(row_to_turns(row, data, shape))
     values = {name: as_text(row.get(name)) for name in names_in(template)}
     for role in FIELDS:
@@ -145,10 +169,9 @@ def row_to_fields(row: dict, data: DatasetSettings, shape: Shape, template: str)
 def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
     """A row as turns for a chat template."""
     columns = data.columns
-    if shape == Shape.messages:
-        turns = _read_turns(row.get(columns.messages), columns.messages)
-    elif shape == Shape.conversations:
-        turns = _read_turns(row.get(columns.conversations), columns.conversations)
+    if SHAPES[shape].turns:
+        column = getattr(columns, SHAPES[shape].answer)
+        turns = _read_turns(row.get(column), column)
     elif _prompt_is_turns(row, data, shape):
         turns = _read_turns(row[columns.prompt], columns.prompt)
         answer = row.get(columns.completion)
@@ -158,10 +181,10 @@ def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
             turns.append(Turn("assistant", cell_text(answer, columns.completion)))
     else:
         values = row_to_fields(row, data, shape, "")
-        asked = values["prompt"] if shape == Shape.prompt_completion else ""
-        asked = asked or "\n\n".join(v for v in (values["instruction"], values["input"]) if v)
+        question = values["prompt"] if shape == Shape.prompt_completion else ""
+        question = question or "\n\n".join(v for v in (values["instruction"], values["input"]) if v)
         answer = values["completion"] if shape == Shape.prompt_completion else values["output"]
-        turns = [*read_history(row), Turn("user", asked), Turn("assistant", answer)]
+        turns = [*read_history(row), Turn("user", question), Turn("assistant", answer)]
     system = as_text(row.get(columns.system)) if columns.system and isinstance(row.get(columns.system), str) else ""
     system = system or data.system_prompt or ""
     if system and (not turns or turns[0].role != "system"):
@@ -175,7 +198,7 @@ def _prompt_is_turns(row: dict, data: DatasetSettings, shape: Shape) -> bool:
 
 
 def _read_turns(value: Any, column: str) -> list[Turn]:
-    """Turns of a cell. Raises ValueError where something in it could not be learnt from as it stands."""
+    """Turns of a cell. Raises ValueError where something in it could not be trained on as it stands."""
     if isinstance(value, str):  # CSV files carry turns as JSON text
         try:
             value = json.loads(value)
@@ -197,17 +220,17 @@ def _read_turns(value: Any, column: str) -> list[Turn]:
             raise ValueError(f"turn {number} in column {column!r} calls a tool, which is not supported; write the call as text")
         content = _join_parts(turn.get("content") if "content" in turn else turn.get("value"), role, number, column)
         unused = tuple(key for key, value in turn.items() if key not in READ_KEYS and value not in (None, "", [], {}))
-        if role != "assistant":  # whose words are never learnt
+        if role != "assistant":  # whose words are never trained on
             unused += tuple(key for key in WEIGHTS if turn.get(key))
             turns.append(Turn(role, content, unused=unused))
             continue
         reasoning = next((text for key in REASONING if (text := as_text(turn.get(key))).strip()), "")
-        turns.append(Turn(role, content, reasoning, _is_learnt(turn, number, column), unused))
+        turns.append(Turn(role, content, reasoning, _is_trained_on(turn, number, column), unused))
     return turns
 
 
-def _is_learnt(turn: dict, number: int, column: str) -> bool:
-    """Whether the weights of an assistant's turn let it be learnt. Raises ValueError for one that is neither 0 nor 1."""
+def _is_trained_on(turn: dict, number: int, column: str) -> bool:
+    """Whether the weights of an assistant's turn let it be trained on. Raises ValueError for one that is neither 0 nor 1."""
     for key in WEIGHTS:
         value = turn.get(key)
         if value is None or value != value:  # NaN, as pandas has it where there is none
@@ -220,14 +243,16 @@ def _is_learnt(turn: dict, number: int, column: str) -> bool:
 
 
 def read_history(row: dict) -> list[Turn]:
-    """The earlier turns of an Alpaca row, `history`: pairs of a question and an answer. They are read, not learnt."""
+    """The earlier turns of an Alpaca row, `history`: pairs of a question and an answer. They are read, not trained on."""
     pairs = _from_json(row.get("history"), "history")
     if not pairs:
         return []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError("column 'history' has to hold pairs of a question and an answer")
     texts = [[cell_text(cell, "history") for cell in pair] for pair in pairs]
-    return [turn for asked, answer in texts for turn in (Turn("user", asked), Turn("assistant", answer, learnt=False))]
+    return [
+        turn for question, answer in texts for turn in (Turn("user", question), Turn("assistant", answer, trained_on=False))
+    ]
 
 
 def read_tools(row: dict) -> list[dict]:
@@ -269,7 +294,7 @@ def _join_parts(content: Any, role: str, number: int, column: str) -> str:
         return as_text(content) if role == "tool" else cell_text(content, column)
     other = next((part["type"] for part in content if part["type"] != "text"), None)
     if other:
-        raise ValueError(f"turn {number} in column {column!r} holds a part of type {other!r}; only text can be learnt")
+        raise ValueError(f"turn {number} in column {column!r} holds a part of type {other!r}; only text can be trained on")
     return "".join(as_text(part.get("text")) for part in content)
 
 
@@ -280,12 +305,12 @@ def _turns_to_fields(turns: list[Turn]) -> dict[str, str]:
         raise ValueError(
             f"a template text takes one question and one answer, and this row has {roles}; set dataset.template=chat"
         )
-    if spoken[1].reasoning or not spoken[1].learnt:
+    if spoken[1].reasoning or not spoken[1].trained_on:
         what = "reasoning in a key of its own" if spoken[1].reasoning else "the weight 0"
         raise ValueError(f"a template text has no place for an answer with {what}; set dataset.template=chat")
-    asked, answer = spoken[0].content, spoken[1].content
+    question, answer = spoken[0].content, spoken[1].content
     system = next((turn.content for turn in turns if turn.role == "system"), "")
-    return {"instruction": asked, "prompt": asked, "input": "", "output": answer, "completion": answer, "system": system}
+    return {"instruction": question, "prompt": question, "input": "", "output": answer, "completion": answer, "system": system}
 
 
 class NotText(ValueError):
@@ -295,7 +320,7 @@ class NotText(ValueError):
 
 
 def cell_text(value: Any, column: str) -> str:
-    """A cell that is asked or learnt. Raises NotText for a list or an object: as JSON it would be learnt by accident."""
+    """A question's or an answer's cell. Raises NotText for a list or an object: as JSON it would be trained on by accident."""
     if isinstance(value, list | dict):
         error = NotText(f"column {column!r} holds {'a list' if isinstance(value, list) else 'an object'}, not text")
         if holds_turns(value):
@@ -342,14 +367,14 @@ def _names(rows: Sequence[dict]) -> set[str]:
 
 
 def _mapping(role: str, column: str, data: DatasetSettings) -> str:
-    """The override that maps a role, and the one that keeps a question in the input column from being asked twice."""
+    """The override that maps a role, and the one that keeps a question in the input column from being there twice."""
     freed = " dataset.columns.input=null" if role == "instruction" and column == data.columns.input else ""
     return f"dataset.columns.{role}={column}{freed}"
 
 
 def _guess_columns(names: set[str], data: DatasetSettings) -> str:
-    asked, answer = likeliest("instruction", "instruction", names), likeliest("output", "output", names)
-    if asked and answer and asked != answer:
-        return f"{_mapping('instruction', asked, data)} dataset.columns.output={answer}"
+    question, answer = likeliest("instruction", "instruction", names), likeliest("output", "output", names)
+    if question and answer and question != answer:
+        return f"{_mapping('instruction', question, data)} dataset.columns.output={answer}"
     text = likeliest("text", "text", names)
     return f"dataset.columns.text={text}" if text else ""

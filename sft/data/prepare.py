@@ -1,4 +1,4 @@
-"""Rows to tokens: read the data, render each row once, mask what is not learnt, and count what would be lost.
+"""Rows to tokens: read the data, render each row once, mask what is no target, and count what would be lost.
 
     read_rows -> select -> render_row -> encode -> fit_length -> cache
 
@@ -36,7 +36,7 @@ from sft.data.columns import NotText, check_columns, find_shape
 from sft.data.sources import choose_indices, read_rows, select, source_of
 from sft.data.templates import ALPACA, Rendered, choose_template, render_row
 from sft.data.token_cache import Prepared, cache_folder, only_one, read_cache
-from sft.data.tokenize import IGNORED, count_not_given_back, label, starts_with_bos, tokenise
+from sft.data.tokenize import IGNORED, count_not_restored, label, starts_with_bos, tokenise
 from sft.errors import Refusal, first_line, refuse
 from sft.storage import atomic
 
@@ -116,7 +116,7 @@ def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: 
             entries = _tokenise(table, index, render, encode, finish, faults)
             splits[name] = _write_split(entries, work / f"{name}.arrow", settings, tokenizer, stop_ids)
     faults.refuse()
-    not_given_back = _check_round_trip(splits["train"].texts, tokenizer, settings)
+    not_restored = _check_round_trip(splits["train"].texts, tokenizer, settings)
     longer = [f"{s.too_long} of {s.read} {name} rows" for name, s in splits.items() if s.too_long]
     if longer and data.overlong == Overlong.error:
         whole = not any(s.notes["not counted"] for s in splits.values())
@@ -130,12 +130,12 @@ def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: 
     blank = 0 if shape == Shape.text else blank
     facts |= {"rows": counts, "lengths": {name: quantiles(s.lengths) for name, s in splits.items()}}
     facts |= {f"{name}_tokens": s.tokens for name, s in splits.items()}
-    facts["trained_tokens"] = splits["train"].learnt
+    facts["trained_tokens"] = splits["train"].target_tokens
     facts["duplicates"] = find_duplicates(splits["train"], splits.get("eval"))
     notes = sum((s.notes for s in splits.values()), Counter())
     facts["warnings"] = data_warnings(counts, blank, facts["duplicates"], notes, settings)
-    if not_given_back:
-        found = f"The tokens of {not_given_back} of the first {len(splits['train'].texts)} rows do not give their text back: "
+    if not_restored:
+        found = f"The tokens of {not_restored} of the first {len(splits['train'].texts)} rows do not give their text back: "
         facts["warnings"].append(found + "the tokenizer does not know some of their characters.")
     for key in COUNTED:
         facts[key] = counts.pop(key, 0)
@@ -150,28 +150,28 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
     """Write the rows that are trained or evaluated on to an Arrow file; memory holds one batch of them at a time."""
     import pyarrow as pa
 
-    split, limit = SplitStats(), settings.model.max_seq_length
+    stats, limit = SplitStats(), settings.model.max_seq_length
     numbers = pa.list_(pa.int32())
     schema = pa.schema([("input_ids", numbers), ("labels", numbers), ("prompt_length", pa.int32()),
                         ("question", pa.string()), ("reference", pa.string()), ("row", pa.int64())])  # fmt: skip
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while batch := list(itertools.islice(entries, BATCH)):
-            split.lengths.extend(len(e["input_ids"]) for e in batch)
-            split.too_long += sum(len(e["input_ids"]) > limit for e in batch)
-            split.texts += [f"{e['question'][:1000]}\n{e['reference'][:1000]}" for e in batch[: FIRST_ROWS - len(split.texts)]]
+            stats.lengths.extend(len(e["input_ids"]) for e in batch)
+            stats.too_long += sum(len(e["input_ids"]) > limit for e in batch)
+            stats.texts += [f"{e['question'][:1000]}\n{e['reference'][:1000]}" for e in batch[: FIRST_ROWS - len(stats.texts)]]
             for entry in batch:
-                split.notes.update(entry.pop("notes"))
-            kept = _fit_length(batch, settings, split.counts)
-            audit(kept, split.counts, tokenizer.bos_token_id, stop_ids)
-            ids, ends = _end_to_end([e["input_ids"] for e in kept])
-            labels, _ = _end_to_end([e["labels"] for e in kept])
+                stats.notes.update(entry.pop("notes"))
+            kept = _fit_length(batch, settings, stats.counts)
+            audit(kept, stats.counts, tokenizer.bos_token_id, stop_ids)
+            ids, ends = _concatenated([e["input_ids"] for e in kept])
+            labels, _ = _concatenated([e["labels"] for e in kept])
             tokens = memoryview(ids)
             for start, end in itertools.pairwise(ends):
-                split.digests.append(int.from_bytes(hashlib.blake2b(tokens[start:end], digest_size=8).digest()))
-            split.numbers.extend(e["row"] for e in kept)
-            split.tokens += len(ids)
-            split.learnt += len(labels) - labels.count(IGNORED)
-            split.examples += [_example(e, tokenizer) for e in kept[: 3 - len(split.examples)]]
+                stats.digests.append(int.from_bytes(hashlib.blake2b(tokens[start:end], digest_size=8).digest()))
+            stats.numbers.extend(e["row"] for e in kept)
+            stats.tokens += len(ids)
+            stats.target_tokens += len(labels) - labels.count(IGNORED)
+            stats.examples += [_example(e, tokenizer) for e in kept[: 3 - len(stats.examples)]]
             if kept:
                 offsets, *values = (
                     pa.Array.from_buffers(pa.int32(), len(x), [None, pa.py_buffer(x)]) for x in (ends, ids, labels)
@@ -179,10 +179,10 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
                 lists = [pa.ListArray.from_arrays(offsets, one) for one in values]
                 others = [pa.array([e[field.name] for e in kept], field.type) for field in list(schema)[2:]]
                 writer.write_batch(pa.RecordBatch.from_arrays([*lists, *others], schema=schema))
-    return split
+    return stats
 
 
-def _end_to_end(lists: list[list[int]]) -> tuple[array, array]:
+def _concatenated(lists: list[list[int]]) -> tuple[array, array]:
     """The numbers of all lists one after the other, and where the first begins and each one ends: Arrow's own form. Lists of
     Python's numbers take longer.
     """
@@ -257,8 +257,8 @@ def _render(render, row: dict):
 
 
 def _check_round_trip(texts: list[str], tokenizer, settings: Settings) -> int:
-    """How many of the first rows' texts their tokens do not give back. Raises Refusal if these are more than half."""
-    lost = count_not_given_back(texts, tokenizer)
+    """How many of the first rows' texts decoding does not restore. Raises Refusal if these are more than half."""
+    lost = count_not_restored(texts, tokenizer)
     if 2 * lost <= len(texts):
         return lost
     ids = tokenizer(texts[0].strip()[:60], add_special_tokens=False)["input_ids"]

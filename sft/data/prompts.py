@@ -1,7 +1,7 @@
 """Prompts for generation: the beginning of a row or of a conversation, up to where the answer starts."""
 
 from sft.config.schema import Settings, Shape
-from sft.data.columns import Turn, row_to_fields
+from sft.data.columns import Turn, question_row, row_to_fields
 from sft.data.templates import Rendered, choose_template, render_chat, render_text
 from sft.data.tokenize import encode, starts_with_bos
 
@@ -37,7 +37,7 @@ def conversation_text(turns: list[Turn], settings: Settings, shape: Shape, token
 
 def render_question(turns: list[Turn], settings: Settings, shape: Shape, tokenizer) -> Rendered:
     """A row that has these turns before its answer; a stand-in is the answer. A text is continued and has none."""
-    data, columns = settings.dataset, settings.dataset.columns
+    data = settings.dataset
     template = choose_template(data, shape, tokenizer)
     question = turns[-1].content
     if template == "plain":
@@ -47,12 +47,6 @@ def render_question(turns: list[Turn], settings: Settings, shape: Shape, tokeniz
     if template == "chat":
         return render_chat([*turns, Turn("assistant", "x")], tokenizer)
     system = turns[0].content if turns[0].role == "system" else ""
-    spoken = [{"role": "user", "content": question}, {"role": "assistant", "content": "x"}]
-    row = {
-        Shape.messages: {columns.messages: spoken},
-        Shape.conversations: {columns.conversations: spoken},
-        Shape.prompt_completion: {columns.prompt: question, columns.completion: "x"},
-        Shape.instruction: {columns.instruction or columns.input: question, columns.output: "x"},
-    }[shape]
+    row = question_row(question, data.columns, shape)
     values = row_to_fields(row, data, shape, template)
     return render_text(template, values | {"system": system or data.system_prompt or ""})

@@ -7,7 +7,7 @@ import string
 from dataclasses import dataclass, field
 
 from sft.config.schema import DatasetSettings, Shape
-from sft.data.columns import REASONING, Turn, cell_text, names_in, read_history, read_tools, row_to_fields, row_to_turns
+from sft.data.columns import REASONING, SHAPES, Turn, cell_text, names_in, read_history, read_tools, row_to_fields, row_to_turns
 from sft.errors import first_line, refuse
 
 MOST_TEMPLATE = 1_000_000
@@ -35,7 +35,7 @@ class Rendered:
     spans: list[tuple[int, int]]
     """Character ranges of the answers, each with its end mark."""
     question: str
-    """What was asked, for people to read."""
+    """The question, for people to read."""
     reference: str
     """The answer in the data, for people to read."""
     notes: list[str] = field(default_factory=list)
@@ -49,7 +49,7 @@ def choose_template(data: DatasetSettings, shape: Shape, tokenizer) -> str:
     Raises Refusal if the template does not go with the rows or the tokenizer.
     """
     has_chat = bool(tokenizer.chat_template)
-    multi_turn = shape in (Shape.messages, Shape.conversations)
+    multi_turn = SHAPES[shape].turns
     template = data.template
     if shape == Shape.text:
         if template not in ("auto", "plain"):
@@ -66,9 +66,9 @@ def choose_template(data: DatasetSettings, shape: Shape, tokenizer) -> str:
             "model.chat_template=chatml   or   dataset.template=alpaca   or an -instruct model",
         )
     if template == "plain" and multi_turn:
-        raise refuse("dataset.template=plain", "Turns need a template that tells the speakers apart.", "dataset.template=chat")
+        raise refuse("dataset.template=plain", "Turns need a template that marks who speaks.", "dataset.template=chat")
     if template == "plain":
-        return "{prompt}{completion}" if shape == Shape.prompt_completion else "{instruction}\n\n{input}\n\n{output}"
+        return SHAPES[shape].plain
     if template == "alpaca":
         return ALPACA
     return template.replace("\\n", "\n")
@@ -97,8 +97,8 @@ def render_text(template: str, values: dict[str, str]) -> Rendered:
             start, reference = length + len(literal), value
         parts += [literal, value]
         length += len(literal) + len(value)
-    asked = [values.get("instruction"), values.get("input")]
-    question = values.get("prompt") or "\n\n".join(v for v in asked if v)
+    questions = [values.get("instruction"), values.get("input")]
+    question = values.get("prompt") or "\n\n".join(v for v in questions if v)
     text = "".join(parts)
     spans = [(start, length)] if reference.strip() else []
     return Rendered(text, spans, question, reference)
@@ -109,8 +109,8 @@ def render_chat(turns: list[Turn], tokenizer, tools: list[dict] | None = None) -
 
     The template is rendered once with the real contents and once with a marker in place of each, so that an answer is
     found where it stands even if its words occur elsewhere. A span starts where generation would start (after the
-    generation prompt), so that whatever the template puts before an answer, such as its reasoning, is learnt too. An answer
-    whose reasoning the template leaves out is read and not learnt: it would teach to answer without thinking.
+    generation prompt), so that whatever the template puts before an answer, such as its reasoning, is trained on too. An answer
+    whose reasoning the template leaves out is read and not trained on: it would teach to answer without thinking.
     Raises Refusal if the template refuses the turns, or leaves out or changes what one of them says.
     """
     # Reasoning models' templates look for a think block in an answer and may leave it out: it stays beside the marker.
@@ -144,8 +144,8 @@ def render_chat(turns: list[Turn], tokenizer, tools: list[dict] | None = None) -
             thought = (turn.reasoning or re.sub("</?think>", "", head)).strip()
             opened = before.find(opening) + len(opening) if opening and opening in before else 0
             thought_at = before.rfind(thought, opened) if thought else len(before)
-            if not turn.learnt or thought_at < 0:
-                notes.append("reasoning" if turn.learnt else "weight")
+            if not turn.trained_on or thought_at < 0:
+                notes.append("reasoning" if turn.trained_on else "weight")
             else:
                 if opening and opening in before[:thought_at]:
                     start -= len(before) - before.rindex(opening, 0, thought_at) - len(opening)
@@ -241,7 +241,7 @@ def _generation_prompt(tokenizer, chat_template: str) -> str:
 def _unfit_template(turns: list[Turn], changed: list[Turn]):
     roles = ", ".join(turn.role for turn in turns)
     which = ", ".join(dict.fromkeys(turn.role for turn in changed))
-    why = "The chat template changes or leaves out what a turn says, so what is learnt could not be marked for certain."
+    why = "The chat template changes or leaves out what a turn says, so the target tokens could not be marked for certain."
     fix = "model.chat_template=chatml   writes every turn as it stands"
     if which == "system":
         fix = f"dataset.system_prompt=null   or   {fix}"

@@ -1,4 +1,4 @@
-"""From text to tokens and labels: which tokens are learnt, where an answer ends, and what the tokens do not give back."""
+"""From text to tokens and labels: which tokens are targets, where an answer ends, and which texts decoding does not restore."""
 
 import itertools
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Any
 from sft.data.templates import Rendered
 
 IGNORED = -100
-"""Label of a token that is not learnt, as torch's cross entropy has it."""
+"""Label of a token that is no target, as torch's cross entropy has it."""
 
 
 def encode(rendered: list[Rendered], tokenizer, stop_ids: set[int]) -> Iterable[dict]:
@@ -65,7 +65,7 @@ def label(rendered: list[Rendered], encodings: list[Any], bos: int | None, eos: 
                 merged |= encoding.token_to_chars(first)[0] < begin
                 prompt_length, tail = first, max(last, tail or 0)
         if tail is not None:
-            # Nothing after the last answer can be learnt: a template's closing line break, a question without an answer.
+            # Nothing after the last answer can be a target: a template's closing line break, a question without an answer.
             del ids[tail + 1 :], labels[tail + 1 :]
             if ids[-1] not in stop_ids:  # the answer ends where generation stops
                 ids.append(eos)
@@ -92,8 +92,8 @@ def _tokens_of(encoding: Any, begin: int, end: int) -> tuple[int | None, int | N
     return first, last
 
 
-def count_not_given_back(texts: list[str], tokenizer) -> int:
-    """How many texts their tokens do not give back, but for outer white space and what the tokenizer's normaliser changes."""
+def count_not_restored(texts: list[str], tokenizer) -> int:
+    """How many texts decoding does not restore, but for outer white space and what the tokenizer's normaliser changes."""
     backend, lost = tokenizer.backend_tokenizer, 0
     for text, encoding in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
         back = backend.decode(encoding.ids, skip_special_tokens=False).strip()

@@ -1,8 +1,8 @@
 """The processes of one run: who they are, how they meet, and what they agree on.
 
 Rank 0 is the run. It checks, writes the run folder, tracks, generates samples, saves, and hears the signals. The other ranks
-take over its settings, train on their share of each step's rows and write nothing; `run.follow` is their story. In a run of
-one process every function here gives back what it was given.
+take over its settings, train on their share of each step's rows and write nothing: `launch.follower` is their story. In a run
+of one process every function here returns what it was given.
 
 Ranks that `launch.ranks.start` has started meet through a file in a folder that this user alone can read, listen on loopback
 alone, and unpickle only what is signed with a secret of that folder. What torchrun has started meets through torchrun's
@@ -24,7 +24,7 @@ from sft import signals
 from sft.errors import RankLost
 
 WAIT = timedelta(days=7)
-"""How long a rank waits for what rank 0 does alone: answers, a checkpoint. A dead rank 0 is told by the line."""
+"""How long a rank waits for what rank 0 does alone: completions, a checkpoint. A dead rank 0 is reported by the line."""
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK",
             "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE",
@@ -38,7 +38,7 @@ class Group:
     rank: int
     size: int
     control: Any
-    """torch's process group for what is said on the CPU, whatever the gradients travel by."""
+    """torch's process group for messages on the CPU, whatever the gradients travel by."""
     lines: list[Any] = field(default_factory=list)
     """Rank 0: an open socket to each other rank. The others: the one to rank 0."""
     lost: RankLost | None = None
@@ -56,7 +56,7 @@ _store: Path | None = None
 """The file through which ranks meet that `start` has started."""
 
 _secret = b""
-"""What those ranks sign with what they tell each other. Under torchrun there is none."""
+"""What those ranks sign their messages to each other with. Under torchrun there is none."""
 
 
 # --------------------------------------------------------------------------------------------------- who is who
@@ -78,7 +78,7 @@ def current() -> Group | None:
 
 
 def meet_at(store: Path, secret: bytes) -> None:
-    """Let `join` meet the ranks of this machine through the file `store`, and sign what they tell each other with `secret`."""
+    """Let `join` meet the ranks of this machine through the file `store`, and sign their messages with `secret`."""
     global _store, _secret
     _store, _secret = store, secret
 

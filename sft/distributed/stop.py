@@ -1,4 +1,4 @@
-"""A stop that all ranks answer at the same step."""
+"""A stop that all ranks obey at the same step."""
 
 import signal
 from typing import Any
@@ -8,7 +8,7 @@ from sft.distributed.group import broadcast, current
 
 
 class SharedStop(signals.StopRequest):
-    """A stop that all ranks answer at the same step: rank 0 hears of it, and tells the others where they ask together."""
+    """A stop that all ranks obey at the same step: rank 0 receives it, and broadcasts it where they check together."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ def training_options(settings: Settings, checkpointing: bool) -> dict[str, Any]:
         # Whole weights in a checkpoint, not shares, so that another number of processes can go on from it.
         options = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "activation_checkpointing": checkpointing}
         return {"fsdp": True, "fsdp_config": options, "gradient_checkpointing": False, **plain}
-    # Every trained weight is used in every pass, so that nothing has to be searched for those that are not; and no buffer of a
+    # Every trained weight is used in each micro-batch, so that none has to be searched for that is not; and no buffer of a
     # frozen model changes, so that none has to be sent around before each.
     return {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
 
@@ -58,8 +58,8 @@ def settle_accelerator(accelerator: Any) -> None:
 def settle_device(args: Any) -> None:
     """Let a process have one GPU, and call the CPU by its plain name.
 
-    transformers gives a process that is alone all GPUs it sees, with as many times the rows in a pass. accelerate gives the CPU
-    the rank's number (`cpu:1`), under which torch.load reads nothing.
+    transformers gives a process that is alone all GPUs it sees, with as many times the rows a micro-batch. accelerate gives the
+    CPU the rank's number (`cpu:1`), under which torch.load reads nothing.
     """
     if args.n_gpu > 1:
         args._n_gpu = 1

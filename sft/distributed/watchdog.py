@@ -1,7 +1,8 @@
 """A dead rank ends the run within seconds, with its reason.
 
-Every rank holds a line (a socket) to rank 0. What ends a rank is told over it, and a line that breaks off says that a process
-is gone, which a collective may wait for without end.
+Every rank holds a line (a socket) to rank 0. What ends a rank is reported over it, and a line that breaks off says that a
+process is gone, which a collective may wait for without end. Heartbeats in torch's store could not tell a dead process from one
+that is paused or that holds Python's lock for seconds; the kernel closes a socket when the process ends, and only then.
 """
 
 import contextlib
@@ -30,12 +31,12 @@ GRACE = 20.0
 """Seconds that rank 0 has to notice by itself that another rank is gone, in which it still saves nothing but its record."""
 
 NEWS = 3.0
-"""Seconds in which the line tells what made a collective fail."""
+"""Seconds in which the line reports what made a collective fail."""
 
 
 @contextlib.contextmanager
 def together(job: Callable[[], Any]) -> Iterator[None]:
-    """Rank 0's part of a run, between meeting the others and letting them go. `job()` is what the others are told to do."""
+    """Rank 0's part of a run, between meeting the others and letting them go. `job()` is what the others are to do."""
     group = meet()
     if group is None:
         yield
@@ -82,13 +83,13 @@ def wait_for_end() -> None:
 def report(error: BaseException) -> None:
     """Tell rank 0 what ends this rank."""
     text = str(error).strip().splitlines()
-    told = {
+    ending = {
         "reason": f"{type(error).__name__}: {text[0]}" if text else type(error).__name__,
         "traceback": "".join(traceback.format_exception(error)),
     }
     if group := current():
         with contextlib.suppress(OSError):
-            group.lines[0].sendall(json.dumps(told).encode() + b"\n")
+            group.lines[0].sendall(json.dumps(ending).encode() + b"\n")
         if group.news.wait(1.0):  # rank 0 is gone, and this one failed for it: the line's thread says so and ends the process
             wait_for_end()
 
@@ -121,8 +122,8 @@ def _open_lines(group: Group) -> None:
             line, _ = server.accept()
             line.settimeout(30)
             reader = line.makefile("rb")
-            said, _, rank = reader.readline(64).decode(errors="replace").strip().partition(" ")
-            if not secrets.compare_digest(said, word):
+            signature, _, rank = reader.readline(64).decode(errors="replace").strip().partition(" ")
+            if not secrets.compare_digest(signature, word):
                 line.close()  # somebody else's
                 continue
             line.settimeout(None)
@@ -147,9 +148,9 @@ def _hear_rank(group: Group, rank: int, reader: Any) -> None:
         text = reader.readline()
     if group.over or group.lost:
         return
-    told = json.loads(text) if text else {"reason": "its process is gone, without a word"}
-    group.lost = RankLost(f"rank {rank}: {told['reason']}")
-    group.lost.add_note(told.get("traceback", ""))
+    ending = json.loads(text) if text else {"reason": "its process is gone, without a word"}
+    group.lost = RankLost(f"rank {rank}: {ending['reason']}")
+    group.lost.add_note(ending.get("traceback", ""))
     group.news.set()
     time.sleep(GRACE)
     if not group.over:  # the main thread waits in a collective that never ends

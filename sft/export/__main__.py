@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 from sft import console, environment
-from sft.config.trust import WORD
+from sft.config.consent import WORD
 from sft.export.program import end_with_parent
 
 
-def main(folder: Path, trusted: bool = False) -> int:
+def main(folder: Path, consent: bool = False) -> int:
     """Export and verify; 1 if an artifact failed, 2 if it was refused."""
     end_with_parent()
     handlers = [console.ConsoleHandler(), console.LogFile(folder / "train.log", encoding="utf-8")]
@@ -26,7 +26,7 @@ def main(folder: Path, trusted: bool = False) -> int:
     from sft.runs.saved import settings_of
 
     try:
-        report = exporter.export_run(folder, settings_of(folder, trusted)[0])
+        report = exporter.export_run(folder, settings_of(folder, consent)[0])
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         return 2

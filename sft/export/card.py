@@ -1,7 +1,7 @@
 """The model card: README.md of an artifact, made from what the run folder knows.
 
-Texts that come from outside (data, answers, names, settings) show as text, whatever is in them. Folders of this machine are
-not published: of a local file or model only its name is told. What is not known, such as a licence, is left out and said so.
+Texts that come from outside (data, completions, names, settings) show as text, whatever is in them. Folders of this machine are
+not published: of a local file or model only its name is shown. What is not known, such as a licence, is left out and noted.
 """
 
 import json
@@ -36,7 +36,7 @@ HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
 
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
 
-# Known without a look at their cards: what ships with the project.
+# Known without reading their cards: what ships with the project.
 EMBEDDED_LICENCE = {builtin.SMOLLM2: "apache-2.0"}
 
 DATA_LICENCE = {"twists": "apache-2.0"}
@@ -230,7 +230,7 @@ def _curve(rows: list[dict]) -> list[dict]:
 
 
 def _before_and_after(lines: list[dict]) -> list[dict]:
-    """The first prompts with the answer of the base model and the last one: only prompts that have both."""
+    """The first prompts with the completion of the base model and the last one: only prompts that have both."""
     prompts: dict[str, dict] = {}
     for line in lines:
         step = number(line.get("step"))

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from sft.config.trust import WORD
+from sft.config.consent import WORD
 from sft.distributed import group
 from sft.environment import release_memory
 from sft.export import exporter
@@ -25,7 +25,7 @@ def export_run_apart(folder: Path, record: RunRecord, stop: StopRequest) -> tupl
     The weights are safe by now, so a failure is told and does not undo the run.
     """
     release_memory()
-    record.update()  # the export holds the saved weights against what the record says of the training
+    record.update()  # the export compares the saved weights with what the record says of the training
     environment = {**group.plain_environment(), "PYTHONPATH": child_environment()["PYTHONPATH"]}
     words = [WORD] if _runs_code(record.facts) else []  # this command has it from its user
     with record.timed("export"):

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sft import environment
+from sft.config.consent import with_word
 from sft.config.schema import Settings
-from sft.config.trust import with_word
 from sft.data.tokenize import starts_with_bos
 from sft.errors import ExportError, HubError, Problem, Refusal, first_line
 from sft.export import card, gguf, hub, measure, merge, ollama, verify
@@ -30,6 +30,7 @@ from sft.export.proving import (
     reference_facts,
 )
 from sft.export.requirements import FORMATS, check_export
+from sft.model.tokenizer import read_tokenizer
 from sft.runs import resume
 from sft.runs.saved import prompt_form
 from sft.storage import atomic, jsonio
@@ -153,8 +154,8 @@ def failures(report: dict[str, Any]) -> list[str]:
         facts = facts or {}
         if facts.get("status") == "failed":
             wrong = [c for c in facts.get("checks") or [] if c and not c.get("ok")]
-            told = [f"{c.get('name')}: expected {c.get('expected')}, found {c.get('found')}" for c in wrong]
-            lines.append(f"{name}: " + "; ".join(told))
+            found = [f"{c.get('name')}: expected {c.get('expected')}, found {c.get('found')}" for c in wrong]
+            lines.append(f"{name}: " + "; ".join(found))
         elif facts.get("status") != "ok":
             lines.append(f"{name}: {facts.get('error') or 'verify.json does not say that it holds'}")
     pushes = (report.get("hub") or {}).items()
@@ -162,17 +163,14 @@ def failures(report: dict[str, Any]) -> list[str]:
 
 
 def read_trained(folder: Path, settings: Settings, weights: Path | None) -> Trained:
-    """Everything of the run but the model. Raises ExportError if the run folder lacks a part."""
-    from transformers import AutoTokenizer
-
+    """Everything of the run but the model. Raises ExportError if the run folder lacks a part, Refusal if it is damaged."""
     record = read_json(folder / "run.json")
     weights = weights or folder / ("adapter" if settings.lora.enabled else "model")
     try:
         rows = measure.read_rows(folder)
-        tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=settings.model.trust_remote_code)
     except (OSError, ValueError, TypeError) as error:
         raise ExportError(f"the run folder is not whole: {first_line(error)}") from error
-    stop_ids = sorted(tokenizer.convert_tokens_to_ids(prompt_form(folder)[1]))
+    tokenizer, stop_ids = read_tokenizer(weights, settings.model.trust_remote_code, prompt_form(folder)[1])
     prompts = [measure.prompt_of(row) for row in rows[: settings.export.num_prompts]]
     adds_bos = starts_with_bos(tokenizer)
     texts = [tokenizer.decode(ids[1:] if adds_bos and ids[:1] == [tokenizer.bos_token_id] else ids) for ids in prompts]
@@ -205,7 +203,7 @@ def _make_4bit(trained: Trained, report: dict, reference: measure.EvalResult, me
 def _make_gguf(
     trained: Trained, report: dict, reference: measure.EvalResult, rounded: measure.EvalResult | None, merged: Path
 ) -> None:
-    """One file a type; f16 is made for all of them, and kept if it was asked for.
+    """One file a type; f16 is made for all of them, and kept if it was requested.
 
     `rounded` is what the merged 16-bit weights do in transformers, if that is known already.
     """
@@ -256,8 +254,8 @@ def _make_gguf_adapter(trained: Trained, report: dict, merged: Path, whole: Path
             gguf.convert(merged, whole)
         layers = gguf.write_adapter(trained.weights, merged, whole, file, _has_tied_ends(trained))
         _list_gguf(report, file)
-        told = f"{layers} layers in the order of llama.cpp's own converter"
-        note_result(trained, report, "gguf/adapter", file, [verify.Check("tensors", True, told, told)], {}, begun)
+        text = f"{layers} layers in the order of llama.cpp's own converter"
+        note_result(trained, report, "gguf/adapter", file, [verify.Check("tensors", True, text, text)], {}, begun)
 
     attempt(report, "gguf/adapter", make)
 

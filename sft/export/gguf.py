@@ -82,8 +82,8 @@ def measure(
 ) -> dict:
     """What a GGUF file does on the rows and what it holds.
 
-    Returns `measurement` (Measurement), `tokens` (the ids of each of `texts`, as llama.cpp reads a prompt), `metadata`
-    (the file's text and number fields) and `ends` (which of `stop_ids` end an answer there). Raises ExportError.
+    Returns `measurement` (EvalResult), `tokens` (the ids of each of `texts`, as llama.cpp reads a prompt), `metadata`
+    (the file's text and number fields) and `ends` (which of `stop_ids` end a completion there). Raises ExportError.
     """
     job = {
         "do": "measure",
@@ -110,14 +110,14 @@ def file_types() -> dict[str, int]:
 
 
 def _llama_cpp(job: dict[str, Any]) -> dict:
-    """Run one job of `sft.export.llama_cpp` in a process of its own and return its answer."""
+    """Run one job of `sft.export.llama_cpp` in a process of its own and return its result."""
     with tempfile.TemporaryDirectory() as folder:
-        question, answer = Path(folder, "job.json"), Path(folder, "answer.json")
-        question.write_text(json.dumps(job), encoding="utf-8")
+        job_file, result = Path(folder, "job.json"), Path(folder, "result.json")
+        job_file.write_text(json.dumps(job), encoding="utf-8")
         program = PACKAGE / "export" / "llama_cpp.py"
         what = {"quantise": "quantise", "load_adapter": "load the adapter in llama.cpp"}.get(job["do"], "load it in llama.cpp")
-        _run([sys.executable, str(program), str(question), str(answer)], what)
-        return json.loads(answer.read_text(encoding="utf-8"))
+        _run([sys.executable, str(program), str(job_file), str(result)], what)
+        return json.loads(result.read_text(encoding="utf-8"))
 
 
 def _run(command: list[str], what: str, environment: dict[str, str] | None = None) -> None:

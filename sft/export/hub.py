@@ -252,8 +252,8 @@ def _files_of(folder: Path, written: list[str] | None) -> dict[str, Path]:
         log.info("       %s/ has no list of what the export wrote: every file in it is sent.", folder.name)
         return files
     if others := [name for name in files if name not in written and name != CARD]:
-        told = ", ".join(map(shown, others[:NAMED])) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
-        log.warning("%s/: %d files that the export did not write are not sent: %s", folder.name, len(others), told)
+        named = ", ".join(map(shown, others[:NAMED])) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
+        log.warning("%s/: %d files that the export did not write are not sent: %s", folder.name, len(others), named)
     return {name: path for name, path in files.items() if name not in others}
 
 
@@ -323,8 +323,8 @@ def _reason(error: BaseException, token: str | None = None) -> str:
     elif any(isinstance(e, OfflineModeIsEnabled) for e in chain):
         text = "the hub is switched off: HF_HUB_OFFLINE is set, or it could not be reached when this program started"
     elif answer is not None:
-        said = (answer.server_message or answer.response.reason_phrase or "").strip()
-        text = f"the server answered {answer.response.status_code}" + (f" ({said.splitlines()[0]})" if said else "")
+        reason = (answer.server_message or answer.response.reason_phrase or "").strip()
+        text = f"the server answered {answer.response.status_code}" + (f" ({reason.splitlines()[0]})" if reason else "")
         text = f"{first_line(error)} {text}" if error is not answer else text  # it names the file
     elif isinstance(network, httpx.TimeoutException):
         text = f"{_shown_endpoint()} does not answer"

@@ -1,6 +1,6 @@
 """A program around llama.cpp (through cyllama): quantise a GGUF file, or measure one. Imports nothing of this project.
 
-    python llama_cpp.py job.json answer.json
+    python llama_cpp.py job.json completion.json
     python llama_cpp.py chat model.gguf           questions on standard input, tokens on standard output, a JSON value a line
 
 It is a program because llama.cpp ends the process it runs in when something is wrong with a file.
@@ -92,35 +92,35 @@ def load_adapter(job: dict[str, Any]) -> dict:
 
 
 def measure(job: dict[str, Any]) -> dict:
-    """Losses, greedy answers, and what the file says of its tokens: see sft.export.gguf.measure."""
+    """Losses, greedy completions, and what the file has of its tokens: see sft.export.gguf.measure."""
     model = load(job["gguf"])
     vocab = model.get_vocab()
     longest = max([len(ids) for ids, _ in job["rows"]] + [len(p) + job["max_new_tokens"] for p in job["prompts"]])
     reader = Reader(model, longest + 1)
     sums, counts = [], []
     for ids, labels in job["rows"]:
-        learnt = [k for k in range(1, len(ids)) if labels[k] != IGNORED]
+        targets = [k for k in range(1, len(ids)) if labels[k] != IGNORED]
         reader.restart()
-        reader.read(ids, {k - 1 for k in learnt})
-        sums.append(sum(_nll(reader.logits(k - 1), labels[k]) for k in learnt))
-        counts.append(len(learnt))
-    answers, finished = [], []
+        reader.read(ids, {k - 1 for k in targets})
+        sums.append(sum(_nll(reader.logits(k - 1), labels[k]) for k in targets))
+        counts.append(len(targets))
+    completions, finished = [], []
     for prompt in job["prompts"]:
         reader.restart()
         reader.read(prompt, {len(prompt) - 1})
-        answer: list[int] = []
-        while len(answer) < job["max_new_tokens"]:
+        completion: list[int] = []
+        while len(completion) < job["max_new_tokens"]:
             logits = reader.logits(-1)
-            answer.append(max(range(len(logits)), key=logits.__getitem__))
-            if answer[-1] in job["stop_ids"]:
+            completion.append(max(range(len(logits)), key=logits.__getitem__))
+            if completion[-1] in job["stop_ids"]:
                 break
-            reader.read(answer[-1:], {0})
-        answers.append(answer)
-        finished.append(bool(answer) and answer[-1] in job["stop_ids"])
+            reader.read(completion[-1:], {0})
+        completions.append(completion)
+        finished.append(bool(completion) and completion[-1] in job["stop_ids"])
     measured = {
         "loss": sum(sums) / sum(counts),
         "row_losses": [s / n for s, n in zip(sums, counts, strict=True)],
-        "answers": answers,
+        "completions": completions,
         "finished": finished,
     }
     return {
@@ -140,7 +140,7 @@ def _nll(logits: list[float], label: int) -> float:
 
 
 def chat(path: str) -> None:
-    """Answer each line of standard input (`ids`, `max_new_tokens`, `temperature`, `stop_ids`) with token ids, then null."""
+    """For each line of standard input (`ids`, `max_new_tokens`, `temperature`, `stop_ids`) print token ids, then null."""
     model = load(path)
     for line in sys.stdin:
         job = json.loads(line)
@@ -170,7 +170,7 @@ if __name__ == "__main__":
         chat(sys.argv[2])
         sys.exit(0)
     with open(sys.argv[1], encoding="utf-8") as file:
-        asked = json.load(file)
-    result = {"quantise": quantise, "measure": measure, "load_adapter": load_adapter}[asked["do"]](asked)
+        job = json.load(file)
+    result = {"quantise": quantise, "measure": measure, "load_adapter": load_adapter}[job["do"]](job)
     with open(sys.argv[2], "w", encoding="utf-8") as file:
         json.dump(result, file)

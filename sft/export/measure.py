@@ -19,14 +19,14 @@ from sft.storage.atomic import write_text
 ROWS = 32
 """Rows whose loss is compared. 32 rows of a few hundred tokens show a lost adapter at once and take seconds."""
 
-PASS = 4096
-"""Tokens of a pass of rows end to end."""
+TOKENS = 4096
+"""Tokens of a padding-free micro-batch."""
 
 AT_ONCE = 8
-"""Prompts answered together: an answer costs the time to read the weights, whether one prompt is answered or eight."""
+"""Prompts completed together: a token costs the time to read the weights, whether for one prompt or for eight."""
 
 TOP = 8
-"""How many of the likeliest tokens are kept at each step of an answer, to judge near ties by."""
+"""How many of the likeliest tokens are kept at each step of a completion, to judge ties by."""
 
 
 @dataclass
@@ -37,9 +37,9 @@ class HeldOutRow:
     """`held_out`, or `train` where nothing was held out."""
     input_ids: list[int]
     labels: list[int]
-    """IGNORED where a token is not learnt."""
+    """IGNORED where a token is no target."""
     prompt_length: int
-    """Tokens before the last answer: the prompt that is answered."""
+    """Tokens before the last answer: the prompt that is completed."""
     question: str
     reference: str
 
@@ -49,19 +49,19 @@ class EvalResult:
     """What one model does on the rows."""
 
     loss: float
-    """Mean over the learnt tokens of all rows, in nats."""
+    """Mean over the target tokens of all rows, in nats."""
     row_losses: list[float]
     """The same for each row."""
-    answers: list[list[int]]
-    """Greedy answers to the first prompts, as token ids, with the end mark where it was reached."""
+    completions: list[list[int]]
+    """Greedy completions of the first prompts, as token ids, with the end mark where it was reached."""
     finished: list[bool]
-    """Whether each answer ended by itself."""
+    """Whether each completion ended by itself."""
     tops: list[list[dict[int, float]]] = field(default_factory=list)
-    """For each answer and each of its tokens: the likeliest tokens and their log probabilities."""
+    """For each completion and each of its tokens: the likeliest tokens and their log probabilities."""
 
     @property
     def eos_share(self) -> float:
-        """Share of the answers that ended by themselves."""
+        """Share of the completions that ended by themselves."""
         return sum(self.finished) / len(self.finished) if self.finished else 0.0
 
 
@@ -83,12 +83,12 @@ def read_rows(folder: Path) -> list[HeldOutRow]:
 
 
 def prompt_of(row: HeldOutRow) -> list[int]:
-    """The ids that are answered; a text without a question is continued from its first half, as in samples.jsonl."""
+    """The ids that are completed; a text without a question is continued from its first half, as in samples.jsonl."""
     return row.input_ids[: row.prompt_length if row.question else max(1, len(row.input_ids) // 2)]
 
 
 def row_losses(model: Any, rows: list[HeldOutRow]) -> tuple[float, list[float]]:
-    """(mean over all learnt tokens, mean of each row), in nats; one row at a time, so that nothing is padded.
+    """(mean over all target tokens, mean of each row), in nats; one row at a time, so that nothing is padded.
 
     The model may be in any mode; it is evaluated without gradients and left in the mode it was in.
     """
@@ -108,17 +108,17 @@ def row_losses(model: Any, rows: list[HeldOutRow]) -> tuple[float, list[float]]:
     return sum(sums) / sum(counts), [s / n for s, n in zip(sums, counts, strict=True)]
 
 
-def flat_loss(model: Any, rows: list[HeldOutRow], collate: Any) -> float:
-    """The mean of `row_losses` by passes of many rows end to end: seconds less for a large model on a GPU.
+def padding_free_loss(model: Any, rows: list[HeldOutRow], collate: Any) -> float:
+    """The mean of `row_losses` by padding-free micro-batches of many rows: seconds less for a large model on a GPU.
 
     `collate` is a PaddingFreeCollator, and `model` one that takes its batches. Raises torch.OutOfMemoryError where a single row
     does not fit.
     """
     import torch
 
-    was_training, most = model.training, PASS
+    was_training, most = model.training, TOKENS
     model.eval()
-    total, learnt, waiting = 0.0, 0, list(rows)
+    total, targets, waiting = 0.0, 0, list(rows)
     with torch.no_grad():
         while waiting:
             ends = itertools.accumulate(len(row.input_ids) for row in waiting)
@@ -131,35 +131,35 @@ def flat_loss(model: Any, rows: list[HeldOutRow], collate: Any) -> float:
             except torch.OutOfMemoryError as error:
                 if count == 1:
                     raise
-                traceback.clear_frames(error.__traceback__)  # they hold what has to be given back
+                traceback.clear_frames(error.__traceback__)  # they hold what has to be freed
                 most //= 2
                 continue
-            total, learnt = total + loss * len(inputs["targets"]), learnt + len(inputs["targets"])
+            total, targets = total + loss * len(inputs["targets"]), targets + len(inputs["targets"])
             waiting = waiting[count:]
     model.train(was_training)
-    return total / learnt
+    return total / targets
 
 
 def measure_torch(
     model: Any, rows: list[HeldOutRow], prompts: int, max_new_tokens: int, stop_ids: list[int], pad: int
 ) -> EvalResult:
-    """Losses on all rows and greedy answers to the prompts of the first `prompts` of them, up to AT_ONCE at a time."""
+    """Losses on all rows and greedy completions of the prompts of the first `prompts` of them, up to AT_ONCE at a time."""
     loss, losses = row_losses(model, rows)
     result = EvalResult(loss, losses, [], [])
     model.eval()
-    asked = [prompt_of(row) for row in rows[:prompts]]
-    for part in batching.grouped(asked, max_new_tokens, AT_ONCE):
-        for answer, tops in _answer(model, part, max_new_tokens, stop_ids, pad):
-            result.answers.append(answer)
-            result.finished.append(bool(answer) and answer[-1] in stop_ids)
+    wanted = [prompt_of(row) for row in rows[:prompts]]
+    for part in batching.grouped(wanted, max_new_tokens, AT_ONCE):
+        for completion, tops in _complete(model, part, max_new_tokens, stop_ids, pad):
+            result.completions.append(completion)
+            result.finished.append(bool(completion) and completion[-1] in stop_ids)
             result.tops.append(tops)
     return result
 
 
-def _answer(
+def _complete(
     model: Any, prompts: list[list[int]], max_new_tokens: int, stop_ids: list[int], pad: int
 ) -> Iterator[tuple[list[int], list[dict[int, float]]]]:
-    """(answer, likeliest tokens of each step) of each prompt."""
+    """(completion, likeliest tokens of each step) of each prompt."""
     import torch
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -178,6 +178,6 @@ def _answer(
         output = model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([note])
         )
-    for row, answer in enumerate(output[:, ids.shape[1] :].tolist()):
-        answer = batching.until_end(answer, stop_ids)
-        yield answer, [dict(zip(best[row], values[row], strict=True)) for best, values in steps[: len(answer)]]
+    for row, completion in enumerate(output[:, ids.shape[1] :].tolist()):
+        completion = batching.until_end(completion, stop_ids)
+        yield completion, [dict(zip(best[row], values[row], strict=True)) for best, values in steps[: len(completion)]]

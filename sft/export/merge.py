@@ -68,7 +68,7 @@ def merge(model: Any) -> Any:
             model = model.merge_and_unload(progressbar=False)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if model.config.tie_word_embeddings and head is not None and head.weight is not embedding.weight:
-        model.config.tie_word_embeddings = False  # what was learnt parted them
+        model.config.tie_word_embeddings = False  # the training made them two
     return model.to(dtype)
 
 
@@ -95,7 +95,7 @@ def _stored_dtype(model: Any) -> str | None:
 
 
 def save(model: Any, tokenizer: Any, stop_ids: list[int], place: Path, source: str | None = None) -> None:
-    """Save a plain model with its tokenizer and the tokens that end an answer, complete or not at all.
+    """Save a plain model with its tokenizer and the tokens that end a completion, complete or not at all.
 
     `source` is the folder or hub id of the base: a SentencePiece file there goes along, because llama.cpp's converter
     reads it where the architecture has one. Raises OSError on a full disk.
@@ -110,7 +110,7 @@ def save(model: Any, tokenizer: Any, stop_ids: list[int], place: Path, source: s
 
 
 def set_stop_tokens(model: Any, tokenizer: Any, stop_ids: list[int]) -> None:
-    """Write into the model what ends an answer and what pads: readers trust these and not the tokenizer."""
+    """Write into the model what ends a completion and what pads: readers go by these and not the tokenizer."""
     ends: Any = stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)
     for config in (model.config.get_text_config(), model.generation_config):
         config.eos_token_id, config.pad_token_id = ends, tokenizer.pad_token_id

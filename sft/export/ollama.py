@@ -191,7 +191,7 @@ def _prove(pieces: Pieces, ask: Any) -> None:
 
 
 def _changed_contents(pieces: Pieces, ask: Any) -> list[str]:
-    """What the chat template changes in contents and Go cannot: to be told, because clients can do it themselves."""
+    """What the chat template changes in contents and Go cannot: to be reported, because clients can do it themselves."""
     notes = []
     padded, thought = _conversation([" q \n"]), _conversation(["q", "<think>\nhm\n</think>\n\nx", "q"])
     for turns, note in (

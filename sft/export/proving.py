@@ -57,7 +57,7 @@ def measure_weights(model: Any, trained: Trained, wanted: ExportSettings) -> mea
 
 
 def base_loss(model: Any, trained: Trained) -> float | None:
-    """The loss of the model without its adapter, to tell how much of what was learnt an export keeps; None without one.
+    """The loss of the model without its adapter, to tell how much of the training's gain an export keeps; None without one.
 
     Trained bias terms are written into the base itself, so that it cannot be had back.
     """
@@ -72,7 +72,7 @@ def reference_facts(trained: Trained, reference: measure.EvalResult, base_loss: 
         "loss": round(reference.loss, 6),
         "base_loss": base_loss and round(base_loss, 6),
         "rows": len(trained.rows),
-        "prompts": len(reference.answers),
+        "prompts": len(reference.completions),
         "source": trained.rows[0].source,
         "eos_share": round(reference.eos_share, 4),
         "trained_loss": (trained.record.get("metrics") or {}).get("proof_loss"),
@@ -99,32 +99,32 @@ def compare_with_training(trained: Trained, reference: measure.EvalResult) -> tu
             "loss", abs(reference.loss - in_memory) <= allowed, f"{in_memory:.4f} ± {allowed:g}", f"{reference.loss:.4f}"
         )
     ]
-    said = measure.EvalResult(in_memory, [], _last_samples(trained), [])
-    # Several prompts were answered at once, in other company: what rounding makes of a near tie is no difference.
-    judged, answers = verify.compare_answers("answers", reference, said, verify.TIE[trained.dtype])
-    if said.answers and trained.dtype == "float32":
+    sampled = measure.EvalResult(in_memory, [], _last_samples(trained), [])
+    # Several prompts were completed at once, in other batches: what rounding makes of a tie is no difference.
+    judged, completions = verify.compare_completions("answers", reference, sampled, verify.TIE[trained.dtype])
+    if sampled.completions and trained.dtype == "float32":
         checks.append(judged)
     facts = {
         "loss": round(reference.loss, 6),
         "loss_increase": round(reference.loss - in_memory, 6),
         "limit": allowed,
-        **answers,
+        **completions,
         "eos_share": round(reference.eos_share, 4),
     }
     return checks, facts
 
 
 def _last_samples(trained: Trained) -> list[list[int]]:
-    """The answers to the first held-out rows that the kept weights gave at the end of the training, as token ids; none where
-    the run was stopped before it gave them.
+    """The completions of the first held-out rows that the kept weights made at the end of the training, as token ids; none
+    where the run was stopped before.
     """
     metrics, status = trained.record.get("metrics") or {}, trained.record.get("status")
     if status in ("stopped", "failed") and metrics.get("kept_step") != metrics.get("steps"):
-        return []  # what was answered at its last step was answered by other weights
+        return []  # the completions of its last step are those of other weights
     lines = [line for line in read_lines(trained.folder / "samples.jsonl") if line.get("source") != "config"]
     last = {line.get("index"): line.get("completion_ids") for line in lines if line.get("step") == metrics.get("steps")}
-    said = [last.get(index) for index in range(len(last))]
-    return said if None not in said else []
+    found = [last.get(index) for index in range(len(last))]
+    return found if None not in found else []
 
 
 def prove_folder(
@@ -161,12 +161,12 @@ def prove_folder(
 
 
 def completions_of(trained: Trained, merged: Path) -> measure.EvalResult | None:
-    """What the merged 16-bit weights answer in transformers; None, with a warning, where it cannot load them."""
+    """What the merged 16-bit weights generate in transformers; None, with a warning, where it cannot load them."""
     rows, new = trained.rows[: trained.settings.export.num_prompts], trained.settings.samples.max_new_tokens
     try:
         model = merge.load_merged(merged, _torch_dtype(trained))
     except Exception as error:  # such as a model that needs code of its own
-        log.warning("GGUF answers are not held against the merged weights, which did not load: %s", first_line(error))
+        log.warning("GGUF completions are not compared with the merged weights, which did not load: %s", first_line(error))
         return None
     measured = measure.measure_torch(model, rows, len(rows), new, trained.stop_ids, trained.tokenizer.pad_token_id)
     del model
@@ -177,7 +177,7 @@ def completions_of(trained: Trained, merged: Path) -> measure.EvalResult | None:
 def prove_gguf(trained, report, reference, rounded, name: str, file: Path, kind: str, begun: float) -> None:
     """Measure a GGUF file in llama.cpp and note the result.
 
-    A lossless one holds the merged 16-bit weights, so that it is also held against these in transformers: between the two
+    A lossless one holds the merged 16-bit weights, so that it is also compared with these in transformers: between the two
     lies no rounding of weights, only llama.cpp's arithmetic.
     """
     wanted = trained.settings.export
@@ -199,9 +199,9 @@ def prove_gguf(trained, report, reference, rounded, name: str, file: Path, kind:
     numbers, facts = verify.compare_numbers(reference, found["measurement"], "float16", limit)
     if limit is None and rounded is not None:
         tie = verify.TIE[trained.dtype]
-        check, answers = verify.compare_answers("answers_of_merged", rounded, found["measurement"], tie)
+        check, completions = verify.compare_completions("answers_of_merged", rounded, found["measurement"], tie)
         numbers.append(check)
-        facts |= {"as_merged": answers["answers_equal"], "partings_from_merged": answers["partings"]}
+        facts |= {"as_merged": completions["answers_equal"], "partings_from_merged": completions["partings"]}
     note_result(trained, report, name, file, [*checks, *numbers], facts, begun)
 
 
@@ -222,7 +222,7 @@ def note_result(
         "failed": failed,
     }
     increase = f" ({facts['loss_increase']:+.4f})" if "loss_increase" in facts else ""
-    same = f", {facts['answers_equal']} of {facts['answers']} answers the same" if facts.get("answers") else ""
+    same = f", {facts['answers_equal']} of {facts['answers']} completions the same" if facts.get("answers") else ""
     loss = f"  loss {facts['loss']:.4f}" if "loss" in facts else ""
     log.info("       %-13s %s%s%s%s", name, "FAILED" if failed else "ok    ", loss, increase, same)
     for check in checks:

@@ -1,9 +1,10 @@
 """Is an export still the model that was trained? Each is loaded afresh and compared on the same rows and prompts.
 
 Two kinds of limits. A lossless format (adapter, merged 16-bit, GGUF f16) holds the trained weights up to the rounding of
-16 bits: its loss may differ by LOSSLESS, and its greedy answers are the same, but for near ties. A quantised format
-changes the weights on purpose: its loss may rise by `export.max_loss_increase`, and how many answers stay the same is
-told, not judged. What ends an answer, what pads, the chat template and the tokens of a prompt survive in every format.
+16 bits: its loss may differ by LOSSLESS, and its greedy completions are the same, but for ties. A quantised format
+changes the weights on purpose: its loss may rise by `export.max_loss_increase`, and how many completions stay the same
+is reported, not judged. What ends a completion, what pads, the chat template and the tokens of a prompt survive
+in every format.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ Rounding SmolLM2's merged weights to float16 moved the loss by 6e-4 (docs/export
 """
 
 TIE = {"float32": 0.05, "bfloat16": 0.25, "float16": 0.25}
-"""Two tokens whose log probabilities are closer than this are a near tie: rounding may choose either."""
+"""Two tokens whose log probabilities are closer than this are a tie: rounding may choose either."""
 
 
 @dataclass
@@ -33,12 +34,12 @@ class Check:
 
 @dataclass
 class Tokens:
-    """How an artifact reads prompts and ends answers: what has to survive an export."""
+    """How an artifact reads prompts and ends completions: what has to survive an export."""
 
     eos_token: str | None
     pad_token: str | None
     ends: list[int]
-    """Ids that end an answer, sorted."""
+    """Ids that end a completion, sorted."""
     chat_template: str | None
     prompts: list[list[int]]
     """The ids of each prompt's text, as the artifact's own tokenizer reads it."""
@@ -77,7 +78,7 @@ def compare_tokens(trained: Tokens, found: Tokens, bos: int | None) -> list[Chec
 def compare_numbers(
     trained: EvalResult, found: EvalResult, dtype: str, limit: float | None
 ) -> tuple[list[Check], dict[str, Any]]:
-    """(checks, facts) of the loss and the answers; `limit` None means lossless, and only then the answers are judged."""
+    """(checks, facts) of the loss and the completions; `limit` None means lossless: only then the completions are judged."""
     increase = found.loss - trained.loss
     if limit is None:
         allowed = LOSSLESS[dtype]
@@ -85,50 +86,50 @@ def compare_numbers(
     else:
         allowed = limit
         checks = [Check("loss", increase <= allowed, f"at most {trained.loss + allowed:.4f}", f"{found.loss:.4f}")]
-    judged, answers = compare_answers("answers", trained, found, TIE[dtype])
-    compared = answers["answers"]
+    judged, completions = compare_completions("answers", trained, found, TIE[dtype])
+    compared = completions["answers"]
     if limit is None:
         checks.append(judged)
     if any(trained.finished[:compared]):
-        told = f"{sum(trained.finished[:compared])} of {compared} end by themselves"
-        checks.append(Check("ends_answers", any(found.finished), told, f"{sum(found.finished)} of {compared}"))
+        expected = f"{sum(trained.finished[:compared])} of {compared} end by themselves"
+        checks.append(Check("ends_answers", any(found.finished), expected, f"{sum(found.finished)} of {compared}"))
     facts = {
         "loss": round(found.loss, 6),
         "loss_increase": round(increase, 6),
         "limit": allowed,
-        **answers,
+        **completions,
         "eos_share": round(found.eos_share, 4),
     }
     return checks, facts
 
 
-def compare_answers(name: str, reference: EvalResult, found: EvalResult, tie: float) -> tuple[Check, dict[str, Any]]:
-    """(check, facts) of greedy answers: the same, or they part where the reference found both tokens about equally likely."""
-    compared = min(len(reference.answers), len(found.answers))
-    partings = find_partings(reference, found)
-    near = [parting["gap"] for parting in partings if parting["gap"] is not None and parting["gap"] <= tie]
-    equal, wrong = compared - len(partings), len(partings) - len(near)
-    ties = f", {len(near)} after a near tie (at most {max(near):.4f} nats apart)" if near else ""
-    told = f"{equal} the same{ties}" + (f", {wrong} others" if wrong else "")
-    facts = {"answers": compared, "answers_equal": equal, "near_ties": len(near), "partings": partings}
-    facts |= {"widest_tie": max(near)} if near else {}
-    return Check(name, not wrong, f"{compared} the same, near ties aside", told), facts
+def compare_completions(name: str, reference: EvalResult, found: EvalResult, tie: float) -> tuple[Check, dict[str, Any]]:
+    """(check, facts) of greedy completions: the same, or they diverge at a tie, two tokens that the reference finds alike."""
+    compared = min(len(reference.completions), len(found.completions))
+    divergences = find_divergences(reference, found)
+    ties = [one["gap"] for one in divergences if one["gap"] is not None and one["gap"] <= tie]
+    equal, wrong = compared - len(divergences), len(divergences) - len(ties)
+    after = f", {len(ties)} after a tie (at most {max(ties):.4f} nats apart)" if ties else ""
+    text = f"{equal} the same{after}" + (f", {wrong} others" if wrong else "")
+    facts = {"answers": compared, "answers_equal": equal, "near_ties": len(ties), "partings": divergences}
+    facts |= {"widest_tie": max(ties)} if ties else {}
+    return Check(name, not wrong, f"{compared} the same, ties aside", text), facts
 
 
-def find_partings(reference: EvalResult, found: EvalResult) -> list[dict[str, Any]]:
-    """Where answers part: the number of the prompt, that of the first other token, and the gap there.
+def find_divergences(reference: EvalResult, found: EvalResult) -> list[dict[str, Any]]:
+    """Where completions diverge: the number of the prompt, that of the first other token, and the gap there.
 
-    The gap is how much likelier, in nats, the reference found its own token than the other one. None where one answer is the
+    The gap is how much likelier, in nats, the reference found its own token than the other one. None where one is the
     beginning of the other (an end mark was lost, or came too early), and where the other token was not among the likeliest.
     """
-    partings = []
-    for i, (a, b) in enumerate(zip(reference.answers, found.answers, strict=False)):
+    divergences = []
+    for i, (a, b) in enumerate(zip(reference.completions, found.completions, strict=False)):
         if a != b:
             at = next((k for k, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b)))
             scores = reference.tops[i][at] if at < min(len(a), len(b), len(reference.tops[i])) else {}
             gap = round(scores[a[at]] - scores[b[at]], 6) if scores and b[at] in scores else None
-            partings.append({"prompt": i, "token": at, "gap": gap})
-    return partings
+            divergences.append({"prompt": i, "token": at, "gap": gap})
+    return divergences
 
 
 def _pad(tokens: Tokens) -> str:

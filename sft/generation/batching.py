@@ -7,13 +7,13 @@ from typing import Any
 from sft.model.structure import base_of
 
 PLACES = 8192
-"""Tokens whose keys and values answers given together may take: one gibibyte of an 8B shape."""
+"""Tokens whose keys and values completions made together may take: one gibibyte of an 8B shape."""
 
 
 @contextlib.contextmanager
 def plain(model: Any) -> Iterator[None]:
     """A block in which `model.generate` takes nothing from the model's generation_config.json, whose values (a penalty for
-    repetitions, say, with Qwen's chat models) fill in what a call leaves open: a greedy answer is the likeliest tokens.
+    repetitions, say, with Qwen's chat models) fill in what a call leaves open: a greedy completion is the likeliest tokens.
     """
     from transformers import GenerationConfig
 
@@ -27,7 +27,7 @@ def plain(model: Any) -> Iterator[None]:
 
 
 def grouped(prompts: list[list[int]], max_new_tokens: int, most: int) -> list[list[list[int]]]:
-    """Prompts, token ids, in groups that are answered together: at most `most`, and PLACES keys and values in all."""
+    """Prompts, token ids, in groups that are completed together: at most `most`, and PLACES keys and values in all."""
     groups: list[list[list[int]]] = []
     for prompt in prompts:
         group = [*groups[-1], prompt] if groups else [prompt]
@@ -48,6 +48,6 @@ def padded(prompts: list[list[int]], pad: int, device: Any) -> tuple[Any, Any]:
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def until_end(answer: list[int], stop_ids: Collection[int]) -> list[int]:
-    """An answer up to its end mark and with it, if it has one."""
-    return answer[: next((i + 1 for i, token in enumerate(answer) if token in stop_ids), len(answer))]
+def until_end(completion: list[int], stop_ids: Collection[int]) -> list[int]:
+    """A completion up to its end mark and with it, if it has one."""
+    return completion[: next((i + 1 for i, token in enumerate(completion) if token in stop_ids), len(completion))]

@@ -1,8 +1,8 @@
-"""Greedy answers to several prompts at once, whose steps of one token are recorded as a CUDA graph.
+"""Greedy completions of several prompts at once, whose steps of one token are captured as a CUDA graph.
 
 A step of an 8B model launches some 2,500 kernels, for which a host takes 38 ms; an H100 reads its weights
 in 5. Keys and values therefore get a place of fixed size (transformers' StaticCache), and everything that changes from token
-to token, the choice of the next one among it, is done by the recorded kernels. Without a GPU the same steps are launched.
+to token, the choice of the next one among it, is done by the captured kernels. Without a GPU the same steps are eager.
 Adapters, norms and attention take fewer kernels there: at one token a row, what a kernel costs by itself is a good part of the
 time.
 """
@@ -14,8 +14,8 @@ from typing import Any
 from sft.model import structure
 from sft.model.fused_layers import fused_inference
 
-LAUNCHED = 1
-"""Steps that are launched before one is recorded: what libraries set up at their first call must not be."""
+EAGER = 1
+"""Eager steps before one is captured: what libraries set up at their first call must not be."""
 
 ATTENTION = "sft_one_token"
 """Name of `attend` among transformers' attention functions."""
@@ -23,8 +23,8 @@ ATTENTION = "sft_one_token"
 ALIGNED = 16
 """Places of keys and values, a multiple of this: a mask of another width is copied to such a one in each layer."""
 
-LOOK = 16
-"""Steps after which it is looked whether all answers have ended; each look waits for a GPU."""
+CHECK_EVERY = 16
+"""Steps between two checks whether all completions have ended; each check waits for a GPU."""
 
 
 def fits(model: Any) -> bool:
@@ -46,10 +46,10 @@ def greedy(
     max_new_tokens: int,
     check_stop: Callable[[], None],
 ) -> list[list[int]]:
-    """The likeliest tokens after each prompt, at most `max_new_tokens`; an answer may go on after its end mark.
+    """The likeliest tokens after each prompt, at most `max_new_tokens`; a completion may go on after its end mark.
 
     input_ids, attention_mask: [prompts, tokens], padded on the left; `model` is a causal language model that `fits`, without an
-    adapter around it. `check_stop` is called at every look and may raise. Call it without gradients.
+    adapter around it. `check_stop` is called at every check and may raise. Call it without gradients.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -66,7 +66,7 @@ def _greedy(
     max_new_tokens: int,
     check_stop: Callable[[], None],
 ) -> list[list[int]]:
-    """Do the first steps, record one on a GPU, and replay it for the rest; in a model as `greedy` changes it."""
+    """Do the first steps, capture one on a GPU, and replay it for the rest; in a model as `greedy` changes it."""
     import torch
     from transformers import StaticCache
 
@@ -114,7 +114,7 @@ def _greedy(
         chosen.index_copy_(1, at, token)
 
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    count, graph, every = 1, None, LOOK if device.type == "cuda" else 1
+    count, graph, every = 1, None, CHECK_EVERY if device.type == "cuda" else 1
 
     def go_on(advance: Callable[[], None], until: int) -> None:
         nonlocal count
@@ -127,9 +127,9 @@ def _greedy(
             count += 1
 
     if device.type == "cuda":
-        go_on(step, min(1 + LAUNCHED, max_new_tokens))
-        if LAUNCHED < count < max_new_tokens:
-            graph = _record(step)
+        go_on(step, min(1 + EAGER, max_new_tokens))
+        if EAGER < count < max_new_tokens:
+            graph = _capture(step)
     go_on(graph.replay if graph else step, max_new_tokens)
     return chosen[:, length : length + max_new_tokens].tolist()
 
@@ -141,7 +141,7 @@ def _as_bias(seen: Any, dtype: Any) -> Any:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
-def _record(step: Callable[[], None]) -> Any:
+def _capture(step: Callable[[], None]) -> Any:
     import torch
 
     graph = torch.cuda.CUDAGraph()
@@ -171,7 +171,7 @@ def attend(
 
 def without_cudnn() -> Any:
     """A block in which attention with a mask is not cuDNN's, which plans anew for each length: the
-    first answers took twice as long with it.
+    first completions took twice as long with it.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

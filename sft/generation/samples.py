@@ -1,4 +1,4 @@
-"""Answers to fixed prompts, generated greedily, so that what the model learns can be read and not only plotted."""
+"""Completions of fixed prompts, generated greedily, so that what the model learns can be read and not only plotted."""
 
 import contextlib
 import logging
@@ -52,10 +52,10 @@ def generate(
     step: int,
     check_stop: Callable[[], None] = lambda: None,
 ) -> list[dict]:
-    """One greedy answer a prompt, as the lines of samples.jsonl. Weights, mode and random state are left as they were.
+    """One greedy completion a prompt, as the lines of samples.jsonl. Weights, mode and random state are left as they were.
 
-    Prompts are answered `at_once` many at a time, padded on the left. `check_stop` is called at every token and raises where
-    the answers have to be given up.
+    Prompts are completed `at_once` many at a time, padded on the left. `check_stop` is called at every token and raises where
+    the completions have to be given up.
     """
     import torch
     from transformers import GenerationConfig
@@ -75,30 +75,30 @@ def generate(
     count = at_once(settings)
     fits = count > 1 and not strategy.shards(settings) and decoding.fits(base_of(model))
 
-    def ask(part: list[list[int]]) -> list[list[int]]:
+    def complete(part: list[list[int]]) -> list[list[int]]:
         ids, mask = batching.padded(part, tokenizer.pad_token_id, model.device)
         if fits:
             try:
                 return decoding.greedy(base_of(model), ids, mask, stop_ids, config.max_new_tokens, check_stop)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # what CUDA says where a step cannot be recorded
-                log.debug("answers are not recorded: %s", first_line(error))
+            except RuntimeError as error:  # what CUDA says where a step cannot be captured
+                log.debug("completions are not captured: %s", first_line(error))
         return model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[check]
         )[:, ids.shape[1] :].tolist()  # fmt: skip
 
-    with _answering(model, settings), batching.plain(model):
+    with _generating(model, settings), batching.plain(model):
         parts = batching.grouped([prompt.input_ids for prompt in prompts], config.max_new_tokens, count)
-        answers = [answer for part in parts for answer in ask(part)]
+        completions = [completion for part in parts for completion in complete(part)]
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the answers' keys and values would leave the memory in pieces
-    return [_line(prompt, answer, tokenizer, stop_ids, step) for prompt, answer in zip(prompts, answers, strict=True)]
+        torch.cuda.empty_cache()  # the completions' keys and values would leave the memory in pieces
+    return [_line(prompt, ids, tokenizer, stop_ids, step) for prompt, ids in zip(prompts, completions, strict=True)]
 
 
-def _line(prompt: Prompt, answer: list[int], tokenizer: Any, stop_ids: set[int], step: int) -> dict:
+def _line(prompt: Prompt, completion: list[int], tokenizer: Any, stop_ids: set[int], step: int) -> dict:
     """A line of samples.jsonl."""
-    answer = batching.until_end(answer, stop_ids)
+    completion = batching.until_end(completion, stop_ids)
     return {
         "step": step,
         "index": prompt.index,
@@ -106,24 +106,24 @@ def _line(prompt: Prompt, answer: list[int], tokenizer: Any, stop_ids: set[int],
         "prompt": tokenizer.decode(prompt.input_ids),
         "question": prompt.question,
         "reference": prompt.reference,
-        "completion": tokenizer.decode(answer),
-        "completion_ids": answer,
-        "finish": "eos" if answer and answer[-1] in stop_ids else "length",
+        "completion": tokenizer.decode(completion),
+        "completion_ids": completion,
+        "finish": "eos" if completion and completion[-1] in stop_ids else "length",
     }
 
 
 def at_once(settings: Settings) -> int:
-    """Prompts that are answered together: four cost little more than one. Unsloth's inference is its own and gets one."""
+    """Prompts that are completed together: four cost little more than one. Unsloth's inference is its own and gets one."""
     return 1 if settings.model.backend == Backend.unsloth else 8
 
 
 def eos_share(lines: list[dict]) -> float | None:
-    """Share of the answers that ended with an end mark and not at `samples.max_new_tokens`."""
+    """Share of the completions that ended with an end mark and not at `samples.max_new_tokens`."""
     return round(sum(line["finish"] == "eos" for line in lines) / len(lines), 4) if lines else None
 
 
 @contextlib.contextmanager
-def _answering(model: Any, settings: Settings) -> Iterator[None]:
+def _generating(model: Any, settings: Settings) -> Iterator[None]:
     """Inference mode inside the block; afterwards the mode and the random state are what they were before."""
     import torch
 
@@ -131,7 +131,7 @@ def _answering(model: Any, settings: Settings) -> Iterator[None]:
 
     was_training, unsloth = model.training, settings.model.backend == Backend.unsloth
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    # Nothing is compiled for the lengths of answers.
+    # Nothing is compiled for the lengths of completions.
     with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         if unsloth:
             from unsloth import FastLanguageModel

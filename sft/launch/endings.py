@@ -1,4 +1,4 @@
-"""Every ending of a run turned into a result, and the look at a run that is not trained."""
+"""Every ending of a run turned into a result, and the check of a run that is not trained."""
 
 import contextlib
 import shutil
@@ -12,14 +12,14 @@ from sft.errors import Refusal
 from sft.model import warm_cache
 from sft.model.hub import read_config
 from sft.plan.machine import look as look_at
-from sft.plan.plan import plan_model
+from sft.plan.plan import plan_model, with_backend
 from sft.preflight import checks, show
 from sft.runs import record, resume
 from sft.runs.failures import log_failure, reason_of
 from sft.runs.record import Context, RunResult
 
 
-def look(settings: Settings, folder: Path, context: Context) -> RunResult:
+def check_only(settings: Settings, folder: Path, context: Context) -> RunResult:
     """Check everything that a run would, and show it. Nothing is trained, and the run folder that Hydra made is removed.
 
     Raises Refusal, after everything was shown, if the run would be refused.
@@ -28,7 +28,7 @@ def look(settings: Settings, folder: Path, context: Context) -> RunResult:
     environment.quiet_libraries()
     machine = look_at(settings)
     plan = plan_model(settings, machine, lambda: read_config(settings.model))
-    found = checks.examine(settings, folder, plan, context.origins, machine)
+    found = checks.examine(with_backend(settings, plan), folder, plan, context.provenance, machine)
     show.show(found)
     if found.problems:
         raise Refusal(found.problems)

@@ -38,16 +38,16 @@ def start(settings: Settings, folder: Path, context: Any) -> Any:
     one, with the signal's name in run.json.
     """
     with tempfile.TemporaryDirectory(prefix="sft-ranks-", ignore_cleanup_errors=True) as place:  # for this user alone
-        job, answer = Path(place, "job"), Path(place, "answer")
+        job, outcome = Path(place, "job"), Path(place, "outcome")
         job.write_bytes(pickle.dumps((settings, folder, context, os.getcwd(), os.getpid(), secrets.token_bytes(32))))
         failed = _run_ranks(job, processes_of(settings))
-        told = pickle.loads(answer.read_bytes()) if answer.exists() else None
-    if failed is None and isinstance(told, list):
-        raise Refusal(told)
-    if failed is None and isinstance(told, KeyboardInterrupt):
-        raise told
-    if failed is None and told is not None:
-        return told
+        result = pickle.loads(outcome.read_bytes()) if outcome.exists() else None
+    if failed is None and isinstance(result, list):
+        raise Refusal(result)
+    if failed is None and isinstance(result, KeyboardInterrupt):
+        raise result
+    if failed is None and result is not None:
+        return result
     return _failed(folder, context, *(failed or (0, 1)))
 
 
@@ -63,13 +63,14 @@ def launch(settings: Settings, folder: Path, context: Any) -> Any:
 def work(job: Path) -> int:
     """One rank that `start` has started: run its part of the job; returns the exit code.
 
-    Rank 0 leaves its result, or what it raised, in the file `answer` beside the job.
+    Rank 0 leaves its result, or what it raised, in the file `outcome` beside the job.
     """
     settings, folder, context, place, parent, secret = pickle.loads(job.read_bytes())
     meet_at(job.with_name("store"), secret)
     os.chdir(place)
     end_with(parent)
-    from sft.run import follow, run
+    from sft.launch.follower import follow
+    from sft.run import run
 
     if not is_first():
         return follow()
@@ -77,14 +78,14 @@ def work(job: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)  # train.log opens in it
         logging.config.dictConfig(context.logging)
     try:
-        told: Any = run(settings, folder, context)
+        result: Any = run(settings, folder, context)
     except Refusal as refusal:
-        told = refusal.problems
+        result = refusal.problems
     except KeyboardInterrupt as interrupt:
-        told = interrupt
-    work = job.with_name("answer.part")
-    work.write_bytes(pickle.dumps(told))
-    work.rename(job.with_name("answer"))
+        result = interrupt
+    work = job.with_name("outcome.part")
+    work.write_bytes(pickle.dumps(result))
+    work.rename(job.with_name("outcome"))
     group = current()
     return 1 if group and group.lost else 0
 

@@ -32,11 +32,11 @@ def training_arguments(
         max_steps=t.max_steps,
         per_device_train_batch_size=t.per_device_train_batch_size,
         per_device_eval_batch_size=plan.eval_batch_size,
-        gradient_accumulation_steps=samplers.passes_of_rank(t.gradient_accumulation_steps),
+        gradient_accumulation_steps=samplers.micro_batches_of_rank(t.gradient_accumulation_steps),
         learning_rate=t.learning_rate,
         lr_scheduler_type=t.lr_scheduler_type,
         warmup_steps=t.warmup_steps,
-        # The same optimiser in one kernel, which is told on the device to leave a bad step out; nothing waits for the GPU.
+        # The same optimiser in one kernel, which skips a non-finite step by a flag on the device; nothing waits for the GPU.
         optim="adamw_torch_fused" if gpu and t.optim == "adamw_torch" else t.optim,
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
@@ -54,12 +54,12 @@ def training_arguments(
         fp16=gpu and plan.dtype == "float16",
         use_cpu=not gpu,
         dataloader_pin_memory=gpu,
-        accelerator_config={"non_blocking": gpu},  # else each pass would wait for the one before to be moved to the GPU
+        accelerator_config={"non_blocking": gpu},  # else each micro-batch would wait until it is moved to the GPU
         max_length=settings.model.max_seq_length,
         dataset_kwargs={"skip_prepare_dataset": True},
         # The head's loss of sft/model/padding_free.py needs no patch; else TRL's default, where it fits.
         **({"loss_type": "nll"} if plan.padding_free or not chunked else {}),
-        # None lets Unsloth lay rows end to end, which its GPU kernels keep apart; everything else pads them.
+        # None lets Unsloth make padding-free batches, whose rows its GPU kernels keep apart; everything else pads them.
         padding_free=None if gpu and plan.backend == "unsloth" else False,
         remove_unused_columns=False,
         report_to="none",

@@ -19,7 +19,7 @@ from sft.training.context import RunContext
 from sft.training.nonfinite import NonFiniteSteps
 from sft.training.oom import OomRetry
 from sft.training.samplers import TokenBalancedSampler
-from sft.training.trainer import Loop, resumable
+from sft.training.trainer import Loop, ResumableTrainer
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     settings, data, tokenizer = ctx.settings, ctx.prepared, ctx.tokenizer
     plan = acceleration.settle(model, settings, data, tokenizer.pad_token_id, ctx.plan)
 
-    class Trainer(resumable(SFTTrainer)):
+    class Trainer(ResumableTrainer, SFTTrainer):
         """Counts the non-padding tokens it trains on, and evaluates to the mean over tokens.
 
-        Counts and sums stay on the device until they are asked for. transformers' own evaluation loss is a mean over
+        Counts and sums stay on the device until they are read. transformers' own evaluation loss is a mean over
         batches, which changes with the size of a batch: two runs could not be ranked by it.
         """
 
@@ -52,15 +52,15 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
         def compute_loss(self, model, inputs, *args, **kwargs):
             if not collators.is_padding_free(inputs):
                 return super().compute_loss(model, inputs, *args, **kwargs)
-            # Past TRL's own, which waits for the GPU three times a pass to count what is never shown.
+            # Past TRL's own, which waits for the GPU three times a micro-batch to count what is never shown.
             return transformers.Trainer.compute_loss(self, model, inputs, *args, **kwargs)
 
         def floating_point_ops(self, inputs):
-            return 0  # a walk over all weights at every pass, for a number that nothing reads
+            return 0  # a walk over all weights at every micro-batch, for a number that nothing reads
 
         def get_eval_dataloader(self, *args, **kwargs):
             usual = self.data_collator
-            self.data_collator = self.end_to_end or usual
+            self.data_collator = self.padding_free_collator or usual
             try:
                 return super().get_eval_dataloader(*args, **kwargs)
             finally:
@@ -68,10 +68,10 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
 
         def prediction_step(self, model, inputs, *args, **kwargs):
             predict = super().prediction_step
-            results = self.smaller.evaluate(lambda batch: predict(model, batch, *args, **kwargs)[0], inputs)
-            for loss, learnt in results:
-                loss = torch.where(learnt > 0, loss.double(), 0.0)  # a pass of fillers alone has no mean
-                self.eval_sum, self.eval_tokens = self.eval_sum + loss * learnt, self.eval_tokens + learnt
+            results = self.oom_retry.evaluate(lambda batch: predict(model, batch, *args, **kwargs)[0], inputs)
+            for loss, targets in results:
+                loss = torch.where(targets > 0, loss.double(), 0.0)  # a micro-batch of fillers alone has no mean
+                self.eval_sum, self.eval_tokens = self.eval_sum + loss * targets, self.eval_tokens + targets
             return results[0][0], None, None
 
         def evaluation_loop(self, *args, **kwargs):
@@ -100,12 +100,12 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
 
         def _get_train_sampler(self, train_dataset=None):
             sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
-            passes = settings.trainer.gradient_accumulation_steps
-            if not plan.padding_free or passes == 1:
+            micro_batches = settings.trainer.gradient_accumulation_steps
+            if not plan.padding_free or micro_batches == 1:
                 return samplers.share_rows(sampler, len(data.train), rows)
             ordered = samplers.share_rows(samplers.settle_order(sampler, len(data.train)), len(data.train), rows)
             lengths = [*token_counts(data.train).tolist(), 1]  # the last one is the filler's
-            return TokenBalancedSampler(ordered, lengths, rows, passes)
+            return TokenBalancedSampler(ordered, lengths, rows, micro_batches)
 
         def _get_eval_sampler(self, eval_dataset):
             sampler = super()._get_eval_sampler(eval_dataset)
@@ -122,14 +122,15 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
         processing_class=tokenizer,
     )
     strategy.settle_accelerator(trainer.accelerator)
-    trainer.plan, trainer.end_to_end = plan, None
+    trainer.plan, trainer.padding_free_collator = plan, None
     if plan.padding_free:
         rows = settings.trainer.per_device_train_batch_size if plan.capture_sizes else 0
-        trainer.end_to_end = collators.PaddingFreeCollator(tokenizer.pad_token_id, longest)  # evaluation is not captured
-        trainer.data_collator = replace(trainer.end_to_end, lengths=plan.capture_sizes, rows=rows)
+        # Evaluation is not captured.
+        trainer.padding_free_collator = collators.PaddingFreeCollator(tokenizer.pad_token_id, longest)
+        trainer.data_collator = replace(trainer.padding_free_collator, lengths=plan.capture_sizes, rows=rows)
     trainer.loop = loop
-    trainer.bad_steps = NonFiniteSteps(trainer, data.train, settings.trainer.max_bad_steps)
-    trainer.smaller = OomRetry(trainer)
+    trainer.nonfinite = NonFiniteSteps(trainer, data.train, settings.trainer.max_bad_steps)
+    trainer.oom_retry = OomRetry(trainer)
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
     trainer.add_callback(run_callback(trainer, settings))
@@ -142,9 +143,9 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
 
 def held_out_loss(ctx: RunContext, trainer: Any) -> float:
     """The mean loss of the rows of held_out.jsonl by the weights in memory."""
-    model, collate, rows = trainer.model, trainer.end_to_end, measure.read_rows(ctx.folder)
+    model, collate, rows = trainer.model, trainer.padding_free_collator, measure.read_rows(ctx.folder)
     with trainer.compute_loss_context_manager(), acceleration.evaluating(model, trainer.plan):
-        return measure.flat_loss(model, rows, collate) if collate else measure.row_losses(model, rows)[0]
+        return measure.padding_free_loss(model, rows, collate) if collate else measure.row_losses(model, rows)[0]
 
 
 def _takes_chunks(model: Any, settings: Settings) -> bool:
@@ -161,6 +162,6 @@ def _takes_chunks(model: Any, settings: Settings) -> bool:
 
 def _model_columns(dataset: Any, tokenizer: Any, settings: Settings) -> Any:
     columns = samplers.with_filler(dataset.select_columns(list(SFT.columns)), tokenizer.pad_token_id)
-    # No row is longer: sft.data saw to it. Unsloth asks for this word before it lays rows end to end without padding.
+    # No row is longer: sft.data saw to it. Unsloth asks for this word before it makes batches padding-free.
     columns._unsloth_truncated_to = settings.model.max_seq_length
     return columns

@@ -77,18 +77,18 @@ def check_modules(model: Any, lora: LoraSettings) -> tuple[list[Problem], list[s
     """(problems, warnings) of the modules that `lora` names, by the names and kinds of a model's modules, which may be on the
     meta device. Names are matched as PEFT matches them.
     """
-    problems, told = [*_check_targets(model, lora.target_modules), *_check_saved(model, lora.modules_to_save)], []
+    problems, warnings = [*_check_targets(model, lora.target_modules), *_check_saved(model, lora.modules_to_save)], []
     if not problems and lora.target_modules != [ALL_LINEAR]:
         # PEFT gives no adapter to what is trained whole, and fails where that leaves none.
         saved = _whole(model, lora.modules_to_save)
         idle = [t for t in lora.target_modules if all(_lies_in(n, saved) for n in _named(model, t))]
         whole = f"lora.modules_to_save={_list(lora.modules_to_save)}"
         if idle and len(idle) < len(lora.target_modules):
-            told.append(f"{', '.join(idle)} of lora.target_modules get no adapter: {whole} trains all of that.")
+            warnings.append(f"{', '.join(idle)} of lora.target_modules get no adapter: {whole} trains all of that.")
         elif idle:
             why = f"No layer is left for the adapter: {whole} trains all of {', '.join(idle)}."
             problems.append(Problem(f"lora.target_modules={_list(idle)}", why, "lora.modules_to_save=[]"))
-    return problems, told
+    return problems, warnings
 
 
 def _check_targets(model: Any, targets: list[str]) -> list[Problem]:
@@ -109,8 +109,8 @@ def _check_targets(model: Any, targets: list[str]) -> list[Problem]:
         problems.append(Problem(what, why, _override("target_modules", fitting)))
     unfit = {t: _linear(model, t) for t in targets if any(not _takes_adapter(m) for m in _named(model, t).values())}
     if unfit:
-        told = [f"{t} is a block of {', '.join(inner)}" if inner else f"{t} is no linear layer" for t, inner in unfit.items()]
-        why = f"An adapter sits on single layers: {'; '.join(told)}."
+        listed = [f"{t} is a block of {', '.join(inner)}" if inner else f"{t} is no linear layer" for t, inner in unfit.items()]
+        why = f"An adapter sits on single layers: {'; '.join(listed)}."
         why += "" if any(unfit.values()) else f" The linear layers are: {', '.join(linear)}."
         better = [n for t in targets if t not in missing for n in unfit.get(t, [t])]
         problems.append(Problem(what, why, _override("target_modules", better or [ALL_LINEAR])))

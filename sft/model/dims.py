@@ -14,10 +14,10 @@ def empty_model(settings: Settings, where: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    trusted = settings.model.trust_remote_code  # said either way: unsaid, transformers asks on the terminal
-    config = AutoConfig.from_pretrained(where, revision=settings.model.revision, trust_remote_code=trusted)
+    consent = settings.model.trust_remote_code  # said either way: unsaid, transformers asks on the terminal
+    config = AutoConfig.from_pretrained(where, revision=settings.model.revision, trust_remote_code=consent)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted), config
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=consent), config
 
 
 def dims_of(model: Any, config: Any, settings: Settings) -> ModelDims | None:

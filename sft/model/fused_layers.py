@@ -8,16 +8,16 @@ from typing import Any
 @contextlib.contextmanager
 def fused_inference(model: Any) -> Iterator[None]:
     """Inside the block plain LoRA layers and RMS norms of `model` compute what they did, up to rounding, in fewer kernels, and
-    adapters that have learnt nothing yet in none. Not for gradients.
+    untrained adapters in none. Not for gradients.
     """
     import torch
 
     changed: dict[Any, Callable[..., Any]] = {}
     adapters = {module: name for module in model.modules() if (name := _plain_adapter(module))}
-    learnt = [module.lora_B[name].weight.any() for module, name in adapters.items()]
-    learnt = torch.stack(learnt).tolist() if learnt else []  # one wait for the GPU, not one for each
-    for (module, name), has_learnt in zip(adapters.items(), learnt, strict=True):
-        changed[module] = _fused_adapter(module, name) if has_learnt else module.base_layer.__call__
+    trained = [module.lora_B[name].weight.any() for module, name in adapters.items()]
+    trained = torch.stack(trained).tolist() if trained else []  # one wait for the GPU, not one for each
+    for (module, name), is_trained in zip(adapters.items(), trained, strict=True):
+        changed[module] = _fused_adapter(module, name) if is_trained else module.base_layer.__call__
     checked: dict[type, bool] = {}
     for module in model.modules():
         if forward := _fused_norm(module, checked):

@@ -50,7 +50,7 @@ def locate(model: ModelSettings, weights: bool = True) -> tuple[str, str]:
     local = builtin.local_model(model.name, weights)
     if local is None:
         return model.name, f"hub {model.name}"  # loading it raises, with the reason
-    return str(local), f"embedded {local.name}"
+    return str(local), f"built-in {local.name}"
 
 
 @contextlib.contextmanager

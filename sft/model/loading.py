@@ -1,4 +1,4 @@
-"""The tokenizer, the model and its backend: found, checked and loaded."""
+"""The model, loaded by its backend."""
 
 import logging
 from pathlib import Path

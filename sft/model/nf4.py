@@ -14,7 +14,7 @@ from bitsandbytes import functional
 
 
 class OpenLinear4bit(bnb.nn.Linear4bit):
-    """An nf4 layer that uses `multiply` where gradients are wanted; answers keep the library's kernel for one token."""
+    """An nf4 layer that uses `multiply` where gradients are wanted; generation keeps the library's kernel for one token."""
 
     def forward(self, x: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -1,9 +1,9 @@
-"""Rows laid end to end in one long row, without padding: how they are put together, kept apart, and turned into a loss.
+"""Padding-free micro-batches in a model: how concatenated rows are kept apart and turned into a loss.
 
 A padded batch spends most of its time on padding where rows differ in length. Here each token is computed once. Attention gets
 the ends of the rows and never looks across one (`cu_seq_lens_q`, transformers' own name for them), positions start again with
-every row, and the output layer is applied to the places that predict a learnt token alone. `differs` holds the result against
-the model's own forward pass before anything is trained.
+every row, and the output layer is applied to the places that predict a target token alone. `acceleration.differs` compares the
+result with the model's own forward pass before anything is trained.
 """
 
 import contextlib
@@ -15,14 +15,15 @@ from sft.data.collators import pairs
 from sft.model.loss import linear_cross_entropy
 from sft.model.structure import attention_of
 
-ATTENTION = "sft_flat"
+ATTENTION = "sft_padding_free"
 """The attention's name in transformers' registry."""
 
 
 def install(base: Any) -> None:
-    """Let the causal language model `base`, without an adapter around it, take passes of EndToEnd beside its usual input.
+    """Let the causal language model `base`, without an adapter around it, take PaddingFreeCollator's micro-batches beside its
+    usual input.
 
-    A flat pass gives an output with the `loss` alone: summed over learnt tokens and divided by `num_items_in_batch`, or by
+    Such a one gives an output with the `loss` alone: summed over target tokens and divided by `num_items_in_batch`, or by
     their number where that is None, as transformers does for padded rows.
     """
     import torch
@@ -33,8 +34,8 @@ def install(base: Any) -> None:
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
     usual = base.forward
 
-    def forward(self, *args: Any, learnt: Any = None, targets: Any = None, **kwargs: Any) -> Any:
-        if learnt is None:
+    def forward(self, *args: Any, target_positions: Any = None, targets: Any = None, **kwargs: Any) -> Any:
+        if target_positions is None:
             return usual(*args, **kwargs)
         items = kwargs.pop("num_items_in_batch", None)
         for unused in ("labels", "use_cache", "attention_mask"):
@@ -45,20 +46,20 @@ def install(base: Any) -> None:
             else:
                 hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
-        hidden = hidden[0].index_select(0, learnt)
+        hidden = hidden[0].index_select(0, target_positions)
         if torch.is_autocast_enabled(hidden.device.type):  # they are float32 where the weights are
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         total = linear_cross_entropy(hidden, head.weight, targets)
         return CausalLMOutputWithPast(loss=total / (len(targets) if items is None else items))
 
     def contexts() -> tuple[Any, Any]:
-        """torch.utils.checkpoint's `context_fn`: what is computed again, in the backward pass, attends as at first."""
+        """torch.utils.checkpoint's `context_fn`: what is recomputed in the backward pass attends as at first."""
         return contextlib.nullcontext(), attention_of(base, base.config.get_text_config()._attn_implementation)
 
     set_checkpointing = base._set_gradient_checkpointing
 
     def checkpoint_with_contexts(enable: bool = True, gradient_checkpointing_func: Any = None, **options: Any) -> None:
-        # The random state is asked for only where something draws: a pass that is recorded as a CUDA graph must not do that.
+        # The random state is read only where something draws: a step that is captured as a CUDA graph must not do that.
         draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in base.modules())
         more = {"context_fn": contexts, "preserve_rng_state": draws}
         function = functools.partial(gradient_checkpointing_func, **more) if enable else checkpoint

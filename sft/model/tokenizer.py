@@ -1,6 +1,7 @@
-"""The tokenizer, its chat template, and the tokens that end an answer."""
+"""The tokenizer, its chat template, and the tokens that end a completion."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ UNUSED_TOKENS = ["<|finetune_right_pad_id|>", "<|reserved_special_token_250|>", 
 
 
 def load_tokenizer(model: ModelSettings) -> tuple[Any, set[int]]:
-    """The tokenizer with a padding token that is not its EOS, and the ids that end an answer.
+    """The tokenizer with a padding token that is not its EOS, and the ids that end a completion.
 
     Raises Refusal if it cannot be reached, has no EOS, or gives no character offsets, and for model files that cannot be
     believed (sft/model/files.py).
@@ -32,7 +33,8 @@ def load_tokenizer(model: ModelSettings) -> tuple[Any, set[int]]:
     if problems:
         raise Refusal(problems)
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    with refusing_failures(model):
+    fix = "bring its files back as their maker wrote them"
+    with _refusing_damage(f"model.name={model.name}", fix), refusing_failures(model):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     if not tokenizer.is_fast:
         raise refuse(f"model.name={model.name}", "Its tokenizer is a slow one, which cannot say which token stands where.")
@@ -53,13 +55,40 @@ def load_tokenizer(model: ModelSettings) -> tuple[Any, set[int]]:
     return tokenizer, stop_ids
 
 
+def read_tokenizer(weights: Path, consent: bool, stops: list[str]) -> tuple[Any, list[int]]:
+    """The tokenizer that a run kept beside its weights, and the ids of `stops`, the tokens that end its completions.
+
+    Raises Refusal if its files cannot be read or do not hold these tokens.
+    """
+    from transformers import AutoTokenizer
+
+    fix = "bring the files of the folder back as the run wrote them"
+    with _refusing_damage(str(weights), fix):
+        tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=consent)
+        known = tokenizer.get_vocab()
+    if lost := [stop for stop in stops if stop not in known]:
+        raise refuse(str(weights), f"The tokenizer in it has no token {lost[0]}, which ends answers.", fix)
+    return tokenizer, sorted(known[stop] for stop in stops)
+
+
+@contextlib.contextmanager
+def _refusing_damage(what: str, fix: str) -> Iterator[None]:
+    """Turn what reading a tokenizer's files raises into a Refusal."""
+    try:
+        yield
+    except Refusal:
+        raise
+    except Exception as error:  # the library that reads tokenizer.json raises nothing narrower
+        raise refuse(what, f"The tokenizer in it cannot be read: {first_line(error)}", fix) from error
+
+
 def _files_of(where: str, model: ModelSettings) -> Path:
     """The folder of a model's files: a local one, or the hub's copy, whose small files are fetched for this."""
     from huggingface_hub import hf_hub_download
 
     folder = Path(where)
     for name in () if folder.is_dir() else (INDEX, "generation_config.json", "config.json"):
-        with contextlib.suppress(Exception):  # what cannot be had is said by loading, in more words
+        with contextlib.suppress(Exception):  # what cannot be had is reported by loading, in more words
             folder = Path(hf_hub_download(where, name, revision=model.revision)).parent
     return folder
 

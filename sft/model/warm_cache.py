@@ -1,9 +1,9 @@
 """What runs of one process have in common: loaded once, and handed to each run as if it were fresh.
 
 Outside of a sweep every function only loads. In a sweep the frozen model, the adapter it began with, the tokenizer and the
-tokens stay, as long as the next job asks for the same; on a GPU so do the passes that were recorded with that adapter. What the
-model says before anything is learnt, its held-out loss and its answers, is the same for all and taken once. A model
-is given out again only if it is provably what it was: its modules are put back as they stood, its adapter's weights are
+tokens stay, as long as the next job asks for the same; on a GPU so do the steps that were captured with that adapter. What the
+untrained model gives, its held-out loss and its completions, is the same for all and taken once. A model is
+handed out again only if it is provably what it was: its modules are put back as they stood, its adapter's weights are
 written back, and any other weight that was written to or replaced means that it is loaded again.
 """
 
@@ -30,10 +30,10 @@ _keeping = _frozen = False
 
 _kept: dict[str, tuple[str, Any]] = {}
 
-loads = dict.fromkeys(("model", "adapter", "tokenizer", "tokens", "check", "recordings", "evaluation", "answers"), 0)
+loads = dict.fromkeys(("model", "adapter", "tokenizer", "tokens", "check", "captured_steps", "evaluation", "completions"), 0)
 """How often each was loaded or made in this process."""
 
-OF_MODEL = ("model", "adapter", "check", "recordings", "evaluation", "answers")
+OF_MODEL = ("model", "adapter", "check", "captured_steps", "evaluation", "completions")
 """What goes when another model is loaded."""
 
 
@@ -68,7 +68,7 @@ def load_model(settings: Settings, plan: Plan) -> tuple[Any, str]:
     key = _key(settings.model, plan.backend)
     kept_key, base = _kept.get("model", ("", None))
     if base is not None:
-        changed = base.restore() if shareable and kept_key == key else "another model is asked for"
+        changed = base.restore() if shareable and kept_key == key else "another model is requested"
         if not changed:
             return base.model, base.source
         log.debug("The model is loaded again: %s", changed)
@@ -107,18 +107,18 @@ def checked(model: Any, settings: Settings, rows: list[Any], check: Callable[[],
     return _once("check", _key(settings.model, settings.lora, rows), check) if kept else check()
 
 
-def recordings(model: Any, settings: Settings, what: Any, make: Callable[[], Any]) -> Any:
-    """The recorded passes of a kept model with this very adapter, made as `what` says; else what `make` gives."""
+def captured_steps(model: Any, settings: Settings, what: Any, make: Callable[[], Any]) -> Any:
+    """The captured steps of a kept model with this very adapter, made as `what` says; else what `make` gives."""
     if "adapter" not in _kept or _kept["adapter"][1].model is not model:
         return make()
-    keeps, (kept_key, found) = keeps_recordings(settings), _kept.get("recordings", ("", None))
+    keeps, (kept_key, found) = keeps_captured_steps(settings), _kept.get("captured_steps", ("", None))
     if found is not None and not (keeps and kept_key == _key(what) and found.lengths):  # of another kind, or given up
-        _kept.pop("recordings")[1].forget()
-    return _once("recordings", _key(what), make) if keeps else make()
+        _kept.pop("captured_steps")[1].forget()
+    return _once("captured_steps", _key(what), make) if keeps else make()
 
 
 def of_base(name: str, model: Any, settings: Settings, what: Any, make: Callable[[], Any]) -> Any:
-    """What `make()` finds (`evaluation`, `answers`) with a kept model whose adapter has learnt nothing yet: found once for all
+    """What `make()` finds (`evaluation`, `completions`) with a kept model whose adapter is untrained: found once for all
     runs with the same `what`, whatever their ranks and rates, because such an adapter adds nothing. Else what it finds now.
 
     DoRA's magnitudes and copied modules round in other ways than the model alone; a run with a time limit has to measure.
@@ -128,15 +128,15 @@ def of_base(name: str, model: Any, settings: Settings, what: Any, make: Callable
     return _once(name, _key(settings.model, what), make) if kept and not own else make()
 
 
-def keeps_recordings(settings: Settings) -> bool:
-    """Whether recorded passes stay when a run ends; an export, in a process of its own, needs the memory."""
+def keeps_captured_steps(settings: Settings) -> bool:
+    """Whether captured steps stay when a run ends; an export, in a process of its own, needs the memory."""
     return _keeping and not settings.export.formats
 
 
 def release() -> None:
-    """After a run: take its adapter off the kept model, and give back the memory of all that was the run's own.
+    """After a run: take its adapter off the kept model, and free the memory of all that was the run's own.
 
-    What is left after the first run of several, the imported libraries above all, is not looked through again when garbage is
+    What is left after the first run of several, the imported libraries above all, is not searched again when garbage is
     collected: that takes half a second a job.
     """
     global _frozen
@@ -150,25 +150,25 @@ def release() -> None:
 
 
 def freeze() -> None:
-    """Do not look for garbage among all that there is by now, until `thaw`. After the first steps of a run that is what the
-    compiler has left: to look through it takes half a second.
+    """Do not search for garbage among all that there is by now, until `thaw`. After the first steps of a run that is what the
+    compiler has left: to search it takes half a second.
     """
     if not _frozen:
         gc.freeze()
 
 
 def thaw() -> None:
-    """Look for garbage everywhere again, but among what a sweep keeps."""
+    """Search for garbage everywhere again, but among what a sweep keeps."""
     if not _frozen:
         gc.unfreeze()
 
 
 def _drop_adapter() -> None:
-    """Let go of the adapter and of what was recorded with it. Their circles of references are opened by hand: to have the
-    garbage collector look for them among all that is kept takes seconds.
+    """Let go of the adapter and of what was captured with it. Their circles of references are opened by hand: to have the
+    garbage collector search for them among all that is kept takes seconds.
     """
-    if "recordings" in _kept:
-        _kept.pop("recordings")[1].forget()
+    if "captured_steps" in _kept:
+        _kept.pop("captured_steps")[1].forget()
     stays = {id(module) for module, _ in _kept["model"][1].modules}
     for module, state in _kept.pop("adapter")[1].modules:
         if id(module) not in stays:
@@ -201,7 +201,8 @@ class Base:
     def restore(self) -> str:
         """Put every module back as it was when loaded; returns what could not be put back, or an empty text.
 
-        An adapter, a hook, a patched forward or a flag is an entry of a module's __dict__, so all of them go with it.
+        An adapter, a hook, a patched forward or a flag is an entry of a module's __dict__, so all of them go with it. PEFT's
+        `unload` takes off its own layers alone, and an adapter made anew has other memory than that of captured steps.
         """
         for module, state in self.modules:
             module.__dict__.clear()

@@ -4,7 +4,7 @@
 
 The sizes of the weights are exact: the model is built on torch's meta device, which holds shapes and no numbers. What a forward
 pass keeps is counted from the layers' code, a Llama-like decoder layer (RMSNorm, attention, gated MLP), so that other kinds
-are estimated less well and mixtures of experts not at all. `benchmarks/memory_table.py` holds the estimate against a GPU.
+are estimated less well and mixtures of experts not at all. `benchmarks/memory_table.py` compares the estimate with a GPU.
 """
 
 from dataclasses import dataclass, replace
@@ -24,8 +24,8 @@ NF4_OPEN_BYTES = 0.5 + 4 / 64
 """The same in the form of sft/model/nf4.py: a 32-bit scale for 64 weights."""
 
 UNPACKED = 200
-"""Tokens that could be computed while the 4-bit weights of a model are unpacked for a pass: with an 8B shape a step of 1,520
-tokens takes 13 ms longer than in bf16 on an H100, where a token takes 67 us."""
+"""Tokens that could be computed while the 4-bit weights of a model are unpacked for a micro-batch: with an 8B shape a step of
+1,520 tokens takes 13 ms longer than in bf16 on an H100, where a token takes 67 us."""
 
 OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0, "paged_adamw": 0,
                    "sgd": 0, "adafactor": 0.1, "lion_8bit": 1, "lion_32bit": 4, "rmsprop": 4, "adagrad": 4}  # fmt: skip
@@ -74,15 +74,15 @@ class LoadPlan:
     dropout: bool = False
     eager: bool = False
     """Whether attention keeps a score for each pair of tokens."""
-    flat: bool = False
-    """Whether rows lie end to end, with the loss made in pieces (sft/model/padding_free.py)."""
+    padding_free: bool = False
+    """Whether it is padding-free, with the loss made in pieces (sft/model/padding_free.py)."""
     compiled: bool = False
     """Whether its layers are compiled."""
     every_n_layers: int = 1
-    """With checkpointing one of so many layers is computed again, and the others are kept."""
+    """With checkpointing one of so many layers is recomputed, and the others are kept."""
 
-    def again(self, layers: int) -> int:
-        """Of so many layers those that are computed again."""
+    def recomputed(self, layers: int) -> int:
+        """Of so many layers those that are recomputed."""
         return -(-layers // self.every_n_layers) if self.checkpointing else 0
 
 
@@ -96,7 +96,8 @@ class Estimate:
     activations: float
     """What is kept from the forward pass, and the largest need of a single layer or of the loss on top of it."""
     recorded: float = 0.0
-    """What recorded passes (sft/model/cuda_graphs.py) hold besides; given up where the memory runs short."""
+    """What captured steps (sft/model/cuda_graphs.py) hold besides, under its key in preflight.json; given up where the memory
+    runs short."""
 
     @property
     def allocated(self) -> float:
@@ -115,32 +116,32 @@ class Estimate:
 
 
 def estimate(shape: ModelDims, load: LoadPlan, rows: int, length: int) -> Estimate:
-    """The peak of training with `rows` rows of `length` tokens in one forward pass."""
+    """The peak of training with `rows` rows of `length` tokens in one micro-batch."""
     tokens, layers, hidden = rows * length, shape.num_hidden_layers, shape.hidden_size
     value = 4 if load.bits == 32 else 2  # bytes of an activation
     weights = _weight_bytes(shape, load, value)
     if load.full:
         size = max(value, load.adapter_bytes)
         moments = 2 if "8bit" in load.optim else 2 * size  # in the weights' type
-        # The weights themselves are counted above: in 16 bits, where autocast makes copies of them for a pass.
+        # The weights themselves are counted above: in 16 bits, where autocast makes copies of them for a step.
         trained = shape.trained * (size + moments + (size if size > value else 0))
     else:
         trained = shape.trained * (2 * load.adapter_bytes + _optimizer_bytes(load))
     layer = kept_by_layer(shape, load, value) + (_eager_bytes(shape, length, value) if load.eager else 0)
     # Gradients inside one layer; Unsloth writes those of the MLP over what it was made of.
     passing = value * ((2 if load.backend == "unsloth" else 4) * shape.intermediate_size + 2 * hidden)
-    again = load.again(layers)
-    kept = (layers - again) * layer
-    if again:  # Unsloth moves these layers' inputs to the CPU's memory while they wait
-        kept, passing = kept + (0 if load.backend == "unsloth" else again * value * hidden), passing + layer
-    passes_kept = kept
+    recomputed = load.recomputed(layers)
+    kept = (layers - recomputed) * layer
+    if recomputed:  # Unsloth moves these layers' inputs to the CPU's memory while they wait
+        kept, passing = kept + (0 if load.backend == "unsloth" else recomputed * value * hidden), passing + layer
+    step_kept = kept
     kept += 4 * value * hidden  # the embeddings, the last norm, and the gradients at both ends
     activations = tokens * kept + max(tokens * passing, loss_bytes(shape, load, tokens))
     if load.bits in (4, 8):
         activations += value * shape.largest  # one packed layer at a time is unpacked to be multiplied
     recorded = 0.0
-    if load.flat and not load.dropout:
-        recorded = passes_kept * min(tokens, LAUNCH_BOUND / (shape.packed / layers))
+    if load.padding_free and not load.dropout:
+        recorded = step_kept * min(tokens, LAUNCH_BOUND / (shape.packed / layers))
     return Estimate(weights / GIB, trained / GIB, activations / GIB, recorded / GIB)
 
 
@@ -152,7 +153,7 @@ def _weight_bytes(shape: ModelDims, load: LoadPlan, value: int) -> float:
     """
     others = (shape.parameters - shape.packed) * value
     if load.bits == 4:
-        return shape.packed * (NF4_OPEN_BYTES if load.flat else NF4_BYTES) + others
+        return shape.packed * (NF4_OPEN_BYTES if load.padding_free else NF4_BYTES) + others
     if load.bits == 8:
         return shape.packed + others
     return shape.parameters * value
@@ -178,7 +179,7 @@ def kept_by_layer(shape: ModelDims, load: LoadPlan, value: int = 2) -> float:
     hidden, inner, heads = shape.hidden_size, shape.intermediate_size, 2 * shape.query_size + 2 * shape.key_value_size
     if load.backend == "unsloth":
         kept = value * (4 * hidden + heads + 2 * inner)
-    elif load.flat and load.compiled:
+    elif load.padding_free and load.compiled:
         kept = value * (5 * hidden + heads + 3 * inner)
     else:
         copies = load.adapter_bytes == 4 and load.bits == 16 and not load.full
@@ -199,10 +200,10 @@ def loss_bytes(shape: ModelDims, load: LoadPlan, tokens: int) -> float:
 
     transformers: the log-softmax and two gradients, all float32 and as wide as the vocabulary (ForCausalLMLoss in
     loss_utils.py): 12 bytes a value. Unsloth makes the logits a chunk at a time, as many tokens as 4 GiB hold at 16 bytes a
-    value (fused_losses/cross_entropy_loss.py in unsloth_zoo); compiled, a chunk takes about 2 bytes a value. Rows end to end:
+    value (fused_losses/cross_entropy_loss.py in unsloth_zoo); compiled, a chunk takes about 2 bytes a value. Padding-free:
     a piece's logits in the activations' type, in float32, and their gradient in the activations' type (sft/model/loss.py).
     """
-    if load.flat:
+    if load.padding_free:
         return 8 * min(tokens * shape.vocab_size, PIECE)
     if load.backend != "unsloth":
         return 12 * tokens * shape.vocab_size
@@ -213,21 +214,21 @@ def loss_bytes(shape: ModelDims, load: LoadPlan, tokens: int) -> float:
 def fitting_batch_plan(
     shape: ModelDims, settings: Settings, load: LoadPlan, lengths: list[int], capacity: float, choices: list[int]
 ) -> tuple[BatchPlan, Estimate]:
-    """The fastest way to make a step of passes of `choices` rows, most first, that fits into `capacity` GiB.
+    """The fastest way to make a step of micro-batches of `choices` rows, most first, that fits into `capacity` GiB.
 
-    Where rows are padded: the most rows, and checkpointing only if these rows do not fit without it. Where they lie end to end
-    small passes cost little, and as few layers are computed again as the memory allows (`_cost`). `lengths` are those of the
+    Where rows are padded: the most rows, and checkpointing only if these rows do not fit without it. Padding-free,
+    small micro-batches cost little, and as few layers are recomputed as the memory allows (`_cost`). `lengths` are those of the
     longest rows, longest first. Where nothing fits, one row with checkpointing is returned.
     """
     wanted, set_by_hand = settings.trainer.gradient_checkpointing, settings.trainer.extra.get("gradient_checkpointing_kwargs")
-    kept, again = replace(load, checkpointing=False, every_n_layers=1), replace(load, checkpointing=True)
-    loads = [kept, again] if wanted is None else [again if wanted else kept]
-    if load.flat and wanted is None and not set_by_hand:
+    kept, recomputed = replace(load, checkpointing=False, every_n_layers=1), replace(load, checkpointing=True)
+    loads = [kept, recomputed] if wanted is None else [recomputed if wanted else kept]
+    if load.padding_free and wanted is None and not set_by_hand:
         layers = shape.num_hidden_layers
         every = sorted({layers // count for count in range(1, layers // 2 + 1)}, reverse=True)
-        loads = [kept, *(replace(again, every_n_layers=n) for n in every), again]
+        loads = [kept, *(replace(recomputed, every_n_layers=n) for n in every), recomputed]
     ways = [(rows, way) for rows in choices for way in loads]
-    if load.flat:
+    if load.padding_free:
         ways.sort(key=lambda way: _cost(shape, way[1], tokens_at_once(load, way[0], lengths)))  # stable: most rows first
     for rows, way in [*ways, (choices[-1], loads[-1])]:
         guess = estimate(shape, way, 1, tokens_at_once(load, rows, lengths))
@@ -237,21 +238,21 @@ def fitting_batch_plan(
 
 
 def _cost(shape: ModelDims, load: LoadPlan, tokens: int) -> float:
-    """What a token of a pass of `tokens` costs beside one whose layers are computed once: half as much more if all of them are
-    computed again, since under LoRA a layer's backward pass is as many products with its weights as the forward one; and
-    UNPACKED tokens more a pass where the weights are in 4 bits.
+    """What a token of a micro-batch of `tokens` costs beside one whose layers are computed once: half as much more if all of
+    them are recomputed, since under LoRA a layer's backward pass is as many products with its weights as the forward one; and
+    UNPACKED tokens more a micro-batch where the weights are in 4 bits.
     """
-    again = load.again(shape.num_hidden_layers) / shape.num_hidden_layers
-    return (1 + again / 2) * (1 + (UNPACKED / tokens if load.bits == 4 else 0))
+    recomputed = load.recomputed(shape.num_hidden_layers) / shape.num_hidden_layers
+    return (1 + recomputed / 2) * (1 + (UNPACKED / tokens if load.bits == 4 else 0))
 
 
 def tokens_at_once(load: LoadPlan, rows: int, lengths: list[int]) -> int:
-    """Tokens of the largest possible pass: padded to its longest row, or laid end to end.
+    """Tokens of the largest possible micro-batch: padded to its longest row, or padding-free.
 
     `lengths` are those of the longest rows, longest first.
     """
     lengths = lengths[:rows]
-    return sum(lengths) if load.backend == "unsloth" or load.flat else lengths[0] * rows
+    return sum(lengths) if load.backend == "unsloth" or load.padding_free else lengths[0] * rows
 
 
 def longest_rows(lengths: list[int], settings: Settings) -> list[int]:

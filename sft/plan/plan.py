@@ -6,7 +6,7 @@
     Plan.padded      when the loaded model shows that its rows have to be padded
 
 A preflight shows the plan, run.json records it, and what runs later is handed the plan or `closed` settings: nothing there
-asks what an `auto` or a null comes to. A run that goes on takes the backend and the batch plan that it began with.
+asks what an `auto` or a null comes to. A resumed run takes the backend and the batch plan that it began with.
 """
 
 from collections.abc import Callable
@@ -216,7 +216,7 @@ def _plan_batch(
         rows = next((n for n in choices if n <= CPU_ROWS), choices[-1]) if is_auto(trainer) else None
         return batch_plan_of(trainer, rows, trainer.gradient_checkpointing)
     load = load_plan_of(settings, plan, machine)
-    if not is_auto(trainer) and not load.flat:
+    if not is_auto(trainer) and not load.padding_free:
         return batch_plan_of(trainer, checkpointing=trainer.gradient_checkpointing)
     longest = memory.longest_rows(lengths, settings)
     return memory.fitting_batch_plan(dims, settings, load, longest, CLOSE * machine.free_gib, choices)[0]
@@ -237,23 +237,23 @@ def load_plan_of(settings: Settings, plan: Plan, machine: Machine) -> memory.Loa
         optim=trainer.optim,
         dropout=settings.lora.enabled and settings.lora.lora_dropout > 0,
         eager=model.attn_implementation.value == "eager",
-        flat=plan.padding_free and machine.gpu,
+        padding_free=plan.padding_free and machine.gpu,
         compiled=plan.compiled and machine.gpu,
         # One layer of several also where trainer.extra says so, and nothing was decided.
         every_n_layers=every if every > 1 else kwargs.get("every_n_layers", 1),
     )
 
 
+def with_backend(settings: Settings, plan: Plan) -> Settings:
+    """The settings with the backend that was decided for."""
+    return replace(settings, model=replace(settings.model, backend=Backend(plan.backend)))
+
+
 def closed(settings: Settings, plan: Plan) -> Settings:
     """The settings with what was decided in place of `auto` and null."""
-    settings = with_batch_plan(settings, plan.batch)
+    settings = with_batch_plan(with_backend(settings, plan), plan.batch)
     trainer = replace(settings.trainer, eval_steps=plan.eval_steps, load_best_model_at_end=plan.keep_best)
-    return replace(
-        settings,
-        model=replace(settings.model, backend=Backend(plan.backend)),
-        trainer=trainer,
-        samples=replace(settings.samples, every_steps=plan.every_steps),
-    )
+    return replace(settings, trainer=trainer, samples=replace(settings.samples, every_steps=plan.every_steps))
 
 
 def _array(lengths: list[int] | None) -> Any:

@@ -1,4 +1,4 @@
-"""What is known before a weight is loaded: every part of a run looked at, all problems at once, preflight.json.
+"""What is known before a weight is loaded: every part of a run checked, all problems at once, preflight.json.
 
 Each line is ok, a warning or a refusal. A run says the gist and the warnings; `preflight.mode=only` shows everything, trains
 nothing and leaves nothing behind.
@@ -16,7 +16,7 @@ from sft.config import provenance, schedule
 from sft.config.batching import BatchPlan
 from sft.config.keys import shown
 from sft.config.rules import warnings_for
-from sft.config.schema import PreflightMode, Settings, Tracker, TrackingMode
+from sft.config.schema import PreflightMode, Settings
 from sft.data.token_cache import token_counts
 from sft.errors import Problem, first_line
 from sft.export import gguf, requirements
@@ -31,7 +31,7 @@ from sft.preflight.findings import Found
 from sft.preflight.fit import check_memory, shown_size
 from sft.preflight.speed import SOURCE, device_of, measured_speed
 from sft.storage.jsonio import write_json
-from sft.tracking.wandb import choose_mode, has_api_key, place
+from sft.tracking import base as trackers
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +44,10 @@ def examine(
     machine: Machine | None = None,
     began: BatchPlan | None = None,
 ) -> Found:
-    """Look at everything that can keep this run from its end; prepares the data on the way and finishes the plan.
+    """Check everything that can keep this run from its end; prepares the data on the way and finishes the plan.
 
-    `plan` is that of the model, `sources` are the origins of the settings, `began` is the batch plan of an earlier session of
-    the same run. With `preflight.mode=skip` only the data is looked at. Problems are collected, not raised.
+    `plan` is that of the model, `sources` say where each setting comes from, `began` is the batch plan of an earlier session of
+    the same run. With `preflight.mode=skip` only the data is checked. Problems are collected, not raised.
     """
     machine = machine or look(settings)
     found, whole = Found(plan=plan), settings.preflight.mode != PreflightMode.skip
@@ -86,7 +86,7 @@ def check_settings(found: Found, settings: Settings, sources: dict[str, str]) ->
         found.ok("Settings", f"{key}={shown(entry['value'])}   {entry['origin']}")
     found.ok("Settings", f"the other {len(described) - len(chosen)} have their defaults: docs/settings.md")
     source = sources.get("model.trust_remote_code", provenance.DEFAULT)
-    if settings.model.trust_remote_code and source not in (provenance.TYPED, "run.json"):  # the latter was asked for anew
+    if settings.model.trust_remote_code and source not in (provenance.TYPED, "run.json"):  # the latter was requested anew
         found.warn("Settings", f"model.trust_remote_code=true comes from {source}: the model's own code runs with your rights.")
     for warning in warnings_for(settings):
         found.warn("Settings", warning)
@@ -112,11 +112,11 @@ def check_data(found: Found, settings: Settings) -> None:
     found.ok(part, f"shape {facts['shape']}, template {facts['template']}, an answer ends with {ends}")
     text = f"tokens a row: median {lengths['p50']}, 90% under {lengths['p90']}, longest {lengths['max']} of "
     text += f"model.max_seq_length={settings.model.max_seq_length}; "
-    found.ok(part, text + f"{facts['trained_tokens']:,} of {facts['train_tokens']:,} are learnt")
+    found.ok(part, text + f"{facts['trained_tokens']:,} of {facts['train_tokens']:,} are target tokens")
     bos = f"BOS {facts['bos_token']} before each row" if facts["adds_bos"] else "no BOS is added"
     found.ok(part, f"{bos}, padding {facts['pad_token']}; no row lacks its end mark" if not facts["rows_without_eos"] else bos)
     if facts["pad_token"] == facts["eos_token"]:
-        found.warn(part, "Padding and end mark are the same token: the end may not be learnt by code that masks padding.")
+        found.warn(part, "Padding and end mark are the same token: the end may not be trained on by code that masks padding.")
     if not facts["duplicates"]["held_out"] and rows.get("eval"):
         found.ok(part, "no held-out row is trained on as well")
     if facts["duplicates"]["train"]:
@@ -149,18 +149,18 @@ def check_ids(found: Found, settings: Settings) -> None:
 
 def read_dims(found: Found, settings: Settings) -> memory.ModelDims | None:
     """The model's shape by its config, with what is wrong with the modules that `lora` names; None, with a warning, where it
-    cannot be told."""
+    cannot be known."""
     where = hub.locate(settings.model, weights=False)[0]
     try:
         model, config = model_dims.empty_model(settings, where)
         check_adapter(found, settings, model)
         shape = model_dims.dims_of(model, config, settings)
         why = "it is a mixture of experts, whose memory is not estimated"
-    except Exception as error:  # not reachable, unknown to this transformers, code of its own: the load will say so itself
+    except Exception as error:  # not reachable, unknown to this transformers, code of its own: the load will report it itself
         shape, why = None, first_line(error).replace(str(where), settings.model.name).rstrip(".")
         if hub.asks_for_code(error):
             problem = hub.code_problem(settings.model)
-            found.refuse("Model", [problem] if problem not in found.problems else [])  # the tokenizer may have said so
+            found.refuse("Model", [problem] if problem not in found.problems else [])  # the tokenizer may have reported it
             return None
     if shape is None:
         found.warn("Memory", f"The size of {settings.model.name} is not known beforehand: {why}.")
@@ -202,12 +202,12 @@ def check_length(found: Found, settings: Settings, machine: Machine, dims: memor
     load = load_plan_of(settings, found.plan, machine)
     speed = measured_speed(device, dims.parameters, load, batch.per_device_train_batch_size) if dims else None
     if speed is None:
-        found.ok("Length", f"no speed was measured for such a model on {machine.name}: the run tells after its first ten steps")
+        found.ok("Length", f"no speed was measured for such a model on {machine.name}: the run logs one after ten steps")
         return
     seconds = tokens / speed
     found.facts["plan"]["seconds"] = round(seconds)
     text = f"roughly {console.duration(seconds)} of training at {speed:,.0f} tokens a second, "
-    text += f"measured with {SOURCE[device]}; the run tells more exactly after its first ten steps"
+    text += f"measured with {SOURCE[device]}; the run logs it more exactly after its first ten steps"
     if trainer.max_hours and seconds > 3600 * trainer.max_hours:
         fix = "trainer.max_steps=...   for a shorter run; else it stops there and the same command goes on"
         found.warn("Length", f"{text}; trainer.max_hours={trainer.max_hours:g} is less.", fix)
@@ -262,25 +262,9 @@ def check_disk(found: Found, settings: Settings, folder: Path, dims: memory.Mode
 
 
 def check_tracking(found: Found, settings: Settings) -> None:
-    """Whether W&B will be reached."""
-    tracking = settings.tracking
-    if tracking.tracker == Tracker.none:
-        found.ok("Tracking", "the run folder alone")
-        return
+    """Where the run will be tracked."""
     with found.collecting("Tracking"):
-        mode, why = choose_mode(tracking.mode)
-        entity, project = place(tracking)
-        project = f"project {entity}/{project}" if entity else f"project {project}"
-        if mode == "online":
-            found.ok("Tracking", f"W&B online, {project}")
-        elif mode == "disabled":
-            found.ok("Tracking", f"the run folder alone: W&B is switched off ({why})")
-        elif tracking.mode == TrackingMode.online:
-            why = f"W&B cannot be online: {why}."
-            fix = "wandb login   or   tracking.mode=offline" if not has_api_key() else "tracking.mode=offline"
-            found.refuse("Tracking", [Problem("tracking.mode=online", why, fix)])
-        else:
-            found.ok("Tracking", f"W&B offline ({why}), {project}; the run says how to upload it")
+        found.ok("Tracking", trackers.check_tracking(settings))
 
 
 def check_export(found: Found, settings: Settings) -> None:

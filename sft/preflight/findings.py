@@ -1,4 +1,4 @@
-"""What a look at a run finds, one line each: ok, a warning or a refusal, with its fix."""
+"""What a check of a run finds, one line each: ok, a warning or a refusal, with its fix."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ OK, WARNING, REFUSED = "ok", "warning", "refused"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     part: str
     state: str
@@ -26,7 +26,7 @@ class Finding:
 
 @dataclass
 class Found:
-    """What a look at a run gives."""
+    """What a check of a run gives."""
 
     tokenizer: Any = None
     stop_ids: set[int] = field(default_factory=set)

@@ -19,13 +19,13 @@ PROCESS_GIB = 1.0
 
 
 def check_memory(found: Found, settings: Settings, machine: Machine, dims: memory.ModelDims | None, whole: bool) -> None:
-    """Show the batch plan, and hold its estimated peak against the memory there is."""
+    """Show the batch plan, and compare its estimated peak with the memory there is."""
     name, capacity, batch = machine.name, machine.free_gib, found.plan.batch
     load = load_plan_of(settings, found.plan, machine)
     longest = memory.longest_rows(found.lengths.get("train", []), settings)
     checkpointing = "with" if load.checkpointing else "without"
-    rows, passes, processes = batch.per_device_train_batch_size, batch.gradient_accumulation_steps, found.plan.processes
-    text = f"{rows} rows x {passes} passes a step, {checkpointing} gradient checkpointing"
+    rows, micro_batches, processes = batch.per_device_train_batch_size, batch.gradient_accumulation_steps, found.plan.processes
+    text = f"{rows} rows x {micro_batches} micro-batches a step, {checkpointing} gradient checkpointing"
     text += f" of one in {load.every_n_layers} layers" if load.checkpointing and load.every_n_layers > 1 else ""
     text += f", on {processes} processes" if processes > 1 else ""
     if is_auto(settings.trainer) and (whole or capacity is not None):

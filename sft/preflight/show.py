@@ -30,23 +30,23 @@ def terminal() -> Console:
 
 
 def show_examples(console: Console, facts: dict[str, Any], tokenizer: Any) -> None:
-    """Print the first rows. A terminal gets colours; in a pipe the learnt tokens are bracketed."""
+    """Print the first rows. A terminal gets colours; in a pipe the target tokens are bracketed."""
     colours = console.is_terminal
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     for number, example in enumerate(facts["examples"], 1):
         console.print(f"\n[bold]Row {number}[/bold]  {len(example['input_ids'])} tokens\n")
-        line, learnt_before = Text(), False
+        line, before = Text(), False
         for piece, label in zip(example["tokens"], example["labels"], strict=True):
-            learnt = label != IGNORED
-            if not colours and learnt != learnt_before:
-                line.append("⟦" if learnt else "⟧")
-            style = ("bold green" if learnt else "dim") + (" reverse" if piece in special else "")
+            is_target = label != IGNORED
+            if not colours and is_target != before:
+                line.append("⟦" if is_target else "⟧")
+            style = ("bold green" if is_target else "dim") + (" reverse" if piece in special else "")
             line.append(shown(piece), style if colours else "")
-            learnt_before = learnt
-        line.append("⟧" if learnt_before and not colours else "")
+            before = is_target
+        line.append("⟧" if before and not colours else "")
         console.print(line)
-    learnt = "green" if colours else "in ⟦⟧"
-    console.print(f"\nLearnt tokens are {learnt}; the others are only read.")
+    how = "green" if colours else "in ⟦⟧"
+    console.print(f"\nTarget tokens are {how}; the others are only read.")
 
 
 def show_lines(console: Console, lines: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Training speeds that were measured, to tell how long a run may take. No figure is made up for what was not measured."""
+"""Training speeds that were measured, to estimate how long a run may take. No figure is made up for what was not measured."""
 
 import re
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ class Speed:
     bits: int
     checkpointing: bool
     rows: int
-    """Rows in one forward pass."""
+    """Rows in one micro-batch."""
     tokens_per_second: float
     """Non-padding tokens a second of training steps."""
-    flat: bool = False
-    """Whether rows lay end to end."""
+    padding_free: bool = False
+    """Whether it was padding-free."""
     compiled: bool = False
 
 
@@ -42,12 +42,12 @@ MEASURED = [
     Speed("h100", 8e9, "unsloth", 16, False, 64, 5340),
     Speed("h100", 8e9, "transformers", 4, True, 2, 351),
     Speed("h100", 8e9, "transformers", 16, False, 8, 2300),
-    Speed("h100", 8e9, "transformers", 16, False, 8, 8160, flat=True),
-    Speed("h100", 8e9, "transformers", 4, False, 8, 8470, flat=True),
-    Speed("h100", 8e9, "transformers", 16, False, 8, 11900, flat=True, compiled=True),
-    Speed("h100", 8e9, "transformers", 16, False, 32, 14750, flat=True, compiled=True),
-    Speed("h100", 8e9, "transformers", 4, False, 8, 10770, flat=True, compiled=True),
-    Speed("h100", 8e9, "transformers", 4, False, 32, 14380, flat=True, compiled=True),
+    Speed("h100", 8e9, "transformers", 16, False, 8, 8160, padding_free=True),
+    Speed("h100", 8e9, "transformers", 4, False, 8, 8470, padding_free=True),
+    Speed("h100", 8e9, "transformers", 16, False, 8, 11900, padding_free=True, compiled=True),
+    Speed("h100", 8e9, "transformers", 16, False, 32, 14750, padding_free=True, compiled=True),
+    Speed("h100", 8e9, "transformers", 4, False, 8, 10770, padding_free=True, compiled=True),
+    Speed("h100", 8e9, "transformers", 4, False, 32, 14380, padding_free=True, compiled=True),
     Speed("cpu", 134.5e6, "transformers", 32, False, 2, 153),
 ]
 
@@ -62,7 +62,7 @@ def measured_speed(device: str | None, parameters: int, load: LoadPlan, rows: in
         and abs(parameters / m.parameters - 1) < 0.25
         and (m.backend, m.bits, m.checkpointing) == (load.backend, load.bits, load.checkpointing)
         and (load.every_n_layers == 1 or not load.checkpointing)
-        and (m.flat, m.compiled) == (load.flat, load.compiled)
+        and (m.padding_free, m.compiled) == (load.padding_free, load.compiled)
         and m.rows <= 2 * rows
     ]
     return max(alike, key=lambda m: (min(m.rows, rows), -m.rows)).tokens_per_second if alike else None

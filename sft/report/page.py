@@ -37,7 +37,7 @@ CHARTS = [
         [("loss", "Training", "raw"), ("smooth", "Training, smoothed", "main"), ("eval_loss", "Held-out", "held")],
     ),
     ("eval_loss", "Held-out loss", ".4~f", [("eval_loss", "Held-out loss", "held")]),
-    ("eos_share", "Answers ended by EOS", ".0%", [("eos_share", "EOS share", "held")]),
+    ("eos_share", "Completions ended by EOS", ".0%", [("eos_share", "EOS share", "held")]),
     ("learning_rate", "Learning rate", ".3~g", [("learning_rate", "Learning rate", "main")]),
     ("grad_norm", "Gradient norm", ".3~g", [("grad_norm", "Gradient norm", "thin")]),
     ("tokens_per_second", "Tokens per second", ".3~s", [("tokens_per_second", "Tokens/s", "thin")]),
@@ -92,13 +92,13 @@ def find_broken(rows: list[dict]) -> list[tuple[str, int, float]]:
 
 
 def group_samples(samples: list[dict]) -> dict:
-    """Group generations by prompt: the base model's answer (step 0) and the later ones by step."""
+    """Group generations by prompt: the base model's completion (step 0) and the later ones by step."""
     prompts: dict[tuple, dict] = {}
     for sample in samples:
         if (step := number(sample.get("step"))) is not None:
             key = (str(sample.get("source")), str(sample.get("index")))
-            prompts.setdefault(key, {"first": sample, "answers": {}})["answers"][step] = sample
-    steps = sorted({step for prompt in prompts.values() for step in prompt["answers"]} - {0})
+            prompts.setdefault(key, {"first": sample, "completions": {}})["completions"][step] = sample
+    steps = sorted({step for prompt in prompts.values() for step in prompt["completions"]} - {0})
     return {"prompts": list(prompts.values()), "steps": steps}
 
 

@@ -20,14 +20,14 @@ def reason_of(error: BaseException) -> str:
         return without_passwords(str(error))
     if isinstance(error, Refusal):
         return without_passwords("; ".join(f"{p.what}: {p.why}" for p in error.problems))
-    text = without_passwords(str(error)).strip().splitlines()
-    told = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    lines = without_passwords(str(error)).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     # transformers wraps what goes wrong at an import several times; only the innermost error says what it was.
     root = error
     while root.__cause__:
         root = root.__cause__
     return (
-        told if root is error or first_line(root) in told else f"{told} (because of {type(root).__name__}: {first_line(root)})"
+        text if root is error or first_line(root) in text else f"{text} (because of {type(root).__name__}: {first_line(root)})"
     )
 
 
@@ -49,3 +49,10 @@ def _hints(error: BaseException) -> list[str]:
     if isinstance(error, SaveFailed) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
         return ["make room on the disk, or mend it; then the same command goes on from the last checkpoint"]
     return []
+
+
+def error_facts(error: BaseException) -> dict[str, str]:
+    """What run.json keeps of an error that is being handled."""
+    trace = "".join([traceback.format_exc(), *getattr(error, "__notes__", ())])
+    facts = {"type": type(error).__name__, "message": str(error), "traceback": trace}
+    return {key: without_passwords(text) for key, text in facts.items()}

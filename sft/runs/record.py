@@ -1,6 +1,7 @@
 """run.json: what a run is, how it stands and how it ended, rewritten as a whole with each change."""
 
 import contextlib
+import logging
 import os
 import platform
 import socket
@@ -12,10 +13,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sft.config.consent import with_word
 from sft.config.fingerprint import config_hash, differs_from
 from sft.config.schema import Settings
 from sft.paths import ROOT
 from sft.storage.jsonio import jsonable, now, write_json
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,7 +43,7 @@ class Context:
     command: str = ""
     overrides: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
-    origins: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
     """Where the value of each setting comes from."""
     logging: dict[str, Any] | None = None
     """Hydra's logging of this job, for the process that a run of several ones speaks through."""
@@ -176,3 +180,17 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") if commit.returncode == 0 else None
+
+
+def log_ending(settings: Settings, folder: Path, facts: dict[str, Any]) -> None:
+    """Say how a run ended, what it left, and how it goes on."""
+    status, reason, metrics = facts["status"], facts["reason"], facts.get("metrics") or {}
+    eval_loss, start = metrics.get("eval_loss"), metrics.get("eval_loss_start")
+    if eval_loss is not None and start is not None:
+        log.info("Done   %s: held-out loss %.4f -> %.4f", status, start, eval_loss)
+    else:
+        log.info("Done   %s%s", status, f": {reason}" if reason else "")
+    if status == "stopped":
+        log.info("       go on with: %s", with_word(f"python train.py resume={os.path.relpath(folder)}", settings))
+    for name, place in facts["artifacts"].items():
+        log.info("       %-8s %s", name, os.path.relpath(folder / place))

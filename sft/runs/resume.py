@@ -1,6 +1,6 @@
-"""Whether a run folder can be gone on with, by whom, and with which settings. Imports nothing heavy.
+"""Whether a run folder can be resumed, by whom, and with which settings. Imports nothing heavy.
 
-run.json is what counts: a folder with one is a run, and its `config_hash` says whether the settings asked for are its own.
+run.json is what counts: a folder with one is a run, and its `config_hash` says whether the settings given are its own.
 A status of `running` says nothing about now, because a killed run cannot change it; who works in a folder holds its lock.
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.batching import BatchPlan
+from sft.config.consent import check_consent
 from sft.config.fingerprint import AROUND, config_hash
 from sft.config.keys import flatten
 from sft.config.schema import Settings
-from sft.config.trust import check_trust
 from sft.errors import Problem, Refusal, refuse
 from sft.storage.forms import fitted
 from sft.storage.jsonio import jsonable, parse_object
@@ -78,15 +78,15 @@ def check_folder(folder: Path, settings: Settings, locked: bool = False) -> list
         others = _differences(record, settings) if known else "its run.json names none"
         if others:  # else another version of this project wrote the hash, over the same settings
             why = f"The folder {folder} holds a run already, and its settings are others: {others}."
-            return [Problem(what, why, f"resume={folder}   goes on with that run and its own settings\n{fix}")]
+            return [Problem(what, why, f"resume={folder}   resumes that run with its own settings\n{fix}")]
     return [] if locked else _check_lock(folder)
 
 
-def recorded_run(folder: Path, trusted: bool = False, processes: str | None = None) -> tuple[Settings, dict[str, Any]]:
+def recorded_run(folder: Path, consent: bool = False, processes: str | None = None) -> tuple[Settings, dict[str, Any]]:
     """Settings and record of the run in `folder`, to go on with them.
 
     Raises Refusal if there is nothing to go on with, or the run needs code of its model that the command line does not allow
-    (`trusted`). `processes` is another `distributed.num_processes` than before, as typed. Under torchrun it has no say.
+    (`consent`). `processes` is another `distributed.num_processes` than before, as typed. Under torchrun it has no say.
     """
     from sft.config.compose import fill_settings
 
@@ -106,7 +106,7 @@ def recorded_run(folder: Path, trusted: bool = False, processes: str | None = No
     if problems:
         raise Refusal(problems)
     settings = fill_settings(record["settings"])
-    check_trust(settings, what, trusted)
+    check_consent(settings, what, consent)
     if record.get("config_hash") != config_hash(settings):
         log.warning("The settings of %s were written by another version of this project.", folder)
     if processes is not None:
@@ -131,7 +131,7 @@ def working_folder(record: dict[str, Any], folder: Path) -> contextlib.AbstractC
 
 
 def read_batch_plan(before: dict[str, Any] | None) -> BatchPlan | None:
-    """How the run's batches were split before; None where its record does not say it."""
+    """The run's batch plan of before; None where its record does not have it."""
     kept = (before or {}).get("split") or {}
     counts = ("per_device_train_batch_size", "gradient_accumulation_steps")
     names = (*counts, "gradient_checkpointing", "every_n_layers")
@@ -161,7 +161,7 @@ def _differences(record: dict[str, Any], settings: Settings) -> str:
     """
     there, here, defaults = (flatten(tree) for tree in (record.get("settings") or {}, jsonable(settings), jsonable(Settings())))
     keys = [k for k in here if k.partition(".")[0] not in AROUND and there.get(k, defaults.get(k)) != here[k]]
-    told = [
+    changed = [
         f"{key} is {json.dumps(there.get(key, defaults.get(key)))} there and {json.dumps(here[key])} here" for key in keys[:3]
     ]
-    return ", ".join(told) + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return ", ".join(changed) + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")

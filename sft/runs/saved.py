@@ -3,26 +3,27 @@
 from pathlib import Path
 from typing import Any
 
+from sft.config.consent import check_consent
 from sft.config.schema import Settings, Shape
-from sft.config.trust import check_trust
 from sft.errors import Problem, refuse
 from sft.storage.jsonio import read_json
 
 
 def prompt_form(folder: Path) -> tuple[Shape, list[str]]:
-    """The shape of a run's rows and the tokens that end its answers, from preflight.json. Raises Refusal without them."""
+    """The shape of a run's rows and the tokens that end its completions, from preflight.json. Raises Refusal without them."""
     preflight = read_json(folder / "preflight.json")
     shape, stops = preflight.get("shape"), preflight.get("stop_tokens")
-    if shape not in [shape.value for shape in Shape] or not stops:
-        why = "It does not say how the run's prompts are shaped, or which tokens end its answers."
+    plain = isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)
+    if shape not in [shape.value for shape in Shape] or not stops or not plain:
+        why = "It does not say how the run's prompts are shaped, or which tokens end its completions."
         raise refuse(str(folder / "preflight.json"), why, "bring the file back as the run wrote it")
     return Shape(shape), stops
 
 
-def settings_of(folder: Path, trusted: bool = False, base: str | None = None) -> tuple[Settings, dict[str, Any]]:
+def settings_of(folder: Path, consent: bool = False, base: str | None = None) -> tuple[Settings, dict[str, Any]]:
     """The settings that a run was made with, and its record; `model.name` is the folder where the run had it, or `base`.
 
-    Raises Refusal if its run.json holds none, or has code of a model run while the command line does not (`trusted`).
+    Raises Refusal if its run.json holds none, or has code of a model run while the command line does not (`consent`).
     """
     from sft.config.compose import fill_settings
 
@@ -30,7 +31,7 @@ def settings_of(folder: Path, trusted: bool = False, base: str | None = None) ->
     if "settings" not in record:
         raise refuse(f"run={folder}", "Its run.json holds no settings: nothing was trained.", "run=outputs/<another run>")
     settings = fill_settings(record["settings"])
-    check_trust(settings, f"run={folder}", trusted)
+    check_consent(settings, f"run={folder}", consent)
     settings.model.name = base or _name_of_base(settings, record)
     return settings, record
 

@@ -35,7 +35,7 @@ RUN = {
     "error": TEXTS,
     "artifacts": TEXTS,
     "versions": {},
-    "tracking": TEXTS,
+    "tracking": {**dict.fromkeys(("tracker", "mode", "url", "sync", "id", "project", "entity"), TEXT), "lines": NUMBER},
     "settings": {},
     "differs_from_defaults": {...: {}},
 }
@@ -104,11 +104,11 @@ def fitted(value: dict[str, Any], path: Path) -> dict[str, Any]:
     odd: list[str] = []
     value = fit(value, FORMS.get(path.name, {}), odd)
     if odd:
-        tell(path, odd)
+        warn(path, odd)
     return value
 
 
-def tell(path: Path, odd: list[str]) -> None:
+def warn(path: Path, odd: list[str]) -> None:
     """Warn of the entries of a file that are left out."""
     more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
     _warn(f"{path}: ignored, because of an odd form: {', '.join(key[:80] for key in odd[:3])}{more}.")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.storage.atomic import drop_link, write_text
-from sft.storage.forms import FORMS, fit, fitted, tell
+from sft.storage.forms import FORMS, fit, fitted, warn
 
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -66,7 +66,7 @@ def read_lines(path: Path) -> list[dict]:
     odd: list[str] = []
     events = [fit(event, FORMS.get(path.name, {}), odd, f"line {number}") for number, event in enumerate(map(parse, lines), 1)]
     if odd:
-        tell(path, odd)
+        warn(path, odd)
     return [event for event in events if event]
 
 

@@ -52,9 +52,7 @@ def _check_launcher(means: DictConfig | None, sweeping: bool) -> list[Problem]:
     }[launcher]
     problems = []
     if not sweeping:
-        problems.append(
-            Problem(name, "It launches the jobs of a sweep, and this is a single run.", f"python train.py -m {name}")
-        )
+        problems.append(Problem(name, "It starts the jobs of a sweep, and this is a single run.", f"python train.py -m {name}"))
     if not _installed(plugin):
         problems.append(Problem(name, f"It needs {plugin}, which is not installed.", f'pip install -e ".[{extra}]"'))
     if launcher == SLURM and not shutil.which("sbatch"):
@@ -93,7 +91,7 @@ def _check_search(means: DictConfig | None, overrides: list[Override]) -> list[P
             why = "A search draws each setting by itself."
             problems.append(Problem(line, why, "lora.lora_alpha='${lora.r}'   lets one setting follow another"))
         if override.key_or_group == "dataset.eval_fraction" and not override.is_sweep_override() and override.value() == 0:
-            why = "A search looks for the lowest held-out loss, and nothing would be held out."
+            why = "A search is for the lowest held-out loss, and nothing would be held out."
             problems.append(Problem(line, why, "dataset.eval_fraction=0.1"))
     return problems
 

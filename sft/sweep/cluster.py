@@ -19,7 +19,7 @@ from sft.storage import jsonio
 from sft.sweep.index import FINISHED, RUNNING, STOPPED, WAITING, Job, judge, read_run
 
 POLL = 1.0
-"""Seconds between two looks at the jobs."""
+"""Seconds between two checks of the jobs."""
 
 SETTLE = 15.0
 """Seconds a network file system may take to show what a job wrote last."""

@@ -45,6 +45,6 @@ def check_pairs(paired: list[str], counts: dict[str, int]) -> list[Problem]:
         fix = f"python train.py -m {missing[0]}=a,b ...   or leave it out of sweep.paired"
         return [Problem(shown, f"{' and '.join(missing)} has no list of values in this sweep.", fix)]
     if len({counts[key] for key in paired}) > 1:
-        told = ", ".join(f"{key} has {counts[key]}" for key in paired)
-        return [Problem(shown, f"Paired settings need as many values each: {told}.", "write one value of each for every job")]
+        listed = ", ".join(f"{key} has {counts[key]}" for key in paired)
+        return [Problem(shown, f"Paired settings need as many values each: {listed}.", "write one value of each for every job")]
     return []

@@ -75,7 +75,7 @@ class Leaderboard:
     remarks: list[str] = field(default_factory=list)
     """What has to be known before a row is called better than another."""
     next_commands: list[str] = field(default_factory=list)
-    """Commands that would answer what is open."""
+    """Commands that would settle what is open."""
 
     def cost(self, row: TableRow) -> float:
         """What ranks a row, the less the better."""

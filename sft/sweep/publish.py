@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from sft.config.schema import Settings, Tracker
+from sft.config.schema import Settings, TrackerName
 from sft.sweep.leaderboard import COLUMNS, Leaderboard, read_leaderboard, write_csv
 from sft.tracking.wandb import choose_mode, place
 
@@ -12,11 +12,11 @@ log = logging.getLogger(__name__)
 
 
 def track_summary(folder: Path, settings: Settings) -> None:
-    """Write the leaderboard to W&B, as the run `sweep-<folder>`; nothing happens with tracking=none.
+    """Write the leaderboard to W&B, as the run `sweep-<folder>`; nothing happens with another tracker, or none.
 
-    A repeated command goes on with that run where W&B can be reached. What goes wrong in the tracker ends nothing.
+    A repeated command resumes that run where W&B can be reached. What goes wrong in the tracker ends nothing.
     """
-    if settings.tracking.tracker == Tracker.none:
+    if settings.tracking.tracker != TrackerName.wandb:
         return
     try:
         import wandb
@@ -64,7 +64,7 @@ def make_table(board: Leaderboard) -> tuple[list[str], list[list[Any]]]:
 
 
 def refresh(folder: Path) -> None:
-    """Rewrite leaderboard.csv and the report. What goes wrong here is said and ends nothing."""
+    """Rewrite leaderboard.csv and the report. What goes wrong here is logged and ends nothing."""
     try:
         board = read_leaderboard(folder)
         write_csv(board)

@@ -1,4 +1,4 @@
-"""A sweep's report.html: the table, its remarks, all curves on one plot, what the settings did, and the answers beside
+"""A sweep's report.html: the table, its remarks, all curves on one plot, what the settings did, and the completions beside
 each other. Like a run's report it is one file that asks the network for nothing.
 """
 
@@ -14,10 +14,10 @@ from sft.sweep.index import FINISHED
 from sft.sweep.leaderboard import Leaderboard, TableRow
 
 MAX_RUNS = 60
-"""Runs whose answers are shown; with more the page would be slow to open."""
+"""Runs whose completions are shown; with more the page would be slow to open."""
 
-MAX_ANSWER = 1200
-"""Characters shown of an answer."""
+MAX_COMPLETION = 1200
+"""Characters shown of a completion."""
 
 
 def write_sweep_report(board: Leaderboard) -> Path:
@@ -33,7 +33,7 @@ def write_sweep_report(board: Leaderboard) -> Path:
             "seconds": sum(row.job.seconds for row in board.rows),
             "gpu_hours": sum(row.gpu_hours or 0.0 for row in board.rows) or None,
             "charts": charts,
-            "prompts": gather_answers(board),
+            "prompts": gather_completions(board),
             "remarks": pair_commands(board),
         },
         "sweep.html.j2",
@@ -184,26 +184,26 @@ def _natural(text: str) -> tuple:
     return tuple((0, float(word), "") if word.replace(".", "", 1).isdigit() else (1, 0.0, word) for word in text.split())
 
 
-# ---------------------------------------------------------------------------------------------------- the answers
+# ---------------------------------------------------------------------------------------------------- the completions
 
 
-def gather_answers(board: Leaderboard) -> list[dict]:
-    """For each prompt the last answer of every run, the best run first; with the answer before training and the reference."""
+def gather_completions(board: Leaderboard) -> list[dict]:
+    """For each prompt the last completion of every run, the best run first; with the one before training and the reference."""
     prompts: dict[str, dict] = {}
     for row in board.rows[:MAX_RUNS]:
         if row.job.status != FINISHED:
             continue
-        lines = _answers(_stamp(board.index.folder / row.job.folder / "samples.jsonl"))
+        lines = _completions(_stamp(board.index.folder / row.job.folder / "samples.jsonl"))
         last = max((line["step"] for line in lines if number(line.get("step")) is not None), default=0)
         for line in lines:
-            entry = prompts.setdefault(str(line.get("prompt")), {"first": line, "before": None, "answers": []})
+            entry = prompts.setdefault(str(line.get("prompt")), {"first": line, "before": None, "completions": []})
             if line.get("step") == 0:
                 entry["before"] = line
             if line.get("step") == last and last:
                 text = str(line.get("completion") or "")
-                shown = text if len(text) <= MAX_ANSWER else text[:MAX_ANSWER] + " …"
-                entry["answers"].append({"row": row, "completion": shown, "finish": line.get("finish")})
-    return [entry for entry in prompts.values() if entry["answers"]]
+                shown = text if len(text) <= MAX_COMPLETION else text[:MAX_COMPLETION] + " …"
+                entry["completions"].append({"row": row, "completion": shown, "finish": line.get("finish")})
+    return [entry for entry in prompts.values() if entry["completions"]]
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
@@ -219,5 +219,5 @@ def _curve(stamp: tuple[str, int, int]) -> list[dict]:
 
 
 @functools.lru_cache(maxsize=2000)
-def _answers(stamp: tuple[str, int, int]) -> list[dict]:
+def _completions(stamp: tuple[str, int, int]) -> list[dict]:
     return read_lines(Path(stamp[0]))

@@ -144,8 +144,8 @@ class Sweep:
         def changed(job: Job) -> bool:
             self.index.save()
             publish.refresh(self.folder)
-            told = f": {job.reason}" if job.reason else ""
-            _say(f"Job    {job.folder} {job.status}{told}")
+            reason = f": {job.reason}" if job.reason else ""
+            _say(f"Job    {job.folder} {job.status}{reason}")
             if job.place is None:
                 exit_codes.append(cluster.exit_code(job))
             stopped.extend([job] if self._ends_sweep(job) else [])

@@ -27,8 +27,8 @@ class SlurmJobs:
     """Submits jobs with the settings of `hydra.launcher`, which are those of Hydra's own submitit launcher."""
 
     name = "Slurm job"
-    answers = True
-    """Whether Slurm did when it was asked last."""
+    responds = True
+    """Whether Slurm did at the last request."""
 
     def __init__(self, options: dict[str, Any], folder: Path, hydra_context: Any, config: DictConfig, job: Callable):
         from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
@@ -74,10 +74,10 @@ class SlurmJobs:
         queue = subprocess.run(
             ["squeue", "--me", "--array", "--noheader", "--format=%i"], capture_output=True, text=True, check=False
         )
-        if queue.returncode and self.answers:
+        if queue.returncode and self.responds:
             log.warning("Slurm does not answer (%s); waiting until it does.", queue.stderr.strip())
-        self.answers = not queue.returncode
-        return places & set(queue.stdout.split()) if self.answers else places
+        self.responds = not queue.returncode
+        return places & set(queue.stdout.split()) if self.responds else places
 
     def stop(self, places: Iterable[str]) -> None:
         """Cancel them. Slurm sends SIGTERM first, on which a run saves and stops."""

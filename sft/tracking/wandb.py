@@ -1,4 +1,4 @@
-"""Weights & Biases beside the run folder: its life-cycle, curves and sample table. A tracker never ends a run."""
+"""Weights & Biases beside the run folder: its life-cycle, curves and sample table."""
 
 import contextlib
 import logging
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sft.config.schema import Settings, Tracker, TrackingMode, TrackingSettings
+from sft.config.schema import Settings, TrackingMode, TrackingSettings
 from sft.errors import first_line, refuse
 from sft.storage.jsonio import jsonable
 
@@ -22,46 +22,63 @@ PROJECT = "sft"
 """Where neither `tracking.project` nor W&B's own settings name one."""
 
 
-class Tracking:
-    """One W&B run, or nothing. Every call is safe: after a failure the tracker is switched off with one warning."""
+def make_tracker() -> "WandbTracker":
+    """The tracker of `tracking=wandb`."""
+    return WandbTracker()
+
+
+def check(tracking: TrackingSettings) -> str:
+    """Where a run will be tracked. Raises Refusal where it cannot be online as set."""
+    mode, why = choose_mode(tracking.mode)
+    entity, project = place(tracking)
+    project = f"project {entity}/{project}" if entity else f"project {project}"
+    if mode == "online":
+        return f"W&B online, {project}"
+    if mode == "disabled":
+        return f"the run folder alone: W&B is switched off ({why})"
+    if tracking.mode == TrackingMode.online:
+        fix = "wandb login   or   tracking.mode=offline" if not has_api_key() else "tracking.mode=offline"
+        raise refuse("tracking.mode=online", f"W&B cannot be online: {why}.", fix)
+    return f"W&B offline ({why}), {project}; the run logs how to upload it"
+
+
+class WandbTracker:
+    """One W&B run; none where the environment switches W&B off."""
+
+    name = "wandb"
 
     def __init__(self) -> None:
         self.run: Any = None
-        self.facts: dict[str, Any] = {"mode": "none", "url": None, "sync": None}
+        self.facts: dict[str, Any] = {}
         self.lines = 0
         """The number of the next line, W&B's own step. W&B takes none twice: a resumed run goes on above those it has."""
         self._open: Callable[[str], None] | None = None
         """Begins the W&B run again in a mode; None once that was done."""
         self._table: Any = None
-        self._given: list[dict] = []
-        """All lines of samples so far."""
 
-    def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict | None = None) -> None:
-        """Begin the W&B run of this job; nothing happens with `tracking=none`, or where the environment switches W&B off.
+    def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict[str, Any]) -> None:
+        """Begin the W&B run of this job; nothing happens where the environment switches W&B off.
 
-        `before` are the facts of the same job's W&B run that was cut: it goes on under the same id. Offline that is a
-        further folder with the same id. An online run that cannot begin becomes an offline one.
+        A job that was cut goes on under the same id. Offline that is a further folder with the same id. An online run that
+        cannot begin becomes an offline one.
         """
-        if settings.tracking.tracker == Tracker.none:
+        mode, why = choose_mode(settings.tracking.mode)
+        if mode == "disabled":
+            self.facts["mode"] = mode
+            log.info("W&B    switched off (%s)", why)
             return
-        with self._guarded("start"):
-            mode, why = choose_mode(settings.tracking.mode)
-            if mode == "disabled":
-                self.facts["mode"] = mode
-                log.info("W&B    switched off (%s)", why)
-                return
-            if mode == "offline" and settings.tracking.mode == TrackingMode.online:
-                log.warning("tracking.mode=online cannot be had (%s): W&B is offline.", why)
-            before = dict(before) if before and before.get("id") else {}
-            before.pop("entity", None)  # the team is said by settings alone, which sft/config/destinations.py vouches for
-            self.lines = before.get("lines", 0) + _lines_in(folder) if before else 0
-            self._open = lambda mode: self._begin(settings, folder, name, tags, before, mode)
-            try:
-                self._open(mode)
-            except Exception as error:
-                if mode != "online":
-                    raise
-                self._go_offline("start", error)
+        if mode == "offline" and settings.tracking.mode == TrackingMode.online:
+            log.warning("tracking.mode=online cannot be had (%s): W&B is offline.", why)
+        before = dict(before) if before.get("id") else {}
+        before.pop("entity", None)  # the team is set by settings alone, which sft/config/destinations.py vouches for
+        self.lines = before.get("lines", 0) + _lines_in(folder) if before else 0
+        self._open = lambda mode: self._begin(settings, folder, name, tags, before, mode)
+        try:
+            self._open(mode)
+        except Exception as error:
+            if mode != "online":
+                raise
+            self._go_offline("start", error)
 
     def _begin(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict, mode: str) -> None:
         import wandb
@@ -97,33 +114,25 @@ class Tracking:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Add one line of metrics; `step` is among them."""
-        with self._guarded("log metrics"):
-            self._log(lambda: dict(metrics))
+        self._log(lambda: dict(metrics))
 
-    def samples(self, lines: list[dict]) -> None:
-        """Add generations to the sample table, each with the base model's answer beside it."""
-        if lines:
-            with self._guarded("log samples"):
-                self._given += lines
-                self._log(lambda: {"step": lines[0]["step"], "samples": self._fill(lines)})
+    def log_samples(self, lines: list[dict], earlier: list[dict]) -> None:
+        """Add generations to the sample table; the first of each prompt among all of the run stands beside the later ones."""
+        self._log(lambda: {"step": lines[0]["step"], "samples": self._fill(lines, earlier)})
 
-    def remember(self, lines: list[dict]) -> None:
-        """Note the generations from before a resume: the first of each prompt stands beside the later ones."""
-        self._given += lines
-
-    def _fill(self, lines: list[dict]) -> Any:
+    def _fill(self, lines: list[dict], earlier: list[dict]) -> Any:
         """The table with `lines` in it: a new one has the earlier ones too, where W&B does not bring them itself."""
         import wandb
 
+        base: dict[int, str] = {}
+        for line in [*earlier, *lines]:
+            base.setdefault(line["index"], line["completion"])
         if self._table is None:
             self._table = wandb.Table(columns=SAMPLE_COLUMNS, log_mode="INCREMENTAL")
-            lines = lines if self.run.resumed else self._given
-        base: dict[int, str] = {}
-        for line in self._given:
-            base.setdefault(line["index"], line["completion"])
+            lines = lines if self.run.resumed else [*earlier, *lines]
         for line in lines:
-            answers = base[line["index"]], line["completion"]
-            self._table.add_data(line["step"], line["prompt"], *answers, line["finish"], line["reference"])
+            completions = base[line["index"]], line["completion"]
+            self._table.add_data(line["step"], line["prompt"], *completions, line["finish"], line["reference"])
         return self._table
 
     def _log(self, make: Callable[[], dict[str, Any]]) -> None:
@@ -152,20 +161,14 @@ class Tracking:
 
     def finish(self, status: str, metrics: dict[str, Any]) -> None:
         """Write the final metrics as the summary and end the W&B run with the run's own status."""
-        run, exit_code = self.run, 1 if status == "failed" else 0
-        with self._guarded("finish"):
-            if run is not None:
-                run.summary.update({**jsonable(metrics), "status": status})
-                run.finish(exit_code=exit_code)
-        self.run = None
+        run, self.run = self.run, None
+        if run is not None:
+            run.summary.update({**jsonable(metrics), "status": status})
+            run.finish(exit_code=1 if status == "failed" else 0)
 
-    @contextlib.contextmanager
-    def _guarded(self, action: str):
-        try:
-            yield
-        except Exception as error:  # whatever goes wrong in the tracker, the run goes on
-            log.warning("W&B could not %s (%s); the run goes on and its folder has everything.", action, error)
-            self.run = None
+    def state(self) -> dict[str, Any]:
+        """Its mode, address and id, and the project that it goes on in."""
+        return dict(self.facts)
 
 
 def wandb_settings() -> Any:
@@ -181,8 +184,8 @@ def wandb_settings() -> Any:
     except ImportError as error:
         raise refuse("tracking=wandb", first_line(error), "pip install -e .   or   tracking=none") from error
     except Exception as error:  # its own UsageError, and pydantic's
-        told = error.errors()[0] if hasattr(error, "errors") else {}
-        why = f"{'.'.join(map(str, told['loc']))}: {told['msg']}" if told else str(error)
+        fault = error.errors()[0] if hasattr(error, "errors") else {}
+        why = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" if fault else str(error)
         fix = "correct that WANDB_... variable   or   tracking=none"
         raise refuse("tracking=wandb", f"W&B refuses its own settings: {why}", fix) from error
     return own

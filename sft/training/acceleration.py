@@ -36,14 +36,14 @@ HIDDEN = {4: 1e-4, 2: 5e-2}
 """The same for the last hidden states of a row, as a share of their norm: kernels of two kinds round differently in 16 bits."""
 
 CHECKED = 256
-"""Tokens of a row that are looked at. The model's own loss has all logits of them at once: of long rows these can take more
+"""Tokens of a row that are compared. The model's own loss has all logits of them at once: of long rows these can take more
 memory than the training that is made sure of."""
 
 NUM_LENGTHS = 16
-"""Lengths that passes are recorded for. Each takes about half a second on an H100 (8B shape)."""
+"""Lengths that micro-batches are captured for. Each takes about half a second on an H100 (8B shape)."""
 
-PASSES_A_LENGTH = 10
-"""Passes of a run for each of them, at least: a replayed pass saved 60 to 200 ms there."""
+REPLAYS_A_LENGTH = 10
+"""Micro-batches of a run for each of them, at least: replaying one saved 60 to 200 ms there."""
 
 
 def warm_up(plan: Plan) -> None:
@@ -72,7 +72,7 @@ def settle(model: Any, settings: Settings, data: Any, pad_token_id: int, plan: P
         reasons = group.gathered(found)
         why_not = next(filter(None, reasons), "")
     if why_not:
-        _refuse_what_is_asked_for(trainer, why_not)
+        _refuse_requested(trainer, why_not)
         if trainer.padding_free is None and plan.backend == "transformers":
             log.info("Speed  rows are padded: %s", why_not)
         return plan.padded(why_not, eval_rows(trainer))
@@ -86,22 +86,22 @@ def settle(model: Any, settings: Settings, data: Any, pad_token_id: int, plan: P
     if plan.captured:
         rows, micro_batches = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
         most = cuda_graphs.launch_bound_tokens(decoder_layers(base)[0])
-        count = max(1, min(NUM_LENGTHS, plan.steps * micro_batches // PASSES_A_LENGTH))
+        count = max(1, min(NUM_LENGTHS, plan.steps * micro_batches // REPLAYS_A_LENGTH))
         # Layers are recomputed where the memory is short: beside a captured step there is no room for an eager one.
         lengths = token_counts(data.train).tolist()
         sizes = choose_lengths(lengths, rows, micro_batches, count, most, whole=plan.checkpointing)
         if trainer.cuda_graphs and not sizes:
-            log.warning("trainer.cuda_graphs is ignored: most passes are so long that the GPU never waits for the host.")
+            log.warning("trainer.cuda_graphs is ignored: most micro-batches are so long that the GPU never waits for the host.")
         if sizes:
             what = [sizes, rows, plan.compiled]
-            base.graphs = warm_cache.recordings(model, settings, what, lambda: cuda_graphs.GraphPool(base, sizes, rows + 2))
+            base.graphs = warm_cache.captured_steps(model, settings, what, lambda: cuda_graphs.GraphPool(base, sizes, rows + 2))
     words = ["padding-free rows"] + ["layers compiled"] * plan.compiled
     words += [f"micro-batches of {', '.join(map(str, sizes))} tokens replayed as CUDA graphs"] * bool(sizes)
     log.info("Speed  %s", "; ".join(words))
     return replace(plan, captured=bool(sizes), capture_sizes=sizes)
 
 
-def _refuse_what_is_asked_for(trainer: TrainerSettings, why_not: str) -> None:
+def _refuse_requested(trainer: TrainerSettings, why_not: str) -> None:
     """Raise Refusal if a setting asks for what rows with padding cannot have."""
     if not (trainer.padding_free or trainer.torch_compile or trainer.cuda_graphs):
         return
@@ -114,17 +114,17 @@ def _refuse_what_is_asked_for(trainer: TrainerSettings, why_not: str) -> None:
 
 
 def choose_lengths(
-    lengths: list[int], rows: int, passes: int, count: int = NUM_LENGTHS, most: int | None = None, whole: bool = False
+    lengths: list[int], rows: int, micro_batches: int, count: int = NUM_LENGTHS, most: int | None = None, whole: bool = False
 ) -> tuple[int, ...]:
-    """At most `count` lengths, multiples of 64, that passes of `rows` rows drawn from `lengths`, `passes` a step, are filled up
-    to.
+    """At most `count` lengths, multiples of 64, that micro-batches of `rows` rows drawn from `lengths`, `micro_batches` a step,
+    are padded to.
 
-    Of a thousand drawn passes those longer than `most` and the five longest get no length; the others are filled up with the
+    Of a thousand drawn ones those longer than `most` and the five longest get no length; the others are padded with the
     fewest tokens that `count` lengths allow (found exactly, by dynamic programming over where the lengths may end). No lengths
-    if most passes are longer than `most`. With `whole` every pass gets one, also that of the longest rows there are.
+    if most are longer than `most`. With `whole` every micro-batch gets one, also that of the longest rows there are.
     """
     draw = random.Random(0)
-    steps = [draw.choices(range(len(lengths)), k=rows * passes) for _ in range(-(-1000 // passes))]
+    steps = [draw.choices(range(len(lengths)), k=rows * micro_batches) for _ in range(-(-1000 // micro_batches))]
     drawn = [sum(lengths[row] for row in one) for step in steps for one in balance_micro_batches(step, lengths, rows)]
     sums = sorted(-(-tokens // 64) * 64 for tokens in drawn[:1000])[: None if whole else 995]
     if whole:
@@ -137,7 +137,7 @@ def choose_lengths(
     ends = sorted(set(sums))
     below = [sum(n <= end for n in sums) for end in ends]
     best: list[tuple[int, tuple[int, ...]]] = [(end * b, (end,)) for end, b in zip(ends, below, strict=True)]
-    for _ in range(count - 1):  # best[i]: tokens of all passes up to ends[i], which is the last length
+    for _ in range(count - 1):  # best[i]: tokens of all micro-batches up to ends[i], which is the last length
         best = [
             min([best[i], *((best[k][0] + ends[i] * (below[i] - below[k]), (*best[k][1], ends[i])) for k in range(i))])
             for i in range(len(ends))
@@ -148,7 +148,7 @@ def choose_lengths(
 @contextlib.contextmanager
 def evaluating(model: Any, plan: Plan) -> Iterator[None]:
     """Inside the block compiled layers run as they were written, for lengths that nothing was compiled for; on a GPU, where
-    rows lie end to end, in fewer kernels. Not for gradients.
+    the run is padding-free, in fewer kernels. Not for gradients.
     """
     import torch
 
@@ -180,7 +180,7 @@ def _first_rows(data: Any) -> list[dict[str, list[int]]]:
 
 
 def _difference(model: Any, rows: list[dict[str, list[int]]], pad_token_id: int, dtype: Any) -> str:
-    """Hold a few rows end to end against what the model's own forward pass gives for each row alone; empty if they agree.
+    """Compare a few rows, padding-free, with what the model's own forward pass gives for each alone; empty if they agree.
     `dtype` is the type that is computed in.
 
     Their loss shows another normalisation or an output layer of the model's own; the hidden states of the second row and the
@@ -199,25 +199,25 @@ def _difference(model: Any, rows: list[dict[str, list[int]]], pad_token_id: int,
         with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype.itemsize == 2):
             whole = model(**inputs).loss.item()
             ends = inputs["cu_seq_lens_q"].tolist()
-            passed = {key: inputs[key] for key in inputs if key not in ("labels", "learnt", "targets")}
+            passed = {key: inputs[key] for key in inputs if key not in ("labels", "target_positions", "targets")}
             with structure.attention_of(base, ATTENTION):
                 states = base.base_model(**passed, use_cache=False).last_hidden_state[0].float()
-            total = learnt = away = 0
+            total = targets = away = 0
             for row, start in zip(rows, ends, strict=False):
                 ids, labels = (torch.tensor([row[key]], device=model.device) for key in ("input_ids", "labels"))
                 count = int((labels[:, 1:] != tokenize.IGNORED).sum())
                 own = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0].float()
                 away = max(away, float((states[start : start + len(own)] - own).norm() / own.norm()))
                 if count:
-                    total, learnt = total + model(input_ids=ids, labels=labels).loss.item() * count, learnt + count
+                    total, targets = total + model(input_ids=ids, labels=labels).loss.item() * count, targets + count
     except Exception as error:  # whatever the model's code raises for arguments that it does not know
-        log.debug("rows end to end", exc_info=True)
+        log.debug("padding-free rows", exc_info=True)
         return f"its forward pass does not take them ({type(error).__name__})"
     finally:
         model.train(training)
         if model.device.type == "cuda":
             torch.cuda.empty_cache()  # blocks of these sizes are of no use to the training
-    alone = total / max(learnt, 1)
+    alone = total / max(targets, 1)
     if not abs(whole - alone) <= TOLERANCE[dtype.itemsize] * max(1.0, abs(alone)):
         return f"the loss of the first rows would be {whole:.5f}, not {alone:.5f}"
     if not away <= HIDDEN[dtype.itemsize]:

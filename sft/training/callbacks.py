@@ -17,7 +17,7 @@ from sft.training.trainer import writes_late
 log = logging.getLogger(__name__)
 
 FIRST = 3
-"""Steps that say nothing of the others: layers are compiled and passes recorded in them."""
+"""Steps that say nothing of the others: layers are compiled and micro-batches captured in them."""
 
 
 def run_callback(trainer, settings: Settings) -> Any:
@@ -26,7 +26,7 @@ def run_callback(trainer, settings: Settings) -> Any:
     loop, clock, recorder = trainer.loop, trainer.loop.clock, trainer.loop.recorder
 
     def epochs(state: Any) -> float:
-        rows, at_once = len(trainer.bad_steps.rows), trainer.args.per_device_train_batch_size
+        rows, at_once = len(trainer.nonfinite.rows), trainer.args.per_device_train_batch_size
         return round(samplers.epochs_done(state.epoch or 0.0, rows, at_once), 4)
 
     class RunCallback(TrainerCallback):
@@ -41,7 +41,7 @@ def run_callback(trainer, settings: Settings) -> Any:
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 0:  # after their held-out loss
                 with loop.budget.measured("samples"):
-                    loop.answers.take(0)
+                    loop.sample_writer.take(0)
             clock.start()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -50,12 +50,12 @@ def run_callback(trainer, settings: Settings) -> Any:
             line = {"step": state.global_step, "epoch": epochs(state)}
             line |= {k: logs[k] for k in ("loss", "eval_loss", "learning_rate", "grad_norm") if k in logs}
             if "loss" in logs:
-                loop.stop.failure = loop.stop.failure or trainer.bad_steps.settle(state.global_step)
-                if trainer.bad_steps.count:
-                    line["bad_steps"] = trainer.bad_steps.count
-                trainer.bad_steps.watch(state.global_step, logs["loss"], logs.get("grad_norm"))
-                if trainer.smaller.rows:
-                    line["rows_at_once"] = trainer.smaller.rows
+                loop.stop.failure = loop.stop.failure or trainer.nonfinite.settle(state.global_step)
+                if trainer.nonfinite.count:
+                    line["bad_steps"] = trainer.nonfinite.count
+                trainer.nonfinite.watch(state.global_step, logs["loss"], logs.get("grad_norm"))
+                if trainer.oom_retry.rows:
+                    line["rows_at_once"] = trainer.oom_retry.rows
                 seen, peaks = zip(*group.gathered((trainer.tokens_logged, peak_memory_gib())), strict=True)
                 tokens, seconds = sum(seen), clock.seconds
                 line["tokens"] = tokens
@@ -82,27 +82,27 @@ def run_callback(trainer, settings: Settings) -> Any:
             if self.steps == 10 and (left := state.max_steps - state.global_step) > 0:
                 a_step = (clock.now - self.settled) / (10 - FIRST)
                 log.info("step %4d   about %s of training left", state.global_step, duration(left * a_step))
-            # From end to end: a GPU computes a step while the next one is already prepared.
+            # From start to start: a GPU computes a step while the next one is already prepared.
             loop.budget.note("step", clock.now - self.step_ended)
             self.step_ended = clock.now
             if state.global_step >= state.max_steps and trainer.eval_dataset is not None:
                 control.should_evaluate = True
             every = steps_between(settings.samples.every_steps, state.max_steps)
             if state.global_step % every == 0 and state.global_step < state.max_steps:
-                loop.due.append("samples")
+                loop.end.due.append("samples")
 
         def on_train_end(self, args, state, control, **kwargs):
             trainer.write_line()
             clock.stop()
-            if not warm_cache.keeps_recordings(settings):
+            if not warm_cache.keeps_captured_steps(settings):
                 cuda_graphs.forget_graphs(trainer.model)
-            recorder.final["bad_steps"] = trainer.bad_steps.count
-            if trainer.bad_steps.rose_at is not None:
-                recorder.final["loss_rose_at"] = trainer.bad_steps.rose_at
-            if trainer.bad_steps.still_at is not None:
-                recorder.final["nothing_learnt_at"] = trainer.bad_steps.still_at
-            if trainer.smaller.rows:  # a pass ran out of memory
-                recorder.final["rows_at_once"] = trainer.smaller.rows
+            recorder.final["bad_steps"] = trainer.nonfinite.count
+            if trainer.nonfinite.rose_at is not None:
+                recorder.final["loss_rose_at"] = trainer.nonfinite.rose_at
+            if trainer.nonfinite.still_at is not None:
+                recorder.final["nothing_learnt_at"] = trainer.nonfinite.still_at
+            if trainer.oom_retry.rows:  # a micro-batch ran out of memory
+                recorder.final["rows_at_once"] = trainer.oom_retry.rows
             recorder.final["steps"], recorder.final["epochs"] = state.global_step, epochs(state)
             allocated = peak_allocated_gib()
             if allocated:

@@ -1,4 +1,7 @@
-"""Checkpoints: written whole, found again, pruned, and restored from."""
+"""Checkpoints: written whole, found again, pruned, and restored from.
+
+Whatever has a state of its own is a component: it gives the state and takes it back, and nothing here knows what is in it.
+"""
 
 import contextlib
 import json
@@ -6,11 +9,55 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from sft.distributed import group
 from sft.errors import SaveFailed, first_line, refuse
 from sft.storage import atomic
-from sft.storage.jsonio import read_lines
+
+log = logging.getLogger(__name__)
+
+STATE = "run_state.json"
+
+FLAT = {
+    "log": ("tokens", "loss_since_log", "last_log"),
+    "clock": ("seconds", "logged"),
+    "early_stopping": ("patience_counter",),
+    "nonfinite_steps": ("bad_steps",),
+    "oom_retry": ("rows_at_once",),
+    "time_budget": ("needs",),
+    "step_end": ("due", "save_due"),
+    "recorder": ("final", "eval_step"),
+}
+"""Keys of run_state.json from before it had components, by the component that they belong to. They are still written, for the
+scripts that read them; a component's further keys, and further components, stand under `components` alone."""
+
+
+class Component(Protocol):
+    """Part of a run whose state a checkpoint keeps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs, as JSON has it. Every rank calls it; that of rank 0 is written."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave, perhaps in an earlier version."""
+
+
+def gather_state(components: dict[str, Component]) -> dict[str, Any]:
+    """The state of each component by its name, and the flat keys of FLAT."""
+    states = {name: component.state_dict() for name, component in components.items()}
+    flat = {key: states[name][key] for name, keys in FLAT.items() if name in states for key in keys}
+    return {**flat, "components": states}
+
+
+def load_components(checkpoint: Path, components: dict[str, Component]) -> None:
+    """Give each component the state that the checkpoint has of it; one that it knows nothing of is left as it began."""
+    kept = read_state(checkpoint)
+    older = {name: {key: kept[key] for key in keys if key in kept} for name, keys in FLAT.items()}
+    states = kept.get("components", older)
+    for name, component in components.items():
+        if name in states:
+            component.load_state_dict(states[name])
 
 
 def find_checkpoint(folder: Path, before: dict[str, Any] | None, data_hash: str) -> Path | None:
@@ -31,22 +78,13 @@ def find_checkpoint(folder: Path, before: dict[str, Any] | None, data_hash: str)
     return checkpoint
 
 
-def take_up(folder: Path, checkpoint: Path | None, recorder: Any) -> None:
-    """Bring the run's lines and final numbers to where they were at the checkpoint, or to nothing without one."""
-    kept = read_state(checkpoint) if checkpoint else {}
-    if recorder.writes:
-        cut_back(folder, kept.get("bytes", {}))
-    if kept:
-        recorder.restore(kept)
-    if kept and recorder.writes:
-        answers = [line for line in read_lines(folder / "samples.jsonl") if {"index", "completion"} <= line.keys()]
-        recorder.tracking.remember(answers)
+def restore_run(folder: Path, checkpoint: Path | None, components: dict[str, Component]) -> None:
+    """Bring the run's lines and the components to where they were at the checkpoint, or the lines to nothing without one."""
+    if group.is_first():
+        cut_back(folder, read_state(checkpoint).get("bytes", {}) if checkpoint else {})
+    if checkpoint:
+        load_components(checkpoint, components)
         log.info("Resume from step %s", checkpoint.name.rpartition("-")[2])
-
-
-log = logging.getLogger(__name__)
-
-STATE = "run_state.json"
 
 
 def place_of(folder: Path, step: int) -> Path:
@@ -64,8 +102,8 @@ def steps_saved(folder: Path) -> list[int]:
 def writing(folder: Path, step: int, state: dict[str, Any]) -> Iterator[Path]:
     """Write a checkpoint into the folder this gives; it counts from the moment the block ends well.
 
-    `state` is what this project keeps beside transformers' own files. The lines written so far reach the disk before the
-    checkpoint that counts them does. Raises SaveFailed, whatever the library that wrote calls it.
+    `state` is what `gather_state` gave, kept beside transformers' own files. The lines written so far reach the disk before
+    the checkpoint that counts them does. Raises SaveFailed, whatever the library that wrote calls it.
     """
     try:
         with _writing(folder, step, state) as work:

@@ -28,7 +28,7 @@ class RunContext:
     budget: TimeBudget
     tokenizer: Any
     stop_ids: set[int]
-    """Tokens that end an answer."""
+    """Tokens that end a completion."""
     prepared: Prepared
     checkpoint: Path | None
     """Where the run goes on from."""

@@ -10,17 +10,17 @@ from sft.data.collators import is_padding_free
 from sft.distributed import group
 from sft.distributed.group import world_size
 from sft.storage.jsonio import append_jsonl
-from sft.tracking.wandb import Tracking
+from sft.tracking.base import Trackers
 
 
 def count_tokens(inputs: dict[str, Any]) -> Any:
-    """Tokens of a pass without padding, as a number or still on the device.
+    """Tokens of a micro-batch without padding, as a number or still on the device.
 
     With several processes rows of one token are fillers and not counted: a row to learn from has two or more.
     """
     import torch
 
-    mask = inputs.get("attention_mask")  # rows that Unsloth lays end to end have none, and no padding either
+    mask = inputs.get("attention_mask")  # batches that Unsloth makes padding-free have none, and no padding either
     if world_size() == 1:
         if is_padding_free(inputs):
             return inputs["cu_seq_lens_q"][-2]
@@ -37,21 +37,21 @@ def count_tokens(inputs: dict[str, Any]) -> Any:
 
 
 class Recorder:
-    """Keeps metrics.jsonl and the final numbers, and passes each line on to the tracker."""
+    """Keeps metrics.jsonl and the final numbers, and passes each line on to the trackers."""
 
-    def __init__(self, folder: Path, tracking: Tracking):
+    def __init__(self, folder: Path, tracking: Trackers):
         self.path, self.tracking = folder / "metrics.jsonl", tracking
         self.writes = group.is_first()
         self.final: dict[str, Any] = {}
         self.eval_step: int | None = None
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, for `restore`."""
+    def state_dict(self) -> dict[str, Any]:
+        """The final numbers so far, for a checkpoint."""
         return {"final": self.final, "eval_step": self.eval_step}
 
-    def restore(self, kept: dict[str, Any]) -> None:
-        """Take up what `state` gave."""
-        self.final, self.eval_step = kept["final"], kept["eval_step"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the numbers of a checkpoint."""
+        self.final, self.eval_step = state["final"], state["eval_step"]
 
     def add(self, metrics: dict[str, Any]) -> None:
         """Write one line of metrics."""
@@ -71,6 +71,14 @@ class Clock:
         self.seconds, self._since, self._event = 0.0, None, None
         self.logged = {"tokens": 0, "seconds": 0.0}
         """Both as they were at the last log line."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seconds so far, for a checkpoint."""
+        return {"seconds": self.seconds, "logged": self.logged}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint."""
+        self.seconds, self.logged = state["seconds"], state["logged"]
 
     def start(self) -> None:
         """Go on counting; nothing happens if it already counts."""
@@ -112,6 +120,11 @@ class LogLine:
     """`loss`, the sum of those since the last line; the gradient's `norm`; `tokens` so far. Numbers, or tensors on the CPU."""
     arrived: Any = None
     """The CUDA event after which they are there; None on the CPU."""
+
+    def logs(self, since: int) -> dict[str, float]:
+        """What transformers logs of it, by its names; `since` is the step of the line before. The numbers have to be there."""
+        norm = {"grad_norm": float(self.numbers["norm"])} if "norm" in self.numbers else {}
+        return {"loss": float(self.numbers["loss"]) / (self.step - since), **norm, "learning_rate": self.learning_rate}
 
 
 def mark_on_gpu() -> Any:

@@ -1,6 +1,6 @@
 """Steps whose loss or gradient is not a finite number: they never reach the weights, are counted, and their rows named.
 
-A loss that is finite but goes up and up is told once, and so are gradients of exactly 0; the run goes on.
+A loss that is finite but goes up and up is reported once, and so are gradients of exactly 0; the run goes on.
 """
 
 import itertools
@@ -19,7 +19,7 @@ WINDOW = 10
 """Logged losses whose mean is compared; four such windows in a row have to rise."""
 
 STILL = 3
-"""Logged gradients of exactly 0 in a row of which is told. One alone may be that of rows with nothing to learn."""
+"""Logged gradients of exactly 0 in a row of which is reported. One alone may be that of rows with nothing to learn."""
 
 
 class NonFiniteSteps:
@@ -32,22 +32,30 @@ class NonFiniteSteps:
         self.loss: Any = 0.0
         self.batches: list[Any] = []
         self.losses: list[float] = []
-        """The logged losses of this session, as far back as `rises_steadily` looks."""
+        """The logged losses of this session, as far back as `rises_steadily` needs."""
         self.rose_at: int | None = None
-        """The step at which a steady rise was told."""
+        """The step at which a steady rise was reported."""
         self.still, self.still_at = 0, None
-        """Gradients of 0 in a row by now, and the step at which they were told."""
+        """Gradients of 0 in a row by now, and the step at which they were reported."""
         self._open: list[tuple[int, Any, list[Any]]] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        """The count, for a checkpoint. What is watched of the losses begins anew with each session."""
+        return {"bad_steps": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint."""
+        self.count = state["bad_steps"]
+
     def add(self, loss: Any, inputs: dict[str, Any]) -> None:
-        """Note the loss and the tokens of one forward pass; both stay on the device."""
+        """Note the loss and the tokens of one micro-batch; both stay on the device."""
         self.loss = self.loss + loss
         self.batches.append(inputs)
 
     def guard(self, grad_norm: Any) -> None:
-        """Keep a bad step from the weights. Call it right before the optimiser's step.
+        """Keep a non-finite step from the weights. Call it right before the optimiser's step.
 
-        A fused torch optimiser is told on the device, so that nothing waits for the GPU; the others get no gradients.
+        A fused torch optimiser gets a flag on the device, so that nothing waits for the GPU; the others get no gradients.
         float16's gradient scaler skips steps by itself, as part of finding its scale, and is left alone.
         """
         import torch
@@ -85,13 +93,13 @@ class NonFiniteSteps:
         return reason
 
     def watch(self, step: int, loss: float, grad_norm: float | None = None) -> None:
-        """Take note of a logged loss and gradient; say it once if the losses rise steadily, or if nothing is learnt."""
+        """Take note of a logged loss and gradient; say it once if the losses rise steadily, or if the weights stand still."""
         self.still = self.still + 1 if grad_norm == 0 else 0
         if self.still == STILL and self.still_at is None:
             self.still_at = step
             log.warning(
-                "Step %d: the gradients of the last %d logged steps were exactly 0, so that nothing is learnt. "
-                "hint: scripts/preview.py shows what is learnt of the rows; on a GPU try trainer.cuda_graphs=false too",
+                "Step %d: the gradients of the last %d logged steps were exactly 0, so that the weights stand still. "
+                "hint: scripts/preview.py shows what is trained on; on a GPU try trainer.cuda_graphs=false too",
                 step, STILL,
             )  # fmt: skip
         self.losses = [*self.losses, loss][-4 * WINDOW :]

@@ -1,7 +1,7 @@
-"""A forward or backward pass that runs out of memory is made again with fewer rows at a time; the step stays the same.
+"""OOM retry: a micro-batch that runs out of memory is repeated with fewer rows at a time; the step stays the same.
 
-The loss of a step is a sum over its learnt tokens divided by their number, so that it can be had from any pieces. The step is
-made again from its first pass: a backward pass that broke off has left a part of its gradients behind. Not where several
+The loss of a step is a sum over its target tokens divided by their number, so that it can be had from any pieces. The step is
+repeated from its first micro-batch: a backward pass that broke off has left a part of its gradients behind. Not where several
 processes share the step: the others are in the middle of adding up their gradients with it.
 """
 
@@ -20,20 +20,28 @@ log = logging.getLogger(__name__)
 
 
 class OomRetry:
-    """Watches the passes of a trainer's steps."""
+    """Watches the micro-batches of a trainer's steps."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.rows: int | None = None
-        """Rows that go through the model at a time from now on; None as long as whole passes fit."""
+        """Rows that go through the model at a time from now on; None as long as whole micro-batches fit."""
         self.evaluated_rows: int | None = None
         """The same for held-out rows."""
         self._step, self._passes = -1, []
 
-    def train(self, train: Callable[..., Any], model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
-        """The loss of one pass, its gradients added up as `train(model, inputs, items)` does it.
+    def state_dict(self) -> dict[str, Any]:
+        """The rows that fit, for a checkpoint."""
+        return {"rows_at_once": self.rows}
 
-        `items` is the number of learnt tokens in the whole step. Raises torch.OutOfMemoryError where a single row does not fit,
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin with the rows that fitted before."""
+        self.rows = state.get("rows_at_once")
+
+    def train(self, train: Callable[..., Any], model: Any, inputs: dict[str, Any], items: Any = None) -> Any:
+        """The loss of one micro-batch, its gradients added up as `train(model, inputs, items)` does it.
+
+        `items` is the number of target tokens in the whole step. Raises torch.OutOfMemoryError where a single row does not fit,
         or where the loss is a mean that cannot be had from pieces (`items` is None).
         """
         if self._step != self.trainer.state.global_step:
@@ -46,7 +54,7 @@ class OomRetry:
         return loss
 
     def evaluate(self, predict: Callable[[dict], Any], inputs: dict[str, Any]) -> list[tuple[Any, Any]]:
-        """(mean loss, learnt tokens) of a batch of held-out rows, or of each of the pieces in which it fits into the memory.
+        """(mean loss, target tokens) of a batch of held-out rows, or of each of the pieces in which it fits into the memory.
 
         Raises torch.OutOfMemoryError where a single row does not fit.
         """
@@ -58,8 +66,8 @@ class OomRetry:
                 for piece in self._pieces(inputs, self.evaluated_rows):
                     rows = piece
                     batch = self._collated(piece, inputs)
-                    learnt = (batch["labels"][:, 1:] != IGNORED).sum()  # the first token of a row is predicted by nothing
-                    results.append((predict(batch), learnt))
+                    targets = (batch["labels"][:, 1:] != IGNORED).sum()  # the first token of a row is predicted by nothing
+                    results.append((predict(batch), targets))
                 return results
             except torch.OutOfMemoryError as error:
                 count = len(rows) if isinstance(rows, list) else len(cut(rows))
@@ -71,13 +79,13 @@ class OomRetry:
             free_memory()
             log.warning("Evaluation: %d rows at a time do not fit into the memory; from now on %d.", count, self.evaluated_rows)
 
-    def _attempt(self, train: Callable[..., Any], model: Any, passes: list[dict], items: Any) -> Any:
-        """The loss of the last of `passes`, each made in pieces; None if one ran out of memory."""
+    def _attempt(self, train: Callable[..., Any], model: Any, micro_batches: list[dict], items: Any) -> Any:
+        """The loss of the last of `micro_batches`, each made in pieces; None if one ran out of memory."""
         import torch
 
         rows = []
         try:
-            for inputs in passes:
+            for inputs in micro_batches:
                 loss = None
                 for piece in self._pieces(inputs, self.rows):
                     rows = piece
@@ -88,10 +96,10 @@ class OomRetry:
             count = len(rows) if isinstance(rows, list) else len(cut(rows))
             if items is None or world_size() > 1:
                 raise
-            traceback.clear_frames(error.__traceback__)  # they hold what has to be given back
+            traceback.clear_frames(error.__traceback__)  # they hold what has to be freed
             if forget_graphs(model):
                 log.warning(
-                    "Step %d: the memory ran out beside what recorded passes (CUDA graphs) keep of it. The step is made again "
+                    "Step %d: the memory ran out beside what captured steps (CUDA graphs) keep of it. The step is repeated "
                     "without them, and so are the next ones.", self._step + 1,
                 )  # fmt: skip
                 return None
@@ -99,13 +107,13 @@ class OomRetry:
                 raise
             self.rows = count // 2
         log.warning(
-            "Step %d: %d rows at a time do not fit into the memory; it is made again with %d, and so are the next ones.",
+            "Step %d: %d rows at a time do not fit into the memory; it is repeated with %d, and so are the next ones.",
             self._step + 1, count, self.rows,
         )  # fmt: skip
         return None
 
     def _pieces(self, inputs: dict[str, Any], most: int | None) -> list[Any]:
-        """A pass as it is, or lists of at most `most` of its rows."""
+        """A micro-batch as it is, or lists of at most `most` of its rows."""
         if most is None:
             return [inputs]
         rows = cut(inputs)
@@ -114,7 +122,7 @@ class OomRetry:
         return [rows[at : at + most] for at in range(0, len(rows), most)]
 
     def _collated(self, piece: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What the model takes: the trainer's own way of putting rows together, padded or laid end to end."""
+        """What the model takes: the trainer's own way of putting rows together, padded or padding-free."""
         return self.trainer.data_collator(piece) if isinstance(piece, list) else inputs
 
     def _make_room(self, model: Any) -> None:
@@ -123,7 +131,7 @@ class OomRetry:
 
 
 def free_memory() -> None:
-    """Let go of what a pass that broke off has left behind."""
+    """Let go of what a micro-batch that broke off has left behind."""
     import torch
 
     gc.collect()

@@ -31,7 +31,7 @@ def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path, w
     `weights` are those of the whole model, where this process has only a share of them.
     """
     name = "adapter" if settings.lora.enabled else "model"
-    with _told(name), atomic.new_folder(folder / name, manifest=False) as work:
+    with _plain_failure(name), atomic.new_folder(folder / name, manifest=False) as work:
         embeds = {"embed_tokens", "lm_head"} & {*settings.lora.modules_to_save, *settings.lora.target_modules}
         options = {"save_embedding_layers": bool(embeds)} if settings.lora.enabled else {}
         model.save_pretrained(str(work), **options, **({"state_dict": weights} if weights is not None else {}))
@@ -41,7 +41,7 @@ def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path, w
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
+def _plain_failure(what: str) -> Iterator[None]:
     """Turn whatever a library raises when it cannot write into one plain sentence."""
     try:
         yield

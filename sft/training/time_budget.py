@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from typing import Any
 
 from sft.config.rules import moment_of
 from sft.config.schema import TrainerSettings
@@ -41,6 +42,14 @@ class TimeBudget:
         self.earlier: dict[str, float] = {}
         """The same of the session before, which count until this one has measured its own."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured, for a checkpoint."""
+        return {"needs": self.earlier | self.needs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Count with what the session before has measured."""
+        self.earlier = state.get("needs", {})
+
     @contextlib.contextmanager
     def measured(self, part: str) -> Iterator[None]:
         """Note how long a part takes. One that is given up is not measured."""
@@ -54,11 +63,12 @@ class TimeBudget:
 
     @property
     def reserve(self) -> float:
-        """Seconds to keep for one step more, the last evaluation and answers, the checkpoint and the adapter, the exports, and
-        the loss that they are held against: of a few held-out rows (sft/export/measure.py), it takes no longer than the former.
+        """Seconds to keep for one step more, the last evaluation and completions, the checkpoint and the adapter, the exports,
+        and the loss that they are compared with: of a few held-out rows (sft/export/measure.py), it takes no longer than the
+        former.
 
         An export measures the trained model once, and each artifact once more: it is written (as long as loading took), loaded,
-        and its loss and answers are taken.
+        and its loss and completions are taken.
         """
         needs = self.earlier | self.needs
         proof = sum(needs.get(part, 0.0) for part in ("load", "load", "evaluate", "samples"))

@@ -1,17 +1,21 @@
 """What a chat asks is what training asked, whatever was said before; what does not fit ends no chat."""
 
 import builtins
+import json
+import re
 from types import SimpleNamespace
 
 import pytest
 
 from scripts import chat
 from sft.cli.chat import Speaker
-from sft.config.schema import DatasetSettings, Settings, Shape
+from sft.config.schema import DatasetSettings, ModelSettings, Settings, Shape
 from sft.data.templates import render_row
 from sft.data.tokenize import encode
-from sft.model.tokenizer import CHATML
+from sft.errors import Refusal
+from sft.model.tokenizer import CHATML, load_tokenizer
 from sft.sanitize import shown
+from sft.storage.jsonio import jsonable
 from tests.data.test_templates import LLAMA3, MISTRAL, QWEN3
 
 
@@ -22,7 +26,7 @@ class Said(Speaker):
         self.tokenizer, self.settings, self.shape = tokenizer, settings, Shape.messages
         self.answers, self.asked, self.target = list(answers), [], SimpleNamespace(name="said")
 
-    def answer(self, ids, say, max_new_tokens, temperature=0.0):
+    def complete(self, ids, say, max_new_tokens, temperature=0.0):
         self.asked.append(self.tokenizer.decode(ids))
         answer = self.answers.pop(0)
         if isinstance(answer, BaseException):
@@ -70,6 +74,36 @@ def test_two_that_talk_keep_the_same_conversation_when_one_is_stopped(make_token
     type_in(monkeypatch, "one?", "two?")
     chat.talk([first, second], OPTIONS)
     assert first.asked[1] == second.asked[1] and "one?" not in first.asked[1] and "(stopped)" in capsys.readouterr().out
+
+
+DAMAGE = {
+    "tokenizer.json": ("{", '{"version": 7}', '{"version": "1.0", "model": {"type": "BPE"}}', "\0"),
+    "tokenizer_config.json": ("{", "[]", '{"tokenizer_class": 7}', '{"added_tokens_decoder": [1]}'),
+    "preflight.json": [f'{{"shape": "messages", "stop_tokens": {stops}}}' for stops in ('["<no such>"]', "[[1]]", '"</s>"')],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGE.items() for text in texts])
+def test_a_tokenizer_that_cannot_be_read_is_refused_with_its_folder(make_tokenizer, tmp_path, capsys, name, text):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    record = {"status": "finished", "settings": jsonable(Settings())}
+    preflight = {"shape": "messages", "stop_tokens": [tokenizer.eos_token]}
+    for file, content in {"run.json": record, "preflight.json": preflight}.items():
+        (tmp_path / file).write_text(json.dumps(content), encoding="utf-8")
+    place = tmp_path / name if name == "preflight.json" else tmp_path / "adapter"
+    (place if place.is_file() else place / name).write_text(text, encoding="utf-8")
+    assert chat.main([f"run={tmp_path}", "prompt=why?"]) == 2
+    said = capsys.readouterr().err
+    assert "Refused: 1 problem" in said and str(tmp_path) in said and "hint: bring the file" in said
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name in list(DAMAGE)[:2] for text in DAMAGE[name]])
+def test_a_models_tokenizer_that_cannot_be_read_is_refused_with_the_models_name(make_tokenizer, tmp_path, name, text):
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(Refusal, match=re.escape(f"model.name={tmp_path}")):
+        load_tokenizer(ModelSettings(name=str(tmp_path)))
 
 
 def test_a_template_text_takes_the_last_question_alone(tokenizer):

@@ -7,7 +7,7 @@ import pytest
 from sft.cli.check import check_command_line
 from sft.config import fingerprint
 from sft.config.destinations import check_destinations, mark
-from sft.config.schema import ExportSettings, HubSettings, Settings, Tracker, TrackingSettings
+from sft.config.schema import ExportSettings, HubSettings, Settings, TrackerName, TrackingSettings
 from sft.errors import Refusal
 from sft.storage import cache as storage_cache
 from sft.storage import jsonio
@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch):
 
 def sending(repo="me/demo", private=True, entity=None) -> Settings:
     export = ExportSettings(formats=["adapter"], hub=HubSettings(repo=repo, private=private))
-    tracker = Tracker.wandb if entity else Tracker.none
+    tracker = TrackerName.wandb if entity else TrackerName.none
     return Settings(export=export, tracking=TrackingSettings(tracker=tracker, entity=entity))
 
 
@@ -36,7 +36,7 @@ def test_a_run_of_ones_own_goes_on_without_a_word():
 
 
 def test_a_run_that_sends_nothing_needs_no_mark():
-    assert mark(Settings(tracking=TrackingSettings(tracker=Tracker.none))) is None and check(sending(repo=None), {}) == ""
+    assert mark(Settings(tracking=TrackingSettings(tracker=TrackerName.none))) is None and check(sending(repo=None), {}) == ""
 
 
 @pytest.mark.parametrize("changed", [

@@ -748,6 +748,17 @@ def test_a_setting_is_not_filled_with_what_is_named_like_a_secret(monkeypatch, n
     assert "hunter2" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"])
+def test_a_folder_of_hydras_is_not_filled_with_what_is_named_like_a_secret_or_is_not_set(monkeypatch, key):
+    monkeypatch.setenv("X_TOKEN", "hunter2")
+    problem = problem_of(f"{key}=${{oc.env:X_TOKEN}}", "lora.r=16")
+    assert problem.what == "${oc.env:X_TOKEN}" and "named like a secret" in problem.why and "hunter2" not in str(problem)
+    monkeypatch.delenv("X_TOKEN")
+    problem = problem_of(f"{key}=${{oc.env:X_PLACE}}", "lora.r=16")
+    assert problem.what == f"{key}=${{oc.env:X_PLACE}}" and "'X_PLACE' not found" in problem.why
+    accepted(f"{key}='${{oc.env:HOME}}/${{now:%Y}}_${{hydra:job.num}}_${{job_label:${{hydra:overrides.task}}}}_${{lora.r}}'")
+
+
 @pytest.mark.parametrize("name", ["MAX_TOKENS", "TOKENIZER", "KEYBOARD", "MONKEY", "HOME"])
 def test_other_variables_of_the_environment_fill_a_setting(monkeypatch, name):
     monkeypatch.setenv(name, "plain")

@@ -108,7 +108,7 @@ def test_an_earlier_answer_that_loses_its_reasoning_is_read_and_counted(learn, r
     text, learnt, _ = learn({"messages": turns})
     assert "4<|im_end|>" in text and learnt == ["<think>\nThree plus 3.\n</think>\n\n6<|im_end|>"]
     warnings = run([{"messages": turns}] * 2).facts["warnings"]
-    assert any("2 answers are read and not learnt" in warning for warning in warnings)
+    assert any("2 answers are read and not trained on" in warning for warning in warnings)
 
 
 def test_an_earlier_answer_without_reasoning_is_learnt(learn):
@@ -275,9 +275,9 @@ def test_the_hint_for_such_a_tokenizer_reads_its_file_as_it_stands(model, run):
 
 @pytest.mark.parametrize("text", ["a  b\n\tc ", "é e\u0301 Ａ", "能，人本来 😀👍🏽", " x", "<|im_end|> y"])
 def test_texts_that_tokens_do_give_back_are_not_refused(tokenizer, text):
-    from sft.data.tokenize import count_not_given_back
+    from sft.data.tokenize import count_not_restored
 
-    assert count_not_given_back([text], tokenizer) == 0
+    assert count_not_restored([text], tokenizer) == 0
 
 
 def test_ids_beyond_the_embeddings_are_refused_before_loading(model, small, tmp_path):

@@ -184,7 +184,7 @@ def test_the_card_tells_the_whole_story(card):
     for words in (
         "fine-tuned on `twists`", "`7574b874`", "234 rows trained on, 26 held out", "| `lora.r` | `8` | `16` |",
         "2.9000 before, 2.1000 after", "| 0 | 3.0000 | 2.9000 |", "| 30 | 2.0000 | 2.1500 |", "Because.", "So that.", "Thus.",
-        "| `adapter` | passed | 2.1000 | +0.0003 | 0.01 | 7 of 8, near ties: 1 (at most 0.012 nats) | 100% | 271.0 MB |",
+        "| `adapter` | passed | 2.1000 | +0.0003 | 0.01 | 7 of 8, ties: 1 (at most 0.012 nats) | 100% | 271.0 MB |",
         "| base model | `apache-2.0` |",
         "AutoPeftModelForCausalLM", "`0123456789abcdef`", "| `torch` | `2.13.0` |", "held out of the training",
         "python train.py lora.r=8 dataset.path=rows.jsonl",

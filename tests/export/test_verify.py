@@ -1,4 +1,4 @@
-"""Where two answers part, and when that is a near tie."""
+"""Where two completions diverge, and when that is a tie."""
 
 import json
 import types
@@ -7,11 +7,11 @@ import pytest
 
 from sft.export.measure import EvalResult
 from sft.export.proving import _last_samples
-from sft.export.verify import compare_answers, find_partings
+from sft.export.verify import compare_completions, find_divergences
 
 
-def measured(*answers, tops=()):
-    return EvalResult(1.0, [], [list(a) for a in answers], [], list(tops))
+def measured(*completions, tops=()):
+    return EvalResult(1.0, [], [list(c) for c in completions], [], list(tops))
 
 
 TOPS = [{5: -0.50, 6: -0.51}, {7: -0.1, 8: -3.0}, {2: -0.2}]
@@ -20,7 +20,7 @@ TOPS = [{5: -0.50, 6: -0.51}, {7: -0.1, 8: -3.0}, {2: -0.2}]
 def test_a_parting_says_where_and_how_close_it_was():
     reference = measured([5, 7, 2], [5, 7, 2], [5, 7, 2], [5, 7, 2], [5, 7, 2], tops=[TOPS] * 5)
     found = measured([5, 7, 2], [6, 9], [5, 8, 2], [5, 9, 2], [5, 7])
-    assert find_partings(reference, found) == [
+    assert find_divergences(reference, found) == [
         {"prompt": 1, "token": 0, "gap": 0.01},
         {"prompt": 2, "token": 1, "gap": 2.9},
         {"prompt": 3, "token": 1, "gap": None},  # not among the likeliest
@@ -30,10 +30,10 @@ def test_a_parting_says_where_and_how_close_it_was():
 
 def test_near_ties_are_told_apart_from_other_answers():
     reference = measured([5, 7], [5, 7], [5, 7], tops=[TOPS] * 3)
-    check, facts = compare_answers("answers", reference, measured([5, 7], [6, 7], [6, 7]), 0.05)
-    assert check.ok and check.found == "1 the same, 2 after a near tie (at most 0.0100 nats apart)"
+    check, facts = compare_completions("answers", reference, measured([5, 7], [6, 7], [6, 7]), 0.05)
+    assert check.ok and check.found == "1 the same, 2 after a tie (at most 0.0100 nats apart)"
     assert (facts["answers_equal"], facts["near_ties"], facts["widest_tie"]) == (1, 2, 0.01)
-    check, facts = compare_answers("answers", reference, measured([5, 7], [5, 8], [5, 7]), 0.05)
+    check, facts = compare_completions("answers", reference, measured([5, 7], [5, 8], [5, 7]), 0.05)
     assert not check.ok and check.found == "2 the same, 1 others" and "widest_tie" not in facts
 
 

@@ -135,7 +135,7 @@ def run_to_the_export(work: Path, report: Path, every: int) -> None:
             report.write_text(json.dumps(cases), encoding="utf-8")
             os._exit(0)
 
-        sft_run._export = export_and_try
+        sft_run.export_run_apart = export_and_try
         sft_run.run(settings_of(work, "export"), work / "base")
     except BaseException:
         import traceback

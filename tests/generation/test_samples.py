@@ -56,18 +56,18 @@ def test_an_export_is_asked_several_prompts_at_once_and_answers_as_to_each_alone
     lengths = [4, 9, 2, 7, 5, 3, 8, 6, 4, 5]
     rows = [measure.HeldOutRow("held_out", list(range(9 * i + 5, 9 * i + 15)), [-100] * 7 + [1] * 3, n, "?", "")
             for i, n in enumerate(lengths)]  # fmt: skip
-    said = measure.measure_torch(model, rows, 10, 12, [], 0).answers
+    said = measure.measure_torch(model, rows, 10, 12, [], 0).completions
     stops = [said[1][5]]
     together = measure.measure_torch(model, rows, 10, 12, stops, 0)
     monkeypatch.setattr(measure, "AT_ONCE", 1)
     alone = measure.measure_torch(model, rows, 10, 12, stops, 0)
-    assert together.answers == alone.answers and together.finished == alone.finished and len(said) == 10
+    assert together.completions == alone.completions and together.finished == alone.finished and len(said) == 10
     assert alone.finished[1] and not all(alone.finished), "one of several ends before the others"
-    assert [len(tops) for tops in together.tops] == [len(answer) for answer in together.answers]
+    assert [len(tops) for tops in together.tops] == [len(answer) for answer in together.completions]
     for one, other in zip(together.tops, alone.tops, strict=True):
         assert [list(top) for top in one] == [list(top) for top in other]
         assert all(a[token] == pytest.approx(b[token], abs=1e-4) for a, b in zip(one, other, strict=True) for token in a)
-    for answer, tops in zip(together.answers, together.tops, strict=True):
+    for answer, tops in zip(together.completions, together.tops, strict=True):
         assert answer == [max(top, key=top.get) for top in tops], "the likeliest tokens, whatever the model's own penalties"
 
 

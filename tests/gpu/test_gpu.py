@@ -47,13 +47,13 @@ def test_backends_agree_on_a_gpu(small_llama, tmp_path, load_in_4bit):
 
 
 @pytest.mark.parametrize("load_in_4bit", ["true", "false"])
-def test_recorded_and_compiled_passes_train_as_padded_rows_do(small_llama, tmp_path, load_in_4bit):
+def test_captured_and_compiled_steps_train_as_padded_rows_do(small_llama, tmp_path, load_in_4bit):
     """Forty steps of the same rows in five ways: losses within bfloat16's rounding, and no drift in one direction."""
     ways = {
         "padded": ("trainer.padding_free=false",),
         "again": ("trainer.torch_compile=true", "trainer.gradient_checkpointing=true"),
-        "launched": ("trainer.cuda_graphs=false", "trainer.torch_compile=false"),
-        "recorded": ("trainer.torch_compile=false",),
+        "eager": ("trainer.cuda_graphs=false", "trainer.torch_compile=false"),
+        "captured": ("trainer.torch_compile=false",),
         "compiled": ("trainer.torch_compile=true",),
     }
     losses, speed = {}, {}
@@ -64,14 +64,14 @@ def test_recorded_and_compiled_passes_train_as_padded_rows_do(small_llama, tmp_p
                    *(options if way == "again" else ("trainer.gradient_checkpointing=false", *options))]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert "not recorded" not in done.stderr
+        assert "not captured" not in done.stderr
         lines = (tmp_path / way / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses[way] = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
         speed[way] = json.loads((tmp_path / way / "run.json").read_text(encoding="utf-8"))["speed"]
-    assert not speed["padded"]["padding_free"] and speed["launched"]["padding_free"] and not speed["launched"]["lengths"]
-    assert speed["recorded"]["lengths"] and speed["compiled"]["lengths"] and speed["compiled"]["compiled"]
+    assert not speed["padded"]["padding_free"] and speed["eager"]["padding_free"] and not speed["eager"]["lengths"]
+    assert speed["captured"]["lengths"] and speed["compiled"]["lengths"] and speed["compiled"]["compiled"]
     assert speed["again"]["compiled"] and speed["again"]["lengths"]
-    for way in ("launched", "recorded", "compiled", "again"):
+    for way in ("eager", "captured", "compiled", "again"):
         away = [a - b for a, b in zip(losses[way], losses["padded"], strict=True)]
         assert max(map(abs, away)) < 2e-2 and abs(sum(away) / len(away)) < 5e-3, way
 
@@ -129,8 +129,8 @@ def test_two_gpus_learn_what_one_does(small_llama, tmp_path, way, options):
     assert all(abs(a - b) < 2e-2 for a, b in zip(losses[1], losses[2], strict=True))
 
 
-@pytest.mark.parametrize("learnt", [False, True])
-def test_recorded_answers_are_those_of_generate(small_llama, monkeypatch, learnt):
+@pytest.mark.parametrize("trained", [False, True])
+def test_completions_by_a_captured_step_are_those_of_generate(small_llama, monkeypatch, trained):
     """Steps replayed as a CUDA graph name the same tokens in float32."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -140,18 +140,18 @@ def test_recorded_answers_are_those_of_generate(small_llama, monkeypatch, learnt
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.float32).to("cuda")
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=not learnt)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=not trained)
     base = get_peft_model(model, lora).eval().get_base_model()
     ids = torch.randint(5, 1000, (3, 30), device="cuda")
     mask = torch.ones_like(ids)
     for row, padding in enumerate((0, 7, 21)):
         ids[row, :padding], mask[row, :padding] = 0, 0
-    recorded, record = [], decoding._record
-    monkeypatch.setattr(decoding, "_record", lambda step: recorded.append(record(step)) or recorded[-1])
+    captured, capture = [], decoding._capture
+    monkeypatch.setattr(decoding, "_capture", lambda step: captured.append(capture(step)) or captured[-1])
     with torch.no_grad():
         expected = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=64, do_sample=False, eos_token_id=None,
                                   pad_token_id=0)[:, 30:].tolist()  # fmt: skip
         for _ in range(2):
             assert decoding.greedy(base, ids, mask, set(), 64, lambda: None) == expected
-    assert len(recorded) == 2
-    assert len({token for answer in expected for token in answer}) > 10, "else little is compared"
+    assert len(captured) == 2
+    assert len({token for completion in expected for token in completion}) > 10, "else little is compared"

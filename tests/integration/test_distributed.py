@@ -87,7 +87,7 @@ def test_two_processes_are_the_run_of_one(work, whole, torchrun):
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     left = {path.name.partition("_")[0] for path in (work / f"{name} temporary").iterdir()}
     assert torchrun or left <= {"torchinductor"}  # torchrun's own folder is its business
-    assert done.stderr.count("Model  embedded") == 1
+    assert done.stderr.count("Model  built-in") == 1
     two, record = work / name, record_of(work / name)
     assert differences(whole, two) == []
     assert record["processes"] == 2 and record["config_hash"] == record_of(whole)["config_hash"]

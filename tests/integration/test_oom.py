@@ -79,7 +79,7 @@ def test_a_pass_out_of_memory_is_made_again_with_half_the_rows(whole, short, tmp
     lines = [line for line in lines_of(folder) if "loss" in line]
     assert [line.get("rows_at_once") for line in lines] == [None, None, 2, 1]
     assert record_of(folder)["metrics"]["rows_at_once"] == 1
-    assert "Step 3: 4 rows at a time do not fit into the memory; it is made again with 2" in caplog.text
+    assert "Step 3: 4 rows at a time do not fit into the memory; it is repeated with 2" in caplog.text
     kept = [checkpoint.read_state(path)["rows_at_once"] for path in sorted((folder / "checkpoints").glob("checkpoint-*"))]
     assert kept == [None, None, 2, 1], "a run that goes on from there makes passes of the same size"
 
@@ -116,4 +116,4 @@ def test_answers_that_do_not_fit_cost_no_training(short, tmp_path, monkeypatch, 
     monkeypatch.setattr("sft.generation.samples.generate", broken)
     result = run(short("samples.num_held_out=0", "samples.prompts=[why?]"), tmp_path / "run")
     assert result.status == "finished"
-    assert all(f"Step {step}: too little memory for answers" in caplog.text for step in (0, 4))
+    assert all(f"Step {step}: too little memory for completions" in caplog.text for step in (0, 4))

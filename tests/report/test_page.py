@@ -109,7 +109,7 @@ def test_a_finished_run_shows_all_it_recorded(page):
     assert [name for name, spec in charts.items() if spec] == ["loss", "eval_loss", "learning_rate"]
     points = charts["loss"]["data"]["values"]
     assert points[0] == {"step": 0, "eval_loss": 2.0} and points[-1]["loss"] == 1.4 and len(points) == 31
-    assert "Not recorded: Answers ended by EOS, Gradient norm" in text
+    assert "Not recorded: Completions ended by EOS, Gradient norm" in text
 
 
 def test_the_last_answer_is_shown_and_earlier_ones_are_in_the_page(page):
@@ -164,7 +164,7 @@ def test_torn_and_foreign_lines_are_left_out(page):
         RUN, '{"step": 1, "loss": 2.0}\n\nnot json\n[1]\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo', '{"step": 0, "comp'
     )
     assert [point["step"] for point in charts_of(html)["loss"]["data"]["values"]] == [1, 2]
-    assert "no answers were sampled" in text_of(html)
+    assert "no completions were sampled" in text_of(html)
 
 
 def test_numbers_that_are_not_finite_are_named_and_not_drawn(page):

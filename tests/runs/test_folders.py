@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from sft import run as sft_run
 from sft.cli.chat import find_target
 from sft.cli.check import check_command_line
 from sft.config.fingerprint import config_hash
 from sft.config.rules import check_settings
 from sft.console import LogFile
 from sft.errors import Refusal
+from sft.export import child
 from sft.export.card import write_card
 from sft.export.exporter import _with_earlier, failures
 from sft.report import page
@@ -53,7 +53,7 @@ def test_an_export_runs_no_code_of_the_folder_that_it_is_started_in(folder, monk
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PYTHONPATH", ":.")
     record = RunRecord(folder, settings=jsonable(small()))
-    failed, _ = sft_run._export(folder, record, StopRequest())
+    failed, _ = child.export_run_apart(folder, record, StopRequest())
     assert failed == ["the export ended early, with exit code 1"]
     assert "the run folder is not whole" in capfd.readouterr().err
     assert not list(folder.rglob("code_was_run"))
@@ -126,6 +126,8 @@ ODD = (None, True, -1, 0, 1.5, 1e308, 10**400, "", "x", "a\0b", "${oc.env:HOME}"
        [None], {}, {"a": 1}, {"a": {"b": []}}, [{}], [{"name": 1}])  # fmt: skip
 FILES = ("run.json", "preflight.json", "export/verify.json", "metrics.jsonl", "samples.jsonl", "sweep.json")
 MUTATIONS = 3400 if os.environ.get("SFT_TEST_LONG") else 250
+SECONDS_EACH = 0.9
+"""Twice what one takes on a core that others use too."""
 
 
 def whole_folder(settings) -> dict[str, list]:
@@ -211,6 +213,7 @@ def test_half_a_character_in_a_folder_is_read_as_a_question_mark(folder, small):
     assert write_csv(board).is_file() and write_sweep_report(board).is_file()
 
 
+@pytest.mark.timeout(60 + SECONDS_EACH * MUTATIONS)
 def test_whatever_stands_in_a_folder_ends_in_a_result_or_in_a_refusal(tmp_path, monkeypatch, small):
     monkeypatch.setattr(page, "bundled_charts", lambda: "/* charts */")
     monkeypatch.chdir(tmp_path)

@@ -12,12 +12,16 @@ import psutil
 import pytest
 
 from sft.config.rules import check_settings
-from sft.config.schema import Settings, Tracker, TrackingMode, TrackingSettings
+from sft.config.schema import Settings, TrackerName, TrackingMode, TrackingSettings
 from sft.preflight import checks
 from sft.preflight.findings import Found
+from sft.runs.resume import read_record
+from sft.storage.jsonio import append_jsonl, read_json, read_lines, write_json
 from sft.sweep import publish
 from sft.tracking import wandb
-from sft.tracking.wandb import Tracking, choose_mode, has_api_key, place
+from sft.tracking.base import Trackers, make_trackers
+from sft.tracking.wandb import choose_mode, has_api_key, place
+from sft.training.metrics import Recorder
 from tests.conftest import make_settings
 
 WANDB = Path(sys.executable).with_name("wandb")
@@ -90,10 +94,11 @@ def test_what_is_set_counts_before_the_environment_and_that_before_the_default(m
 def test_name_and_tags_of_the_environment_reach_the_run(home, monkeypatch):
     for name, value in {"WANDB_NAME": "mine", "WANDB_TAGS": "a,b", "WANDB_PROJECT": "faq", "WANDB_MODE": "offline"}.items():
         monkeypatch.setenv(name, value)
-    tracker = Tracking()
+    tracker = make_trackers(tracked())
     tracker.start(tracked(tags=["c"]), home, "ours", ["tiny"])
-    assert tracker.run.name == "mine" and set(tracker.run.tags) == {"tiny", "a", "b", "c"}
-    assert tracker.run.project == tracker.facts["project"] == "faq"
+    run = tracker.trackers[0].run
+    assert run.name == "mine" and set(run.tags) == {"tiny", "a", "b", "c"}
+    assert run.project == tracker.state()["project"] == "faq"
     tracker.finish("finished", {})
 
 
@@ -107,7 +112,7 @@ def test_online_that_cannot_be_had_is_refused_before_loading(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
     assert "http://127.0.0.1:1 takes no connection. tracking.mode=offline" in problem_of(mode=TrackingMode.online)
-    assert problem_of() == "W&B offline (http://127.0.0.1:1 takes no connection), project sft; the run says how to upload it"
+    assert problem_of() == "W&B offline (http://127.0.0.1:1 takes no connection), project sft; the run logs how to upload it"
     monkeypatch.setenv("WANDB_PROJECT", "team/faq")
     assert "Invalid project name 'team/faq'" in problem_of() and "tracking=none" in problem_of()
 
@@ -123,15 +128,15 @@ def test_a_proxy_before_the_server_is_what_has_to_take_the_connection(monkeypatc
 @pytest.mark.parametrize("switch", [("WANDB_MODE", "disabled"), ("WANDB_DISABLED", "true")])
 def test_a_wandb_that_is_switched_off_writes_nothing(home, monkeypatch, switch):
     monkeypatch.setenv(*switch)
-    found, tracker = Found(), Tracking()
+    found, tracker = Found(), make_trackers(tracked())
     checks.check_tracking(found, tracked())
     assert found.lines[0].text == f"the run folder alone: W&B is switched off ({'='.join(switch)})"
     tracker.start(tracked(), home, "n", [])
     tracker.log({"step": 1, "loss": 1.0})
-    tracker.samples([answer(1, "a")])
+    tracker.log_samples([answer(1, "a")], [])
     tracker.finish("finished", {})
     publish.track_summary(home, tracked())
-    assert tracker.facts["mode"] == "disabled" and list(home.iterdir()) == []
+    assert tracker.state()["mode"] == "disabled" and list(home.iterdir()) == []
     assert choose_mode(TrackingMode.offline)[0] == "offline", "what is set counts before"
 
 
@@ -161,23 +166,23 @@ def test_an_online_run_that_cannot_begin_leaves_an_offline_record(home, monkeypa
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    tracker = Tracking()
+    tracker = make_trackers(tracked())
     tracker.start(tracked(mode=TrackingMode.online), home, "n", [])
     tracker.log({"step": 1, "loss": 2.5})
     tracker.finish("finished", {})
     server.shutdown()
     server.server_close()
-    assert tracker.facts["mode"] == "offline" and "it goes on offline" in caplog.text
+    assert tracker.state()["mode"] == "offline" and "it goes on offline" in caplog.text
     (folder,) = home.glob("wandb/offline-run-*")
     assert [line["loss"] for line in read_back(folder)] == [2.5]
 
 
 def test_a_wandb_that_dies_in_the_middle_goes_on_offline(home, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    tracker = Tracking()
+    tracker = make_trackers(tracked())
     tracker.start(tracked(), home, "n", [])
     tracker.log({"step": 1, "loss": 2.5})
-    tracker.samples([answer(0, "base")])
+    tracker.log_samples([answer(0, "base")], [])
     for child in psutil.Process().children(recursive=True):
         if child.name().startswith("wandb"):
             child.kill()
@@ -186,7 +191,7 @@ def test_a_wandb_that_dies_in_the_middle_goes_on_offline(home, monkeypatch, capl
     first.rename(home / "first")  # the second one may begin in the same second
     for step in (2, 3, 4):
         tracker.log({"step": step, "loss": 2.0})
-    tracker.samples([answer(4, "later")])
+    tracker.log_samples([answer(4, "later")], [answer(0, "base")])
     tracker.finish("finished", {})
     assert "it goes on offline" in caplog.text
     (second,) = home.glob("wandb/offline-run-*")
@@ -198,4 +203,104 @@ def test_a_wandb_that_dies_in_the_middle_goes_on_offline(home, monkeypatch, capl
 
 def test_none_asks_wandb_for_nothing(monkeypatch):
     monkeypatch.setattr(wandb, "wandb_settings", lambda: pytest.fail("W&B was asked"))
-    Tracking().start(tracked(tracker=Tracker.none), Path(), "n", [])
+    settings = tracked(tracker=TrackerName.none)
+    found, tracker = Found(), make_trackers(settings)
+    checks.check_tracking(found, settings)
+    tracker.start(settings, Path(), "n", [])
+    assert tracker.trackers == [] and tracker.state() == {"mode": "none", "url": None, "sync": None}
+    assert found.lines[0].text == "the run folder alone"
+
+
+VERBS = ("start", "log", "log_samples", "finish", "state")
+
+
+class Lines:
+    """A tracker that keeps what it is told; it raises in `breaks`."""
+
+    def __init__(self, name: str, breaks: str = ""):
+        self.name, self.breaks, self.told = name, breaks, []
+
+    def _note(self, verb: str, *given) -> None:
+        self.told.append((verb, *given))
+        if verb == self.breaks:
+            raise RuntimeError(f"{verb} is broken")
+
+    def start(self, settings, folder, name, tags, before):
+        self._note("start", name, before)
+
+    def log(self, metrics):
+        self._note("log", dict(metrics))
+        metrics.clear()  # it is the tracker's own copy
+
+    def log_samples(self, lines, earlier):
+        self._note("log_samples", len(lines), len(earlier))
+
+    def finish(self, status, metrics):
+        self._note("finish", status)
+
+    def state(self):
+        self._note("state")
+        return {"mode": "online", "url": f"http://{self.name}", "sync": None, "run_id": 7}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_tracker_that_raises_is_left_out_with_one_warning_and_harms_no_other(verb, order, caplog):
+    good, broken = Lines("good"), Lines("broken", verb)
+    both = Trackers([good, broken] if order == "after" else [broken, good])
+    both.start(Settings(), Path(), "run", ["tiny"])
+    line = {"step": 1, "loss": 2.0}
+    for _ in range(2):
+        both.log(line)
+        both.log_samples([answer(1, "a")], [])
+        both.log_samples([], [])
+    facts = both.state()
+    both.finish("finished", {"loss": 2.0})
+    assert line == {"step": 1, "loss": 2.0}
+    assert [call[0] for call in good.told] == ["start", "log", "log_samples", "log", "log_samples", "state", "finish"]
+    (warning,) = [r.getMessage() for r in caplog.records]
+    assert warning.startswith("tracking=broken could not ") and f"({verb} is broken)" in warning
+    calls = [call[0] for call in broken.told if call[0] != "state"]
+    assert calls.count(verb) == (0 if verb == "state" else 1) and (verb == "state" or calls[-1] == verb)
+    assert (facts if order == "after" else facts["good"])["url"] == "http://good", "and run.json has it"
+
+
+def test_a_run_whose_second_tracker_is_broken_is_as_it_was_without(home):
+    """Recorder and all: metrics.jsonl has each line, and so has the first tracker."""
+    good = Lines("good")
+    recorder = Recorder(home, Trackers([good, *(Lines(f"broken_{verb}", verb) for verb in VERBS)]))
+    recorder.tracking.start(Settings(), home, "run", [])
+    for step in (1, 2, 3):
+        recorder.add({"step": step, "loss": 3.0 - step})
+    recorder.tracking.finish("finished", recorder.final)
+    assert [line["step"] for line in read_lines(home / "metrics.jsonl")] == [1, 2, 3] and recorder.final["loss"] == 0.0
+    assert [call[1]["step"] for call in good.told if call[0] == "log"] == [1, 2, 3] and good.told[-1] == ("finish", "finished")
+
+
+def test_each_tracker_goes_on_with_its_own_facts_of_run_json(home):
+    kept = Trackers([Lines("first"), Lines("second")]).state()
+    assert kept["tracker"] == "first" and kept["second"]["url"] == "http://second"
+    write_json(home / "run.json", {"tracking": kept})
+    before, first, second, third = read_json(home / "run.json")["tracking"], Lines("first"), Lines("second"), Lines("wandb")
+    Trackers([first, second, third]).start(Settings(), home, "run", [], before)
+    assert [tracker.told[0][2].get("run_id") for tracker in (first, second, third)] == [7, 7, None]
+    assert first.told[0][2]["url"] == "http://first" and second.told[0][2]["url"] == "http://second" and third.told[0][2] == {}
+
+
+def test_wandbs_facts_stand_in_run_json_as_they_always_did(home, monkeypatch):
+    """A run that is cut twice offline counts its lines on: W&B takes none below the number that it has."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder, before = home / "run", None
+    folder.mkdir()
+    for session in range(3):
+        tracker = make_trackers(tracked())
+        tracker.start(tracked(), folder, "n", [], before)
+        facts = tracker.state()
+        assert set(facts) == {"mode", "url", "sync", "id", "project", "entity", "lines"}
+        assert facts["lines"] == 2 * session * (session + 1) // 2, "and no session's lines lie over another's"
+        for step in (1, 2):
+            append_jsonl(folder / "metrics.jsonl", {"step": step})
+            tracker.log({"step": step})
+        tracker.finish("stopped", {})
+        write_json(folder / "run.json", {"tracking": facts})
+        before = read_record(folder)["tracking"]

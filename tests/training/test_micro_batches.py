@@ -11,12 +11,12 @@ from sft.training.samplers import TokenBalancedSampler, balance_micro_batches
 
 
 @pytest.mark.parametrize(
-    ("rows", "rows_a_pass", "sizes"), [(32, 16, [16, 16]), (8, 2, [2] * 4), (7, 3, [3, 3, 1]), (2, 4, [2])]
+    ("rows", "micro_batch_size", "sizes"), [(32, 16, [16, 16]), (8, 2, [2] * 4), (7, 3, [3, 3, 1]), (2, 4, [2])]
 )
-def test_every_row_is_dealt_once_into_passes_of_the_same_sizes(rows, rows_a_pass, sizes):
+def test_every_row_is_dealt_once_into_passes_of_the_same_sizes(rows, micro_batch_size, sizes):
     lengths = random.Random(rows).choices(range(5, 400), k=rows)
     step = random.Random(0).sample(range(rows), rows)
-    passes = balance_micro_batches(step, lengths, rows_a_pass)
+    passes = balance_micro_batches(step, lengths, micro_batch_size)
     assert [len(one) for one in passes] == sizes
     assert sorted(row for one in passes for row in one) == list(range(rows))
     assert all(one == sorted(one, key=step.index) for one in passes)
@@ -37,7 +37,7 @@ def test_passes_have_about_as_many_tokens_each():
 def test_a_sampler_keeps_its_steps():
     lengths = random.Random(1).choices(range(5, 400), k=45)
     order = random.Random(2).sample(range(45), 45)
-    even = TokenBalancedSampler(order, lengths, rows_a_pass=4, passes=5)
+    even = TokenBalancedSampler(order, lengths, micro_batch_size=4, micro_batches=5)
     dealt = list(even)
     assert len(even) == len(dealt) == 45 and dealt == list(even) != order
     for start in (0, 20, 40):

@@ -24,9 +24,9 @@ def test_rows_with_their_labels_come_back_from_padding_and_from_end_to_end():
 
 def test_a_pass_of_rows_without_anything_to_learn_has_a_loss_of_nothing():
     passed = PaddingFreeCollator(0, 4)([{"input_ids": [0], "labels": [-100]}])
-    assert passed["learnt"].dtype == passed["targets"].dtype == torch.long and not len(passed["learnt"])
+    assert passed["target_positions"].dtype == passed["targets"].dtype == torch.long and not len(passed["target_positions"])
     hidden, head = torch.ones(1, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True)
-    loss = linear_cross_entropy(hidden.index_select(0, passed["learnt"]), head, passed["targets"])
+    loss = linear_cross_entropy(hidden.index_select(0, passed["target_positions"]), head, passed["targets"])
     loss.backward()
     assert loss.item() == 0 and not hidden.grad.any() and not head.grad.any()
 
@@ -45,8 +45,9 @@ def test_what_an_export_is_held_against_is_measured_in_passes_that_fit():
             return SimpleNamespace(loss=targets.float().mean())
 
     rows = [measure.HeldOutRow("held_out", [n] * 300, [-100, *[n] * 299], 1, "", None) for n in range(1, 9)]
-    assert measure.flat_loss(Model(), rows, PaddingFreeCollator(0, 300)) == pytest.approx(4.5) and sizes == [900, 900, 600]
+    assert measure.padding_free_loss(Model(), rows, PaddingFreeCollator(0, 300)) == pytest.approx(4.5)
+    assert sizes == [900, 900, 600]
     with pytest.raises(torch.OutOfMemoryError):
-        measure.flat_loss(
+        measure.padding_free_loss(
             Model(), [measure.HeldOutRow("held_out", [1] * 1000, [1] * 1000, 1, "", None)], PaddingFreeCollator(0, 1000)
         )

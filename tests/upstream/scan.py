@@ -96,8 +96,6 @@ def _upstream_base(module: _Module, node: ast.ClassDef, classes: dict, factories
     if node.name in factories:
         return factories[node.name]
     for base in node.bases:
-        if isinstance(base, ast.Call):  # a class made by a function of ours: resumable(SFTTrainer)
-            base = base.args[0]
         name = module.dotted(base)
         if name and module.is_upstream(name):
             return name
@@ -203,7 +201,6 @@ def resolve(name: str) -> Any:
     place = [found.__name__]
     for part in parts:
         place.append(part)
-        if not hasattr(found, part):
-            importlib.import_module(".".join(place))
-        found = getattr(found, part)
+        # A module that Hydra has loaded as a plugin is no attribute of its package.
+        found = getattr(found, part) if hasattr(found, part) else importlib.import_module(".".join(place))
     return found

@@ -19,7 +19,7 @@ import pytest
 from tests.upstream.scan import ROOT, Use, resolve, sources, uses
 
 FACTORIES = {"ResumableTrainer": "trl.SFTTrainer"}
-"""Classes that a function makes with a base that it is given, and that base."""
+"""Classes that are put before a class of theirs as a base, and that class."""
 OURS = {".parse"}
 """Attributes of our own objects that a function is assigned to."""
 

@@ -10,12 +10,12 @@ from sft.errors import Problem, Refusal
 WORD = "model.trust_remote_code=true"
 
 
-def check_trust(settings: Settings, what: str, trusted: bool) -> None:
+def check_consent(settings: Settings, what: str, consent: bool) -> None:
     """Raise Refusal if a run's recorded settings have code run that was not asked for on this command line.
 
-    `what` is the word of the command line that names the run, `trusted` whether WORD stands beside it.
+    `what` is the word of the command line that names the run, `consent` whether WORD stands beside it.
     """
-    if settings.model.trust_remote_code and not trusted:
+    if settings.model.trust_remote_code and not consent:
         why = (
             f"Its settings have Python code run that comes with the model {settings.model.name}, with your rights. "
             "A folder cannot say that for you."

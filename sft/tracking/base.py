@@ -1,0 +1,122 @@
+"""Trackers: where curves and samples of a run go beside its folder. None of them ever ends a run, or another tracker.
+
+A tracker is a file `sft/tracking/<name>.py`, an entry of `TrackerName` in config/schema.py and conf/tracking/<name>.yaml. The
+file has `make_tracker()` and `check(tracking)`, which says for the preflight where a run will be tracked.
+"""
+
+import importlib
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from sft.config.schema import Settings, TrackerName
+from sft.errors import first_line
+
+log = logging.getLogger(__name__)
+
+NOTHING = {"mode": "none", "url": None, "sync": None}
+"""What run.json says of a run that is tracked nowhere."""
+
+UNNAMED = "wandb"
+"""The tracker whose facts in run.json do not say whose they are: once there was no other."""
+
+
+class Tracker(Protocol):
+    """One service that a run is tracked with. Every call may raise: `Trackers` then leaves this one out."""
+
+    name: str
+    """As in `tracking=<name>`."""
+
+    def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict[str, Any]) -> None:
+        """Begin to track the run `name`; `before` is what `state` gave when the same run was cut, else empty."""
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Add one line of metrics; `step` is among them."""
+
+    def log_samples(self, lines: list[dict], earlier: list[dict]) -> None:
+        """Add lines of samples.jsonl, all of one step; `earlier` are the run's lines of before, also before a resume."""
+
+    def finish(self, status: str, metrics: dict[str, Any]) -> None:
+        """End with the run's status and its final metrics."""
+
+    def state(self) -> dict[str, Any]:
+        """What run.json keeps of it, at any time: `mode`, `url`, `sync` (how to upload it), and what `start` goes on with."""
+
+
+class Trackers:
+    """The trackers of a run, as one: a call goes to each, and one that fails is left out from then on, with a warning."""
+
+    def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
+        self.trackers = [*trackers]
+        self._failed: set[str] = set()
+
+    def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict[str, Any] | None = None) -> None:
+        """Begin to track; `before` is what run.json kept of the same run that was cut."""
+        self._each("start", lambda tracker: tracker.start(settings, folder, name, tags, _facts_of(before or {}, tracker.name)))
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Add one line of metrics; `step` is among them."""
+        self._each("log metrics", lambda tracker: tracker.log(dict(metrics)))
+
+    def log_samples(self, lines: list[dict], earlier: list[dict]) -> None:
+        """Add the lines of samples.jsonl of one step; `earlier` are those of before."""
+        if lines:
+            self._each("log samples", lambda tracker: tracker.log_samples([*lines], [*earlier]))
+
+    def finish(self, status: str, metrics: dict[str, Any]) -> None:
+        """End with the run's status and its final metrics."""
+        self._each("finish", lambda tracker: tracker.finish(status, dict(metrics)))
+
+    def state(self) -> dict[str, Any]:
+        """What run.json keeps as `tracking`: the first tracker's facts, and those of any others under their names."""
+        facts = dict(NOTHING)
+        for tracker in self.trackers:
+            own = self._try(tracker, "say where it is", tracker.state) or {}
+            if tracker is not self.trackers[0]:
+                facts[tracker.name] = own
+            else:
+                facts |= own if tracker.name == UNNAMED else {**own, "tracker": tracker.name}
+        return facts
+
+    def _each(self, action: str, call: Callable[[Tracker], None]) -> None:
+        for tracker in self.trackers:
+            if tracker.name not in self._failed:
+                self._try(tracker, action, lambda tracker=tracker: call(tracker))
+
+    def _try(self, tracker: Tracker, action: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # whatever goes wrong in a tracker, the run goes on
+            if tracker.name not in self._failed:
+                self._failed.add(tracker.name)
+                why = first_line(error)
+                log.warning(
+                    "tracking=%s could not %s (%s); the run goes on and its folder has everything.", tracker.name, action, why
+                )
+            return None
+
+
+def _facts_of(before: dict[str, Any], name: str) -> dict[str, Any]:
+    """A tracker's own facts among those of run.json."""
+    own = before if before.get("tracker", UNNAMED) == name else before.get(name)
+    return dict(own) if isinstance(own, dict) else {}
+
+
+def make_trackers(settings: Settings) -> Trackers:
+    """What a run with these settings is tracked with; empty with `tracking=none`."""
+    module = module_of(settings)
+    return Trackers([module.make_tracker()] if module else ())
+
+
+def check_tracking(settings: Settings) -> str:
+    """Where a run with these settings will be tracked, in words. Raises Refusal where it cannot be as set."""
+    module = module_of(settings)
+    return module.check(settings.tracking) if module else "the run folder alone"
+
+
+def module_of(settings: Settings) -> ModuleType | None:
+    """The file of the tracker that is set; None without one."""
+    name = settings.tracking.tracker
+    return None if name == TrackerName.none else importlib.import_module(f"sft.tracking.{name.value}")
