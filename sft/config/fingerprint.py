@@ -21,11 +21,25 @@ LIMITS = ("max_hours", "stop_at", "max_bad_steps", "max_memory_gib")
 """Of those of the trainer."""
 
 
+ADDED: tuple[str, ...] = ()
+"""Settings, as `group.name` or a whole group, that are younger than the first recorded hashes. Add each new one."""
+
+
 def config_hash(settings: Settings) -> str:
-    """Hash of the resolved settings that shape the result: not tracking, limits, exports, checks, sweeps, processes."""
+    """Hash of the resolved settings that shape the result: not tracking, limits, exports, checks, sweeps, processes.
+
+    A setting of `ADDED` at its default is left out, so that jobs that finished before it was there are not run again.
+    """
     shaping = {k: v for k, v in jsonable(settings).items() if k not in AROUND}
     shaping["dataset"]["seed"] = row_seed(settings)
     shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in LIMITS}
+    defaults = jsonable(Settings())
+    for key in ADDED:
+        group, _, name = key.partition(".")
+        if not name and shaping[group] == defaults[group]:
+            del shaping[group]
+        elif name and shaping[group][name] == defaults[group][name]:
+            del shaping[group][name]
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
 
