@@ -54,6 +54,7 @@ class LossOn(Enum):
     """Which tokens are trained on."""
 
     answer = "answer"
+    last = "last"
     all = "all"
 
 
@@ -203,7 +204,7 @@ class DatasetSettings:
     system_prompt: str | None = None
     """System prompt for rows that bring none."""
     loss_on: LossOn = LossOn.answer
-    """Train on the `answer` (every assistant turn and its end mark) or on `all` of the text."""
+    """Train on the `answer` (every assistant turn and its end mark), on the `last` of a row alone, or on `all` of the text."""
     keep: dict[str, str] = field(default_factory=dict)
     """Keep only rows whose column, as JSON text if it is not a text, matches: `dataset.keep={output: ".{20,}"}`."""
     drop: dict[str, str] = field(default_factory=dict)

@@ -159,7 +159,7 @@ def data_warnings(counts: dict, blank: int, duplicates: dict[str, Any], notes: C
     if counts.get("rows_with_two_bos"):
         n = counts["rows_with_two_bos"]
         found.append(f"{n} rows begin with two BOS tokens: the template or the data writes one too many.")
-    if counts.get("rows_with_inner_eos") and settings.dataset.loss_on == LossOn.answer:
+    if counts.get("rows_with_inner_eos") and settings.dataset.loss_on != LossOn.all:
         n = counts["rows_with_inner_eos"]
         found.append(f"{n} rows have an end mark in the middle of an answer: the model would learn to stop there.")
     if duplicates["held_out"]:

@@ -24,7 +24,8 @@ SYNONYMS = {
 }
 
 # Speakers of ShareGPT and its relatives, in the names that chat templates know.
-SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+            "function_call": "assistant", "observation": "tool", "function_response": "tool", "function": "tool"}  # fmt: skip
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -34,7 +35,10 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 
 WEIGHTS = ("weight", "train", "training", "loss", "loss_mask", "trainable")
 
-READ_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *REASONING, *WEIGHTS}
+# Keys of a turn that reach the chat template as they stand.
+PASSED = ("name", "tool_call_id")
+
+READ_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *PASSED, *REASONING, *WEIGHTS}
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Turn:
     """What an assistant thought before it answered, where the data has it in a key of its own."""
     trained_on: bool = True
     """Whether an assistant's answer is trained on, as its weight says; else it is only read."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What else the chat template is given of it: `tool_calls`, `name`, `tool_call_id`."""
     unused: tuple[str, ...] = field(default=(), compare=False)
     """Keys of the turn that hold something and are not used."""
 
@@ -216,17 +222,52 @@ def _read_turns(value: Any, column: str) -> list[Turn]:
         role = SPEAKERS.get(speaker, speaker)
         if role not in ROLES:
             raise ValueError(f"unknown speaker {speaker!r} in column {column!r}; known are {', '.join([*ROLES, *SPEAKERS])}")
-        if turn.get("tool_calls") or turn.get("function_call"):  # left out they would teach an empty answer
-            raise ValueError(f"turn {number} in column {column!r} calls a tool, which is not supported; write the call as text")
-        content = _join_parts(turn.get("content") if "content" in turn else turn.get("value"), role, number, column)
+        content, calls = (
+            turn.get("content") if "content" in turn else turn.get("value"),
+            _read_calls(turn, speaker, number, column),
+        )
+        content = "" if speaker == "function_call" else _join_parts(content, role, number, column)
+        extra = {key: turn[key] for key in PASSED if turn.get(key)} | ({"tool_calls": calls} if calls else {})
+        if calls and role != "assistant":
+            raise ValueError(f"turn {number} in column {column!r} calls a tool as {role}; only an assistant can")
         unused = tuple(key for key, value in turn.items() if key not in READ_KEYS and value not in (None, "", [], {}))
         if role != "assistant":  # whose words are never trained on
             unused += tuple(key for key in WEIGHTS if turn.get(key))
-            turns.append(Turn(role, content, unused=unused))
+            turns.append(Turn(role, content, extra=extra, unused=unused))
             continue
         reasoning = next((text for key in REASONING if (text := as_text(turn.get(key))).strip()), "")
-        turns.append(Turn(role, content, reasoning, _is_trained_on(turn, number, column), unused))
+        turns.append(Turn(role, content, reasoning, _is_trained_on(turn, number, column), extra, unused))
     return turns
+
+
+def _read_calls(turn: dict, speaker: str, number: int, column: str) -> list[dict]:
+    """A turn's calls of tools in OpenAI's form, with arguments as an object: templates write that as JSON, and JSON text as a
+    quoted text. They stand in `tool_calls`, in the older `function_call`, or as a ShareGPT turn of their own.
+    """
+    what = f"turn {number} in column {column!r}"
+    found = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
+    if speaker == "function_call":
+        found = turn.get("content") if "content" in turn else turn.get("value")
+    found = _parsed(found, f"the call of {what}")
+    calls = []
+    for call in found if isinstance(found, list) else [found]:
+        function = _parsed(call.get("function", call), f"the call of {what}") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{what} calls a tool in a form that is not known; it takes a name and arguments")
+        arguments = _parsed(function.get("arguments", function.get("parameters")) or {}, f"the arguments of {what}")
+        named = {key: call[key] for key in ("id",) if call.get(key)}
+        calls.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+def _parsed(value: Any, what: str) -> Any:
+    """A value that may be written as JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{what} is text that is no JSON: {error}") from None
 
 
 def _is_trained_on(turn: dict, number: int, column: str) -> bool:
@@ -305,8 +346,9 @@ def _turns_to_fields(turns: list[Turn]) -> dict[str, str]:
         raise ValueError(
             f"a template text takes one question and one answer, and this row has {roles}; set dataset.template=chat"
         )
-    if spoken[1].reasoning or not spoken[1].trained_on:
+    if spoken[1].reasoning or not spoken[1].trained_on or spoken[1].extra.get("tool_calls"):
         what = "reasoning in a key of its own" if spoken[1].reasoning else "the weight 0"
+        what = "a call of a tool" if spoken[1].extra.get("tool_calls") else what
         raise ValueError(f"a template text has no place for an answer with {what}; set dataset.template=chat")
     question, answer = spoken[0].content, spoken[1].content
     system = next((turn.content for turn in turns if turn.role == "system"), "")

@@ -107,6 +107,8 @@ def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: 
     facts: dict[str, Any] = {"source": source["name"], "data_hash": source["hash"], "shape": shape.value}
     facts["template"] = "alpaca" if template == ALPACA else template if data.template == "auto" else data.template
     render = functools.partial(render_row, data=data, shape=shape, template=template, tokenizer=tokenizer)
+    if data.loss_on == LossOn.last:
+        render = functools.partial(_last_answer, render)
     encode = functools.partial(_tokenise_near, tokenizer=tokenizer, limit=settings.model.max_seq_length)
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
     finish = functools.partial(label, bos=bos, eos=tokenizer.eos_token_id, stop_ids=stop_ids)
@@ -238,6 +240,12 @@ def _tokenise(rows, index: list[int], render, encode, finish, faults: Faults) ->
                 for i, row, entry in zip(numbers, rendered, entries, strict=True):
                     yield {**entry, "answers": max(1, len(row.spans)), "row": i + 1}
             waiting = coming
+
+
+def _last_answer(render, row: dict) -> Rendered:
+    """The row with nothing but its last answer trained on."""
+    rendered = render(row)
+    return replace(rendered, spans=rendered.spans[-1:])
 
 
 def _render(render, row: dict):

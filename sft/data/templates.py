@@ -113,30 +113,54 @@ def render_chat(turns: list[Turn], tokenizer, tools: list[dict] | None = None) -
     whose reasoning the template leaves out is read and not trained on: it would teach to answer without thinking.
     Raises Refusal if the template refuses the turns, or leaves out or changes what one of them says.
     """
-    # Reasoning models' templates look for a think block in an answer and may leave it out: it stays beside the marker.
+    # Reasoning models' templates look for a think block in an answer and may leave it out: it stays beside the marker. A turn
+    # that calls a tool and says nothing stays so: templates write a line break where something is said.
     heads = [_think_block(turn) for turn in turns]
-    marks = [f"\ue000{i}\ue001" for i in range(len(turns))]
+    silent = [i for i, turn in enumerate(turns) if turn.extra.get("tool_calls") and not turn.content.strip()]
+    marks = ["" if i in silent else f"\ue000{i}\ue001" for i in range(len(turns))]
     text = _apply_template(turns, tokenizer, tools)
-    marked = _marked_text(tuple((t.role, head + mark, t.reasoning) for t, head, mark in zip(turns, heads, marks, strict=True)),
+    given = [json.dumps(turn.extra) for turn in turns]
+    parts = zip(turns, heads, marks, given, strict=True)
+    marked = _marked_text(tuple((t.role, head + mark, t.reasoning, extra) for t, head, mark, extra in parts),
                           json.dumps(tools) if tools else "", tokenizer, tokenizer.chat_template)  # fmt: skip
-    if len(marked) > MOST_TEMPLATE + len(json.dumps(tools)) + sum(
-        len(h) + len(t.reasoning) for h, t in zip(heads, turns, strict=True)
-    ):
+    if len(marked) > MOST_TEMPLATE + len(json.dumps(tools)) + sum(map(len, (*heads, *given, *(t.reasoning for t in turns)))):
         why = f"It writes {len(marked):,} characters around what the turns say."
         raise refuse(f"the chat template of {_model_of(tokenizer)}", why, "model.chat_template=chatml")
     opening = _generation_prompt(tokenizer, tokenizer.chat_template)
     ends = _end_marks(tokenizer, opening)
     pieces = re.split("\ue000\\d+\ue001", marked)
     order = [int(m) for m in re.findall("\ue000(\\d+)\ue001", marked)]  # some templates move the system prompt
-    if sorted(order) != list(range(len(turns))):
-        raise _unfit_template(turns, [turn for i, turn in enumerate(turns) if order.count(i) != 1])
+    if sorted(order) != [i for i in range(len(turns)) if i not in silent]:
+        raise _unfit_template(turns, [turn for i, turn in enumerate(turns) if order.count(i) != (i not in silent)])
     notes = [f"key {key}" for turn in turns for key in turn.unused]
+    if not re.search(r"(?<!function)(\.name\b|\[['\"]name['\"]\])", tokenizer.chat_template):
+        notes += ["key name" for turn in turns if turn.extra.get("name") and turn.role != "tool"]
     if tools and not re.search(r"\btools\b", tokenizer.chat_template):
         notes.append("tools")
-    spans, at, answered = [], len(pieces[0]), 0
-    for i, before, after in zip(order, pieces, pieces[1:], strict=False):
+    spans, at, answered = [], 0, 0
+
+    def learn(i: int, start: int, end: int, thought_lost: bool) -> None:
+        nonlocal answered
+        if turns[i].trained_on and not thought_lost:
+            spans.append((start, end))
+            answered = i
+        else:
+            notes.append("reasoning" if turns[i].trained_on else "weight")
+
+    last = -1
+    for i, before, after in zip([*order, len(turns)], [*pieces, ""], [*pieces[1:], ""], strict=False):
+        calling = [j for j in silent if last < j < i]
+        for j, (start, end) in zip(calling, _calls_in(before, opening, ends, turns[: i + 1], calling), strict=True):
+            learn(j, at + start, at + end, turns[j].reasoning.strip() not in before[start:end])
+        last = max(last, i)
+        at += len(before)
+        if i == len(turns):
+            break
         turn, head = turns[i], heads[i]
-        content = next((c for c in _trimmed(turn.content[len(head) :]) if text.startswith(c + after, at)), None)
+        written = _trimmed(turn.content[len(head) :])
+        if turn.role == "tool":  # which is only read: some templates write it as JSON
+            written.append(json.dumps(turn.content, ensure_ascii=False)[1:-1])
+        content = next((c for c in written if text.startswith(c + after, at)), None)
         if content is None:
             raise _unfit_template(turns, [turn])
         start, at = at, at + len(content)
@@ -144,27 +168,49 @@ def render_chat(turns: list[Turn], tokenizer, tools: list[dict] | None = None) -
             thought = (turn.reasoning or re.sub("</?think>", "", head)).strip()
             opened = before.find(opening) + len(opening) if opening and opening in before else 0
             thought_at = before.rfind(thought, opened) if thought else len(before)
-            if not turn.trained_on or thought_at < 0:
-                notes.append("reasoning" if turn.trained_on else "weight")
-            else:
-                if opening and opening in before[:thought_at]:
-                    start -= len(before) - before.rindex(opening, 0, thought_at) - len(opening)
-                elif head and before.endswith(head):
-                    start -= len(head)
-                spans.append((start, at + _end_of_turn(after, ends)))
-                answered = i
-        at += len(after)
+            if opening and opening in before[: max(0, thought_at)]:
+                start -= len(before) - before.rindex(opening, 0, thought_at) - len(opening)
+            elif head and before.endswith(head):
+                start -= len(head)
+            learn(i, start, at + _end_of_turn(after, ends, bool(turn.extra.get("tool_calls"))), thought_at < 0)
     if at != len(text) or not text.startswith(pieces[0]):
         raise _unfit_template(turns, turns)
+    spans.sort()
     question = next((t.content for t in reversed(turns[:answered]) if t.role == "user"), "")
-    return Rendered(text, spans, question, turns[answered].content if spans else "", notes)
+    calls = turns[answered].extra.get("tool_calls")
+    reference = turns[answered].content or (json.dumps(calls, ensure_ascii=False) if calls else "")
+    return Rendered(text, spans, question, reference if spans else "", notes)
+
+
+def _calls_in(piece: str, opening: str, ends: list[str], turns: list[Turn], calling: list[int]) -> list[tuple[int, int]]:
+    """Where in a piece of the template's text those of `turns` stand that only call tools: from what opens the assistant's turn
+    to its end mark. The content of the last turn follows the piece.
+    """
+    if not calling:
+        return []
+    starts = [m.end() for m in re.finditer(re.escape(opening), piece)] if opening else []
+    if len(turns) > calling[-1] + 1 and turns[-1].role == "assistant":
+        starts = starts[:-1]  # its own
+    if len(starts) != len(calling):
+        raise _unfit_template(turns, [turns[i] for i in calling])
+    places = []
+    for start, limit in zip(starts, [*starts[1:], len(piece)], strict=True):
+        found = [(piece.find(mark, start, limit), len(mark)) for mark in ends]
+        end = min((at + length for at, length in found if at >= 0), default=None)
+        if end is None:
+            raise _unfit_template(turns, [turns[i] for i in calling])
+        places.append((start, end))
+    return places
 
 
 def _apply_template(turns: list[Turn], tokenizer, tools: list[dict] | None = None) -> str:
     """The chat template's text for these turns; what the template itself raises becomes a Refusal."""
     from jinja2 import TemplateError
 
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    messages = [{"role": turn.role, "content": turn.content, **turn.extra} for turn in turns]
+    if any(turn.extra.get("tool_calls") for turn in turns) and not re.search(r"\btool_calls\b", tokenizer.chat_template):
+        why = f"The chat template of {_model_of(tokenizer)} has no place for calls: they would be left out."
+        raise refuse("a row that calls a tool", why, "model.chat_template=<file>   that writes message.tool_calls")
     if any(turn.reasoning for turn in turns):
         key = next((key for key in REASONING if re.search(rf"\b{key}\b", tokenizer.chat_template)), None)
         if key is None:
@@ -185,9 +231,10 @@ def _apply_template(turns: list[Turn], tokenizer, tools: list[dict] | None = Non
 
 
 @functools.lru_cache(maxsize=256)
-def _marked_text(turns: tuple[tuple[str, str, str], ...], tools: str, tokenizer, chat_template: str) -> str:
+def _marked_text(turns: tuple[tuple[str, str, str, str], ...], tools: str, tokenizer, chat_template: str) -> str:
     """The template's text with markers for contents: the same for all rows with the same roles and tools."""
-    return _apply_template([Turn(*turn) for turn in turns], tokenizer, json.loads(tools) if tools else None)
+    rebuilt = [Turn(role, content, reasoning, extra=json.loads(extra)) for role, content, reasoning, extra in turns]
+    return _apply_template(rebuilt, tokenizer, json.loads(tools) if tools else None)
 
 
 def _no_system_role(tokenizer, reason: str):
@@ -211,8 +258,10 @@ def _trimmed(content: str) -> list[str]:
     return [content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"), content.lstrip("\n")]
 
 
-def _end_of_turn(after: str, ends: list[str]) -> int:
-    """Length of the end mark right after an answer, 0 where the template puts none."""
+def _end_of_turn(after: str, ends: list[str], calls: bool = False) -> int:
+    """Length of the end mark right after an answer, and of the calls before it; 0 where the template puts none."""
+    if calls:
+        return min((after.find(mark) + len(mark) for mark in ends if mark in after), default=0)
     stripped = after.lstrip()
     for mark in ends:
         if stripped.startswith(mark):

@@ -296,3 +296,11 @@ def test_ids_beyond_the_embeddings_are_refused_before_loading(model, small, tmp_
     assert "of the data: the token '<|mark|>', id 49152" in problem.what and "vocab_size=49152" in problem.why
     found = look("yes")
     assert not found.problems and any("1 tokens that the model has no embedding for" in text for text in found.warnings)
+
+
+def test_the_last_answer_alone_is_trained_on_where_that_is_asked_for(run, tokenizer):
+    turns = [user("1+1?"), assistant("Two."), user("2+2?"), assistant("Four.")]
+    prepared = run([{"messages": turns}] * 2, CHATML, loss_on=LossOn.last)
+    learnt = [label for label in prepared.train[0]["labels"] if label != IGNORED]
+    assert tokenizer.decode(learnt) == "Four.<|im_end|>"
+    assert prepared.train[0]["prompt_length"] == len(prepared.train[0]["input_ids"]) - len(learnt) - 1  # the line break

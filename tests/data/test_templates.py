@@ -385,7 +385,7 @@ def test_another_chat_template_on_the_same_tokenizer_is_noticed(make_tokenizer):
         ({"messages": None}, "a list of turns"),
         ({"messages": ["hi"]}, "turn 1 in column 'messages' is 'hi'"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "unknown speaker 'robot'"),
-        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]}, "calls a tool"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]}, "a form that is not known"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'"),
     ],
 )
