@@ -303,4 +303,4 @@ def test_the_last_answer_alone_is_trained_on_where_that_is_asked_for(run, tokeni
     prepared = run([{"messages": turns}] * 2, CHATML, loss_on=LossOn.last)
     learnt = [label for label in prepared.train[0]["labels"] if label != IGNORED]
     assert tokenizer.decode(learnt) == "Four.<|im_end|>"
-    assert prepared.train[0]["prompt_length"] == len(prepared.train[0]["input_ids"]) - len(learnt) - 1  # the line break
+    assert prepared.train[0]["prompt_length"] == len(prepared.train[0]["input_ids"]) - len(learnt)
