@@ -26,8 +26,8 @@ class Speed:
 
 
 SOURCE = {
-    "h100": "rows of 190 tokens, Llama 3 8B, r 16, one H100 80 GB with a slow host, November 2026",
-    "cpu": "2 rows of 256 tokens, SmolLM2-135M, r 16, two busy cores of an AMD EPYC, November 2026",
+    "h100": "rows of 190 tokens, Llama 3 8B, r 16, one H100 80 GB with a slow host",
+    "cpu": "2 rows of 256 tokens, SmolLM2-135M, r 16, two busy cores of an AMD EPYC",
 }
 """How the figures of a device were measured."""
 
