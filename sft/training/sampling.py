@@ -28,18 +28,18 @@ class SampleWriter:
         folder: Path,
         recorder: Any,
         timed: Callable[[str], Any],
-        generate: Callable[[int], list[dict]] | None,
+        lines_at: Callable[[int], list[dict]] | None,
         by_all: bool = False,
     ):
-        """`generate(step)` gives the lines of samples.jsonl; None if there are no prompts. `by_all`: a completion needs what
+        """`lines_at(step)` gives the lines of samples.jsonl; None if there are no prompts. `by_all`: a completion needs what
         each process has of the weights.
         """
-        self.folder, self.recorder, self.timed, self.generate, self.by_all = folder, recorder, timed, generate, by_all
+        self.folder, self.recorder, self.timed, self.lines_at, self.by_all = folder, recorder, timed, lines_at, by_all
         self._take_as_agreed = self._take if by_all else group.alone(self._take)
 
     def take(self, step: int) -> None:
         """Have the prompts completed by the weights of this step, and keep that. Raises Interrupted if the run is to stop."""
-        if self.generate is not None:
+        if self.lines_at is not None:
             self._take_as_agreed(step)
 
     def _take(self, step: int) -> None:
@@ -62,7 +62,7 @@ class SampleWriter:
 
         try:
             with self.timed("samples"):
-                return self.generate(step)
+                return self.lines_at(step)
         except torch.OutOfMemoryError as error:
             if self.by_all:
                 raise  # the other processes wait for this one

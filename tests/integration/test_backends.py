@@ -27,7 +27,9 @@ def compare(tmp_path: Path, *overrides: str) -> None:
     assert ours["transformers"].keys() == ours["unsloth"].keys() and len(ours["unsloth"]) >= 4
     assert all(abs(ours["transformers"][step] - ours["unsloth"][step]) < 1e-3 for step in ours["unsloth"])
     facts = [json.loads((tmp_path / b / "preflight.json").read_text(encoding="utf-8")) for b in ours]
-    rows = [key for key in facts[0] if key not in ("settings", "checks", "memory", "plan", "disk")]  # by backend and hour
+    rows = [
+        key for key in facts[0] if key not in ("settings", "checks", "memory", "plan", "decided", "disk")
+    ]  # by backend and hour
     assert len(rows) > 20 and [facts[0][key] for key in rows] == [facts[1][key] for key in rows]
     assert json.loads((tmp_path / "unsloth" / "run.json").read_text(encoding="utf-8"))["model"]["backend"] == "unsloth"
 

@@ -227,11 +227,11 @@ def test_processes_with_a_share_of_the_weights_each_are_the_run_of_one(work, mon
     full = (*JOB, "lora=none", "trainer.learning_rate=1e-3", f"dataset.path={work / 'rows.jsonl'}")
     shared = (*full, TWO, "distributed.strategy=fsdp")
     assert run(make_settings(*full), work / "full").status == "finished"
-    assert run(make_settings(*shared), work / "fsdp").status == "finished"
+    assert launch(make_settings(*shared), work / "fsdp", Context()).status == "finished"
     assert differences(work / "full", work / "fsdp") == []
 
     cut_back(work / "fsdp", work / "fsdp cut")
     with pytest.raises(Refusal, match=r"written with distributed\.strategy=fsdp"):
         run(make_settings(*full), work / "fsdp cut")
-    assert run(make_settings(*shared), work / "fsdp cut").status == "finished"
+    assert launch(make_settings(*shared), work / "fsdp cut", Context()).status == "finished"
     assert differences(work / "full", work / "fsdp cut") == []

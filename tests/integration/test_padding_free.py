@@ -10,7 +10,6 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sft.config import hardware
 from sft.data import collators
 from sft.errors import Refusal
 from sft.model import compilation, cuda_graphs, padding_free
@@ -145,7 +144,7 @@ def test_what_has_a_batch_of_its_own_keeps_it(tmp_path, overrides, why):
 
 @pytest.mark.parametrize("piece", [1, 2**27])
 def test_the_loss_and_its_gradients_are_those_of_whole_logits(monkeypatch, piece):
-    monkeypatch.setattr(hardware, "PIECE", piece)
+    monkeypatch.setattr(model_loss, "PIECE", piece)
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(7, 5), torch.randn(11, 5), torch.randint(0, 11, (7,))
     found = []
@@ -182,7 +181,7 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("learning", [True, False])
 def test_nothing_of_a_piece_waits_beside_the_next_one(monkeypatch, learning):
     """Six bytes a logit in 16 bits: its own two and the four of its logarithm; four more on the CPU, which copies it first."""
-    monkeypatch.setattr(hardware, "PIECE", 64 * 1000)
+    monkeypatch.setattr(model_loss, "PIECE", 64 * 1000)
     hidden, weight = torch.randn(300, 4, dtype=torch.bfloat16), torch.randn(1000, 4, dtype=torch.bfloat16)
     hidden.requires_grad_(learning)
     with Peak() as seen:

@@ -9,7 +9,7 @@ import trl
 from sft import run as sft_run
 from sft.generation import samples
 from sft.run import run
-from sft.training import checkpoint
+from sft.training import trainer as training_trainer
 from tests.integration.test_nonfinite import lines_of, quick_report, record_of  # noqa: F401
 from tests.integration.test_oom import short  # noqa: F401
 
@@ -37,7 +37,7 @@ def events(monkeypatch):
 
     monkeypatch.setattr(samples, "generate", answered)
     noted(sft_run, "save_weights", "saved")
-    noted(checkpoint, "writing", "checkpoint")
+    noted(training_trainer, "writing", "checkpoint")
     noted(trl.SFTTrainer, "evaluation_loop", "evaluation")
     noted(trl.SFTTrainer, "training_step", "pass")
     return events

@@ -173,7 +173,9 @@ def test_rows_end_to_end_go_through_in_smaller_passes_before_anything_is_compute
 def test_rows_end_to_end_compute_as_few_layers_again_as_the_memory_allows():
     load = LoadPlan("transformers", bits=4, padding_free=True, compiled=True)
     found = [fitting_batch_plan(LLAMA_8B, settings(), load, [2048] * 8, gib, EIGHT) for gib in (18, 17, 16, 15, 14, 12)]
-    again = [replace(load, checkpointing=s.gradient_checkpointing, every_n_layers=s.every_n_layers).again(32) for s, _ in found]
+    again = [
+        replace(load, checkpointing=s.gradient_checkpointing, every_n_layers=s.every_n_layers).recomputed(32) for s, _ in found
+    ]
     assert again == sorted(again) and again[0] == 0 and again[-1] == 32 and any(0 < n < 32 for n in again)
     assert all(guess.needed <= gib for (_, guess), gib in zip(found, (18, 17, 16, 15, 14, 12), strict=True))
     # Passes of few tokens pay for unpacking the weights: then more of them at once, computed again.
