@@ -28,7 +28,7 @@ from sft.runs.record import Context, RunRecord, RunResult, log_ending, record_se
 from sft.storage import jsonio
 from sft.tracking.base import make_trackers
 from sft.training import acceleration
-from sft.training.checkpoint import find_checkpoint, restore_run
+from sft.training.checkpoint import find_checkpoint, restore_run, steps_saved
 from sft.training.context import RunContext
 from sft.training.metrics import Recorder
 from sft.training.sampling import SampleWriter, generator
@@ -96,30 +96,27 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         checkpoint = find_checkpoint(folder, before, facts["data_hash"])
         strategy.check_checkpoint(checkpoint, settings)
         record_session(record, facts, checkpoint)
-        record.update(split=asdict(plan.batch), plan=plan.facts(), processes=group.world_size())
-        if signed := mark(settings):
-            record.update(destinations_mark=signed)
+        marked = {"destinations_mark": signed} if (signed := mark(settings)) else {}
+        record.update(split=asdict(plan.batch), plan=plan.facts(), processes=group.world_size(), **marked)
         group.broadcast((settings, plan, checkpoint, facts["data_hash"]))
-        tracking = make_trackers(settings)
-        recorder = Recorder(folder, tracking)
+        recorder = Recorder(folder, make_trackers(settings))
         ctx = RunContext(folder, settings, plan, context, record, recorder, stop, budget, found.tokenizer, found.stop_ids,
                          prepared, checkpoint)  # fmt: skip
         try:
             status, reason = train(ctx)
         except Refusal:
-            tracking.finish("failed", {})
+            recorder.tracking.finish("failed", {})
             raise
         except KeyboardInterrupt as interrupt:
-            saved = any((folder / "checkpoints").glob("checkpoint-*"))
-            kept = "checkpoints/ has the last state" if saved else "nothing was saved yet"
+            kept = "checkpoints/ has the last state" if steps_saved(folder) else "nothing was saved yet"
             status, reason = "stopped", f"{interrupt or 'interrupted'}, at once; {kept}"
         except Exception as raised:  # out of memory, a full disk, a bug: recorded and reported, exit code 1
             error = watchdog.find_cause(raised)
             status, reason = "failed", reason_of(error)
             record.facts["error"] = error_facts(error)
             log_failure(error, folder)
-        tracking.finish(status, recorder.final)
-        record.facts |= {"metrics": recorder.final, "tracking": tracking.state()}
+        recorder.tracking.finish(status, recorder.final)
+        record.facts |= {"metrics": recorder.final, "tracking": recorder.tracking.state()}
         return _finish(ctx, status, reason)
 
 
