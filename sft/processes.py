@@ -25,9 +25,13 @@ def python_command(module: str) -> list[str]:
 
 
 def child_environment(**extra: str) -> dict[str, str]:
-    """This process's environment, with the project's root and only absolute folders in PYTHONPATH, and `extra`."""
+    """This process's environment, with the project's root and only absolute folders in PYTHONPATH, and `extra`.
+
+    W&B's own word for the service of this process stays here: it may be gone before the child asks for it.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(entry)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *path]), **extra}
+    return {**inherited, "PYTHONPATH": os.pathsep.join([str(ROOT), *path]), **extra}
 
 
 def killer_of(code: int) -> str:

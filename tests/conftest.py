@@ -53,6 +53,12 @@ def frozen_libraries():
         gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def no_service_of_another_test():
+    """W&B leaves the address of its service in the environment; a program that a later test starts would look for it there."""
+    os.environ.pop("WANDB_SERVICE", None)
+
+
 @pytest.fixture
 def settings_of():
     """`settings_of("lora.r=8")`: composed settings."""

@@ -15,6 +15,7 @@ from sft.config.rules import check_settings
 from sft.config.schema import Settings, TrackerName, TrackingMode, TrackingSettings
 from sft.preflight import checks
 from sft.preflight.findings import Found
+from sft.processes import child_environment
 from sft.runs.resume import read_record
 from sft.storage.jsonio import append_jsonl, read_json, read_lines, write_json
 from sft.sweep import publish
@@ -304,3 +305,8 @@ def test_wandbs_facts_stand_in_run_json_as_they_always_did(home, monkeypatch):
         tracker.finish("stopped", {})
         write_json(folder / "run.json", {"tracking": facts})
         before = read_record(folder)["tracking"]
+
+
+def test_a_child_does_not_look_for_the_service_of_its_parent(monkeypatch):
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/tmp/gone/socket")
+    assert "WANDB_SERVICE" not in child_environment() and child_environment(WANDB_SERVICE="x")["WANDB_SERVICE"] == "x"
