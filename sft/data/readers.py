@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shlex
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -218,7 +219,7 @@ def _read_csv(path: Path) -> FileRows:
                 if not cells:  # a blank line
                     pass
                 elif not header:
-                    header += _check_header([cell.strip() for cell in cells], f"{path}, line {line}")
+                    header += _check_header([cell.strip() for cell in cells], path, line)
                 elif len(cells) != len(header):
                     why = f"{len(header)} columns are expected ({', '.join(header)}); found {len(cells)}."
                     raise refuse(f"{path}, line {line}", why, 'put quotes around a value with a comma in it: "a, b"')
@@ -226,6 +227,8 @@ def _read_csv(path: Path) -> FileRows:
                     rows.add(first, place.byte, header)
                 line, first = reader.line_num + 1, place.byte
         except csv.Error as error:
+            if not header:
+                _check_separator(_first_line_of(path), path, line)
             fix = 'a quote inside a quoted value is written twice: "she said ""yes"""'
             raise refuse(f"{path}, line {line}", f"The row that starts here is not valid CSV: {error}.", fix) from error
     return rows
@@ -244,15 +247,30 @@ def _lines(file: io.BufferedReader, path: Path, place: _Place) -> Iterator[str]:
             yield _decode(piece, path, number)
 
 
-def _check_header(names: list[str], where: str) -> list[str]:
+def _check_header(names: list[str], path: Path, line: int) -> list[str]:
     """The column names of a CSV file, as they are; refused where a column could not be told from another."""
-    if len(names) == 1 and (found := re.search(r"[;\t|]", names[0])):
-        why = f"The columns are separated by {found[0]!r} ({names[0]!r}); they have to be separated by commas."
-        raise refuse(where, why, "save it with commas, or as jsonl")
+    if len(names) == 1:
+        _check_separator(names[0], path, line)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise refuse(where, f"The column {twice[0]!r} stands there twice.", "rename one of the two")
+        raise refuse(f"{path}, line {line}", f"The column {twice[0]!r} stands there twice.", "rename one of the two")
     return names
+
+
+def _check_separator(header: str, path: Path, line: int) -> None:
+    """Refuse a header whose columns something else than commas separates; what stands in quotes is no separator."""
+    found = re.search(r"[;\t|]", re.sub(r'"(?:[^"]|"")*"', "", header))
+    if found:
+        why = f"The columns are separated by {found[0]!r} ({header.strip()!r}); they have to be separated by commas."
+        code = "import csv, sys; csv.writer(open(sys.argv[2], 'w', newline='')).writerows(csv.reader(open(sys.argv[1], "
+        code += f"encoding='utf-8-sig', newline=''), delimiter={found[0]!r}))"
+        fix = f'save it with commas, or as jsonl:\npython -c "{code}" {shlex.quote(str(path))} commas.csv'
+        raise refuse(f"{path}, line {line}", why, fix)
+
+
+def _first_line_of(path: Path) -> str:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return next((line for line in file if line.strip()), "")
 
 
 # --------------------------------------------------------------------------------------------- parquet, and encodings
