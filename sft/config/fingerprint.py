@@ -21,7 +21,7 @@ LIMITS = ("max_hours", "stop_at", "max_bad_steps", "max_memory_gib")
 """Of those of the trainer."""
 
 
-ADDED: tuple[str, ...] = ()
+ADDED: tuple[str, ...] = ("dataset.eval_path",)
 """Settings, as `group.name` or a whole group, that are younger than the first recorded hashes. Add each new one."""
 
 
