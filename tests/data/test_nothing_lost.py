@@ -15,7 +15,8 @@ from sft.data.templates import render_row
 from sft.data.tokenize import IGNORED, encode
 from sft.errors import Refusal
 from sft.model import builtin
-from sft.model.tokenizer import CHATML, load_tokenizer
+from sft.model.chat_template import CHATML
+from sft.model.tokenizer import load_tokenizer
 from sft.plan.plan import Plan
 from sft.preflight.checks import examine
 
@@ -98,7 +99,7 @@ def test_reasoning_in_a_key_of_its_own_is_learnt(learn, key):
 def test_a_template_without_a_place_for_reasoning_refuses_such_rows_with_their_count(run):
     rows = [{"messages": [user(f"{n}+2?"), assistant("4", reasoning_content="Add.")]} for n in range(5)]
     text = refusal_of(run, [*rows, {"messages": [user("q"), assistant("a")]}], CHATML)
-    assert "rows 1, 2 and 3 of the data (5 such rows): a row with reasoning in a key of its own" in text
+    assert "rows 1, 2 and 3 of the data (5 of 6 rows): a row with reasoning in a key of its own" in text
     assert "1 problem;" in text
 
 
@@ -167,7 +168,7 @@ def test_alpacas_history_comes_first_and_is_read(learn):
 def test_a_template_text_without_a_place_for_a_column_refuses_it(run, column, value):
     rows = [{"instruction": f"q{n}", "output": "a", column: value} for n in range(4)]
     text = refusal_of(run, rows, template="alpaca")
-    assert f"(4 such rows): a row with {column}" in text and "hint: dataset.template=chat" in text
+    assert f"(4 of 4 rows): a row with {column}" in text and "hint: dataset.template=chat" in text
     assert len(run(rows, CHATML if column == "history" else REASONING, template="chat").train) == 4
 
 
@@ -193,7 +194,7 @@ def test_nan_in_a_file_is_blank(run, tokenizer):
 
 def test_lists_and_objects_as_answers_are_refused_with_their_count(run):
     rows = [{"instruction": f"q{n}", "output": {"a": n}} for n in range(5)]
-    assert "(5 such rows)" in refusal_of(run, rows) and "column 'output' holds an object, not text" in refusal_of(run, rows)
+    assert "(5 of 5 rows)" in refusal_of(run, rows) and "column 'output' holds an object, not text" in refusal_of(run, rows)
     rows = [{"text": ["a", "b"]}]
     assert "column 'text' holds a list, not text" in refusal_of(run, rows)
     rows = [{"messages": [user("q"), {"role": "assistant", "content": {"a": 1}}]}]

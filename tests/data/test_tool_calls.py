@@ -12,7 +12,7 @@ from sft.data.columns import read_tools, row_to_turns
 from sft.data.templates import render_chat, render_row
 from sft.data.tokenize import IGNORED, encode
 from sft.errors import Refusal
-from sft.model.tokenizer import CHATML
+from sft.model.chat_template import CHATML
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}]
@@ -144,7 +144,9 @@ def test_generated_conversations_are_rendered_as_the_template_renders_them_whole
     turns = ([{"role": "system", "content": "Be brief."}] if system else []) + turns
     tokenizer = make_tokenizer(chat_template=template)
     data = {"messages": turns, "tools": TOOLS}
-    rendered = render_chat(row_to_turns(data, DatasetSettings(), Shape.messages), tokenizer, read_tools(data))
+    rendered = render_chat(
+        row_to_turns(data, DatasetSettings(), Shape.messages), tokenizer, read_tools(data, DatasetSettings().columns)
+    )
     plain = [t | {"content": t["content"] or ""} for t in turns]
     for turn in plain:
         if "tool_calls" in turn:
