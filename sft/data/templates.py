@@ -254,14 +254,14 @@ def render_chat(
             answers.append((i, start - back, end, lost))
     if at != len(text) or not text.startswith(pieces[0]):
         raise _unfit_template(turns, turns)
-    learnt = [(start, end, i) for i, start, end, lost in answers if turns[i].trained_on and not lost]
+    trained = [(start, end, i) for i, start, end, lost in answers if turns[i].trained_on and not lost]
     notes = _left_out(turns, tokenizer, tools)
     notes += ["reasoning" if turns[i].trained_on else "weight" for i, _, _, lost in answers if lost or not turns[i].trained_on]
-    answered = max(learnt)[2] if learnt else 0
+    answered = max(trained)[2] if trained else 0
     question = next((t.content for t in reversed(turns[:answered]) if t.role == "user"), "")
     calls = turns[answered].extra.get("tool_calls")
     reference = turns[answered].content or (json.dumps(calls, ensure_ascii=False) if calls else "")
-    spans, lost = sorted((start, end) for start, end, _ in learnt), [answer[:3] for answer in answers if answer[3]]
+    spans, lost = sorted((start, end) for start, end, _ in trained), [answer[:3] for answer in answers if answer[3]]
     rendered = Rendered(text, spans, question, reference if spans else "", notes, lost=lost)
     return _read_as_text(rendered, contents, tokenizer, marks)
 
@@ -270,7 +270,7 @@ def _frame(turns: list[Turn], heads: list[str], tokenizer, tools: list[dict] | N
     """(what the template writes around the contents, the turns in the order of their contents, turns that only call tools).
 
     Reasoning models' templates look for a think block in an answer and may leave it out: it stays beside the marker. A turn
-    that calls a tool and says nothing stays so: templates write a line break where something is said.
+    that calls a tool and says nothing stays so: templates write a line break after one.
     """
     silent = [i for i, turn in enumerate(turns) if turn.extra.get("tool_calls") and not turn.content.strip()]
     marks = ["" if i in silent else f"\ue000{i}\ue001" for i in range(len(turns))]
@@ -289,8 +289,8 @@ def _frame(turns: list[Turn], heads: list[str], tokenizer, tools: list[dict] | N
 
 def _as_written(turn: Turn, head: str) -> list[str]:
     """A turn's content as templates write it: as it is, or without the white space around it; a result also as JSON."""
-    said = turn.content[len(head) :]
-    written = [said, said.strip(), said.lstrip(), said.rstrip(), said.strip("\n"), said.lstrip("\n")]
+    content = turn.content[len(head) :]
+    written = [content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"), content.lstrip("\n")]
     return [*written, json.dumps(turn.content, ensure_ascii=False)[1:-1]] if turn.role == "tool" else written
 
 
