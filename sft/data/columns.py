@@ -300,9 +300,10 @@ def _row_weights(row: dict, data: DatasetSettings) -> list[tuple[str, Any]]:
     """(column, weight) of the columns that weigh a row: 0, 1, or a list of these. Raises ValueError for another weight."""
     found = []
     for name in ROW_WEIGHTS:
-        value = _parsed_or_none(row.get(name)) if isinstance(row.get(name), str) else row.get(name)
-        if name in data.ignore_columns or value is None or value != value:  # NaN, as pandas has it where there is none
+        value = row.get(name)
+        if name in data.ignore_columns or not holds_something(value):
             continue
+        value = value if _parsed_or_none(value) is None else _parsed_or_none(value)  # in CSV files all is text
         if any(one not in (0, 1) for one in (value if isinstance(value, list) else [value])):
             why = f"column {name!r} holds {str(value)[:20]}; a weight can be 0 or 1, and other weights are not supported"
             raise RowFault(why, f"dataset.ignore_columns=[{name}]   leaves them out")

@@ -382,8 +382,8 @@ def _model_of(tokenizer) -> str:
 
 
 def _think_block(turn: Turn) -> str:
-    """The `<think>...</think>` that opens an answer, with the line breaks after it; blank where there is none."""
-    found = re.match(r"\s*<think>.*?</think>\n*", turn.content, re.S) if turn.role == "assistant" else None
+    """The `<think>...</think>` that opens an answer, with the line breaks before what follows; blank where there is none."""
+    found = re.match(r"\s*<think>.*?</think>(?:\n*(?=\S))?", turn.content, re.S) if turn.role == "assistant" else None
     return found[0] if found else ""
 
 

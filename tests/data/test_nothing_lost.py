@@ -8,83 +8,21 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from sft.config.schema import DatasetSettings, LossOn, ModelSettings, Settings, Shape
+from sft.config.schema import DatasetSettings, LossOn, ModelSettings, Shape
 from sft.data.columns import as_text
-from sft.data.prepare import prepare
 from sft.data.templates import render_row
 from sft.data.tokenize import IGNORED, encode
-from sft.errors import Refusal
 from sft.model import builtin
 from sft.model.chat_template import CHATML
 from sft.model.tokenizer import load_tokenizer
 from sft.plan.plan import Plan
 from sft.preflight.checks import examine
-
-# A reasoning model's template: reasoning of the last answer stays, that of earlier ones goes; tools come first.
-REASONING = (
-    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
-    "{% endif %}{% endfor %}{% if tools %}{{ '<|im_start|>system\nTools: ' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
-    "{% for m in messages %}{% set said = m.content %}{% set thought = m.reasoning_content or '' %}"
-    "{% if m.role == 'assistant' and not thought and '</think>' in said %}"
-    "{% set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
-    "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{% if m.role == 'assistant' and loop.index0 > ns.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
-    "{{ said + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# ChatML on a base model: the marks are ordinary text to its tokenizer.
-PLAIN_MARKS = CHATML.replace("im_start", "von").replace("im_end", "fin")
-TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
-
-
-def user(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str, **keys) -> dict:
-    return {"role": "assistant", "content": text, **keys}
+from tests.data.miniatures import PLAIN_MARKS, REASONING, TOOL, assistant, refusal_of, user
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def learn(make_tokenizer):
-    """`learn(row, template)`: the text of a row and the runs of its learnt tokens, as text."""
-
-    def learnt(row, template=REASONING, shape=Shape.messages, data=None):
-        tokenizer = make_tokenizer(template)
-        rendered = render_row(row, data or DatasetSettings(), shape, "chat", tokenizer)
-        entry = next(iter(encode([rendered], tokenizer, {tokenizer.eos_token_id})))
-        runs, before = [], False
-        for token, label in zip(entry["input_ids"], entry["labels"], strict=True):
-            if label != IGNORED:
-                runs = runs if before else [*runs, []]
-                runs[-1].append(token)
-            before = label != IGNORED
-        return rendered.text, [tokenizer.decode(run) for run in runs], rendered.notes
-
-    return learnt
-
-
-@pytest.fixture
-def run(tmp_path, make_tokenizer, loaded_tokenizer):
-    """`run(rows, chat_template)`: these rows prepared with this chat template."""
-
-    def prepared(rows, chat_template=REASONING, tokenizer=None, **options):
-        path = tmp_path / "rows.json"
-        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-        data = DatasetSettings(path=str(path), eval_fraction=0.0, shuffle=False, **options)
-        return prepare(Settings(dataset=data), tokenizer or make_tokenizer(chat_template), loaded_tokenizer[1])
-
-    return prepared
-
-
-def refusal_of(run, *args, **options) -> str:
-    with pytest.raises(Refusal) as refusal:
-        run(*args, **options)
-    return str(refusal.value)
 
 
 # ------------------------------------------------------------------------------------------- keys and columns
