@@ -74,23 +74,11 @@ def _hash_of(file: Path, split: str) -> str:
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = f"Not a readable folder of save_to_disk: {first_line(error)}."
             raise refuse(str(folder), why, "write it again by save_to_disk") from error
-    found = hash_file(file)
-    return _hash_over([found, "names"]) if kind_of(file) == ".parquet" and _holds_labels(file) else found
+    return hash_file(file)
 
 
 def _hash_over(hashes: list[str]) -> str:
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
-
-
-def _holds_labels(file: Path) -> bool:
-    """Whether a parquet file has numbers that are read as names: tokens that were once made of the numbers are others."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import read_metadata
-
-    try:
-        return b"ClassLabel" in (read_metadata(file).metadata or {}).get(b"huggingface", b"")
-    except (ArrowException, OSError):  # refused by its reader
-        return False
 
 
 def _read_hub(data: DatasetSettings, split: str) -> tuple[Sequence[dict], dict[str, Any]]:
@@ -108,9 +96,7 @@ def _read_hub(data: DatasetSettings, split: str) -> tuple[Sequence[dict], dict[s
         if is_page(error):
             raise hub_unreachable(what, error, "dataset.path=/path/to/a/file.jsonl") from error
         raise refuse(f"{what} dataset.split={split}", first_line(error)) from error
-    named = with_names(rows)
-    found = rows._fingerprint if named is rows else _hash_over([rows._fingerprint, "names"])
-    return named, {"name": f"{data.name} ({split})", "hash": found}
+    return with_names(rows), {"name": f"{data.name} ({split})", "hash": rows._fingerprint}
 
 
 def select(rows: Sequence[dict], data: DatasetSettings, seed: int, counts: dict) -> tuple[Sequence[int], Sequence[int]]:

@@ -4,10 +4,21 @@ import functools
 import json
 import re
 import string
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from sft.config.schema import DatasetSettings, Shape
-from sft.data.columns import REASONING, SHAPES, Turn, cell_text, names_in, read_history, read_tools, row_to_fields, row_to_turns
+from sft.config.schema import ControlTokens, DatasetSettings, LossOn, Reasoning, Shape
+from sft.data.columns import (
+    REASONING,
+    SHAPES,
+    Turn,
+    cell_text,
+    names_in,
+    read_history,
+    read_tools,
+    row_is_read,
+    row_to_fields,
+    row_to_turns,
+)
 from sft.errors import first_line, refuse
 
 MOST_TEMPLATE = 1_000_000
@@ -40,6 +51,12 @@ class Rendered:
     """The answer in the data, for people to read."""
     notes: list[str] = field(default_factory=list)
     """What was left out, once each time: `reasoning`, `weight`, `tools`, or `key NAME` for an unused key of a turn."""
+    literal: list[tuple[int, int]] = field(default_factory=list)
+    """Character ranges whose control tokens are plain text."""
+    ends: int = 0
+    """End marks that stand inside by right, in a text that holds turns."""
+    lost: list[tuple[int, int, int]] = field(default_factory=list)
+    """(turn, start, end) of each answer whose reasoning the chat template leaves out."""
 
 
 def choose_template(data: DatasetSettings, shape: Shape, tokenizer) -> str:
@@ -48,6 +65,18 @@ def choose_template(data: DatasetSettings, shape: Shape, tokenizer) -> str:
     A `\\n` typed on the command line, which shells and Hydra leave as two characters, is a line break in a template text.
     Raises Refusal if the template does not go with the rows or the tokenizer.
     """
+    chosen = _choose_template(data, shape, tokenizer)
+    if chosen != "chat":
+        why = "Only a chat template reads it, and none is used."
+        if data.chat_template_kwargs:
+            raise refuse("dataset.chat_template_kwargs", why, "dataset.chat_template_kwargs={}   or   dataset.template=chat")
+        if data.reasoning != Reasoning.template:
+            what = f"dataset.reasoning={data.reasoning.value}"
+            raise refuse(what, why, "dataset.reasoning=template   or   dataset.template=chat")
+    return chosen
+
+
+def _choose_template(data: DatasetSettings, shape: Shape, tokenizer) -> str:
     has_chat = bool(tokenizer.chat_template)
     multi_turn = SHAPES[shape].turns
     template = data.template
@@ -74,37 +103,121 @@ def choose_template(data: DatasetSettings, shape: Shape, tokenizer) -> str:
     return template.replace("\\n", "\n")
 
 
+def render_samples(row: dict, data: DatasetSettings, shape: Shape, template: str, tokenizer) -> list[Rendered]:
+    """A row as the samples that are trained on: one, or under `dataset.reasoning=split` one an answer where the chat template
+    would leave out the reasoning of some. Raises Refusal or ValueError for a row that cannot be trained on.
+    """
+    whole = render_row(row, data, shape, template, tokenizer)
+    if not whole.lost or data.reasoning != Reasoning.split or data.loss_on == LossOn.last:
+        return [whole]
+    turns, tools = row_to_turns(row, data, shape), read_tools(row, data.columns)
+    samples = []
+    for i, turn in enumerate(turns):
+        if turn.role == "assistant" and turn.trained_on:
+            before = [replace(one, trained_on=False) for one in turns[:i]]
+            sample = render_chat([*before, turn], tokenizer, tools, data.special_tokens_in_text)
+            samples.append(replace(sample, notes=["split"] if sample.spans else ["split", "reasoning"]))
+    samples[0].notes += [note for note in whole.notes if note != "reasoning"]
+    return samples
+
+
 def render_row(row: dict, data: DatasetSettings, shape: Shape, template: str, tokenizer) -> Rendered:
     """One row as the text the model sees, without BOS or EOS where the tokenizer adds them itself."""
     if template == "plain":
-        text = cell_text(row.get(data.columns.text), data.columns.text)
-        return Rendered(text, [(0, len(text))] if text.strip() else [], "", text)
-    if template == "chat":
-        return render_chat(row_to_turns(row, data, shape), tokenizer, read_tools(row))
-    named = names_in(template)
-    for column, read in (("history", read_history), ("tools", read_tools)):
-        if column not in named and read(row):
-            raise refuse(f"a row with {column}", f"The template text has no place for {column}.", "dataset.template=chat")
-    return render_text(template, row_to_fields(row, data, shape, template))
+        rendered = _render_plain(cell_text(row.get(data.columns.text), data.columns.text), tokenizer)
+    elif template == "chat":
+        turns, tools = row_to_turns(row, data, shape), read_tools(row, data.columns)
+        if data.reasoning == Reasoning.strip:
+            turns = [_without_reasoning(turn) for turn in turns]
+        rendered = render_chat(turns, tokenizer, tools, data.special_tokens_in_text)
+        if data.reasoning == Reasoning.keep:
+            rendered = _put_back(rendered, turns, tools, tokenizer, data)
+    else:
+        named = names_in(template)
+        for column, read in ((data.columns.history, read_history), (data.columns.tools, read_tools)):
+            if column not in named and read(row, data.columns):
+                raise refuse(f"a row with {column}", f"The template text has no place for {column}.", "dataset.template=chat")
+        values = row_to_fields(row, data, shape, template)
+        if SHAPES[shape].turns and values["system"] and "system" not in named:
+            fix = "dataset.template=chat   or a template text with {system}"
+            raise refuse("a row with a system prompt", "The template text has no place for it.", fix)
+        rendered = render_text(template, values, tokenizer, data.special_tokens_in_text)
+    if row_is_read(row, data):
+        rendered.notes += ["weight"] * len(rendered.spans)
+        rendered.spans = []
+    return rendered
 
 
-def render_text(template: str, values: dict[str, str]) -> Rendered:
+def _render_plain(text: str, tokenizer) -> Rendered:
+    """A text as it stands. What follows its last end mark is white space and is cut; one that holds turns holds end marks."""
+    ends = _end_marks(tokenizer, "")
+    if text.rstrip().endswith(tuple(ends)):
+        text = text.rstrip()
+    opening = _generation_prompt(tokenizer, tokenizer.chat_template).strip() if tokenizer.chat_template else ""
+    turns = sum(text.count(mark) for mark in ends) if opening and opening in text else 0
+    return Rendered(text, [(0, len(text))] if text.strip() else [], "", text, ends=turns)
+
+
+def _without_reasoning(turn: Turn) -> Turn:
+    """An answer without what was thought before it."""
+    return replace(turn, reasoning="", content=turn.content[len(_think_block(turn)) :])
+
+
+def _put_back(rendered: Rendered, turns: list[Turn], tools: list[dict], tokenizer, data: DatasetSettings) -> Rendered:
+    """The row with each answer as the template writes it when it is the last: with its reasoning."""
+    for i, start, end in sorted(rendered.lost, reverse=True):
+        alone = render_chat([*turns[:i], replace(turns[i], trained_on=True)], tokenizer, tools, data.special_tokens_in_text)
+        if any(turn == i for turn, *_ in alone.lost):
+            continue  # the template leaves it out everywhere
+        begin, stop = alone.spans[-1]
+        grown = stop - begin - (end - start)
+        rendered.text = rendered.text[:start] + alone.text[begin:stop] + rendered.text[end:]
+        rendered.spans, rendered.literal = (
+            [(a + grown, b + grown) if a >= end else (a, b) for a, b in some] for some in (rendered.spans, rendered.literal)
+        )
+        rendered.spans = sorted(rendered.spans + ([(start, start + stop - begin)] if turns[i].trained_on else []))
+        if turns[i].trained_on:
+            rendered.notes.remove("reasoning")
+    return rendered
+
+
+def render_text(template: str, values: dict[str, str], tokenizer=None, marks: ControlTokens = ControlTokens.keep) -> Rendered:
     """Fill a template text; the span of `{output}` or `{completion}`, with what follows it, is the answer."""
-    parts, start, length, reference = [], 0, 0, ""
+    parts, contents, start, length, reference = [], [], 0, 0, ""
     for literal, name, _, _ in string.Formatter().parse(template):
         value = values.get(name, "") if name else ""
+        begin = length + len(literal)
         if name in ("output", "completion"):
-            start, reference = length + len(literal), value
+            start, reference = begin, value
+        else:
+            contents.append((begin, begin + len(value)))
         parts += [literal, value]
-        length += len(literal) + len(value)
+        length = begin + len(value)
     questions = [values.get("instruction"), values.get("input")]
     question = values.get("prompt") or "\n\n".join(v for v in questions if v)
-    text = "".join(parts)
     spans = [(start, length)] if reference.strip() else []
-    return Rendered(text, spans, question, reference)
+    return _read_as_text(Rendered("".join(parts), spans, question, reference), contents, tokenizer, marks)
 
 
-def render_chat(turns: list[Turn], tokenizer, tools: list[dict] | None = None) -> Rendered:
+def _read_as_text(rendered: Rendered, contents: list[tuple[int, int]], tokenizer, marks: ControlTokens) -> Rendered:
+    """Note which of the `contents` hold control tokens, and read those as plain text if `marks` says so."""
+    if marks == ControlTokens.text:
+        control = _control_tokens(tokenizer)
+        rendered.literal = [(a, b) for a, b in contents if control and control.search(rendered.text, a, b)]
+        rendered.notes += ["control tokens"] * bool(rendered.literal)
+    return rendered
+
+
+@functools.lru_cache(maxsize=4)
+def _control_tokens(tokenizer) -> re.Pattern | None:
+    """Finds special tokens in a text; None for a tokenizer without any."""
+    special = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special and t.content]
+    return re.compile("|".join(sorted(special, key=len, reverse=True))) if special else None
+
+
+def render_chat(
+    turns: list[Turn], tokenizer, tools: list[dict] | None = None, marks: ControlTokens = ControlTokens.text
+) -> Rendered:
     """Put turns through the tokenizer's chat template and find every assistant turn with its end mark.
 
     The template is rendered once with the real contents and once with a marker in place of each, so that an answer is
@@ -113,12 +226,54 @@ def render_chat(turns: list[Turn], tokenizer, tools: list[dict] | None = None) -
     whose reasoning the template leaves out is read and not trained on: it would teach to answer without thinking.
     Raises Refusal if the template refuses the turns, or leaves out or changes what one of them says.
     """
-    # Reasoning models' templates look for a think block in an answer and may leave it out: it stays beside the marker. A turn
-    # that calls a tool and says nothing stays so: templates write a line break where something is said.
+    text = _apply_template(turns, tokenizer, tools)
     heads = [_think_block(turn) for turn in turns]
+    pieces, order, silent = _frame(turns, heads, tokenizer, tools)
+    opening = _generation_prompt(tokenizer, tokenizer.chat_template)
+    ends = _end_marks(tokenizer, opening)
+    answers: list[tuple[int, int, int, bool]] = []  # turn, start, end, whether its reasoning is left out
+    contents, at, last = [], 0, -1
+    for i, before, after in zip([*order, len(turns)], [*pieces, ""], [*pieces[1:], ""], strict=False):
+        calling = [j for j in silent if last < j < i]
+        for j, (start, end) in zip(calling, _calls_in(before, opening, ends, turns[: i + 1], calling), strict=True):
+            answers.append((j, at + start, at + end, turns[j].reasoning.strip() not in before[start:end]))
+        last = max(last, i)
+        at += len(before)
+        if i == len(turns):
+            break
+        turn, head = turns[i], heads[i]
+        content = next((c for c in _as_written(turn, head) if text.startswith(c + after, at)), None)
+        if content is None:
+            raise _unfit_template(turns, [turn])
+        start, at = at, at + len(content)
+        if turn.role != "assistant":
+            contents.append((start, at))
+        elif turn.content.strip():
+            back, lost = _start_of_answer(before, opening, head, turn)
+            end = at + _end_of_turn(after, ends, bool(turn.extra.get("tool_calls")))
+            answers.append((i, start - back, end, lost))
+    if at != len(text) or not text.startswith(pieces[0]):
+        raise _unfit_template(turns, turns)
+    trained = [(start, end, i) for i, start, end, lost in answers if turns[i].trained_on and not lost]
+    notes = _left_out(turns, tokenizer, tools)
+    notes += ["reasoning" if turns[i].trained_on else "weight" for i, _, _, lost in answers if lost or not turns[i].trained_on]
+    answered = max(trained)[2] if trained else 0
+    question = next((t.content for t in reversed(turns[:answered]) if t.role == "user"), "")
+    calls = turns[answered].extra.get("tool_calls")
+    reference = turns[answered].content or (json.dumps(calls, ensure_ascii=False) if calls else "")
+    spans, lost = sorted((start, end) for start, end, _ in trained), [answer[:3] for answer in answers if answer[3]]
+    rendered = Rendered(text, spans, question, reference if spans else "", notes, lost=lost)
+    return _read_as_text(rendered, contents, tokenizer, marks)
+
+
+def _frame(turns: list[Turn], heads: list[str], tokenizer, tools: list[dict] | None) -> tuple[list[str], list[int], list[int]]:
+    """(what the template writes around the contents, the turns in the order of their contents, turns that only call tools).
+
+    Reasoning models' templates look for a think block in an answer and may leave it out: it stays beside the marker. A turn
+    that calls a tool and says nothing stays so: templates write a line break after one.
+    """
     silent = [i for i, turn in enumerate(turns) if turn.extra.get("tool_calls") and not turn.content.strip()]
     marks = ["" if i in silent else f"\ue000{i}\ue001" for i in range(len(turns))]
-    text = _apply_template(turns, tokenizer, tools)
     given = [json.dumps(turn.extra) for turn in turns]
     parts = zip(turns, heads, marks, given, strict=True)
     marked = _marked_text(tuple((t.role, head + mark, t.reasoning, extra) for t, head, mark, extra in parts),
@@ -126,60 +281,39 @@ def render_chat(turns: list[Turn], tokenizer, tools: list[dict] | None = None) -
     if len(marked) > MOST_TEMPLATE + len(json.dumps(tools)) + sum(map(len, (*heads, *given, *(t.reasoning for t in turns)))):
         why = f"It writes {len(marked):,} characters around what the turns say."
         raise refuse(f"the chat template of {_model_of(tokenizer)}", why, "model.chat_template=chatml")
-    opening = _generation_prompt(tokenizer, tokenizer.chat_template)
-    ends = _end_marks(tokenizer, opening)
-    pieces = re.split("\ue000\\d+\ue001", marked)
     order = [int(m) for m in re.findall("\ue000(\\d+)\ue001", marked)]  # some templates move the system prompt
     if sorted(order) != [i for i in range(len(turns)) if i not in silent]:
         raise _unfit_template(turns, [turn for i, turn in enumerate(turns) if order.count(i) != (i not in silent)])
+    return re.split("\ue000\\d+\ue001", marked), order, silent
+
+
+def _as_written(turn: Turn, head: str) -> list[str]:
+    """A turn's content as templates write it: as it is, or without the white space around it; a result also as JSON."""
+    content = turn.content[len(head) :]
+    written = [content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"), content.lstrip("\n")]
+    return [*written, json.dumps(turn.content, ensure_ascii=False)[1:-1]] if turn.role == "tool" else written
+
+
+def _start_of_answer(before: str, opening: str, head: str, turn: Turn) -> tuple[int, bool]:
+    """(characters before an answer's content where it begins, whether its reasoning is left out of what stands before it)."""
+    thought = (turn.reasoning or re.sub("</?think>", "", head)).strip()
+    opened = before.rfind(opening) + len(opening) if opening and opening in before else 0
+    thought_at = before.rfind(thought, opened) if thought else len(before)
+    if thought_at < 0:
+        return len(before) - opened if opened else 0, True
+    if opening and opening in before[:thought_at]:
+        return len(before) - before.rindex(opening, 0, thought_at) - len(opening), False
+    return len(head) if head and before.endswith(head) else 0, False
+
+
+def _left_out(turns: list[Turn], tokenizer, tools: list[dict] | None) -> list[str]:
+    """Notes of the keys and tools that this template has no place for."""
     notes = [f"key {key}" for turn in turns for key in turn.unused]
     if not re.search(r"(?<!function)(\.name\b|\[['\"]name['\"]\])", tokenizer.chat_template):
         notes += ["key name" for turn in turns if turn.extra.get("name") and turn.role != "tool"]
     if tools and not re.search(r"\btools\b", tokenizer.chat_template):
         notes.append("tools")
-    spans, at, answered = [], 0, 0
-
-    def learn(i: int, start: int, end: int, thought_lost: bool) -> None:
-        nonlocal answered
-        if turns[i].trained_on and not thought_lost:
-            spans.append((start, end))
-            answered = i
-        else:
-            notes.append("reasoning" if turns[i].trained_on else "weight")
-
-    last = -1
-    for i, before, after in zip([*order, len(turns)], [*pieces, ""], [*pieces[1:], ""], strict=False):
-        calling = [j for j in silent if last < j < i]
-        for j, (start, end) in zip(calling, _calls_in(before, opening, ends, turns[: i + 1], calling), strict=True):
-            learn(j, at + start, at + end, turns[j].reasoning.strip() not in before[start:end])
-        last = max(last, i)
-        at += len(before)
-        if i == len(turns):
-            break
-        turn, head = turns[i], heads[i]
-        written = _trimmed(turn.content[len(head) :])
-        if turn.role == "tool":  # which is only read: some templates write it as JSON
-            written.append(json.dumps(turn.content, ensure_ascii=False)[1:-1])
-        content = next((c for c in written if text.startswith(c + after, at)), None)
-        if content is None:
-            raise _unfit_template(turns, [turn])
-        start, at = at, at + len(content)
-        if turn.role == "assistant" and turn.content.strip():
-            thought = (turn.reasoning or re.sub("</?think>", "", head)).strip()
-            opened = before.find(opening) + len(opening) if opening and opening in before else 0
-            thought_at = before.rfind(thought, opened) if thought else len(before)
-            if opening and opening in before[: max(0, thought_at)]:
-                start -= len(before) - before.rindex(opening, 0, thought_at) - len(opening)
-            elif head and before.endswith(head):
-                start -= len(head)
-            learn(i, start, at + _end_of_turn(after, ends, bool(turn.extra.get("tool_calls"))), thought_at < 0)
-    if at != len(text) or not text.startswith(pieces[0]):
-        raise _unfit_template(turns, turns)
-    spans.sort()
-    question = next((t.content for t in reversed(turns[:answered]) if t.role == "user"), "")
-    calls = turns[answered].extra.get("tool_calls")
-    reference = turns[answered].content or (json.dumps(calls, ensure_ascii=False) if calls else "")
-    return Rendered(text, spans, question, reference if spans else "", notes)
+    return notes
 
 
 def _calls_in(piece: str, opening: str, ends: list[str], turns: list[Turn], calling: list[int]) -> list[tuple[int, int]]:
@@ -248,14 +382,9 @@ def _model_of(tokenizer) -> str:
 
 
 def _think_block(turn: Turn) -> str:
-    """The `<think>...</think>` that opens an answer, with the line breaks after it; blank where there is none."""
-    found = re.match(r"\s*<think>.*?</think>\n*", turn.content, re.S) if turn.role == "assistant" else None
+    """The `<think>...</think>` that opens an answer, with the line breaks before what follows; blank where there is none."""
+    found = re.match(r"\s*<think>.*?</think>(?:\n*(?=\S))?", turn.content, re.S) if turn.role == "assistant" else None
     return found[0] if found else ""
-
-
-def _trimmed(content: str) -> list[str]:
-    """A content as templates write it: as it is, or without the white space around it."""
-    return [content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"), content.lstrip("\n")]
 
 
 def _end_of_turn(after: str, ends: list[str], calls: bool = False) -> int:

@@ -12,7 +12,7 @@ from sft.config.fingerprint import row_seed
 from sft.config.schema import Settings
 from sft.storage import atomic, cache
 
-TOKENS_VERSION = 1
+TOKENS_VERSION = 2
 """Raise it when a row comes to be read, rendered, tokenised or counted in another way: the cache keeps tokens by it."""
 
 

@@ -17,6 +17,7 @@ from sft.config.batching import BatchPlan
 from sft.config.keys import shown
 from sft.config.rules import warnings_for
 from sft.config.schema import PreflightMode, Settings
+from sft.data.audit import unused_columns
 from sft.data.token_cache import token_counts
 from sft.errors import Problem, first_line
 from sft.export import gguf, requirements
@@ -118,6 +119,8 @@ def check_data(found: Found, settings: Settings) -> None:
     found.ok(part, f"{bos}, padding {facts['pad_token']}; no row lacks its end mark" if not facts["rows_without_eos"] else bos)
     if facts["pad_token"] == facts["eos_token"]:
         found.warn(part, "Padding and end mark are the same token: the end may not be trained on by code that masks padding.")
+    if unused := unused_columns(facts["notes"]):
+        found.ok(part, f"columns that are not used, with their rows: {unused}")
     if not facts["duplicates"]["held_out"] and rows.get("eval"):
         found.ok(part, "no held-out row is trained on as well")
     if facts["duplicates"]["train"]:

@@ -400,16 +400,6 @@ def test_numbers_of_labels_are_read_as_their_names(monkeypatch):
     assert list(read_rows(DatasetSettings(name="a/b"), "train")[0]) == NAMED
 
 
-def test_tokens_that_were_made_of_the_numbers_are_not_found_again(monkeypatch):
-    labelled().to_parquet("x.parquet")
-    labelled().remove_columns(["label", "tags", "deep"]).to_parquet("y.parquet")
-    assert hash_of("x.parquet") != hashlib.sha256(Path("x.parquet").read_bytes()).hexdigest()
-    assert hash_of("y.parquet") == hashlib.sha256(Path("y.parquet").read_bytes()).hexdigest()
-    rows = labelled().remove_columns(["label", "tags", "deep"])
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: rows)
-    assert read_rows(DatasetSettings(name="a/b"), "train")[1]["hash"] == rows._fingerprint
-
-
 def test_a_number_of_no_label_is_refused_with_its_row(loaded_tokenizer):
     table = pa.table({"instruction": ["a", "b"], "output": [0, 7]})
     features = Features({"instruction": Value("string"), "output": ClassLabel(names=["no", "yes"])})
@@ -453,6 +443,20 @@ def test_held_out_rows_go_through_the_filters_and_need_the_columns(loaded_tokeni
     with pytest.raises(Refusal, match=r"val\.jsonl has no column 'instruction'") as refusal:
         prepared(loaded_tokenizer, **options)
     assert "hint: dataset.columns" not in str(refusal.value), "which would miss the rows to train on"
+
+
+def test_a_column_of_the_held_out_rows_alone_does_not_vanish(loaded_tokenizer, shards):
+    write(Path("val.jsonl"), [row | {"context": "c", "id": 1} for row in rows_of(20)])
+    options = {"path": "shards", "eval_path": "val.jsonl", "template": "chat"}
+    with pytest.raises(Refusal, match="Its column 'context' carries meaning and is not used"):
+        prepared(loaded_tokenizer, **options)
+    found = prepared(loaded_tokenizer, **options, ignore_columns=["context"])
+    assert any("id (1)" in warning for warning in found.facts["warnings"])
+    write(Path("more.jsonl"), [row | {"context": "c"} for row in rows_of(5, 6)])
+    others = {"path": "more.jsonl", "eval_path": "shards", "template": "chat"}
+    assert len(prepared(loaded_tokenizer, **others, ignore_columns=["context"]).eval) == 4
+    with pytest.raises(Refusal, match="has no column 'contexts'"):
+        prepared(loaded_tokenizer, **others, ignore_columns=["contexts"])
 
 
 def test_tokens_are_kept_by_the_held_out_rows_too_and_not_by_their_name(loaded_tokenizer, shards, monkeypatch):

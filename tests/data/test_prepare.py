@@ -14,7 +14,7 @@ from sft.data.columns import as_text
 from sft.data.prepare import prepare, readable
 from sft.data.tokenize import IGNORED
 from sft.errors import Refusal
-from sft.model.tokenizer import CHATML
+from sft.model.chat_template import CHATML
 
 ROWS = [{"instruction": f"Question {i}?", "output": f"Answer {i} " + "word " * i} for i in range(20)]
 

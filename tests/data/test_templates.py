@@ -17,7 +17,7 @@ from sft.data.prompts import prompt_ids
 from sft.data.templates import ALPACA, choose_template, render_chat, render_row, render_text
 from sft.data.tokenize import IGNORED, encode
 from sft.errors import Refusal
-from sft.model.tokenizer import CHATML
+from sft.model.chat_template import CHATML
 
 ROOT = Path(__file__).resolve().parents[2]
 RUOZHIBA = ROOT.parent / "shared" / "data" / "ruozhiba_qa.json"
