@@ -451,7 +451,7 @@ def test_a_column_of_the_held_out_rows_alone_does_not_vanish(loaded_tokenizer, s
     with pytest.raises(Refusal, match="Its column 'context' carries meaning and is not used"):
         prepared(loaded_tokenizer, **options)
     found = prepared(loaded_tokenizer, **options, ignore_columns=["context"])
-    assert any("id (1)" in warning for warning in found.facts["warnings"])
+    assert found.facts["notes"]["column id"] == {"count": 1, "first": 1}
     write(Path("more.jsonl"), [row | {"context": "c"} for row in rows_of(5, 6)])
     others = {"path": "more.jsonl", "eval_path": "shards", "template": "chat"}
     assert len(prepared(loaded_tokenizer, **others, ignore_columns=["context"]).eval) == 4
