@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sft.config.schema import ColumnSettings, DatasetSettings, Shape
+from sft.data.transcripts import read_transcript
 from sft.errors import Problem, Refusal, refuse
 
 # Names that columns of a role have in the wild, for the likeliest match.
@@ -275,6 +276,7 @@ def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
         extra = {"tool_calls": calls} if calls else {}
         turns = [*read_history(row, columns), Turn("user", question), Turn("assistant", answer, thought, extra=extra)]
     system = cell_text(row.get(columns.system), columns.system) if columns.system else ""
+    system = system.removeprefix("SYSTEM: ").strip() if system.startswith("SYSTEM: ") else system  # beside a transcript
     if system.strip() and turns[:1] and turns[0].role == "system" and turns[0].content.strip() != system.strip():
         why = f"column {columns.system!r} and the first turn hold two system prompts"
         raise RowFault(why, "dataset.columns.system=null   takes that of the turns")
@@ -303,6 +305,8 @@ def _row_weights(row: dict, data: DatasetSettings) -> list[tuple[str, Any]]:
     found = []
     for name in ROW_WEIGHTS:
         value = row.get(name)
+        if value is None:
+            continue
         if name in data.ignore_columns or not holds_something(value):
             continue
         value = value if _parsed_or_none(value) is None else _parsed_or_none(value)  # in CSV files all is text
@@ -377,6 +381,8 @@ def _prompt_is_turns(row: dict, data: DatasetSettings, shape: Shape) -> bool:
 
 def _read_turns(value: Any, column: str) -> list[Turn]:
     """Turns of a cell. Raises ValueError where something in it could not be trained on as it stands."""
+    if isinstance(value, str) and (spoken := read_transcript(value)):
+        value = spoken
     if isinstance(value, str):  # CSV files carry turns as JSON text
         try:
             value = json.loads(value)
