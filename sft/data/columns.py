@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sft.config.schema import ColumnSettings, DatasetSettings, Shape
+from sft.data.transcripts import read_transcript
 from sft.errors import Problem, Refusal, refuse
 
 # Names that columns of a role have in the wild, for the likeliest match.
@@ -101,6 +102,8 @@ class Turn:
     """Whether an assistant's answer is trained on, as its weight says; else it is only read."""
     extra: dict[str, Any] = field(default_factory=dict)
     """What else the chat template is given of it: `tool_calls`, `name`, `tool_call_id`."""
+    is_null: bool = False
+    """Whether the content is null, as it is beside calls: some templates tell that from a blank one."""
     unused: tuple[str, ...] = field(default=(), compare=False)
     """Keys of the turn that hold something and are not used."""
 
@@ -273,6 +276,7 @@ def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
         extra = {"tool_calls": calls} if calls else {}
         turns = [*read_history(row, columns), Turn("user", question), Turn("assistant", answer, thought, extra=extra)]
     system = cell_text(row.get(columns.system), columns.system) if columns.system else ""
+    system = system.removeprefix("SYSTEM: ").strip() if system.startswith("SYSTEM: ") else system  # beside a transcript
     if system.strip() and turns[:1] and turns[0].role == "system" and turns[0].content.strip() != system.strip():
         why = f"column {columns.system!r} and the first turn hold two system prompts"
         raise RowFault(why, "dataset.columns.system=null   takes that of the turns")
@@ -301,6 +305,8 @@ def _row_weights(row: dict, data: DatasetSettings) -> list[tuple[str, Any]]:
     found = []
     for name in ROW_WEIGHTS:
         value = row.get(name)
+        if value is None:
+            continue
         if name in data.ignore_columns or not holds_something(value):
             continue
         value = value if _parsed_or_none(value) is None else _parsed_or_none(value)  # in CSV files all is text
@@ -375,6 +381,8 @@ def _prompt_is_turns(row: dict, data: DatasetSettings, shape: Shape) -> bool:
 
 def _read_turns(value: Any, column: str) -> list[Turn]:
     """Turns of a cell. Raises ValueError where something in it could not be trained on as it stands."""
+    if isinstance(value, str) and (spoken := read_transcript(value)):
+        value = spoken
     if isinstance(value, str):  # CSV files carry turns as JSON text
         try:
             value = json.loads(value)
@@ -395,10 +403,7 @@ def _read_turns(value: Any, column: str) -> list[Turn]:
         role = SPEAKERS.get(speaker, speaker)
         if role not in ROLES:
             raise ValueError(f"unknown speaker {speaker!r} in column {column!r}; known are {', '.join([*ROLES, *SPEAKERS])}")
-        content, calls = (
-            turn.get("content") if "content" in turn else turn.get("value"),
-            _read_calls(turn, speaker, number, column),
-        )
+        content, calls = turn.get("content", turn.get("value")), _read_calls(turn, speaker, number, column)
         content = "" if speaker == "function_call" else _join_parts(content, role, number, column)
         extra = {key: turn[key] for key in PASSED if turn.get(key)} | ({"tool_calls": calls} if calls else {})
         if calls and role != "assistant":
@@ -409,7 +414,8 @@ def _read_turns(value: Any, column: str) -> list[Turn]:
             turns.append(Turn(role, content, extra=extra, unused=unused))
             continue
         reasoning = next((text for key in REASONING if (text := as_text(turn.get(key))).strip()), "")
-        turns.append(Turn(role, content, reasoning, _is_trained_on(turn, number, column), extra, unused))
+        is_null = (bool(calls) and turn.get("content", turn.get("value")) is None) or speaker == "function_call"
+        turns.append(Turn(role, content, reasoning, _is_trained_on(turn, number, column), extra, is_null, unused))
     return turns
 
 
