@@ -26,7 +26,8 @@ from sft.sweep.grid import list_values
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
 
 # Options whose names only resemble a secret's.
-NOT_SECRET = ("trainer.extra.eos_token", "trainer.extra.pad_token", "dataset.keep.", "dataset.drop.")
+NOT_SECRET = ("trainer.extra.eos_token", "trainer.extra.pad_token", "lora.extra.trainable_token_indices",
+              "lora.extra.rank_pattern.", "lora.extra.alpha_pattern.", "dataset.keep.", "dataset.drop.")  # fmt: skip
 
 # W&B's old keys are 40 hexadecimal digits; inside a path these are a commit of the hub's cache.
 SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9-]{16,}|wandb_v1_\w{16,})\b|^['\"]?[0-9a-f]{40}['\"]?$")
@@ -213,7 +214,7 @@ def _type_error(line: str) -> str:
 def _scratch() -> DictConfig:
     """The schema, to try values on. Making it takes longer than everything else about an override."""
     config = OmegaConf.create({"root": OmegaConf.structured(Settings)}).root
-    for node in (config.trainer.extra, config.dataset.keep, config.dataset.drop):
+    for node in (config.trainer.extra, config.lora.extra, config.dataset.keep, config.dataset.drop):
         OmegaConf.set_struct(node, False)
     return config
 

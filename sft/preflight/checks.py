@@ -22,7 +22,7 @@ from sft.data.token_cache import token_counts
 from sft.errors import Problem, first_line
 from sft.export import gguf, requirements
 from sft.export.hub import check_access, repo_for
-from sft.model import adapters, hub, warm_cache
+from sft.model import adapters, hub, start, warm_cache
 from sft.model import dims as model_dims
 from sft.plan import memory
 from sft.plan.machine import Machine, look
@@ -175,6 +175,15 @@ def check_adapter(found: Found, settings: Settings, model: Any) -> None:
     """Whether the model has the modules that `lora` names, and PEFT an adapter for each; `model` needs no weights."""
     if settings.lora.enabled:
         problems, warnings = adapters.check_modules(model, settings.lora)
+        if not problems:
+            reach, problems, further = adapters.coverage(model, settings.lora)
+            found.facts["coverage"] = reach
+            warnings += further
+            if not problems:
+                found.ok("Model", reach)
+        if settings.lora.start_from and not problems:
+            problems, further, found.facts["start_from"] = start.check_start(settings, model)
+            warnings += further
         found.refuse("Model", problems)
         for warning in warnings:
             found.warn("Model", warning)
