@@ -62,7 +62,7 @@ def check_start(settings: Settings, model: Any) -> tuple[list[Problem], list[str
         differs = [f"lora.{key} is {_shown(there)} there and {_shown(now)} here" for key, (there, now) in other.items()]
         fix = " ".join(typed(f"lora.{key}", there) for key, (there, _) in other.items())
         problems.append(Problem(what, f"The adapter was made otherwise: {', '.join(differs)}.", fix))
-    facts = {"adapter": str(folder) if adapter_folder(lora.start_from) else lora.start_from, "base": base}
+    facts = {"adapter": str(folder) if adapter_folder(lora.start_from) else lora.start_from, **({"base": base} if base else {})}
     return problems, warnings, facts
 
 
