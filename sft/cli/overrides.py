@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sft.config import schema
 from sft.config.keys import find_field, plain_type, unknown_key
+from sft.config.lora_rules import typed
 from sft.config.schema import Settings
 from sft.errors import Problem, first_line
 from sft.sweep.grid import list_values
@@ -124,6 +125,8 @@ def check_override(override: Override, options: dict[str, list[str]], problems: 
             shown = text.replace("\n", "\\n")
             whole = override.is_interval_sweep() and plain_type(cls, name) is int
             fix = f"{key}=int({line.partition('=')[2]})" if whole else _example(cls, name, key)
+            if isinstance(value, str) and str(plain_type(cls, name)) == "list[str]":
+                fix = typed(key, [value])
             problems.append(Problem(shown, error, fix))
             return False
     return values is not None
@@ -234,7 +237,7 @@ def _type_name(kind: Any) -> str:
         "int | str": "a whole number or auto",
         "list[str]": "a list: [a,b]",
         "dict[str, str]": 'pairs: {column: "text"}',
-        "dict[str, Any]": "pairs: {name: value}",
+        "dict[str, typing.Any]": "pairs: {name: value}",
     }
     plain = text.removesuffix(" | None")
     return names.get(plain, plain) + (" or null" if plain != text else "")

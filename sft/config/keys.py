@@ -6,6 +6,7 @@ from typing import Any
 
 from sft.config import schema
 from sft.config.schema import Settings
+from sft.config.upstream import lora_config_options
 from sft.errors import Problem
 
 # What people type for upstream's names.
@@ -85,6 +86,9 @@ def unknown_key(path: str, value: str = "...") -> Problem:
     if close:
         fix = f"{close[0]}={value}"
         why += f" Did you mean {' or '.join(close)}?"
+    elif group == "lora" and last in lora_config_options():
+        fix = f"lora.extra.{last}={value}" if not set(value) & set('{ ,"*') else f"'lora.extra.{last}={value}'"
+        why += " PEFT's other options stand under lora.extra."
     elif group == "trainer":
         fix = f"trainer.extra.{last}={value}   if it is an option of TRL's SFTConfig"
     else:

@@ -60,8 +60,9 @@ def check_lora(settings: Settings) -> list[Problem]:
         return problems + _check_patterns(lora) + _check_extra(settings) + _check_start(lora)
     for name in [f.name for f in fields(LoraSettings) if f.name != "enabled"]:
         if getattr(lora, name) != getattr(LoraSettings(), name):
-            value = shown(getattr(lora, name))
-            problems.append(Problem(f"lora=none lora.{name}={value}", "Full fine-tuning has no adapter.", "lora=default"))
+            value = getattr(lora, name)
+            what = typed(f"lora.{name}", value) if isinstance(value, dict) else f"lora.{name}={shown(value)}"
+            problems.append(Problem(f"lora=none {what}", "Full fine-tuning has no adapter.", "lora=default"))
     if settings.model.load_in_4bit or settings.model.load_in_8bit:
         bits = "4bit" if settings.model.load_in_4bit else "8bit"
         why = "Quantised weights cannot be trained themselves; they need an adapter."
@@ -105,8 +106,8 @@ def _check_patterns(lora: LoraSettings) -> list[Problem]:
         try:
             re.compile(target)
         except re.error as error:
-            fix = typed("lora.target_modules", [re.sub(r"[^\w.-]", "", target) or "all-linear"])
-            problems.append(Problem(typed("lora.target_modules", [target]), f"Not a regular expression: {error}.", fix))
+            what = typed("lora.target_modules", [target])
+            problems.append(Problem(what, f"Not a regular expression: {error}.", "lora.target_modules=[all-linear]"))
     return problems
 
 
@@ -141,6 +142,13 @@ def _check_extra(settings: Settings) -> list[Problem]:
         elif known and not fits(value, known[name]):
             kind = re.sub(r"Optional\[(.*)\]$", r"\1 or null", _text_of(known[name]))
             problems.append(Problem(what, f"PEFT takes {kind}.", leave))
+        elif name in ("rank_pattern", "alpha_pattern") and value:
+            kinds, least = (int, 1) if name == "rank_pattern" else (int | float, 1e-9)
+            good = {k: v for k, v in value.items() if isinstance(v, kinds) and not isinstance(v, bool) and v >= least}
+            if good != value:
+                words = "a whole number of at least 1" if name == "rank_pattern" else "a number above 0"
+                fix = typed(f"lora.extra.{name}", good) if good else leave
+                problems.append(Problem(what, f"Each layer's has to be {words}.", fix))
     return problems + _check_together(lora)
 
 
