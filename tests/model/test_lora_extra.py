@@ -13,7 +13,7 @@ from sft.config.lora_rules import check_lora
 from sft.config.rules import check_settings
 from sft.config.schema import LoraSettings
 from sft.config.upstream import lora_config_options
-from sft.export import merge
+from sft.export import lora_gguf, measure, merge
 from sft.methods import sft
 from sft.model import adapters, dims, hub, loading, targets
 from sft.plan.plan import Plan
@@ -175,6 +175,18 @@ def test_trained_tokens_alone_change_in_the_embeddings_and_the_merged_model_has_
     assert changed and set(changed) <= {1, 2}
 
 
+@pytest.mark.parametrize("rslora", ["true", "false"])
+def test_a_gguf_adapter_has_each_layers_scale_in_its_matrix(rslora):
+    """llama.cpp multiplies by the one alpha of the file over a layer's rank."""
+    model = attached("lora.extra={rank_pattern:{q_proj:4},alpha_pattern:{v_proj:64}}", f"lora.use_rslora={rslora}")
+    config = model.peft_config["default"].to_dict()
+    alpha = config["lora_alpha"] * (config["r"] ** 0.5 if config["use_rslora"] else 1)
+    for name, layer in layers_of(model).items():
+        path = name.removeprefix("base_model.model.")
+        scale = alpha / layer.r["default"] * lora_gguf._scale_beside(config, path, alpha)
+        assert scale == pytest.approx(layer.scaling["default"]), path
+
+
 # ----------------------------------------------------------------- starts that are taken out of the model's own weights
 
 
@@ -191,8 +203,6 @@ def test_an_adapter_that_began_with_the_models_weights_loads_in_plain_peft_on_th
     metrics, lines = read_json(folder / "run.json")["metrics"], read_lines(folder / "metrics.jsonl")
     base = loading.load_model(make_settings(*SMALL), Plan())[0]
     plain = PeftModel.from_pretrained(base, str(folder / "adapter"))
-    from sft.export import measure
-
     rows = measure.read_rows(folder)
     assert measure.row_losses(plain, rows)[0] == pytest.approx(metrics["proof_loss"], abs=1e-4)
     with plain.disable_adapter():
@@ -221,8 +231,6 @@ def test_a_pissa_run_that_was_cut_ends_as_the_whole_one(tmp_path, monkeypatch):
     one, other = (load_file(f / "adapter/adapter_model.safetensors") for f in (whole, cut))
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
     settings = make_settings(*SMALL, *overrides)
-    from sft.export import measure
-
     checkpoint = merge.load_trained(settings, place_of(cut, 4))
     kept = merge.load_trained(settings, cut / "adapter")
     rows = measure.read_rows(cut)
