@@ -126,7 +126,7 @@ def check_override(override: Override, options: dict[str, list[str]], problems: 
             whole = override.is_interval_sweep() and plain_type(cls, name) is int
             fix = f"{key}=int({line.partition('=')[2]})" if whole else _example(cls, name, key)
             if isinstance(value, str) and str(plain_type(cls, name)) == "list[str]":
-                fix = typed(key, [value])
+                fix = f"{typed(key, [value])}   takes a list: [a,b]"
             problems.append(Problem(shown, error, fix))
             return False
     return values is not None

@@ -53,8 +53,8 @@ def sft_config_options() -> set[str]:
 def lora_config_options() -> dict[str, ast.expr]:
     """Names of all fields of PEFT's LoraConfig with the type that each is declared as, read from its sources."""
     kinds: dict[str, ast.expr] = {}
-    found = importlib.util.find_spec("peft")
-    for file in ("config.py", "tuners/lora/config.py"):
+    for package, file in (("peft", "config.py"), ("peft", "tuners/lora/config.py")):
+        found = importlib.util.find_spec(package)
         source = Path(found.submodule_search_locations[0], file) if found else None
         if source and source.is_file():
             for node in ast.parse(source.read_text(encoding="utf-8")).body:

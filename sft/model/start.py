@@ -1,4 +1,4 @@
-"""An adapter that training starts from: found, held against the settings and the model, and loaded."""
+"""An adapter that training starts from: found, compared with the settings and the model, and loaded."""
 
 from pathlib import Path
 from typing import Any

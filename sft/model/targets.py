@@ -1,4 +1,4 @@
-"""Which layers of a model get an adapter: the names that `lora` gives, held against the model, matched as PEFT matches them."""
+"""Which layers of a model get an adapter: the names that `lora` gives, matched as PEFT matches them."""
 
 import copy
 import difflib
