@@ -211,12 +211,12 @@ def is_hub_id(text: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None and not text.startswith(".")
 
 
-def start_overrides(folder: Path, lora: LoraSettings) -> str:
-    """What is typed beside `lora` to train the adapter in `folder` further: its model, rank and layers as they are there.
-    Raises ValueError for a config that cannot be read.
+def start_overrides(folder: Path, lora: LoraSettings, name: str | None = None) -> str:
+    """What is typed beside `lora` to train the adapter in `folder`, by its `name` on the hub where it has one, further: its
+    model, rank and layers as they are there. Raises ValueError for a config that cannot be read.
     """
     base, other = base_of_adapter(folder), other_settings(folder, lora)
-    words = [typed("lora.start_from", str(folder)), *(typed(f"lora.{key}", there) for key, (there, _) in other.items())]
+    words = [typed("lora.start_from", name or str(folder)), *(typed(f"lora.{key}", there) for key, (there, _) in other.items())]
     return " ".join([typed("model.name", base)] * bool(base) + words)
 
 

@@ -162,6 +162,9 @@ def read_dims(found: Found, settings: Settings) -> memory.ModelDims | None:
         why = "it is a mixture of experts, whose memory is not estimated"
     except Exception as error:  # not reachable, unknown to this transformers, code of its own: the load will report it itself
         shape, why = None, first_line(error).replace(str(where), settings.model.name).rstrip(".")
+        if problems := hub.adapter_problem(settings.model, settings.lora):
+            found.refuse("Model", problems)
+            return None
         if hub.asks_for_code(error):
             problem = hub.code_problem(settings.model)
             found.refuse("Model", [problem] if problem not in found.problems else [])  # the tokenizer may have reported it

@@ -13,6 +13,7 @@ from sft.errors import Refusal
 from sft.export import measure
 from sft.export.exporter import export_run
 from sft.model import loading
+from sft.plan.plan import Plan
 from sft.run import run
 from sft.runs.resume import recorded_run
 from sft.storage.jsonio import read_json, read_lines
@@ -187,6 +188,28 @@ def test_an_adapter_as_the_model_names_the_command_that_trains_it_further(chain,
         settings = make_settings(*SMALL, *QUICK[:2], *words)
         assert check_settings(settings, hardware=False) == []
     assert run(settings, tmp_path / "run").status == "finished"
+
+
+def test_an_adapter_on_the_hub_is_refused_as_a_model_and_taken_as_a_start(chain, tmp_path, monkeypatch):
+    """transformers would load its base with the adapter inside, under the one that is trained."""
+    import huggingface_hub
+
+    def download(repo, name, **options):
+        file = chain[0] / "adapter" / name
+        if repo != "owner/name" or not file.is_file():
+            raise FileNotFoundError(name)
+        return str(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(Refusal) as refused:
+        loading.load_model(make_settings(*SMALL, "model.name=owner/name"), Plan())
+    words = [word.strip("'") for word in refused.value.problems[0].fix.split()]
+    assert words[:2] == ["model.name=tiny_random", "lora.start_from=owner/name"]
+    result = run(make_settings(*SMALL, *QUICK[:4], "trainer.load_best_model_at_end=false", *words), tmp_path / "run")
+    assert result.status == "finished" and losses(result.folder)[0] == pytest.approx(losses(chain[0])[1], abs=1e-5)
+    assert read_json(result.folder / "run.json")["start_from"]["adapter"] == "owner/name"
+    with pytest.raises(Refusal, match="the hub's adapter cannot be had"):
+        run(make_settings(*SMALL, *QUICK, "lora.start_from=owner/other"), tmp_path / "other")
 
 
 def test_more_steps_for_a_finished_run_name_the_new_run_that_goes_on(chain, tmp_path, monkeypatch):
