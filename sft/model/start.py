@@ -9,6 +9,10 @@ from sft.config.schema import LoraSettings, ModelSettings, Settings
 from sft.errors import Problem, Refusal, first_line, refuse
 from sft.model.files import check_adapter_files
 from sft.model.targets import parameters_of, reached
+from sft.storage.jsonio import read_json
+
+MUTATED = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Starts that change the model, as an adapter's config names them until it is saved for the model as it was."""
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -46,6 +50,15 @@ def check_start(settings: Settings, model: Any) -> tuple[list[Problem], list[str
         return [Problem(what, f"{error}", "bring the file back as the run wrote it")], [], {}
     if problems:
         return problems, [], {}
+    if str(read_json(folder / "adapter_config.json").get("init_lora_weights")).startswith(MUTATED):
+        run = folder.parent.parent / "adapter"
+        fix = (
+            typed("lora.start_from", str(run))
+            if (run / "adapter_config.json").is_file()
+            else "lora.start_from=<another adapter>"
+        )
+        why = "Its start was taken out of the model's weights and not put back: it does not fit the model as it is."
+        return [Problem(what, why, fix)], [], {}
     if _layers(folder, model, lora) == {*reached(model, lora)}:  # the same layers may be named in other words
         other = {k: v for k, v in other.items() if k.removeprefix("extra.") not in ("target_modules", *CHOOSE_LAYERS)}
     elif not other:

@@ -239,6 +239,10 @@ def test_a_pissa_run_is_trained_further_with_the_rank_it_was_saved_with(tmp_path
     with pytest.raises(Refusal) as refused:
         recorded_run(first)
     found = [w.strip("'") for w in refused.value.problems[0].fix.partition("   ")[0].split()[2:]]
+    with pytest.raises(Refusal, match="not put back") as refused:
+        step = max((first / "checkpoints").iterdir())
+        run(make_settings(*(w for w in found if "start_from" not in w), f"lora.start_from={step}"), tmp_path / "step")
+    assert refused.value.problems[0].fix == f"lora.start_from={first}/adapter"
     second = run(make_settings(*found), tmp_path / "second")
     assert second.status == "finished" and losses(second.folder)[0] == pytest.approx(losses(first)[1], abs=1e-4)
 
