@@ -63,15 +63,7 @@ def converted(trained, monkeypatch):
 @pytest.fixture
 def forked_export(monkeypatch):
     """The process of a run's export, forked from one that has imported the libraries."""
-    started = subprocess.Popen
-
-    def start(command, *args, **options):
-        if "sft.export" not in command:
-            return started(command, *args, **options)
-        words = command[command.index("sft.export") + 1 :]
-        return forked.Process("sft/export/__main__.py", *words, cwd=os.getcwd(), env=options["env"])
-
-    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(subprocess, "Popen", forked.popen)
 
 
 def read(folder: Path) -> dict:
