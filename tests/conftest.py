@@ -158,8 +158,16 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Two workers that take a file at a time end together if those of a minute and more come first.
+LONG_FILES = ("export_gguf", "integration/test_distributed", "padding_free", "test_resume", "backends", "integration/test_chat",
+              "test_command", "integration/test_safety", "integration/test_export", "integration/test_sweep", "warm_cache",
+              "test_notebook", "integration/test_run", "test_folders", "integration/test_hub")  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say why GPU tests and those of many minutes are skipped."""
+    """Say why GPU tests and those of many minutes are skipped; the files that take longest come first."""
+    ranks = {path: [name in str(path) for name in (*LONG_FILES, "")].index(True) for path in {item.path for item in items}}
+    items.sort(key=lambda item: ranks[item.path])
     reasons = {
         "gpu": ("SFT_TEST_GPU", "needs an NVIDIA GPU; run with SFT_TEST_GPU=1 on a machine that has one"),
         "long": ("SFT_TEST_LONG", "takes many minutes; run with SFT_TEST_LONG=1 (make test-long)"),
