@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sft.cli.overrides import check_override, is_known, looks_secret, needs_sweep, one_line, parse_overrides, secret
+from sft.cli.overrides import check_override, is_known, looks_secret, needs_sweep, one_line, parse_overrides, secret, takes_one
 from sft.config import schema
 from sft.config.compose import PROCESSES, register, to_settings
 from sft.config.consent import WORD
@@ -103,6 +103,9 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
         means = _sweep_means(config_name, search_path, overrides)
         preset = _preset_sweep(means)
         overrides = [o for o in parse_overrides(preset, problems) if o.key_or_group not in _keys(overrides)] + overrides
+        hydras = [o for o in overrides if o.is_sweep_override() and o.key_or_group.startswith("hydra")]
+        problems += [takes_one(o) for o in hydras]
+        overrides = [o for o in overrides if o not in hydras]
         if not (args.multirun or preset):
             swept = [o for o in overrides if o.is_sweep_override() and is_known(o.key_or_group)]
             problems += [needs_sweep(o) for o in swept]

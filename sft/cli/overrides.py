@@ -5,6 +5,7 @@ What cannot be typed is refused with what was typed, why it cannot, and what to 
 
 import difflib
 import functools
+import os
 import re
 import shlex
 from dataclasses import fields, is_dataclass
@@ -86,6 +87,13 @@ def needs_sweep(override: Override) -> Problem:
         fix = f"{_quoted(line)}   for one text\n{fix}"
     why = "Several values need a sweep (-m)." if "," in line else "A range or choice needs a sweep (-m)."
     return Problem(line, why, fix)
+
+
+def takes_one(override: Override) -> Problem:
+    """The problem of several values for a setting of Hydra's own, over which it does not sweep."""
+    key, line = override.key_or_group, one_line(override)
+    fix = f"{_quoted(line)}   for one text" if key.endswith("dir") else f"give {key} one value"
+    return Problem(line, "Hydra's own settings have one value for all jobs of a sweep.", fix)
 
 
 def check_override(override: Override, options: dict[str, list[str]], problems: list[Problem]) -> bool:
@@ -172,10 +180,12 @@ def _check_option(override: Override, known: list[str], problems: list[Problem])
             close = difflib.get_close_matches(str(value), known, 1, 0.4)
             fix = f"{group}={close[0]}" if close else ""
             if group == "model":
-                fix += f"{chr(10) if fix else ''}model.name={value}   for a hub id or a local folder"
+                name = value if "/" in str(value) or os.path.isdir(str(value)) else "<owner/name>"
+                fix += f"\nmodel.name={name}   for a hub id or a local folder"
             if group == "dataset":
-                fix += f"{chr(10) if fix else ''}dataset=local dataset.path={value}   for a file of your own"
-            fix = fix or f"{group}={known[0]}"
+                path = value if "." in str(value) or os.path.exists(str(value)) else "<file>"
+                fix += f"\ndataset=local dataset.path={path}   for a file of your own"
+            fix = fix.strip() or f"{group}={known[0]}"
             why = f"There is no such option. {group} can be: {', '.join(known)}."
             problems.append(Problem(f"{group}={value}", why, fix))
             return False

@@ -6,6 +6,7 @@ Imports neither torch nor transformers; the rows themselves are not read.
 import difflib
 import os
 import re
+import shlex
 import string
 import warnings
 from pathlib import Path
@@ -42,7 +43,8 @@ def check_dataset(data: DatasetSettings) -> list[Problem]:
                 with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of brackets that may mean more one day
                     re.compile(pattern)
             except re.error as error:
-                fix = f"dataset.{group}.{column}={re.escape(pattern)}   for these very characters"
+                quoted = re.escape(pattern).replace('"', '\\"')
+                fix = shlex.quote(f'dataset.{group}.{column}="{quoted}"') + "   for these very characters"
                 problems.append(Problem(f"dataset.{group}.{column}={pattern}", f"Not a regular expression: {error}.", fix))
     return problems
 

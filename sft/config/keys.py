@@ -6,6 +6,7 @@ from typing import Any
 
 from sft.config import schema
 from sft.config.schema import Settings
+from sft.config.upstream import sft_config_options
 from sft.errors import Problem
 
 # What people type for upstream's names.
@@ -85,8 +86,9 @@ def unknown_key(path: str, value: str = "...") -> Problem:
     if close:
         fix = f"{close[0]}={value}"
         why += f" Did you mean {' or '.join(close)}?"
-    elif group == "trainer":
-        fix = f"trainer.extra.{last}={value}   if it is an option of TRL's SFTConfig"
+    elif group == "trainer" and last in sft_config_options():
+        fix = f"trainer.extra.{last}={value}"
+        why += " It is an option of TRL's SFTConfig, which has its place in trainer.extra."
     else:
         fix = "docs/settings.md lists all settings"
         if not group:
