@@ -101,6 +101,8 @@ class Turn:
     """Whether an assistant's answer is trained on, as its weight says; else it is only read."""
     extra: dict[str, Any] = field(default_factory=dict)
     """What else the chat template is given of it: `tool_calls`, `name`, `tool_call_id`."""
+    is_null: bool = False
+    """Whether the content is null, as it is beside calls: some templates tell that from a blank one."""
     unused: tuple[str, ...] = field(default=(), compare=False)
     """Keys of the turn that hold something and are not used."""
 
@@ -395,10 +397,7 @@ def _read_turns(value: Any, column: str) -> list[Turn]:
         role = SPEAKERS.get(speaker, speaker)
         if role not in ROLES:
             raise ValueError(f"unknown speaker {speaker!r} in column {column!r}; known are {', '.join([*ROLES, *SPEAKERS])}")
-        content, calls = (
-            turn.get("content") if "content" in turn else turn.get("value"),
-            _read_calls(turn, speaker, number, column),
-        )
+        content, calls = turn.get("content", turn.get("value")), _read_calls(turn, speaker, number, column)
         content = "" if speaker == "function_call" else _join_parts(content, role, number, column)
         extra = {key: turn[key] for key in PASSED if turn.get(key)} | ({"tool_calls": calls} if calls else {})
         if calls and role != "assistant":
@@ -409,7 +408,8 @@ def _read_turns(value: Any, column: str) -> list[Turn]:
             turns.append(Turn(role, content, extra=extra, unused=unused))
             continue
         reasoning = next((text for key in REASONING if (text := as_text(turn.get(key))).strip()), "")
-        turns.append(Turn(role, content, reasoning, _is_trained_on(turn, number, column), extra, unused))
+        is_null = (bool(calls) and turn.get("content", turn.get("value")) is None) or speaker == "function_call"
+        turns.append(Turn(role, content, reasoning, _is_trained_on(turn, number, column), extra, is_null, unused))
     return turns
 
 

@@ -19,7 +19,7 @@ from sft.data.columns import (
     row_to_fields,
     row_to_turns,
 )
-from sft.errors import first_line, refuse
+from sft.errors import Refusal, first_line, refuse
 
 MOST_TEMPLATE = 1_000_000
 """Characters that a chat template may write besides contents: a batch of rows is held in memory."""
@@ -226,7 +226,7 @@ def render_chat(
     whose reasoning the template leaves out is read and not trained on: it would teach to answer without thinking.
     Raises Refusal if the template refuses the turns, or leaves out or changes what one of them says.
     """
-    text = _apply_template(turns, tokenizer, tools)
+    turns, text = _render_calls(turns, tokenizer, tools)
     heads = [_think_block(turn) for turn in turns]
     pieces, order, silent = _frame(turns, heads, tokenizer, tools)
     opening = _generation_prompt(tokenizer, tokenizer.chat_template)
@@ -235,7 +235,7 @@ def render_chat(
     contents, at, last = [], 0, -1
     for i, before, after in zip([*order, len(turns)], [*pieces, ""], [*pieces[1:], ""], strict=False):
         calling = [j for j in silent if last < j < i]
-        for j, (start, end) in zip(calling, _calls_in(before, opening, ends, turns[: i + 1], calling), strict=True):
+        for j, (start, end) in zip(calling, _calls_in(before, opening, turns[: i + 1], calling, tokenizer), strict=True):
             answers.append((j, at + start, at + end, turns[j].reasoning.strip() not in before[start:end]))
         last = max(last, i)
         at += len(before)
@@ -250,7 +250,8 @@ def render_chat(
             contents.append((start, at))
         elif turn.content.strip():
             back, lost = _start_of_answer(before, opening, head, turn)
-            end = at + _end_of_turn(after, ends, bool(turn.extra.get("tool_calls")))
+            calls = turn.extra.get("tool_calls")
+            end = at + (_end_of_calls(after, calls, ends, tokenizer) if calls else _end_of_turn(after, ends))
             answers.append((i, start - back, end, lost))
     if at != len(text) or not text.startswith(pieces[0]):
         raise _unfit_template(turns, turns)
@@ -276,7 +277,7 @@ def _frame(turns: list[Turn], heads: list[str], tokenizer, tools: list[dict] | N
     marks = ["" if i in silent else f"\ue000{i}\ue001" for i in range(len(turns))]
     given = [json.dumps(turn.extra) for turn in turns]
     parts = zip(turns, heads, marks, given, strict=True)
-    marked = _marked_text(tuple((t.role, head + mark, t.reasoning, extra) for t, head, mark, extra in parts),
+    marked = _marked_text(tuple((t.role, head + mark, t.reasoning, extra, t.is_null) for t, head, mark, extra in parts),
                           json.dumps(tools) if tools else "", tokenizer, tokenizer.chat_template)  # fmt: skip
     if len(marked) > MOST_TEMPLATE + len(json.dumps(tools)) + sum(map(len, (*heads, *given, *(t.reasoning for t in turns)))):
         why = f"It writes {len(marked):,} characters around what the turns say."
@@ -316,7 +317,7 @@ def _left_out(turns: list[Turn], tokenizer, tools: list[dict] | None) -> list[st
     return notes
 
 
-def _calls_in(piece: str, opening: str, ends: list[str], turns: list[Turn], calling: list[int]) -> list[tuple[int, int]]:
+def _calls_in(piece: str, opening: str, turns: list[Turn], calling: list[int], tokenizer) -> list[tuple[int, int]]:
     """Where in a piece of the template's text those of `turns` stand that only call tools: from what opens the assistant's turn
     to its end mark. The content of the last turn follows the piece.
     """
@@ -327,21 +328,82 @@ def _calls_in(piece: str, opening: str, ends: list[str], turns: list[Turn], call
         starts = starts[:-1]  # its own
     if len(starts) != len(calling):
         raise _unfit_template(turns, [turns[i] for i in calling])
-    places = []
-    for start, limit in zip(starts, [*starts[1:], len(piece)], strict=True):
-        found = [(piece.find(mark, start, limit), len(mark)) for mark in ends]
-        end = min((at + length for at, length in found if at >= 0), default=None)
-        if end is None:
-            raise _unfit_template(turns, [turns[i] for i in calling])
-        places.append((start, end))
+    places, ends = [], _end_marks(tokenizer, opening)
+    for i, start, limit in zip(calling, starts, [*starts[1:], len(piece)], strict=True):
+        places.append((start, start + _end_of_calls(piece[start:limit], turns[i].extra["tool_calls"], ends, tokenizer)))
     return places
+
+
+def _end_of_calls(piece: str, calls: list[dict], ends: list[str], tokenizer) -> int:
+    """Length of the calls that a piece of the template's text begins with, and of the end mark behind them.
+
+    Control tokens may also stand between and around calls, so that the mark is looked for behind the last of what they say.
+    Raises Refusal if a call's name is not in the piece or no mark follows it.
+    """
+    at = 0
+    for call in calls:
+        name = call["function"]["name"]
+        if piece.find(name, at) < 0:
+            why = f"The chat template of {_model_of(tokenizer)} leaves out the call of {name} there."
+            raise refuse("a row that calls a tool", why, "model.chat_template=<file>   that writes message.tool_calls")
+        at = piece.find(name, at) + len(name)
+    values = calls[-1]["function"]["arguments"]
+    words = [values] if isinstance(values, str) else values.values() if isinstance(values, dict) else []
+    words = [word for word in words if isinstance(word, str) and word]
+    at = max([at, *(found + len(word) for word in words if (found := piece.rfind(word)) >= at)])
+    marks = [tokenizer.eos_token] if piece.find(tokenizer.eos_token, at) >= 0 else ends
+    end = min((piece.find(mark, at) + len(mark) for mark in marks if piece.find(mark, at) >= 0), default=None)
+    if end is None:
+        why = f"The chat template of {_model_of(tokenizer)} puts no end mark behind its calls."
+        raise refuse("a row that calls a tool", why, "model.chat_template=<file>   that ends every turn with a control token")
+    return end
+
+
+def _render_calls(turns: list[Turn], tokenizer, tools: list[dict] | None) -> tuple[list[Turn], str]:
+    """(turns, the template's text for them), with calls in the form that this template reads.
+
+    A null content beside calls stays null and arguments stay an object, unless the template leaves calls out, fails, or writes
+    the word None: then the content is blank, or the arguments are JSON text.
+    """
+    names = [call["function"]["name"] for turn in turns for call in turn.extra.get("tool_calls", [])]
+    if not names:
+        return turns, _apply_template(turns, tokenizer, tools)
+    texts: list[tuple[int, list[Turn], str]] = []
+    failed: Exception | None = None
+    for as_text, null in ((False, True), (False, False), (True, True), (True, False)):
+        form = [_in_form(turn, null, as_text) for turn in turns]
+        try:
+            text = _apply_template(form, tokenizer, tools)
+        except (Refusal, TypeError) as error:
+            failed = failed or error
+            continue
+        if "None" not in text and all(text.count(name) >= names.count(name) for name in names):
+            return form, text
+        texts.append((sum(text.count(name) for name in {*names}) - text.count("None"), form, text))
+    if not texts:
+        raise failed
+    _, form, text = max(texts, key=lambda one: one[0])
+    return form, text
+
+
+def _in_form(turn: Turn, null: bool, as_text: bool) -> Turn:
+    """A turn with its null content null or blank, and the arguments of its calls as objects or as JSON text."""
+    if not turn.extra.get("tool_calls"):
+        return turn
+    extra = turn.extra
+    if as_text:
+        functions = [call["function"] for call in extra["tool_calls"]]
+        written = [one | {"arguments": json.dumps(one["arguments"], ensure_ascii=False)} for one in functions]
+        calls = [call | {"function": one} for call, one in zip(extra["tool_calls"], written, strict=True)]
+        extra = extra | {"tool_calls": calls}
+    return replace(turn, is_null=turn.is_null and null, extra=extra)
 
 
 def _apply_template(turns: list[Turn], tokenizer, tools: list[dict] | None = None) -> str:
     """The chat template's text for these turns; what the template itself raises becomes a Refusal."""
     from jinja2 import TemplateError
 
-    messages = [{"role": turn.role, "content": turn.content, **turn.extra} for turn in turns]
+    messages = [{"role": t.role, "content": None if t.is_null else t.content, **t.extra} for t in turns]
     if any(turn.extra.get("tool_calls") for turn in turns) and not re.search(r"\btool_calls\b", tokenizer.chat_template):
         why = f"The chat template of {_model_of(tokenizer)} has no place for calls: they would be left out."
         raise refuse("a row that calls a tool", why, "model.chat_template=<file>   that writes message.tool_calls")
@@ -365,9 +427,9 @@ def _apply_template(turns: list[Turn], tokenizer, tools: list[dict] | None = Non
 
 
 @functools.lru_cache(maxsize=256)
-def _marked_text(turns: tuple[tuple[str, str, str, str], ...], tools: str, tokenizer, chat_template: str) -> str:
+def _marked_text(turns: tuple[tuple[str, str, str, str, bool], ...], tools: str, tokenizer, chat_template: str) -> str:
     """The template's text with markers for contents: the same for all rows with the same roles and tools."""
-    rebuilt = [Turn(role, content, reasoning, extra=json.loads(extra)) for role, content, reasoning, extra in turns]
+    rebuilt = [Turn(role, content, thought, True, json.loads(extra), null) for role, content, thought, extra, null in turns]
     return _apply_template(rebuilt, tokenizer, json.loads(tools) if tools else None)
 
 
@@ -387,10 +449,8 @@ def _think_block(turn: Turn) -> str:
     return found[0] if found else ""
 
 
-def _end_of_turn(after: str, ends: list[str], calls: bool = False) -> int:
-    """Length of the end mark right after an answer, and of the calls before it; 0 where the template puts none."""
-    if calls:
-        return min((after.find(mark) + len(mark) for mark in ends if mark in after), default=0)
+def _end_of_turn(after: str, ends: list[str]) -> int:
+    """Length of the end mark right after an answer; 0 where the template puts none."""
     stripped = after.lstrip()
     for mark in ends:
         if stripped.startswith(mark):
