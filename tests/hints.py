@@ -66,7 +66,7 @@ def _is_set(word: str, hint: list[str]) -> bool:
 
 def _is_misspelt(word: str, problem: Problem, hint: list[str]) -> bool:
     """Whether a problem about this word alone has a hint that says it otherwise: under another name, or by its parts."""
-    if word.lstrip("+").replace("\n", "\\n") != problem.what:
+    if problem.what not in (word.lstrip("+").replace("\n", "\\n"), f"{_key(word)}={_value(word)}"):
         return False
     key = _key(word)
     known = key in schema.GROUPS or find_field(key)[0] is not None

@@ -1,6 +1,8 @@
 """The settings by their dotted keys: which there are, and which one a misspelt key was meant to be."""
 
 import difflib
+import re
+import shlex
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -105,6 +107,23 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
+
+
+def override(key: str, value: str | list[str]) -> str:
+    """`key=value` as it is typed in a shell, in quotes where the shell or Hydra would read the text otherwise."""
+    if isinstance(value, list):
+        text = f"[{','.join(_for_hydra(one) for one in value)}]"
+        return f"{key}={text}" if re.fullmatch(r"\[[\w,./+-]*\]", text) else shlex.quote(f"{key}={text}")
+    text = _for_hydra(value)
+    return f"{key}={text}" if text == value else shlex.quote(f"{key}={text}")
+
+
+def _for_hydra(value: str) -> str:
+    """A text as Hydra reads it as one: in quotes, unless it is a plain word and nothing that Hydra takes for a value."""
+    if re.fullmatch(r"(?!(null|true|false|inf|nan)$)[A-Za-z_./][\w./+-]*", value, re.ASCII | re.IGNORECASE):
+        return value
+    escaped = value.replace("\n", "\\n").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def shown(value: Any) -> str:
