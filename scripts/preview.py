@@ -48,7 +48,8 @@ def show(settings: Settings) -> None:
     facts = prepare.prepare(settings, tokenizer, stop_ids).facts
     show_examples(terminal(), facts, tokenizer)
     rows, lengths = facts["rows"], facts["lengths"]["train"]
-    print(shown(f"Source    {facts['source']}: {rows['train']} rows to train on, {rows.get('eval', 0)} held out"))
+    held_out = f"{rows.get('eval', 0)} held out" + (f" from {facts['eval_source']}" if "eval_source" in facts else "")
+    print(shown(f"Source    {facts['source']}: {rows['train']} rows to train on, {held_out}"))
     print(shown(f"Shape     {facts['shape']}, template {facts['template']}"))
     print(f"Tokens    median {lengths['p50']}, 90% under {lengths['p90']}, longest {lengths['max']};", end=" ")
     print(f"{facts['trained_tokens']:,} of {facts['train_tokens']:,} are target tokens")

@@ -85,6 +85,8 @@ def needs_sweep(override: Override) -> Problem:
     fix = f"python train.py -m {shlex.quote(line)}   for a sweep"
     if cls is not None and _takes_text(cls, name):
         fix = f"{_quoted(line)}   for one text\n{fix}"
+    if cls is not None and plain_type(cls, name) is Any and "," in line:
+        fix = f"'{key}=[{line.partition('=')[2]}]'   for several files\n{fix}"
     why = "Several values need a sweep (-m)." if "," in line else "A range or choice needs a sweep (-m)."
     return Problem(line, why, fix)
 
@@ -124,7 +126,7 @@ def check_override(override: Override, options: dict[str, list[str]], problems: 
     values = _values(override, problems)
     for value in values or []:
         text = f"{key}={value}" if override.is_sweep_override() else override.input_line.lstrip("+")
-        error = _type_error(text)
+        error = "" if plain_type(cls, name) is Any else _type_error(text)
         if error:
             shown = text.replace("\n", "\\n")
             whole = override.is_interval_sweep() and plain_type(cls, name) is int
@@ -198,7 +200,7 @@ def is_known(key: str) -> bool:
 
 
 def _takes_text(cls: type, name: str) -> bool:
-    return str(plain_type(cls, name)) in ("<class 'str'>", "str | None", "dict[str, str]")
+    return str(plain_type(cls, name)) in ("<class 'str'>", "str | None", "dict[str, str]", "typing.Any")
 
 
 def _type_error(line: str) -> str:

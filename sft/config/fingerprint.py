@@ -30,6 +30,7 @@ ADDED: tuple[str, ...] = (
     "dataset.special_tokens_in_text",
     "dataset.ignore_columns",
     "dataset.skip_bad_rows",
+    "dataset.eval_path",
 )
 """Settings, or whole groups, that are younger than the first recorded hashes. Add each new one."""
 

@@ -109,7 +109,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def override(key: str, value: str | list[str]) -> str:
+def typed(key: str, value: str | list[str]) -> str:
     """`key=value` as it is typed in a shell, in quotes where the shell or Hydra would read the text otherwise."""
     if isinstance(value, list):
         text = f"[{','.join(_for_hydra(one) for one in value)}]"
@@ -120,7 +120,8 @@ def override(key: str, value: str | list[str]) -> str:
 
 def _for_hydra(value: str) -> str:
     """A text as Hydra reads it as one: in quotes, unless it is a plain word and nothing that Hydra takes for a value."""
-    if re.fullmatch(r"(?!(null|true|false|inf|nan)$)[A-Za-z_./][\w./+-]*", value, re.ASCII | re.IGNORECASE):
+    plain = r"(?!(null|true|false|inf|nan)$)(?=.*[A-Za-z])[A-Za-z_./][\w./+-]*"
+    if re.fullmatch(plain, value, re.ASCII | re.IGNORECASE):
         return value
     escaped = value.replace("\n", "\\n").replace('"', '\\"')
     return f'"{escaped}"'

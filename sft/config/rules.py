@@ -15,7 +15,7 @@ from typing import Any
 
 from sft.config import schema
 from sft.config.batching import check_batch_plan
-from sft.config.data_rules import check_dataset, shortened, why_lost
+from sft.config.data_rules import check_dataset, shortened, warn_of_paths, why_lost
 from sft.config.eligibility import check_speed
 from sft.config.hardware import gpu_count, gpu_present, is_process_count, processes_of, resolve_backend
 from sft.config.keys import shown
@@ -154,6 +154,7 @@ def warnings_for(settings: Settings) -> list[str]:
         found.append("trainer.num_train_epochs is ignored: trainer.max_steps decides the length.")
     if dataset.path and (dataset.revision or dataset.config_name):
         found.append("dataset.revision and dataset.config_name are ignored: dataset.path is a local file.")
+    found += warn_of_paths(dataset)
     if not wants_evaluation(settings) and trainer.load_best_model_at_end:
         found.append("Nothing is held out, so the last weights are kept, not the best (trainer.load_best_model_at_end).")
     if Path(settings.model.name).expanduser().is_dir() and settings.model.revision:
@@ -163,7 +164,7 @@ def warnings_for(settings: Settings) -> list[str]:
 
 def wants_evaluation(settings: Settings) -> bool:
     """Whether rows are held out for the evaluation loss."""
-    return settings.dataset.eval_fraction > 0 or bool(settings.dataset.eval_split)
+    return settings.dataset.eval_fraction > 0 or bool(settings.dataset.eval_split or settings.dataset.eval_path)
 
 
 def _check_numbers(settings: Settings) -> list[Problem]:

@@ -212,9 +212,10 @@ class DatasetSettings:
     revision: str | None = None
     """Branch, tag or commit on the hub; pin one to make a run repeatable."""
     split: str = "train"
-    """Split of a hub data set to train on."""
-    path: str | None = None
-    """A local json, jsonl, csv or parquet file, used in place of `dataset.name`."""
+    """Split of a hub data set or of a `save_to_disk` folder to train on."""
+    path: Any = None
+    """In place of `dataset.name`: a json, jsonl, csv, parquet or arrow file, also `.jsonl.gz` and the like; a folder of such
+    files, or one of `save_to_disk`; a glob; or a list of these, `[a.jsonl,b.jsonl]`."""
     shape: Shape = Shape.auto
     """How a row is laid out; `auto` goes by the columns and says what it found."""
     columns: ColumnSettings = field(default_factory=ColumnSettings)
@@ -248,11 +249,14 @@ class DatasetSettings:
     """Seed of the shuffling, and so of which rows are held out; null follows `seed`. Set it to compare several seeds on the
     same held-out rows."""
     max_rows: int | None = None
-    """Use at most this many rows, held-out rows included."""
+    """Use at most this many rows, those that `eval_fraction` holds out included."""
     eval_fraction: float = 0.1
-    """Share of the rows held out for the evaluation loss; 0 holds none out."""
+    """Share of the rows held out for the evaluation loss; 0 holds none out. Has no effect beside `eval_path`."""
+    eval_path: Any = None
+    """Held-out rows of their own, in place of `eval_fraction`: whatever `path` takes. Columns, template and filters are those
+    of the other rows."""
     eval_split: str | None = None
-    """Split of a hub data set to evaluate on, in place of `eval_fraction`."""
+    """Split of a hub data set or of a `save_to_disk` folder to evaluate on, in place of `eval_fraction`."""
     max_eval_rows: int | None = 200
     """Evaluate on at most this many held-out rows. Under `eval_fraction` the rest of them are trained on."""
     overlong: Overlong = Overlong.error

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sft.config.keys import override
+from sft.config.keys import typed
 from sft.config.schema import ColumnSettings, DatasetSettings, Shape
+from sft.data.transcripts import read_transcript
 from sft.errors import Problem, Refusal, refuse
 
 # Names that columns of a role have in the wild, for the likeliest match.
@@ -181,21 +182,21 @@ def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, sou
         if column not in names:
             match = likeliest(column, column, names)
             fix = f"dataset.{group}={{}}   in its place, to filter nothing"
-            fix = f"{override(f'dataset.{group}.{match}', pattern)}\n{fix}" if re.fullmatch(r"\w+", match or "", re.A) else fix
+            fix = f"{typed(f'dataset.{group}.{match}', pattern)}\n{fix}" if re.fullmatch(r"\w+", match or "", re.A) else fix
             why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
             problems.append(Problem(f"dataset.{group}.{column}={pattern}", why, fix))
     for column in data.ignore_columns:
         if column not in names:
             match = likeliest(column, column, names - {*data.ignore_columns})
             others = [name for name in data.ignore_columns if name != column]
-            fix = override("dataset.ignore_columns", [*others, match] if match else others)
+            fix = typed("dataset.ignore_columns", [*others, match] if match else others)
             why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
             problems.append(Problem(f"dataset.ignore_columns=[{column}]", why, fix))
     allowed = {*FIELDS} if SHAPES[shape].turns else {*FIELDS, *names}
     for name in names_in(data.template):
         if name not in allowed:  # it would be filled with nothing
             match = likeliest(name, name, allowed)
-            fix = override("dataset.template", data.template.replace(f"{{{name}", f"{{{match}")) if match else ""
+            fix = typed("dataset.template", data.template.replace(f"{{{name}", f"{{{match}")) if match else ""
             why = f"The template can name {', '.join(sorted(allowed))}."
             problems.append(Problem(f"dataset.template=...{{{name}}}...", why, fix))
     if problems:
@@ -281,6 +282,7 @@ def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
         extra = {"tool_calls": calls} if calls else {}
         turns = [*read_history(row, columns), Turn("user", question), Turn("assistant", answer, thought, extra=extra)]
     system = cell_text(row.get(columns.system), columns.system) if columns.system else ""
+    system = system.removeprefix("SYSTEM: ").strip() if system.startswith("SYSTEM: ") else system  # beside a transcript
     if system.strip() and turns[:1] and turns[0].role == "system" and turns[0].content.strip() != system.strip():
         why = f"column {columns.system!r} and the first turn hold two system prompts"
         raise RowFault(why, f"dataset.columns.system=null {ignoring(columns.system, data)}   takes that of the turns")
@@ -309,6 +311,8 @@ def _row_weights(row: dict, data: DatasetSettings) -> list[tuple[str, Any]]:
     found = []
     for name in ROW_WEIGHTS:
         value = row.get(name)
+        if value is None:
+            continue
         if name in data.ignore_columns or not holds_something(value):
             continue
         value = value if _parsed_or_none(value) is None else _parsed_or_none(value)  # in CSV files all is text
@@ -346,7 +350,7 @@ def sort_columns(names: set[str], data: DatasetSettings, shape: Shape, template:
     for role in roles:
         if (column := getattr(columns, role)) and column in data.ignore_columns:
             why = f"The column is used: it plays the role {role}."
-            fix = override("dataset.ignore_columns", [name for name in data.ignore_columns if name != column]) + "   uses it"
+            fix = typed("dataset.ignore_columns", [name for name in data.ignore_columns if name != column]) + "   uses it"
             fix += f"\ndataset.columns.{role}=null   leaves it out" if role in layout.optional else ""
             raise refuse(f"dataset.ignore_columns=[{column}]", why, fix)
     used = {getattr(columns, role) for role in roles} | {*data.keep, *data.drop, *ROW_WEIGHTS}
@@ -377,12 +381,12 @@ def _way_in(role: str, column: str, names: set[str], data: DatasetSettings, shap
 
 def ignoring(column: str, data: DatasetSettings) -> str:
     """The override that leaves a column out, beside those that are left out already."""
-    return override("dataset.ignore_columns", [*data.ignore_columns, column])
+    return typed("dataset.ignore_columns", [*data.ignore_columns, column])
 
 
 def _column(role: str, name: str | None) -> str:
     """The override that gives a role this column, or none."""
-    return override(f"dataset.columns.{role}", name) if name else f"dataset.columns.{role}=null"
+    return typed(f"dataset.columns.{role}", name) if name else f"dataset.columns.{role}=null"
 
 
 def _prompt_is_turns(row: dict, data: DatasetSettings, shape: Shape) -> bool:
@@ -392,6 +396,8 @@ def _prompt_is_turns(row: dict, data: DatasetSettings, shape: Shape) -> bool:
 
 def _read_turns(value: Any, column: str) -> list[Turn]:
     """Turns of a cell. Raises ValueError where something in it could not be trained on as it stands."""
+    if isinstance(value, str) and (spoken := read_transcript(value)):
+        value = spoken
     if isinstance(value, str):  # CSV files carry turns as JSON text
         try:
             value = json.loads(value)
@@ -481,7 +487,7 @@ def read_history(row: dict, columns: ColumnSettings) -> list[Turn]:
         turns = _read_turns(pairs, name)
         return [replace(turn, trained_on=False) for turn in turns]
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        fix = f"dataset.columns.history=null {override('dataset.ignore_columns', [name])}   leaves it out"
+        fix = f"dataset.columns.history=null {typed('dataset.ignore_columns', [name])}   leaves it out"
         raise RowFault(f"column {name!r} has to hold pairs of a question and an answer", fix)
     texts = [[cell_text(cell, name) for cell in pair] for pair in pairs]
     return [
@@ -497,7 +503,7 @@ def read_tools(row: dict, columns: ColumnSettings) -> list[dict]:
         return []
     tools = [_parsed(tool, f"column {name!r}") for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        fix = f"dataset.columns.tools=null {override('dataset.ignore_columns', [name])}   leaves it out"
+        fix = f"dataset.columns.tools=null {typed('dataset.ignore_columns', [name])}   leaves it out"
         raise RowFault(f"column {name!r} has to hold a list of functions, each an object", fix)
     return tools
 

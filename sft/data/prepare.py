@@ -34,7 +34,7 @@ from sft.data.audit import (
     room_for,
 )
 from sft.data.columns import RowFault, check_columns, column_names, find_shape, holds_something, sort_columns
-from sft.data.sources import choose_indices, read_rows, select, source_of
+from sft.data.sources import choose_indices, held_out_data, read_rows, select, source_of
 from sft.data.templates import ALPACA, Rendered, choose_template, render_samples
 from sft.data.token_cache import Prepared, cache_folder, only_one, read_cache
 from sft.data.tokenize import IGNORED, count_not_restored, label, starts_with_bos, tokenise
@@ -60,12 +60,14 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
     Raises Refusal for everything wrong with the data: unreadable files, missing columns, over-long or empty rows.
     """
     data = settings.dataset
-    known = source_of(data)  # a file that was read before need not be read again
-    source, sources = known, [known, known if data.eval_split else None]
-    prepared = read_cache(cache_folder(settings, tokenizer, stop_ids, sources)) if known else None
+    held_out = held_out_data(data)
+    source = source_of(data)  # files that were read before need not be read again
+    eval_source = source_of(held_out) if held_out else None
+    known = source is not None and (held_out is None or eval_source is not None)
+    prepared = read_cache(cache_folder(settings, tokenizer, stop_ids, [source, eval_source])) if known else None
     if prepared is None:
         rows, source = read_rows(data, data.split)
-        eval_rows, eval_source = read_rows(data, data.eval_split) if data.eval_split else (None, None)
+        eval_rows, eval_source = read_rows(held_out, held_out.split) if held_out else (None, None)
         folder = cache_folder(settings, tokenizer, stop_ids, [source, eval_source])
         with only_one(folder):  # of several processes one tokenises, the others wait for it and read
             prepared = read_cache(folder)
@@ -73,12 +75,14 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
                 atomic.remove_leftovers(folder.parent, folder.name)  # of a process that was killed here
                 atomic.remove_folder(folder)  # whatever is there could not be read
                 with atomic.new_folder(folder, replace=False) as work:
-                    facts = _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work)
+                    facts = _tokenise_all(settings, tokenizer, stop_ids, (rows, eval_rows), (source, eval_source), work)
                     (work / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
                 prepared = read_cache(folder)
     if prepared.eval is not None:
         prepared.facts["held_out_hash"] = _hash_rows(prepared.eval)
     prepared.facts["source"] = source["name"]  # a file of the same contents may have been called otherwise
+    prepared.facts |= {"files": source["files"]} if "files" in source else {}
+    prepared.facts |= {"eval_source": eval_source["name"]} if eval_source else {}
     return prepared
 
 
@@ -90,11 +94,15 @@ def _hash_rows(rows) -> str:
     return digest.hexdigest()[:16]
 
 
-def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: Path) -> dict[str, Any]:
-    """Write the tokens of both splits to files in `work`, a batch at a time, and return what was found."""
-    data = settings.dataset
+def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) -> dict[str, Any]:
+    """Write the tokens of both splits to files in `work`, a batch at a time, and return what was found.
+
+    `tables` and `sources` are the rows and where they come from, then those of held-out rows of their own, or None.
+    """
+    data, (rows, eval_rows), (source, eval_source) = settings.dataset, tables, sources
     shape = find_shape(rows, data)
-    check_columns(rows, data, shape, source["name"])
+    names = column_names(rows) | (set() if eval_rows is None else column_names(eval_rows))
+    check_columns(rows, _asked_of(rows, data, names), shape, source["name"])
     template = choose_template(data, shape, tokenizer)
     counts = {"read": len(rows)}
     train_index, eval_index = select(rows, data, row_seed(settings), counts)
@@ -103,14 +111,17 @@ def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: 
     else:
         eval_index = choose_indices(eval_rows, data, row_seed(settings))[: data.max_eval_rows]
         counts["read_eval"] = len(eval_rows)
-        check_columns(eval_rows, data, shape, f"{data.name} ({data.eval_split})")
+        _check_held_out(eval_rows, _asked_of(eval_rows, data, names), shape, eval_source["name"])
+        if not eval_index:
+            fix = "dataset.keep={} dataset.drop={}   to filter nothing"
+            raise refuse("dataset.keep / dataset.drop", f"None of the {len(eval_rows)} held-out rows passes the filters.", fix)
 
     facts: dict[str, Any] = {"source": source["name"], "data_hash": source["hash"], "shape": shape.value}
     facts["template"] = "alpaca" if template == ALPACA else template if data.template == "auto" else data.template
     render = functools.partial(render_samples, data=data, shape=shape, template=template, tokenizer=tokenizer)
     if data.loss_on == LossOn.last:
         render = functools.partial(_last_answer, render)
-    render = functools.partial(_render, render, *sort_columns(column_names(rows), data, shape, template))
+    render = functools.partial(_render, render, *sort_columns(names, data, shape, template))
     encode = functools.partial(_tokenise_near, tokenizer=tokenizer, limit=settings.model.max_seq_length)
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
     finish = functools.partial(label, bos=bos, eos=tokenizer.eos_token_id, stop_ids=stop_ids)
@@ -151,6 +162,21 @@ def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: 
     facts["stop_tokens"] = tokenizer.convert_ids_to_tokens(sorted(stop_ids))
     facts["examples"] = splits["train"].examples
     return facts
+
+
+def _asked_of(rows, data, names: set[str]):
+    """The settings without the ignored columns that only the other ones of the rows to train on and held out have."""
+    own = column_names(rows)
+    return replace(data, ignore_columns=[one for one in data.ignore_columns if one in own or one not in names])
+
+
+def _check_held_out(rows, data, shape: Shape, source: str) -> None:
+    """`check_columns` of held-out rows; another column in the settings would not be that of the rows to train on."""
+    try:
+        check_columns(rows, data, shape, source)
+    except Refusal as refusal:
+        fix = "the held-out rows need the columns of the rows to train on: rename them in that file"
+        raise Refusal([replace(problem, fix=fix) for problem in refusal.problems]) from refusal
 
 
 def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokenizer, stop_ids: set[int]) -> SplitStats:

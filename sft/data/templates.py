@@ -281,7 +281,7 @@ def _frame(turns: list[Turn], heads: list[str], tokenizer, tools: list[dict] | N
     """
     silent = [i for i, turn in enumerate(turns) if turn.extra.get("tool_calls") and not turn.content.strip()]
     marks = ["" if i in silent else f"\ue000{i}\ue001" for i in range(len(turns))]
-    given = [json.dumps(turn.extra) for turn in turns]
+    given = [json.dumps(turn.extra) if turn.extra else "{}" for turn in turns]
     parts = zip(turns, heads, marks, given, strict=True)
     marked = _marked_text(tuple((t.role, head + mark, t.reasoning, extra, t.is_null) for t, head, mark, extra in parts),
                           json.dumps(tools) if tools else "", tokenizer, tokenizer.chat_template)  # fmt: skip
@@ -316,8 +316,9 @@ def _start_of_answer(before: str, opening: str, head: str, turn: Turn) -> tuple[
 def _left_out(turns: list[Turn], tokenizer, tools: list[dict] | None) -> list[str]:
     """Notes of the keys and tools that this template has no place for."""
     notes = [f"key {key}" for turn in turns for key in turn.unused]
-    if not re.search(r"(?<!function)(\.name\b|\[['\"]name['\"]\])", tokenizer.chat_template):
-        notes += ["key name" for turn in turns if turn.extra.get("name") and turn.role != "tool"]
+    named = sum(turn.role != "tool" and bool(turn.extra.get("name")) for turn in turns)
+    if named and not re.search(r"(?<!function)(\.name\b|\[['\"]name['\"]\])", tokenizer.chat_template):
+        notes += ["key name"] * named
     if tools and not re.search(r"\btools\b", tokenizer.chat_template):
         notes.append("tools")
     return notes

@@ -108,6 +108,7 @@ def check_data(found: Found, settings: Settings) -> None:
     facts = found.prepared.facts
     rows, lengths, part = facts["rows"], facts["lengths"]["train"], "Data"
     held_out = f"{rows['eval']} held out" if rows.get("eval") else "none held out"
+    held_out += f" from {facts['eval_source']}" if facts.get("eval_source") else ""
     found.ok(part, f"{facts['source']}: {rows['train']} rows to train on, {held_out}, of {rows['read']} read")
     ends = " or ".join(facts["stop_tokens"])
     found.ok(part, f"shape {facts['shape']}, template {facts['template']}, an answer ends with {ends}")

@@ -91,12 +91,14 @@ def _check_search(means: DictConfig | None, overrides: list[Override]) -> list[P
             problems.append(
                 Problem(f"hydra.sweeper.{key}={value}", "It has to be a whole number from 1.", f"hydra.sweeper.{key}=10")
             )
+    set_apart = any(override.key_or_group in ("dataset.eval_path", "dataset.eval_split") for override in overrides)
     for override in overrides:
         line = override.input_line
         if override.key_or_group == "sweep.paired" and override.value():
             why = "A search draws each setting by itself."
             problems.append(Problem(line, why, "lora.lora_alpha='${lora.r}'   lets one setting follow another"))
-        if override.key_or_group == "dataset.eval_fraction" and not override.is_sweep_override() and override.value() == 0:
+        none = override.key_or_group == "dataset.eval_fraction" and not override.is_sweep_override() and override.value() == 0
+        if none and not set_apart:
             why = "A search is for the lowest held-out loss, and nothing would be held out."
             problems.append(Problem(line, why, "dataset.eval_fraction=0.1"))
     return problems

@@ -404,7 +404,7 @@ def test_files_that_cannot_be_read(tmp_path):
     problem = problem_of("dataset.path=my_dota.jsonl")
     assert problem.why == "There is no such file." and problem.fix == "dataset.path=my_data.jsonl"
     assert f"looked in {tmp_path}" in problem_of("dataset.path=zzz.csv").fix
-    assert "is a folder" in problem_of("dataset.path=folder").why
+    assert "The folder itself holds no .json" in problem_of("dataset.path=folder").why
     assert ".json, .jsonl, .csv, .parquet" in problem_of("dataset.path=notes.txt").why
     assert problem_of("dataset.path=empty.csv").why == "The file is empty."
     accepted("dataset.path=my_data.jsonl")

@@ -36,7 +36,7 @@ CASES = {
     "an answer under another name": ([{"instruction": "q", "answer": "a"}], [], CHATML, "no column 'output'"),
     "a question in the input column": ([{"input": "q", "response": "a"}], ["dataset.shape=instruction"], CHATML, "no column"),
     "columns in Chinese": ([{"问题": "q", "回答": "a", "id": 1}], [], CHATML, "fit no known shape"),
-    "a misspelt column in Chinese": ([{"问题是": "q", "output": "a"}], ['dataset.columns.instruction="问题"'], CHATML, "no col"),
+    "a misspelt column in Chinese": ([{"问题是": "", "output": "a"}], ['dataset.columns.instruction="问题"'], CHATML, "no col"),
     "a column with a space": ([{"Instruction": "q", "out put": "a"}], [], CHATML, "fit no known shape"),
     "a role of no column": ([ROW], ["dataset.columns.output=null"], CHATML, "needs a column for output"),
     "a misspelt column": ([ROW], ["dataset.columns.output=outptu"], CHATML, "no column 'outptu'"),

@@ -377,7 +377,9 @@ def test_two_processes_may_prepare_the_same_at_once(tmp_path, cache, loaded_toke
 
 def test_rows_of_an_eval_split_are_counted_apart(monkeypatch, loaded_tokenizer):
     tables = {"train": ROWS, "test": [{"instruction": f"t{i}", "output": "x"} for i in range(8)]}
-    monkeypatch.setattr(data_prepare, "read_rows", lambda data, split: (tables[split], {"name": split, "hash": split}))
+    monkeypatch.setattr(
+        data_prepare, "read_rows", lambda data, split: (tables[split], {"name": f"a/b ({split})", "hash": split})
+    )
     data = DatasetSettings(name="a/b", eval_split="test", eval_fraction=0.0, max_eval_rows=5, template="alpaca")
     prepared = prepare(Settings(dataset=data), *loaded_tokenizer)
     assert prepared.facts["rows"] == {"read": 20, "filtered": 0, "read_eval": 8, "train": 20, "eval": 5}

@@ -117,3 +117,35 @@ def test_a_template_without_a_place_for_calls_refuses_the_row(learnt):
 def test_calls_that_cannot_be_read_say_why(turn, words):
     with pytest.raises(ValueError, match=words):
         row_to_turns({"messages": [{"role": "assistant", "content": None, **turn}]}, DatasetSettings(), Shape.messages)
+
+
+GLAIVE = (
+    'USER: Weather?\n\n\nASSISTANT: <functioncall> {"name": "get_weather", "arguments": \'{"city": "Bern"}\'} '
+    '<|endoftext|>\n\n\nFUNCTION RESPONSE: {"temp_c": 4}\n\n\nASSISTANT: 4 degrees. <|endoftext|>\n\n\n'
+)
+
+
+def test_a_transcript_is_the_turns_that_it_tells(learnt):
+    """As glaive-function-calling-v2 has them: a system column and one text of the whole conversation."""
+    whole, parts = learnt({"system": "SYSTEM: Use them if required -\n{}", "messages": GLAIVE})
+    assert parts == learnt(row(call("Bern")))[1]
+    assert whole.startswith("<|im_start|>system\nUse them if required -\n{}<|im_end|>\n<|im_start|>user\nWeather?<|im_end|>")
+
+
+def test_a_transcripts_call_that_cannot_be_read_says_why(learnt):
+    with pytest.raises(ValueError, match="a call that is no JSON"):
+        learnt({"messages": GLAIVE.replace("'}", "'")})
+
+
+NULLS = (  # as DeepSeek's template, which calls where the content is null and takes arguments as text alone
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is none %}{% for call in m.tool_calls %}"
+    "{{ call.function.name + ': ' + call.function.arguments }}{% endfor %}{% else %}{{ m.content }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_calls_are_given_in_the_form_that_the_template_reads(learnt, text):
+    assert learnt(row(call("Bern", text)), NULLS)[1][0] == 'get_weather: {"city": "Bern"}<|im_end|>'
+    with pytest.raises(Refusal, match="leaves out the call of get_weather"):
+        learnt(row(call("Bern", text), said="Let me look."), NULLS)
