@@ -4,9 +4,11 @@ import re
 import shlex
 from collections.abc import Callable, Iterable
 
+from sft.cli.check import check_command_line
 from sft.config import schema
 from sft.config.keys import find_field
-from sft.errors import Problem
+from sft.errors import Problem, Refusal
+from tests.conftest import ROOT
 
 # What stands for something that the reader has to fill in: `<column>`, `a=...`, `/path/to/a/file`.
 PLACEHOLDER = re.compile(r"<[^<>|]+>|\.\.\.|/path/to|my_data\.jsonl")
@@ -80,6 +82,15 @@ def _repeats(hint: str, argv: Iterable[str]) -> bool:
 
 def _value(word: str) -> str:
     return word.partition("=")[2].strip("'\"").replace("\n", "\\n")
+
+
+def problems_of(argv: Iterable[str], hardware: bool = True) -> list[Problem]:
+    """What train.py refuses of a command line before anything is read; [] where it takes it."""
+    try:
+        check_command_line(ROOT / "conf", list(argv), hardware)
+    except Refusal as refusal:
+        return refusal.problems
+    return []
 
 
 def type_hints(argv: Iterable[str], problems: list[Problem], check: Callable[[list[str]], list[Problem]]) -> None:

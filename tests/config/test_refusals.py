@@ -22,7 +22,7 @@ from sft.export.hub import _reason
 from sft.model.hub import refusing_failures
 from sft.runs.resume import locked
 from sft.storage.jsonio import jsonable
-from tests.hints import type_hints
+from tests.hints import problems_of, type_hints
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -37,14 +37,6 @@ def refusal_of(*argv: str, hardware: bool = True) -> Refusal:
         assert problem.fix, f"no hint: {problem}"
     type_hints(argv, caught.value.problems, lambda command: problems_of(command, hardware))
     return caught.value
-
-
-def problems_of(argv: list[str], hardware: bool = True) -> list[Problem]:
-    try:
-        check_command_line(CONF, argv, hardware)
-    except Refusal as refusal:
-        return refusal.problems
-    return []
 
 
 def problem_of(*argv: str, hardware: bool = True) -> Problem:
