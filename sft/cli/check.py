@@ -29,6 +29,7 @@ from sft.config.compose import PROCESSES, register, to_settings
 from sft.config.consent import WORD
 from sft.config.data_rules import why_lost
 from sft.config.destinations import KEYS, check_destinations, destinations
+from sft.config.keys import in_shell
 from sft.config.rules import check_settings
 from sft.config.schema import Settings
 from sft.distributed.group import is_first, launched
@@ -164,7 +165,7 @@ def _parse_flags(argv: list[str]) -> Any:
         if looks_secret(bare):
             problems.append(secret(text))
         elif text != bare:
-            fix = bare if "=" in bare else f"{bare}=<value>"
+            fix = in_shell(bare) if "=" in bare else f"{bare}=<value>"
             problems.append(Problem(text, "There is no such flag; settings are written without dashes.", fix))
         else:
             why = "Overrides on both sides of a flag are not read."

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sft.config import schema
-from sft.config.keys import find_field, plain_type, unknown_key
+from sft.config.keys import find_field, in_shell, plain_type, unknown_key
 from sft.config.schema import Settings
 from sft.errors import Problem, first_line
 from sft.sweep.grid import list_values
@@ -57,6 +57,8 @@ def _not_an_override(text: str, error: HydraException) -> Problem:
         return Problem(f'"{shown}"', "A word of the command line is empty.", "leave it out: an unset variable may stand there")
     if not equals:
         return Problem(shown, "A setting needs a value.", f"{key.lstrip('-')}=<value>")
+    if key.startswith("-"):  # with a space in its value, which argparse takes for no flag
+        return Problem(shown, "There is no such flag; settings are written without dashes.", in_shell(shown.lstrip("-")))
     if key[:1] in "'\"":
         return Problem(shown, "The quotes are part of the name here.", shown.strip("'\""))
     cls, name = find_field(key.lstrip("+"))
@@ -121,7 +123,7 @@ def check_override(override: Override, options: dict[str, list[str]], problems: 
         problems.append(Problem(line, f"{key} is a group of settings, not a single one.", fix))
         return False
     if override.is_add() and not str(plain_type(cls, find_field(key)[1])).startswith("dict"):
-        problems.append(Problem(line, "This setting exists already, so it is set without +.", line.lstrip("+")))
+        problems.append(Problem(line, "This setting exists already, so it is set without +.", in_shell(line.lstrip("+"))))
         return False
     values = _values(override, problems)
     for value in values or []:
@@ -168,7 +170,7 @@ def _check_option(override: Override, known: list[str], problems: list[Problem])
         problems.append(Problem(line, f"A run has one {group}.", fix))
         return False
     if override.is_add():
-        problems.append(Problem(line, f"{group} has an option already, so it is set without +.", line.lstrip("+")))
+        problems.append(Problem(line, f"{group} has an option already, so it is set without +.", in_shell(line.lstrip("+"))))
         return False
     values = _values(override, problems)
     if values is None:

@@ -86,10 +86,10 @@ def unknown_key(path: str, value: str = "...") -> Problem:
     close = list(dict.fromkeys(close))[: 1 if known_by_name else 2]
     why = f"There is no setting {path}."
     if close:
-        fix = f"{close[0]}={value}"
+        fix = in_shell(f"{close[0]}={value}")
         why += f" Did you mean {' or '.join(close)}?"
     elif group == "trainer" and last in sft_config_options():
-        fix = f"trainer.extra.{last}={value}"
+        fix = in_shell(f"trainer.extra.{last}={value}")
         why += " It is an option of TRL's SFTConfig, which has its place in trainer.extra."
     else:
         fix = "docs/settings.md lists all settings"
@@ -116,6 +116,11 @@ def typed(key: str, value: str | list[str]) -> str:
         return f"{key}={text}" if re.fullmatch(r"\[[\w,./+-]*\]", text) else shlex.quote(f"{key}={text}")
     text = _for_hydra(value)
     return f"{key}={text}" if text == value else shlex.quote(f"{key}={text}")
+
+
+def in_shell(override: str) -> str:
+    """An override as it came from the shell, as it is typed there: in quotes where the shell would change it."""
+    return override if re.fullmatch(r"[\w./,:=@%+^~\[\]-]*", override) else shlex.quote(override)
 
 
 def _for_hydra(value: str) -> str:

@@ -123,6 +123,16 @@ def test_unknown_keys_come_with_the_one_that_was_meant(override, meant):
     assert problem.fix == meant
 
 
+@pytest.mark.parametrize(
+    "word",
+    ['dataset.colums.output="问题"', '+dataset.columns.output="the (answer)"', '--dataset.system_prompt="Say \\"hi\\" & go"',
+     'dataset.kep.output="^a|b$"', "samples.promts=['a b','c']"],
+)  # fmt: skip
+def test_a_value_in_quotes_keeps_them_in_the_hint(word):
+    (typed,) = shlex.split(problem_of(word).fix)
+    assert typed.partition("=")[2] == word.partition("=")[2]
+
+
 def test_keys_like_no_other_list_what_there_is():
     assert "The groups are model, dataset, lora" in problem_of("banana=1").why
     assert "lora has: enabled, r, lora_alpha" in problem_of("lora.banana=1").why
