@@ -480,15 +480,14 @@ def _is_trained_on(turn: dict, number: int, column: str) -> bool:
 def read_history(row: dict, columns: ColumnSettings) -> list[Turn]:
     """The earlier turns of an Alpaca row: pairs of a question and an answer, or turns. They are read, not trained on."""
     name = columns.history
-    pairs = _from_json(row.get(name), name) if name else None
+    pairs = _from_json(row.get(name), name, "history") if name else None
     if not pairs:
         return []
     if holds_turns(pairs):
         turns = _read_turns(pairs, name)
         return [replace(turn, trained_on=False) for turn in turns]
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        fix = f"dataset.columns.history=null {typed('dataset.ignore_columns', [name])}   leaves it out"
-        raise RowFault(f"column {name!r} has to hold pairs of a question and an answer", fix)
+        raise RowFault(f"column {name!r} has to hold pairs of a question and an answer", _without("history", name))
     texts = [[cell_text(cell, name) for cell in pair] for pair in pairs]
     return [
         turn for question, answer in texts for turn in (Turn("user", question), Turn("assistant", answer, trained_on=False))
@@ -498,24 +497,29 @@ def read_history(row: dict, columns: ColumnSettings) -> list[Turn]:
 def read_tools(row: dict, columns: ColumnSettings) -> list[dict]:
     """The functions that a row defines, as a list, each an object or JSON text of one, or as JSON text; none without them."""
     name = columns.tools
-    tools = _from_json(row.get(name), name) if name else None
+    tools = _from_json(row.get(name), name, "tools") if name else None
     if not tools:
         return []
-    tools = [_parsed(tool, f"column {name!r}") for tool in tools] if isinstance(tools, list) else tools
+    tools = [_parsed_or_none(tool) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        fix = f"dataset.columns.tools=null {typed('dataset.ignore_columns', [name])}   leaves it out"
-        raise RowFault(f"column {name!r} has to hold a list of functions, each an object", fix)
+        raise RowFault(f"column {name!r} has to hold a list of functions, each an object", _without("tools", name))
     return tools
 
 
-def _from_json(value: Any, column: str) -> Any:
+def _without(role: str, column: str) -> str:
+    """The hint that trains without the column of a role."""
+    return f"dataset.columns.{role}=null {typed('dataset.ignore_columns', [column])}   leaves it out"
+
+
+def _from_json(value: Any, column: str, role: str) -> Any:
     """A cell that holds a list, also where it is written as JSON text."""
     if not isinstance(value, str) or not value.strip():
         return value if isinstance(value, list | dict) else None
     try:
         return json.loads(value)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"column {column!r} has to hold a list; as JSON it has a fault: {error}") from None
+        why = f"column {column!r} has to hold a list; as JSON it has a fault: {error}"
+        raise RowFault(why, _without(role, column)) from None
 
 
 def holds_turns(value: Any) -> bool:

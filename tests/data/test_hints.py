@@ -66,6 +66,7 @@ CASES = {
     "history that is no pairs": ([{**ROW, "history": ["q", "a"]}], [], CHATML, "pairs of a question"),
     "history in a template text": ([{**ROW, "history": [["q", "a"]]}], ["dataset.template=alpaca"], CHATML, "no place"),
     "tools that are no functions": ([{**ROW, "tools": ["get_weather"]}], [], CHATML, "tools"),
+    "tools in broken JSON": ([{**ROW, "tools": "[{"}], [], CHATML, "as JSON it has a fault"),
     "tools that are a number": ([{**ROW, "tools": [1]}], [], CHATML, "list of functions"),
     "tools in a template text": ([{**ROW, "tools": [TOOL]}], ["dataset.template=alpaca"], REASONING, "no place for tools"),
     "calls that a template leaves out": ([{**ROW, "output": CALLS, "tools": [TOOL]}], [], CHATML, "no place for calls"),
@@ -120,6 +121,10 @@ CASES = {
         [ROW, ROW, {**ROW, "output": ""}], ["dataset.eval_fraction=0.1", "dataset.shuffle=false"], CHATML, "held-out rows has"),
 }  # fmt: skip
 
+ADVICE = {"calls that a template leaves out", "answers that all weigh 0 in turns", "answers that all weigh 0",
+          "answers that are all empty"}  # fmt: skip
+"""Cases whose hints are advice alone: only the data, or a file that the reader has, can mend them."""
+
 
 @pytest.fixture
 def problems_of(tmp_path, monkeypatch, make_tokenizer, loaded_tokenizer):
@@ -149,6 +154,7 @@ def test_every_hint_about_data_gets_the_command_further(problems_of, tmp_path, c
     argv = ["dataset=local", "dataset.path=rows.json", "dataset.eval_fraction=0", *overrides]
     problems = problems_of(argv, template)
     assert any(words in problem.why for problem in problems), problems
+    assert any(map(hints_of, problems)) != (case in ADVICE), "nothing of the hints can be typed"
     for problem in problems:
         for hint in hints_of(problem):
             follow(typed(argv, problem, hint), {problem.why}, lambda command: problems_of(command, template))
