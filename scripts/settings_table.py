@@ -63,6 +63,8 @@ def _tables(cls: type, prefix: str, title: str) -> list[str]:
 
 
 def _type(kind: Any) -> str:
+    if kind is Any:  # a text or several, which OmegaConf has no type for
+        return "`str`, `list[str]`, `null`"
     parts = getattr(kind, "__args__", (kind,))
     members = [name for part in parts for name in getattr(part, "__members__", ())]
     if members:

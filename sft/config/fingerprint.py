@@ -21,8 +21,18 @@ LIMITS = ("max_hours", "stop_at", "max_bad_steps", "max_memory_gib")
 """Of those of the trainer."""
 
 
-ADDED: tuple[str, ...] = ()
-"""Settings, as `group.name` or a whole group, that are younger than the first recorded hashes. Add each new one."""
+ADDED: tuple[str, ...] = (
+    "dataset.columns.tools",
+    "dataset.columns.history",
+    "dataset.columns.reasoning",
+    "dataset.reasoning",
+    "dataset.chat_template_kwargs",
+    "dataset.special_tokens_in_text",
+    "dataset.ignore_columns",
+    "dataset.skip_bad_rows",
+    "dataset.eval_path",
+)
+"""Settings, or whole groups, that are younger than the first recorded hashes. Add each new one."""
 
 
 def config_hash(settings: Settings) -> str:
@@ -35,11 +45,12 @@ def config_hash(settings: Settings) -> str:
     shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in LIMITS}
     defaults = jsonable(Settings())
     for key in ADDED:
-        group, _, name = key.partition(".")
-        if not name and shaping[group] == defaults[group]:
-            del shaping[group]
-        elif name and shaping[group][name] == defaults[group][name]:
-            del shaping[group][name]
+        *path, name = key.split(".")
+        group, default = shaping, defaults
+        for part in path:
+            group, default = group[part], default[part]
+        if group[name] == default[name]:
+            del group[name]
     return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
 

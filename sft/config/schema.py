@@ -58,6 +58,22 @@ class LossOn(Enum):
     all = "all"
 
 
+class Reasoning(Enum):
+    """What becomes of an answer whose reasoning the chat template leaves out, as templates do in earlier turns."""
+
+    template = "template"
+    split = "split"
+    keep = "keep"
+    strip = "strip"
+
+
+class ControlTokens(Enum):
+    """What control tokens such as `<|im_end|>` become that stand in a question, a system prompt or a result."""
+
+    text = "text"
+    keep = "keep"
+
+
 class Overlong(Enum):
     """What happens to a row that is longer than `model.max_seq_length`."""
 
@@ -177,6 +193,12 @@ class ColumnSettings:
     """A whole text, trained on as it stands."""
     system: str | None = "system"
     """A system prompt of the row's own; may be missing from the data."""
+    tools: str | None = "tools"
+    """Functions that the model can call, for the chat template: a list or JSON text; may be missing."""
+    history: str | None = "history"
+    """Earlier turns of an Alpaca row: pairs of a question and an answer, read and not trained on; may be missing."""
+    reasoning: str | None = "reasoning_content"
+    """What was thought before the answer, where it has a column of its own; may be missing."""
 
 
 @dataclass
@@ -190,9 +212,10 @@ class DatasetSettings:
     revision: str | None = None
     """Branch, tag or commit on the hub; pin one to make a run repeatable."""
     split: str = "train"
-    """Split of a hub data set to train on."""
-    path: str | None = None
-    """A local json, jsonl, csv or parquet file, used in place of `dataset.name`."""
+    """Split of a hub data set or of a `save_to_disk` folder to train on."""
+    path: Any = None
+    """In place of `dataset.name`: a json, jsonl, csv, parquet or arrow file, also `.jsonl.gz` and the like; a folder of such
+    files, or one of `save_to_disk`; a glob; or a list of these, `[a.jsonl,b.jsonl]`."""
     shape: Shape = Shape.auto
     """How a row is laid out; `auto` goes by the columns and says what it found."""
     columns: ColumnSettings = field(default_factory=ColumnSettings)
@@ -205,6 +228,17 @@ class DatasetSettings:
     """System prompt for rows that bring none."""
     loss_on: LossOn = LossOn.answer
     """Train on the `answer` (every assistant turn and its end mark), on the `last` of a row alone, or on `all` of the text."""
+    reasoning: Reasoning = Reasoning.template
+    """For answers whose reasoning the chat template leaves out. `template`: read, not trained on. `split`: the row becomes one
+    sample an answer, each with its reasoning. `keep`: it is written into the row all the same. `strip`: no answer keeps any."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as `{enable_thinking: false}`; they are set at its head, also in what is saved."""
+    special_tokens_in_text: ControlTokens = ControlTokens.text
+    """Control tokens in what is not an answer are read as plain `text`, or as control tokens (`keep`)."""
+    ignore_columns: list[str] = field(default_factory=list)
+    """Columns that carry meaning (`system_prompt`, `context`, `images`, ...) and are left out all the same."""
+    skip_bad_rows: bool = False
+    """Leave rows out that cannot be trained on, and count them; else they are refused."""
     keep: dict[str, str] = field(default_factory=dict)
     """Keep only rows whose column, as JSON text if it is not a text, matches: `dataset.keep={output: ".{20,}"}`."""
     drop: dict[str, str] = field(default_factory=dict)
@@ -215,11 +249,14 @@ class DatasetSettings:
     """Seed of the shuffling, and so of which rows are held out; null follows `seed`. Set it to compare several seeds on the
     same held-out rows."""
     max_rows: int | None = None
-    """Use at most this many rows, held-out rows included."""
+    """Use at most this many rows, those that `eval_fraction` holds out included."""
     eval_fraction: float = 0.1
-    """Share of the rows held out for the evaluation loss; 0 holds none out."""
+    """Share of the rows held out for the evaluation loss; 0 holds none out. Has no effect beside `eval_path`."""
+    eval_path: Any = None
+    """Held-out rows of their own, in place of `eval_fraction`: whatever `path` takes. Columns, template and filters are those
+    of the other rows."""
     eval_split: str | None = None
-    """Split of a hub data set to evaluate on, in place of `eval_fraction`."""
+    """Split of a hub data set or of a `save_to_disk` folder to evaluate on, in place of `eval_fraction`."""
     max_eval_rows: int | None = 200
     """Evaluate on at most this many held-out rows. Under `eval_fraction` the rest of them are trained on."""
     overlong: Overlong = Overlong.error

@@ -5,13 +5,13 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sft.config.schema import LossOn, Overlong, Settings, Shape
+from sft.config.schema import LossOn, Overlong, Reasoning, Settings, Shape
 from sft.data.columns import SHAPES
 from sft.data.tokenize import IGNORED
 from sft.errors import Problem, Refusal, refuse
 
 MOST_FAULTS = 1000
-"""Rows with faults after which no further row is read."""
+"""Kinds of faults of which each is kept with its rows."""
 
 COUNTED = ("truncated_rows", "dropped_rows", "rows_without_labels", "rows_without_eos", "rows_with_boundary_merge",
            "rows_with_two_bos", "rows_with_inner_eos")  # fmt: skip
@@ -36,6 +36,8 @@ class SplitStats:
     examples: list[dict] = field(default_factory=list)
     notes: Counter = field(default_factory=Counter)
     """What was left out of the rows, by `Rendered.notes`."""
+    first: dict[str, int] = field(default_factory=dict)
+    """The first row with each note."""
     texts: list[str] = field(default_factory=list)
     """Questions and answers of the first rows."""
 
@@ -78,36 +80,36 @@ def find_duplicates(train: SplitStats, held_out: SplitStats | None) -> dict[str,
 
 
 class Faults:
-    """Rows that cannot be trained on, by what is wrong with them."""
+    """Rows that cannot be trained on, by what is wrong with them, of `read` rows in all."""
 
-    def __init__(self) -> None:
-        self.rows: dict[Problem, list[int]] = {}
+    def __init__(self, read: int) -> None:
+        self.read, self.count = read, 0
+        self.rows: dict[Problem, array] = {}
 
     def add(self, number: int, refusal: Refusal) -> None:
         """Note what is wrong with a row."""
+        self.count += 1
         for problem in refusal.problems:
-            self.rows.setdefault(problem, []).append(number)
+            if problem in self.rows or len(self.rows) < MOST_FAULTS:
+                self.rows.setdefault(problem, array("q")).append(number)
 
     def refuse(self) -> None:
         """Raise a Refusal of all of them, with how many rows each fault has and the first three."""
         problems = []
-        for p, numbers in list(self.rows.items())[:5]:
+        shown = list(self.rows.items())[:5]
+        for p, numbers in shown:
             *first, last = map(str, numbers[:3])
-            first = f"{', '.join(first)} and {last}" if first else last
-            more = f" ({len(numbers)} such rows)" if len(numbers) > 3 else ""
-            problems.append(
-                Problem(f"row{'s'[: len(numbers) > 1]} {first} of the data{more}{': ' * bool(p.what)}{p.what}", p.why, p.fix)
-            )
+            where = f"rows {', '.join(first)} and {last} of the data" if first else f"row {last} of the data"
+            where += f" ({len(numbers)} of {self.read} rows)" if len(numbers) > 1 else ""
+            problems.append(Problem(f"{where}{': ' * bool(p.what)}{p.what}", p.why, p.fix))
         if problems:
-            left = sum(map(len, list(self.rows.values())[5:]))
-            if left:
-                problems[-1] = replace(problems[-1], why=f"{problems[-1].why} {left} more rows have other faults.")
+            left = self.count - len({number for _, numbers in shown for number in numbers})
+            more = f" {left} more row{' has' if left == 1 else 's have'} other faults." if left else ""
+            fix = f"{problems[-1].fix}\n" if problems[-1].fix else ""
+            if self.count < self.read:
+                fix += f"dataset.skip_bad_rows=true   leaves {self.count} of {self.read} rows out"
+            problems[-1] = replace(problems[-1], why=problems[-1].why + more, fix=fix.strip())
             raise Refusal(problems)
-
-    @property
-    def many(self) -> bool:
-        """Whether there are so many that the rest need not be looked at."""
-        return sum(map(len, self.rows.values())) >= MOST_FAULTS
 
 
 def count_target_tokens(labels: list[int]) -> int:
@@ -122,12 +124,13 @@ def refuse_nothing_to_learn(splits: dict[str, SplitStats], counts: dict, shape: 
         rows = "None of the rows to train on" if name == "train" else "None of the held-out rows"
         limit = f"model.max_seq_length={settings.model.max_seq_length}"
         if counts.get("dropped_rows"):
-            what, why, fix = f"dataset.overlong=drop {limit}", "is short enough", "raise model.max_seq_length"
+            what, why, fix = f"dataset.overlong=drop {limit}", "is short enough", _longer(split)
         elif settings.dataset.overlong == Overlong.truncate and counts.get("rows_without_labels"):
-            what, why, fix = f"dataset.overlong=truncate {limit}", "has an answer left to learn", "raise model.max_seq_length"
+            what, why, fix = f"dataset.overlong=truncate {limit}", "has an answer left to learn", _longer(split)
         elif split.notes["reasoning"]:
             what, why = "the chat template", "has an answer that is trained on: it leaves out the reasoning of each"
-            fix = "model.chat_template=<the file of a template that keeps it>"
+            other = Reasoning.split if settings.dataset.reasoning == Reasoning.template else Reasoning.keep
+            fix = f"dataset.reasoning={other.value}   trains on it\nmodel.chat_template=<the file of a template that keeps it>"
         elif split.notes["weight"]:
             what, why = "the weights of the answers", "has an answer that is trained on: all have the weight 0"
             fix = "give the answers that are to be trained on the weight 1"
@@ -135,26 +138,46 @@ def refuse_nothing_to_learn(splits: dict[str, SplitStats], counts: dict, shape: 
             role = SHAPES[shape].answer
             what = f"dataset.columns.{role}={getattr(settings.dataset.columns, role)}"
             why, fix = "has an answer to learn; all are empty", f"dataset.columns.{role}=<the column with the answers>"
-        if name == "eval" and not settings.dataset.eval_split:
+        if name == "eval" and not (settings.dataset.eval_split or settings.dataset.eval_path):
             fix += "\ndataset.eval_fraction=0   holds none out\ndataset.seed=...   holds others out"
         raise refuse(what, f"{rows} {why}.", fix)
 
 
-def data_warnings(counts: dict, blank: int, duplicates: dict[str, Any], notes: Counter, settings: Settings) -> list[str]:
+def _longer(split: SplitStats) -> str:
+    """The hint of a limit that holds the longest row, where all of them were tokenised to their end."""
+    return "raise model.max_seq_length" if split.notes["not counted"] else room_for(max(split.lengths))
+
+
+def room_for(longest: int) -> str:
+    """The override of the smallest limit that holds a row of so many tokens."""
+    return f"model.max_seq_length={-(-longest // 64) * 64}"
+
+
+def notes_of(splits: dict[str, SplitStats]) -> dict[str, dict[str, int]]:
+    """How often each note was made and the number of the first row with it: {note: {"count", "first"}}."""
+    notes = sum((split.notes for split in splits.values()), Counter())
+    firsts = {note: min(split.first[note] for split in splits.values() if note in split.first) for note in notes}
+    return {note: {"count": notes[note], "first": firsts[note]} for note in sorted(notes)}
+
+
+def data_warnings(counts: dict, blank: int, duplicates: dict[str, Any], notes: dict, settings: Settings) -> list[str]:
+    """What a reader has to know of the rows before they are trained on; `notes` as `notes_of` gives them."""
     found = []
     limit = settings.model.max_seq_length
     if counts.get("truncated_rows"):
         found.append(f"{counts['truncated_rows']} rows were cut at {limit} tokens and lost their end mark.")
     if counts.get("dropped_rows"):
         found.append(f"{counts['dropped_rows']} rows over {limit} tokens were left out.")
+    if counts.get("bad_rows"):
+        found.append(f"{counts['bad_rows']} rows cannot be trained on and were left out (dataset.skip_bad_rows=true).")
     if counts.get("rows_without_labels"):
         reason = "an empty answer" if settings.dataset.overlong != Overlong.truncate else "an empty or cut-off answer"
-        reason += ", or none that is trained on," if notes["reasoning"] or notes["weight"] else ""
+        reason += ", or none that is trained on," if {"reasoning", "weight"} & notes.keys() else ""
         found.append(f"{counts['rows_without_labels']} rows have {reason} and were left out.")
     if blank:
         found.append(f"{blank} rows have an answer but no question.")
-    if counts.get("rows_with_boundary_merge"):
-        n = counts["rows_with_boundary_merge"]
+    if counts.get("rows_with_boundary_merge") and settings.dataset.template not in ("auto", "chat", "alpaca"):
+        n = counts["rows_with_boundary_merge"]  # a chat template's own space is what generation sees as well
         found.append(f"In {n} rows a token joins the prompt to the answer; put a line break before the answer, not a space.")
     if counts.get("rows_with_two_bos"):
         n = counts["rows_with_two_bos"]
@@ -171,24 +194,36 @@ def data_warnings(counts: dict, blank: int, duplicates: dict[str, Any], notes: C
     return found + _note_warnings(notes, settings)
 
 
-def _note_warnings(notes: Counter, settings: Settings) -> list[str]:
-    """What was left out of rows, counted."""
+def _note_warnings(notes: dict[str, dict[str, int]], settings: Settings) -> list[str]:
+    """What was left out of rows or changed in them, counted."""
     found = []
-    if notes["reasoning"]:
+    count = {note: one["count"] for note, one in notes.items()}
+    if n := count.get("reasoning"):
         found.append(
-            f"{notes['reasoning']} answers are read and not trained on, because the chat template leaves out their reasoning: "
-            "without it they would teach the model to answer at once. Rows with one answer each keep it."
+            f"{n} answers are read and not trained on, because the chat template leaves out their reasoning: without it they "
+            "would teach the model to answer at once. dataset.reasoning=split makes one sample of each, with its reasoning."
         )
-    if notes["weight"] and settings.dataset.loss_on == LossOn.all:
+    if (n := count.get("weight")) and settings.dataset.loss_on == LossOn.all:
+        found.append(f"{n} answers have the weight 0 and are trained on all the same, because of dataset.loss_on=all.")
+    if n := count.get("tools"):
+        found.append(f"{n} rows define tools, and the chat template has no place for them: they are left out.")
+    if n := count.get("control tokens"):
         found.append(
-            f"{notes['weight']} answers have the weight 0 and are trained on all the same, because of dataset.loss_on=all."
+            f"{n} rows bring control tokens of the model in what is not an answer (first: row "
+            f"{notes['control tokens']['first']}): they are read as plain text. dataset.special_tokens_in_text=keep keeps them."
         )
-    if notes["tools"]:
-        found.append(f"{notes['tools']} rows define tools, and the chat template has no place for them: they are left out.")
-    keys = [f"{note.removeprefix('key ')} ({count})" for note, count in sorted(notes.items()) if note.startswith("key ")]
-    if keys:
-        found.append(f"Keys of turns that are not used, with their number: {', '.join(keys)}.")
+    if keys := _named(count, "key "):
+        found.append(f"Keys of turns that are not used, with their number: {keys}.")
     return found
+
+
+def unused_columns(notes: dict[str, dict[str, int]]) -> str:
+    """The columns that are not used, each with the number of rows that hold something in it."""
+    return _named({note: one["count"] for note, one in notes.items()}, "column ")
+
+
+def _named(count: dict[str, int], kind: str) -> str:
+    return ", ".join(f"{note.removeprefix(kind)} ({n})" for note, n in count.items() if note.startswith(kind))
 
 
 def quantiles(lengths: list[int]) -> dict[str, float]:

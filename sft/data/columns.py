@@ -2,20 +2,25 @@
 
 import difflib
 import functools
+import itertools
 import json
 import math
+import re
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sft.config.keys import typed
 from sft.config.schema import ColumnSettings, DatasetSettings, Shape
+from sft.data.transcripts import read_transcript
 from sft.errors import Problem, Refusal, refuse
 
 # Names that columns of a role have in the wild, for the likeliest match.
 SYNONYMS = {
     "instruction": ["question", "query", "prompt", "input", "user", "ask", "problem", "问题", "指令"],
-    "output": ["answer", "response", "completion", "reply", "assistant", "target", "chosen", "回答", "答案", "输出"],
+    "output": ["answer", "response", "completion", "reply", "assistant", "target", "chosen", "answers", "回答", "答案", "输出"],
+    "system": ["system_prompt", "system_message"],
     "prompt": ["instruction", "question", "query", "input", "问题"],
     "completion": ["output", "answer", "response", "reply", "回答"],
     "conversations": ["conversation", "messages", "dialog", "dialogue", "chat"],
@@ -38,6 +43,21 @@ WEIGHTS = ("weight", "train", "training", "loss", "loss_mask", "trainable")
 # Keys of a turn that reach the chat template as they stand.
 PASSED = ("name", "tool_call_id")
 
+# Columns that say of a whole row, or of each of its answers or turns in a list, whether it is trained on.
+ROW_WEIGHTS = ("weight", "weights", "loss_mask", "trainable")
+
+# Columns that carry meaning, under the names that public data sets give them, by the role that takes it.
+MEANINGS = {
+    "system": ("system", "system_prompt", "system_message"),
+    "input": ("input", "context"),
+    "history": ("history",),
+    "tools": ("tools", "functions"),
+    "reasoning": (*REASONING, "chain_of_thought", "cot", "complex_cot"),
+}
+
+# Columns of what is no text.
+NOT_TEXT = ("image", "images", "audio", "audios", "video", "videos")
+
 READ_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *PASSED, *REASONING, *WEIGHTS}
 
 
@@ -49,19 +69,24 @@ class Layout:
     """Roles that need a column, the question's first; of several in one place the first that has one."""
     answer: str
     """The role of the column with the answers."""
+    optional: tuple[str, ...] = ()
+    """Roles that a row may have besides."""
     turns: bool = False
-    """Whether that column holds a conversation."""
+    """Whether the answers' column holds a conversation."""
     plain: str = ""
     """`dataset.template=plain` as a template text; blank where it is not one."""
 
 
 SHAPES = {
-    Shape.messages: Layout((("messages",),), "messages", turns=True),
-    Shape.conversations: Layout((("conversations",),), "conversations", turns=True),
-    Shape.instruction: Layout((("instruction", "input"), ("output",)), "output", plain="{instruction}\n\n{input}\n\n{output}"),
-    Shape.prompt_completion: Layout((("prompt",), ("completion",)), "completion", plain="{prompt}{completion}"),
+    Shape.messages: Layout((("messages",),), "messages", ("system", "tools"), turns=True),
+    Shape.conversations: Layout((("conversations",),), "conversations", ("system", "tools"), turns=True),
+    Shape.instruction: Layout((("instruction", "input"), ("output",)), "output",
+                              ("input", "system", "tools", "history", "reasoning"),
+                              plain="{instruction}\n\n{input}\n\n{output}"),
+    Shape.prompt_completion: Layout((("prompt",), ("completion",)), "completion", ("system", "tools", "history", "reasoning"),
+                                    plain="{prompt}{completion}"),
     Shape.text: Layout((("text",),), "text"),
-}
+}  # fmt: skip
 """The shapes, in the order in which `auto` tries them."""
 
 # What a template text can always name in braces, whatever the columns are called.
@@ -80,6 +105,8 @@ class Turn:
     """Whether an assistant's answer is trained on, as its weight says; else it is only read."""
     extra: dict[str, Any] = field(default_factory=dict)
     """What else the chat template is given of it: `tool_calls`, `name`, `tool_call_id`."""
+    is_null: bool = False
+    """Whether the content is null, as it is beside calls: some templates tell that from a blank one."""
     unused: tuple[str, ...] = field(default=(), compare=False)
     """Keys of the turn that hold something and are not used."""
 
@@ -88,48 +115,107 @@ def find_shape(rows: Sequence[dict], data: DatasetSettings) -> Shape:
     """The shape that `dataset.shape` names, or the one that the columns of the first rows speak for."""
     if data.shape != Shape.auto:
         return data.shape
-    names, columns = _names(rows), data.columns
+    names, columns = column_names(rows), data.columns
     for shape, layout in SHAPES.items():
         if all(any(getattr(columns, role) in names for role in roles) for roles in layout.needed):
             return shape
     if columns.output in names or columns.instruction in names:
         return Shape.instruction  # check_columns says what is missing
-    turns = next((name for name in sorted(names) if len(rows) and holds_turns(rows[0].get(name))), None)
-    fix = f"dataset.columns.messages={turns}" if turns else _guess_columns(names, data)
-    why = f"The columns {', '.join(sorted(names))} fit no known shape."
-    raise refuse("dataset.shape=auto", why, fix or "dataset.shape=text dataset.columns.text=<column>")
+    fix = _guess_shape(rows, names, data) or "dataset.shape=text dataset.columns.text=<column>"
+    raise refuse("dataset.shape=auto", f"The columns {', '.join(sorted(names))} fit no known shape.", fix)
+
+
+def _guess_shape(rows: Sequence[dict], names: set[str], data: DatasetSettings) -> str:
+    """The overrides that read these rows, tried on the first of them; blank if none do."""
+    guesses = [(Shape.messages, {"messages": name}) for name in sorted(names)]
+    question, answer = likeliest("instruction", "instruction", names), likeliest("output", "output", names)
+    if question and answer and question != answer:
+        freed = {"input": None} if question == data.columns.input else {}
+        guesses.append((Shape.instruction, {"instruction": question, **freed, "output": answer}))
+    if text := likeliest("text", "text", names):
+        guesses.append((Shape.text, {"text": text}))
+    for shape, roles in guesses:
+        for role in SHAPES[shape].optional:
+            known = [name for name in sorted(names - {*roles.values()}) if name.lower() in MEANINGS[role]]
+            if known and role not in roles and getattr(data.columns, role) not in names:
+                roles = {**roles, role: known[0]}
+        tried = replace(data, shape=shape, columns=replace(data.columns, **roles))
+        if all(_reads(rows[i], tried, shape) for i in range(min(3, len(rows)))):
+            words = [_column(role, name) for role, name in sorted(roles.items(), key=_in_order)]
+            return " ".join(words if shape != Shape.text else ["dataset.shape=text", *words])
+    return ""
+
+
+def _in_order(role: tuple[str, Any]) -> int:
+    """Where a role stands in a row: what is read first comes first."""
+    order = ("system", "tools", "history", "messages", "instruction", "input", "reasoning", "output", "text")
+    return order.index(role[0])
+
+
+def _reads(row: dict, data: DatasetSettings, shape: Shape) -> bool:
+    """Whether a row can be read with these columns."""
+    try:
+        if shape == Shape.text:
+            return bool(cell_text(row.get(data.columns.text), "text").strip())
+        return any(turn.role == "assistant" for turn in row_to_turns(row, data, shape))
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return False
 
 
 def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, source: str) -> None:
     """Refuse, all at once, roles whose column is not in the data, with the likeliest match."""
-    names, columns = _names(rows), data.columns
+    names, columns = column_names(rows), data.columns
     problems = []
     for role in (_role_of(roles, columns) for roles in SHAPES[shape].needed):
         column = getattr(columns, role)
         if column is None:
+            match = likeliest(role, role, {name for name in names if _suits(rows, name, SHAPES[shape].turns)})
             why = f"The {shape.value} shape needs a column for {role}. There are: {', '.join(sorted(names))}."
-            problems.append(Problem(f"dataset.columns.{role}=null", why, f"dataset.columns.{role}=<column>"))
+            fix = _mapping(role, match, data) if match else f"dataset.columns.{role}=<column>"
+            problems.append(Problem(f"dataset.columns.{role}=null", why, fix))
         elif column not in names:
-            match = likeliest(role, column, names)
+            match = likeliest(role, column, {name for name in names if _suits(rows, name, SHAPES[shape].turns)})
             why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
             fix = _mapping(role, match, data) if match else f"dataset.columns.{role}=<column>   or another dataset.shape"
             problems.append(Problem(f"dataset.columns.{role}={column}", why, fix))
-    for column in [*data.keep, *data.drop]:
+    for group, column, pattern in [(g, *pair) for g in ("keep", "drop") for pair in getattr(data, g).items()]:
         if column not in names:
             match = likeliest(column, column, names)
-            group = "keep" if column in data.keep else "drop"
-            fix = f"dataset.{group}.{match}=..." if match else f"dataset.{group}={{}}   to filter nothing"
+            fix = f"dataset.{group}={{}}   in its place, to filter nothing"
+            fix = f"{typed(f'dataset.{group}.{match}', pattern)}\n{fix}" if re.fullmatch(r"\w+", match or "", re.A) else fix
             why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
-            problems.append(Problem(f"dataset.{group}.{column}", why, fix))
+            problems.append(Problem(f"dataset.{group}.{column}={pattern}", why, fix))
+    for column in data.ignore_columns:
+        if column not in names:
+            match = likeliest(column, column, names - {*data.ignore_columns})
+            others = [name for name in data.ignore_columns if name != column]
+            fix = typed("dataset.ignore_columns", [*others, match] if match else others)
+            why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
+            problems.append(Problem(f"dataset.ignore_columns=[{column}]", why, fix))
     allowed = {*FIELDS} if SHAPES[shape].turns else {*FIELDS, *names}
     for name in names_in(data.template):
         if name not in allowed:  # it would be filled with nothing
             match = likeliest(name, name, allowed)
-            fix = f"write {{{match}}}" if match else ""
+            fix = typed("dataset.template", data.template.replace(f"{{{name}", f"{{{match}")) if match else ""
             why = f"The template can name {', '.join(sorted(allowed))}."
             problems.append(Problem(f"dataset.template=...{{{name}}}...", why, fix))
     if problems:
         raise Refusal(problems)
+
+
+def _suits(rows: Sequence[dict], column: str, turns: bool) -> bool:
+    """Whether the first row has turns, or else text, in this column: a hint names no other."""
+    value = rows[0].get(column) if len(rows) else None
+    if turns:
+        return holds_turns(_parsed_or_none(value))
+    return not isinstance(value, list | dict)
+
+
+def _parsed_or_none(value: Any) -> Any:
+    try:
+        return _parsed(value, "")
+    except ValueError:
+        return None
 
 
 def question_row(question: str, columns: ColumnSettings, shape: Shape) -> dict[str, Any]:
@@ -173,7 +259,7 @@ def row_to_fields(row: dict, data: DatasetSettings, shape: Shape, template: str)
 
 
 def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
-    """A row as turns for a chat template."""
+    """A row as turns for a chat template. Raises ValueError where something in it could not be trained on as it stands."""
     columns = data.columns
     if SHAPES[shape].turns:
         column = getattr(columns, SHAPES[shape].answer)
@@ -186,16 +272,121 @@ def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
         else:
             turns.append(Turn("assistant", cell_text(answer, columns.completion)))
     else:
-        values = row_to_fields(row, data, shape, "")
+        column = getattr(columns, SHAPES[shape].answer)
+        calls = _answer_calls(row.get(column), column) if read_tools(row, columns) else []
+        values = row_to_fields(row | {column: ""} if calls else row, data, shape, "")
         question = values["prompt"] if shape == Shape.prompt_completion else ""
         question = question or "\n\n".join(v for v in (values["instruction"], values["input"]) if v)
         answer = values["completion"] if shape == Shape.prompt_completion else values["output"]
-        turns = [*read_history(row), Turn("user", question), Turn("assistant", answer)]
-    system = as_text(row.get(columns.system)) if columns.system and isinstance(row.get(columns.system), str) else ""
+        thought = cell_text(row.get(columns.reasoning), columns.reasoning) if columns.reasoning else ""
+        extra = {"tool_calls": calls} if calls else {}
+        turns = [*read_history(row, columns), Turn("user", question), Turn("assistant", answer, thought, extra=extra)]
+    system = cell_text(row.get(columns.system), columns.system) if columns.system else ""
+    system = system.removeprefix("SYSTEM: ").strip() if system.startswith("SYSTEM: ") else system  # beside a transcript
+    if system.strip() and turns[:1] and turns[0].role == "system" and turns[0].content.strip() != system.strip():
+        why = f"column {columns.system!r} and the first turn hold two system prompts"
+        raise RowFault(why, f"dataset.columns.system=null {ignoring(columns.system, data)}   takes that of the turns")
     system = system or data.system_prompt or ""
     if system and (not turns or turns[0].role != "system"):
         turns.insert(0, Turn("system", system))
+    _weigh(turns, row, data)
     return turns
+
+
+def _answer_calls(value: Any, column: str) -> list[dict]:
+    """The calls of an answer that is nothing but a list of them, as xLAM's rows have it; none if it is something else."""
+    calls = _parsed_or_none(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    if isinstance(calls, list) and calls and all(isinstance(c, dict) and {"name", "arguments"} <= c.keys() for c in calls):
+        return _read_calls({"tool_calls": calls}, "assistant", 1, column)
+    return []
+
+
+def row_is_read(row: dict, data: DatasetSettings) -> bool:
+    """Whether a weight of 0 in a column says that nothing of the row is trained on."""
+    return any(weight == 0 for _, weight in _row_weights(row, data) if not isinstance(weight, list))
+
+
+def _row_weights(row: dict, data: DatasetSettings) -> list[tuple[str, Any]]:
+    """(column, weight) of the columns that weigh a row: 0, 1, or a list of these. Raises ValueError for another weight."""
+    found = []
+    for name in ROW_WEIGHTS:
+        value = row.get(name)
+        if value is None:
+            continue
+        if name in data.ignore_columns or not holds_something(value):
+            continue
+        value = value if _parsed_or_none(value) is None else _parsed_or_none(value)  # in CSV files all is text
+        if any(one not in (0, 1) for one in (value if isinstance(value, list) else [value])):
+            why = f"column {name!r} holds {str(value)[:20]}; a weight can be 0 or 1, and other weights are not supported"
+            raise RowFault(why, f"{ignoring(name, data)}   leaves them out")
+        found.append((name, value))
+    return found
+
+
+def _weigh(turns: list[Turn], row: dict, data: DatasetSettings) -> None:
+    """Mark answers as read that a list of weights, one for each turn or for each answer, gives 0."""
+    for name, weights in _row_weights(row, data):
+        answers = [turn for turn in turns if turn.role == "assistant" and turn.trained_on]
+        spoken = [turn for turn in turns if turn.role != "system"]
+        if not isinstance(weights, list):
+            continue
+        weighed = next((some for some in (turns, spoken, answers) if len(some) == len(weights)), None)
+        if weighed is None:
+            why = f"column {name!r} holds {len(weights)} weights for {len(turns)} turns, {len(answers)} of them answers"
+            raise RowFault(why, f"{ignoring(name, data)}   leaves them out")
+        for turn, weight in zip(weighed, weights, strict=True):
+            turn.trained_on = turn.trained_on and weight == 1
+
+
+def sort_columns(names: set[str], data: DatasetSettings, shape: Shape, template: str) -> tuple[list[str], dict[str, str]]:
+    """(columns that are not used, columns that carry meaning and have no place, each with the overrides that help)."""
+    layout, columns = SHAPES[shape], data.columns
+    roles = [_role_of(some, columns) for some in layout.needed] + list(layout.optional)
+    if template not in ("chat", "plain"):
+        named = names_in(template)
+        roles = [role for role in FIELDS if role in named] if not layout.turns else [*roles, "system"]
+        if "prompt" in named and shape == Shape.instruction:
+            roles += ["instruction", "input"]
+    for role in roles:
+        if (column := getattr(columns, role)) and column in data.ignore_columns:
+            why = f"The column is used: it plays the role {role}."
+            fix = typed("dataset.ignore_columns", [name for name in data.ignore_columns if name != column]) + "   uses it"
+            fix += f"\ndataset.columns.{role}=null   leaves it out" if role in layout.optional else ""
+            raise refuse(f"dataset.ignore_columns=[{column}]", why, fix)
+    used = {getattr(columns, role) for role in roles} | {*data.keep, *data.drop, *ROW_WEIGHTS}
+    if template not in ("chat", "plain"):
+        used |= {*names_in(template), columns.history, columns.tools}  # which a template text refuses by itself
+    unused = sorted(name for name in names if name not in used and name not in data.ignore_columns)
+    meant = {}
+    for name in unused:
+        role = next((role for role, known in MEANINGS.items() if getattr(columns, role) == name or name.lower() in known), None)
+        if name.lower() in NOT_TEXT:
+            meant[name] = f"{ignoring(name, data)}   leaves it out: only text is trained on"
+        elif role and shape != Shape.text:
+            meant[name] = _way_in(role, name, names, data, shape, template)
+    return [name for name in unused if name not in meant], meant
+
+
+def _way_in(role: str, column: str, names: set[str], data: DatasetSettings, shape: Shape, template: str) -> str:
+    """The overrides by which a column that carries meaning is used, and the one that leaves it out."""
+    out = f"{ignoring(column, data)}   leaves it out"
+    mapped, chat = _column(role, column), "" if template == "chat" or role in names_in(template) else "dataset.template=chat "
+    if getattr(data.columns, role) == column or (role in SHAPES[shape].optional and getattr(data.columns, role) not in names):
+        return f"{chat}{mapped}\n{out}"
+    if shape == Shape.prompt_completion and role == "input":
+        columns = {"instruction": data.columns.prompt, "input": column, "output": data.columns.completion}
+        return f"{chat}dataset.shape=instruction {' '.join(itertools.starmap(_column, columns.items()))}\n{out}"
+    return out
+
+
+def ignoring(column: str, data: DatasetSettings) -> str:
+    """The override that leaves a column out, beside those that are left out already."""
+    return typed("dataset.ignore_columns", [*data.ignore_columns, column])
+
+
+def _column(role: str, name: str | None) -> str:
+    """The override that gives a role this column, or none."""
+    return typed(f"dataset.columns.{role}", name) if name else f"dataset.columns.{role}=null"
 
 
 def _prompt_is_turns(row: dict, data: DatasetSettings, shape: Shape) -> bool:
@@ -205,6 +396,8 @@ def _prompt_is_turns(row: dict, data: DatasetSettings, shape: Shape) -> bool:
 
 def _read_turns(value: Any, column: str) -> list[Turn]:
     """Turns of a cell. Raises ValueError where something in it could not be trained on as it stands."""
+    if isinstance(value, str) and (spoken := read_transcript(value)):
+        value = spoken
     if isinstance(value, str):  # CSV files carry turns as JSON text
         try:
             value = json.loads(value)
@@ -214,6 +407,9 @@ def _read_turns(value: Any, column: str) -> list[Turn]:
             raise ValueError(f"column {column!r} is nested too deeply to be read") from None
     if not isinstance(value, list) or not value:
         raise ValueError(f"column {column!r} has to hold a list of turns; this is {str(value)[:40]!r}")
+    if all(isinstance(pair, dict) and pair.keys() >= {"input", "output"} and "role" not in pair for pair in value):
+        return [t for p in value for t in (Turn("user", cell_text(p["input"], column)),
+                                           Turn("assistant", cell_text(p["output"], column)))]  # fmt: skip
     turns = []
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, dict):
@@ -222,10 +418,7 @@ def _read_turns(value: Any, column: str) -> list[Turn]:
         role = SPEAKERS.get(speaker, speaker)
         if role not in ROLES:
             raise ValueError(f"unknown speaker {speaker!r} in column {column!r}; known are {', '.join([*ROLES, *SPEAKERS])}")
-        content, calls = (
-            turn.get("content") if "content" in turn else turn.get("value"),
-            _read_calls(turn, speaker, number, column),
-        )
+        content, calls = turn.get("content", turn.get("value")), _read_calls(turn, speaker, number, column)
         content = "" if speaker == "function_call" else _join_parts(content, role, number, column)
         extra = {key: turn[key] for key in PASSED if turn.get(key)} | ({"tool_calls": calls} if calls else {})
         if calls and role != "assistant":
@@ -236,7 +429,8 @@ def _read_turns(value: Any, column: str) -> list[Turn]:
             turns.append(Turn(role, content, extra=extra, unused=unused))
             continue
         reasoning = next((text for key in REASONING if (text := as_text(turn.get(key))).strip()), "")
-        turns.append(Turn(role, content, reasoning, _is_trained_on(turn, number, column), extra, unused))
+        is_null = (bool(calls) and turn.get("content", turn.get("value")) is None) or speaker == "function_call"
+        turns.append(Turn(role, content, reasoning, _is_trained_on(turn, number, column), extra, is_null, unused))
     return turns
 
 
@@ -283,37 +477,49 @@ def _is_trained_on(turn: dict, number: int, column: str) -> bool:
     return True
 
 
-def read_history(row: dict) -> list[Turn]:
-    """The earlier turns of an Alpaca row, `history`: pairs of a question and an answer. They are read, not trained on."""
-    pairs = _from_json(row.get("history"), "history")
+def read_history(row: dict, columns: ColumnSettings) -> list[Turn]:
+    """The earlier turns of an Alpaca row: pairs of a question and an answer, or turns. They are read, not trained on."""
+    name = columns.history
+    pairs = _from_json(row.get(name), name, "history") if name else None
     if not pairs:
         return []
+    if holds_turns(pairs):
+        turns = _read_turns(pairs, name)
+        return [replace(turn, trained_on=False) for turn in turns]
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise ValueError("column 'history' has to hold pairs of a question and an answer")
-    texts = [[cell_text(cell, "history") for cell in pair] for pair in pairs]
+        raise RowFault(f"column {name!r} has to hold pairs of a question and an answer", _without("history", name))
+    texts = [[cell_text(cell, name) for cell in pair] for pair in pairs]
     return [
         turn for question, answer in texts for turn in (Turn("user", question), Turn("assistant", answer, trained_on=False))
     ]
 
 
-def read_tools(row: dict) -> list[dict]:
-    """The functions that a row's column `tools` defines, as a list or as JSON text of one; none without it."""
-    tools = _from_json(row.get("tools"), "tools")
+def read_tools(row: dict, columns: ColumnSettings) -> list[dict]:
+    """The functions that a row defines, as a list, each an object or JSON text of one, or as JSON text; none without them."""
+    name = columns.tools
+    tools = _from_json(row.get(name), name, "tools") if name else None
     if not tools:
         return []
+    tools = [_parsed_or_none(tool) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError("column 'tools' has to hold a list of functions, each an object; call it otherwise if it is none")
+        raise RowFault(f"column {name!r} has to hold a list of functions, each an object", _without("tools", name))
     return tools
 
 
-def _from_json(value: Any, column: str) -> Any:
+def _without(role: str, column: str) -> str:
+    """The hint that trains without the column of a role."""
+    return f"dataset.columns.{role}=null {typed('dataset.ignore_columns', [column])}   leaves it out"
+
+
+def _from_json(value: Any, column: str, role: str) -> Any:
     """A cell that holds a list, also where it is written as JSON text."""
     if not isinstance(value, str) or not value.strip():
         return value if isinstance(value, list | dict) else None
     try:
         return json.loads(value)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"column {column!r} has to hold a list; as JSON it has a fault: {error}") from None
+        why = f"column {column!r} has to hold a list; as JSON it has a fault: {error}"
+        raise RowFault(why, _without(role, column)) from None
 
 
 def holds_turns(value: Any) -> bool:
@@ -343,31 +549,31 @@ def _turns_to_fields(turns: list[Turn]) -> dict[str, str]:
     spoken = [turn for turn in turns if turn.role != "system"]
     if [turn.role for turn in spoken] != ["user", "assistant"]:
         roles = ", ".join(turn.role for turn in spoken)
-        raise ValueError(
-            f"a template text takes one question and one answer, and this row has {roles}; set dataset.template=chat"
-        )
+        raise RowFault(f"a template text takes one question and one answer, and this row has {roles}", "dataset.template=chat")
     if spoken[1].reasoning or not spoken[1].trained_on or spoken[1].extra.get("tool_calls"):
         what = "reasoning in a key of its own" if spoken[1].reasoning else "the weight 0"
         what = "a call of a tool" if spoken[1].extra.get("tool_calls") else what
-        raise ValueError(f"a template text has no place for an answer with {what}; set dataset.template=chat")
+        raise RowFault(f"a template text has no place for an answer with {what}", "dataset.template=chat")
     question, answer = spoken[0].content, spoken[1].content
     system = next((turn.content for turn in turns if turn.role == "system"), "")
     return {"instruction": question, "prompt": question, "input": "", "output": answer, "completion": answer, "system": system}
 
 
-class NotText(ValueError):
-    """A list or an object stands where text has to stand."""
+class RowFault(ValueError):
+    """A row that cannot be read, with the override that helps."""
 
-    fix = "write the cells as text, for example as JSON text"
+    def __init__(self, why: str, fix: str):
+        super().__init__(why)
+        self.fix = fix
 
 
 def cell_text(value: Any, column: str) -> str:
-    """A question's or an answer's cell. Raises NotText for a list or an object: as JSON it would be trained on by accident."""
+    """A question's or an answer's cell. Raises RowFault for a list or an object: as JSON it would be trained on by accident."""
     if isinstance(value, list | dict):
-        error = NotText(f"column {column!r} holds {'a list' if isinstance(value, list) else 'an object'}, not text")
-        if holds_turns(value):
-            error.fix = f"dataset.columns.messages={column}"
-        raise error
+        turns = f"dataset.shape=messages {_column('messages', column)}" if holds_turns(value) else ""
+        what = "a list" if isinstance(value, list) else "an object"
+        fix = turns or "write the cells as text, for example as JSON text"
+        raise RowFault(f"column {column!r} holds {what}, not text", fix)
     if isinstance(value, float) and math.isinf(value):  # as 1e999 in a JSON file
         raise ValueError(f"column {column!r} holds an infinite number")
     return as_text(value)
@@ -399,7 +605,13 @@ def names_in(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name))
 
 
-def _names(rows: Sequence[dict]) -> set[str]:
+def holds_something(value: Any) -> bool:
+    """Whether a cell is not blank: null, NaN, and empty texts and lists are."""
+    return value == value and value not in (None, "", [], {})
+
+
+def column_names(rows: Sequence[dict]) -> set[str]:
+    """The columns that one of the rows has."""
     if hasattr(rows, "column_names"):
         return set(rows.column_names)
     names: set[str] = set()
@@ -411,12 +623,4 @@ def _names(rows: Sequence[dict]) -> set[str]:
 def _mapping(role: str, column: str, data: DatasetSettings) -> str:
     """The override that maps a role, and the one that keeps a question in the input column from being there twice."""
     freed = " dataset.columns.input=null" if role == "instruction" and column == data.columns.input else ""
-    return f"dataset.columns.{role}={column}{freed}"
-
-
-def _guess_columns(names: set[str], data: DatasetSettings) -> str:
-    question, answer = likeliest("instruction", "instruction", names), likeliest("output", "output", names)
-    if question and answer and question != answer:
-        return f"{_mapping('instruction', question, data)} dataset.columns.output={answer}"
-    text = likeliest("text", "text", names)
-    return f"dataset.columns.text={text}" if text else ""
+    return f"{_column(role, column)}{freed}"

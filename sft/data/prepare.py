@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 from array import array
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,12 +28,14 @@ from sft.data.audit import (
     count_target_tokens,
     data_warnings,
     find_duplicates,
+    notes_of,
     quantiles,
     refuse_nothing_to_learn,
+    room_for,
 )
-from sft.data.columns import NotText, check_columns, find_shape
-from sft.data.sources import choose_indices, read_rows, select, source_of
-from sft.data.templates import ALPACA, Rendered, choose_template, render_row
+from sft.data.columns import RowFault, check_columns, column_names, find_shape, holds_something, sort_columns
+from sft.data.sources import choose_indices, held_out_data, read_rows, select, source_of
+from sft.data.templates import ALPACA, Rendered, choose_template, render_samples
 from sft.data.token_cache import Prepared, cache_folder, only_one, read_cache
 from sft.data.tokenize import IGNORED, count_not_restored, label, starts_with_bos, tokenise
 from sft.errors import Refusal, first_line, refuse
@@ -59,12 +60,14 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
     Raises Refusal for everything wrong with the data: unreadable files, missing columns, over-long or empty rows.
     """
     data = settings.dataset
-    known = source_of(data)  # a file that was read before need not be read again
-    source, sources = known, [known, known if data.eval_split else None]
-    prepared = read_cache(cache_folder(settings, tokenizer, stop_ids, sources)) if known else None
+    held_out = held_out_data(data)
+    source = source_of(data)  # files that were read before need not be read again
+    eval_source = source_of(held_out) if held_out else None
+    known = source is not None and (held_out is None or eval_source is not None)
+    prepared = read_cache(cache_folder(settings, tokenizer, stop_ids, [source, eval_source])) if known else None
     if prepared is None:
         rows, source = read_rows(data, data.split)
-        eval_rows, eval_source = read_rows(data, data.eval_split) if data.eval_split else (None, None)
+        eval_rows, eval_source = read_rows(held_out, held_out.split) if held_out else (None, None)
         folder = cache_folder(settings, tokenizer, stop_ids, [source, eval_source])
         with only_one(folder):  # of several processes one tokenises, the others wait for it and read
             prepared = read_cache(folder)
@@ -72,12 +75,14 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
                 atomic.remove_leftovers(folder.parent, folder.name)  # of a process that was killed here
                 atomic.remove_folder(folder)  # whatever is there could not be read
                 with atomic.new_folder(folder, replace=False) as work:
-                    facts = _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work)
+                    facts = _tokenise_all(settings, tokenizer, stop_ids, (rows, eval_rows), (source, eval_source), work)
                     (work / "facts.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
                 prepared = read_cache(folder)
     if prepared.eval is not None:
         prepared.facts["held_out_hash"] = _hash_rows(prepared.eval)
     prepared.facts["source"] = source["name"]  # a file of the same contents may have been called otherwise
+    prepared.facts |= {"files": source["files"]} if "files" in source else {}
+    prepared.facts |= {"eval_source": eval_source["name"]} if eval_source else {}
     return prepared
 
 
@@ -89,11 +94,15 @@ def _hash_rows(rows) -> str:
     return digest.hexdigest()[:16]
 
 
-def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: Path) -> dict[str, Any]:
-    """Write the tokens of both splits to files in `work`, a batch at a time, and return what was found."""
-    data = settings.dataset
+def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) -> dict[str, Any]:
+    """Write the tokens of both splits to files in `work`, a batch at a time, and return what was found.
+
+    `tables` and `sources` are the rows and where they come from, then those of held-out rows of their own, or None.
+    """
+    data, (rows, eval_rows), (source, eval_source) = settings.dataset, tables, sources
     shape = find_shape(rows, data)
-    check_columns(rows, data, shape, source["name"])
+    names = column_names(rows) | (set() if eval_rows is None else column_names(eval_rows))
+    check_columns(rows, _asked_of(rows, data, names), shape, source["name"])
     template = choose_template(data, shape, tokenizer)
     counts = {"read": len(rows)}
     train_index, eval_index = select(rows, data, row_seed(settings), counts)
@@ -102,22 +111,29 @@ def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: 
     else:
         eval_index = choose_indices(eval_rows, data, row_seed(settings))[: data.max_eval_rows]
         counts["read_eval"] = len(eval_rows)
-        check_columns(eval_rows, data, shape, f"{data.name} ({data.eval_split})")
+        _check_held_out(eval_rows, _asked_of(eval_rows, data, names), shape, eval_source["name"])
+        if not eval_index:
+            fix = "dataset.keep={} dataset.drop={}   to filter nothing"
+            raise refuse("dataset.keep / dataset.drop", f"None of the {len(eval_rows)} held-out rows passes the filters.", fix)
 
     facts: dict[str, Any] = {"source": source["name"], "data_hash": source["hash"], "shape": shape.value}
     facts["template"] = "alpaca" if template == ALPACA else template if data.template == "auto" else data.template
-    render = functools.partial(render_row, data=data, shape=shape, template=template, tokenizer=tokenizer)
+    render = functools.partial(render_samples, data=data, shape=shape, template=template, tokenizer=tokenizer)
     if data.loss_on == LossOn.last:
         render = functools.partial(_last_answer, render)
+    render = functools.partial(_render, render, *sort_columns(names, data, shape, template))
     encode = functools.partial(_tokenise_near, tokenizer=tokenizer, limit=settings.model.max_seq_length)
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
     finish = functools.partial(label, bos=bos, eos=tokenizer.eos_token_id, stop_ids=stop_ids)
-    splits, faults = {}, Faults()
+    splits, faults = {}, Faults(len(train_index) + len(eval_index))
     for name, table, index in (("train", rows, train_index), ("eval", eval_rows, eval_index)):
         if index or name == "train":
             entries = _tokenise(table, index, render, encode, finish, faults)
             splits[name] = _write_split(entries, work / f"{name}.arrow", settings, tokenizer, stop_ids)
-    faults.refuse()
+    if data.skip_bad_rows:
+        counts["bad_rows"] = faults.count
+    else:
+        faults.refuse()
     not_restored = _check_round_trip(splits["train"].texts, tokenizer, settings)
     longer = [f"{s.too_long} of {s.read} {name} rows" for name, s in splits.items() if s.too_long]
     if longer and data.overlong == Overlong.error:
@@ -134,7 +150,7 @@ def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: 
     facts |= {f"{name}_tokens": s.tokens for name, s in splits.items()}
     facts["trained_tokens"] = splits["train"].target_tokens
     facts["duplicates"] = find_duplicates(splits["train"], splits.get("eval"))
-    notes = sum((s.notes for s in splits.values()), Counter())
+    facts["notes"] = notes = notes_of(splits)
     facts["warnings"] = data_warnings(counts, blank, facts["duplicates"], notes, settings)
     if not_restored:
         found = f"The tokens of {not_restored} of the first {len(splits['train'].texts)} rows do not give their text back: "
@@ -146,6 +162,21 @@ def _tokenise_all(settings, tokenizer, stop_ids, rows, eval_rows, source, work: 
     facts["stop_tokens"] = tokenizer.convert_ids_to_tokens(sorted(stop_ids))
     facts["examples"] = splits["train"].examples
     return facts
+
+
+def _asked_of(rows, data, names: set[str]):
+    """The settings without the ignored columns that only the other ones of the rows to train on and held out have."""
+    own = column_names(rows)
+    return replace(data, ignore_columns=[one for one in data.ignore_columns if one in own or one not in names])
+
+
+def _check_held_out(rows, data, shape: Shape, source: str) -> None:
+    """`check_columns` of held-out rows; another column in the settings would not be that of the rows to train on."""
+    try:
+        check_columns(rows, data, shape, source)
+    except Refusal as refusal:
+        fix = "the held-out rows need the columns of the rows to train on: rename them in that file"
+        raise Refusal([replace(problem, fix=fix) for problem in refusal.problems]) from refusal
 
 
 def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokenizer, stop_ids: set[int]) -> SplitStats:
@@ -162,7 +193,10 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
             stats.too_long += sum(len(e["input_ids"]) > limit for e in batch)
             stats.texts += [f"{e['question'][:1000]}\n{e['reference'][:1000]}" for e in batch[: FIRST_ROWS - len(stats.texts)]]
             for entry in batch:
-                stats.notes.update(entry.pop("notes"))
+                notes = entry.pop("notes")
+                stats.notes.update(notes)
+                for note in notes:
+                    stats.first.setdefault(note, entry["row"])
             kept = _fit_length(batch, settings, stats.counts)
             audit(kept, stats.counts, tokenizer.bos_token_id, stop_ids)
             ids, ends = _concatenated([e["input_ids"] for e in kept])
@@ -224,40 +258,43 @@ def _tokenise(rows, index: list[int], render, encode, finish, faults: Faults) ->
                         try:
                             # The first row tells what the template takes; later the tokenizer's threads work beside this one.
                             with contextlib.nullcontext() if waiting or rendered else limits.memory_limited():
-                                rendered.append(_render(render, rows[i]))
-                            numbers.append(i)
+                                samples = render(rows[i])
+                            rendered += samples
+                            numbers += [i] * len(samples)
                         except limits.OverLimit as error:
                             fix = "model.chat_template=chatml   or remove the row"
                             raise refuse(f"row {i + 1} of the data: its chat template", str(error), fix) from error
                         except Refusal as refusal:
                             faults.add(i + 1, refusal)
-                            if faults.many:
-                                return
                 coming = rendered, pool.submit(encode, rendered), numbers
             if waiting:
                 rendered, encodings, numbers = waiting
                 entries = finish(rendered, encodings.result())
                 for i, row, entry in zip(numbers, rendered, entries, strict=True):
-                    yield {**entry, "answers": max(1, len(row.spans)), "row": i + 1}
+                    yield {**entry, "answers": max(1, len(row.spans), row.ends), "row": i + 1}
             waiting = coming
 
 
-def _last_answer(render, row: dict) -> Rendered:
+def _last_answer(render, row: dict) -> list[Rendered]:
     """The row with nothing but its last answer trained on."""
-    rendered = render(row)
-    return replace(rendered, spans=rendered.spans[-1:])
+    return [replace(sample, spans=sample.spans[-1:]) for sample in render(row)]
 
 
-def _render(render, row: dict):
-    """The row rendered. Raises Refusal for whatever is wrong with it."""
+def _render(render, unused: list[str], meant: dict[str, str], row: dict) -> list[Rendered]:
+    """The row's samples, with a note of each column that is not used. Raises Refusal for whatever is wrong with it."""
+    for column, fix in meant.items():
+        if holds_something(row.get(column)):
+            raise refuse("", f"Its column {column!r} carries meaning and is not used.", fix)
     try:
-        rendered = render(row)
-        rendered.text.encode()  # half an emoji, as cut texts have it, cannot be tokenised
-        return rendered
+        samples = render(row)
+        for sample in samples:
+            sample.text.encode()  # half an emoji, as cut texts have it, cannot be tokenised
+        samples[0].notes += [f"column {column}" for column in unused if holds_something(row.get(column))]
+        return samples
     except UnicodeEncodeError as error:
         why = f"It holds half of a character ({error.object[error.start]!r}), as texts have it that were cut."
         raise refuse("", why, "mend or remove the row") from error
-    except NotText as error:
+    except RowFault as error:
         raise refuse("", f"It cannot be rendered: {error}.", error.fix) from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # the row's own fault
         why = f"It cannot be rendered: {first_line(error)}."
@@ -284,7 +321,7 @@ def _check_round_trip(texts: list[str], tokenizer, settings: Settings) -> int:
 def _too_long(longer: list[str], longest: int, whole: bool, settings: Settings) -> Refusal:
     """`whole` says that every row was tokenised to its end, so that the longest is known."""
     why = f"{' and '.join(longer)} are longer (the longest has {longest if whole else f'more than {longest}'} tokens)."
-    fix = f"model.max_seq_length={-(-longest // 64) * 64}\n" if whole else ""
+    fix = f"{room_for(longest)}\n" if whole else ""
     fix += "dataset.overlong=drop   leaves them out\n"
     fix += "dataset.overlong=truncate   cuts their end: they no longer teach the model to stop"
     return refuse(f"model.max_seq_length={settings.model.max_seq_length}", why, fix)
@@ -320,14 +357,18 @@ def _example(entry: dict, tokenizer) -> dict[str, Any]:
 
 
 def readable(ids: list[int], tokenizer) -> list[str]:
-    """One piece of text a token. A character that takes several tokens stands whole at its last one."""
-    pieces, waiting = [], []
+    """One piece of text a token. A character that takes several tokens stands whole at its last one.
+
+    Each piece is cut out of the text with the tokens before it: some tokenizers write no space before the first of a text.
+    """
+    pieces, before, waiting = [], [], []
     for i in ids:
         waiting.append(i)
-        text = tokenizer.decode(waiting)
+        known = tokenizer.decode(before)
+        text = tokenizer.decode(before + waiting)[len(known) :]
         if text.endswith("\ufffd") and len(waiting) < 4:  # UTF-8 takes at most four bytes a character
             pieces.append("")
         else:
             pieces.append(text)
-            waiting = []
+            before, waiting = waiting, []
     return pieces

@@ -45,8 +45,9 @@ def render_question(turns: list[Turn], settings: Settings, shape: Shape, tokeniz
     if template == "chat" and data.system_prompt and turns[0].role != "system":
         turns = [Turn("system", data.system_prompt), *turns]
     if template == "chat":
-        return render_chat([*turns, Turn("assistant", "x")], tokenizer)
+        return render_chat([*turns, Turn("assistant", "x")], tokenizer, None, data.special_tokens_in_text)
     system = turns[0].content if turns[0].role == "system" else ""
     row = question_row(question, data.columns, shape)
     values = row_to_fields(row, data, shape, template)
-    return render_text(template, values | {"system": system or data.system_prompt or ""})
+    values |= {"system": system or data.system_prompt or ""}
+    return render_text(template, values, tokenizer, data.special_tokens_in_text)

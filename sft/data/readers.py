@@ -1,21 +1,34 @@
-"""Read a file of rows a row at a time: json, jsonl, csv and parquet, with the line of every mistake.
+"""Read files of rows a row at a time: json, jsonl, csv, parquet and arrow, with the line of every mistake.
 
-The whole file is read once, to check it and to note where each row begins. After that memory holds 16 bytes a row, whatever
+A text file is read once, to check it and to note where each row begins. After that memory holds 16 bytes a row, whatever
 the rows hold: a row is read again from the file when it is asked for.
 """
 
 import codecs
+import contextlib
 import csv
+import errno
+import gzip
+import hashlib
 import io
+import itertools
 import json
 import os
 import re
+import resource
+import shlex
+import shutil
 import weakref
+import zlib
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from sft.errors import first_line, last_line, refuse
+from sft.config.data_files import SAVED, kind_of
+from sft.errors import Refusal, first_line, last_line, refuse
 from sft.storage import cache
 
 CHUNK = 1 << 20
@@ -48,13 +61,104 @@ class FileRows(Sequence):
         return self.parse(os.pread(self.descriptor, end - start, start).decode("utf-8-sig" if start == 0 else "utf-8"))
 
 
-def read_file(path: Path) -> Sequence[dict]:
-    """The rows of a local file, by its suffix. Raises Refusal, with the line, for what cannot be read."""
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-    rows = readers[path.suffix.lower()](path)
-    if not len(rows):
-        raise refuse(f"dataset.path={path}", "The file holds no rows.")
-    return rows
+class JoinedRows(Sequence):
+    """The rows of several files one after the other, numbered over all."""
+
+    def __init__(self, parts: list[Sequence[dict]]):
+        self.parts = parts
+        self.ends = list(itertools.accumulate(map(len, parts)))
+        names = (getattr(part, "column_names", None) or itertools.chain.from_iterable(part) for part in parts)
+        self.column_names = dict.fromkeys(itertools.chain.from_iterable(names))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, i: int) -> dict:
+        part = bisect_right(self.ends, i)  # a part without rows is stepped over
+        return self.parts[part][i - (self.ends[part - 1] if part else 0)]
+
+
+class NamedRows(Sequence):
+    """Rows of the datasets library in which a number that stands for a label is read as the label's name."""
+
+    def __init__(self, rows: Any, readers: dict[str, Callable[[Any], Any]]):
+        self.rows, self.readers, self.column_names = rows, readers, rows.column_names
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict:
+        row = self.rows[i]
+        return row | {name: read(row[name]) for name, read in self.readers.items()}
+
+
+def read_files(files: list[Path], split: str) -> Sequence[dict]:
+    """The rows of all files; of a saved DatasetDict those of `split`. Raises Refusal, with the line of what is wrong."""
+    _allow_open_files(len(files))
+    try:
+        parts = [_read_file(file, split) for file in files]
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        why = f"This system lets a process open {resource.getrlimit(resource.RLIMIT_NOFILE)[1]} files at most."
+        raise refuse(f"{len(files)} files", why, "write the rows into fewer files") from error
+    return parts[0] if len(parts) == 1 else JoinedRows(parts)
+
+
+def _allow_open_files(count: int) -> None:
+    """Let this process open `count` files more; each stays open as long as its rows are in use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if count > 50 and soft != resource.RLIM_INFINITY:
+        wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+        with contextlib.suppress(OSError, ValueError):  # then reading says so
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _read_file(path: Path, split: str) -> Sequence[dict]:
+    kind = kind_of(path)
+    if kind == SAVED:
+        return _read_saved(path / split if (path / "dataset_dict.json").is_file() else path)
+    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet, ".arrow": _read_arrow}
+    if not kind.endswith(".gz"):
+        return readers[kind](path)
+    kind = kind.removesuffix(".gz")
+    plain = _made_once(path, f"rows{kind}", _unpack)
+    try:
+        return readers[kind](plain)
+    except Refusal as refusal:
+        raise Refusal([replace(p, what=p.what.replace(str(plain), str(path))) for p in refusal.problems]) from refusal
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _made_once(path: Path, name: str, make: Callable[[Path, Path], None]) -> Path:
+    """A file in the cache that `make(path, file)` writes, once for all files of these bytes."""
+    place = f"unpacked/{hash_file(path)}{Path(name).suffix}"
+    try:
+        return cache.made_once(place, lambda folder: make(path, folder / name)) / name
+    except OSError as error:
+        why = f"It cannot be unpacked into the cache, {cache.cache_dir()}: {first_line(error)}."
+        raise refuse(str(path), why, "SFT_CACHE=<a folder with room for it>   before the command") from error
+
+
+def _unpack(path: Path, plain: Path) -> None:
+    """Write what a .gz file holds. Raises Refusal where it is damaged."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    if not packed:
+        fix = f"mv {shlex.quote(str(path))} {shlex.quote(str(path)[:-3])}   if it was unpacked already"
+        raise refuse(str(path), "The file is not gzip, whatever its name says.", fix)
+    with open(plain, "wb") as target:
+        try:
+            with gzip.open(path) as source:
+                shutil.copyfileobj(source, target, CHUNK)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            fix = "fetch or write it again; gzip -t tells whether it is whole"
+            raise refuse(str(path), f"The gzip file is damaged: {first_line(error)}.", fix) from error
 
 
 # ----------------------------------------------------------------------------------------------------------- jsonl
@@ -218,7 +322,7 @@ def _read_csv(path: Path) -> FileRows:
                 if not cells:  # a blank line
                     pass
                 elif not header:
-                    header += _check_header([cell.strip() for cell in cells], f"{path}, line {line}")
+                    header += _check_header([cell.strip() for cell in cells], path, line)
                 elif len(cells) != len(header):
                     why = f"{len(header)} columns are expected ({', '.join(header)}); found {len(cells)}."
                     raise refuse(f"{path}, line {line}", why, 'put quotes around a value with a comma in it: "a, b"')
@@ -226,6 +330,8 @@ def _read_csv(path: Path) -> FileRows:
                     rows.add(first, place.byte, header)
                 line, first = reader.line_num + 1, place.byte
         except csv.Error as error:
+            if not header:
+                _check_separator(_first_line_of(path), path, line)
             fix = 'a quote inside a quoted value is written twice: "she said ""yes"""'
             raise refuse(f"{path}, line {line}", f"The row that starts here is not valid CSV: {error}.", fix) from error
     return rows
@@ -244,34 +350,118 @@ def _lines(file: io.BufferedReader, path: Path, place: _Place) -> Iterator[str]:
             yield _decode(piece, path, number)
 
 
-def _check_header(names: list[str], where: str) -> list[str]:
+def _check_header(names: list[str], path: Path, line: int) -> list[str]:
     """The column names of a CSV file, as they are; refused where a column could not be told from another."""
-    if len(names) == 1 and (found := re.search(r"[;\t|]", names[0])):
-        why = f"The columns are separated by {found[0]!r} ({names[0]!r}); they have to be separated by commas."
-        raise refuse(where, why, "save it with commas, or as jsonl")
+    if len(names) == 1:
+        _check_separator(names[0], path, line)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise refuse(where, f"The column {twice[0]!r} stands there twice.", "rename one of the two")
+        raise refuse(f"{path}, line {line}", f"The column {twice[0]!r} stands there twice.", "rename one of the two")
     return names
 
 
-# --------------------------------------------------------------------------------------------- parquet, and encodings
+def _check_separator(header: str, path: Path, line: int) -> None:
+    """Refuse a header whose columns something else than commas separates; what stands in quotes is no separator."""
+    found = re.search(r"[;\t|]", re.sub(r'"(?:[^"]|"")*"', "", header))
+    if found:
+        why = f"The columns are separated by {found[0]!r} ({header.strip()!r}); they have to be separated by commas."
+        code = "import csv, sys; csv.writer(open(sys.argv[2], 'w', newline='')).writerows(csv.reader(open(sys.argv[1], "
+        code += f"encoding='utf-8-sig', newline=''), delimiter={found[0]!r}))"
+        fix = f'save it with commas, or as jsonl:\npython -c "{code}" {shlex.quote(str(path))} commas.csv'
+        raise refuse(f"{path}, line {line}", why, fix)
+
+
+def _first_line_of(path: Path) -> str:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return next((line for line in file if line.strip()), "")
+
+
+# ------------------------------------------------------------------------------------------- parquet, arrow, and encodings
 
 
 def _read_parquet(path: Path) -> Sequence[dict]:
     """Copied once into an Arrow file in the cache, which is mapped into memory."""
     from datasets import Dataset
-    from pyarrow import ArrowException
     from pyarrow.parquet import read_metadata
 
-    try:
+    with _readable(path, "parquet file"):
         if not read_metadata(path).num_rows:
             return []
-        return Dataset.from_parquet(str(path), cache_dir=str(cache.cache_dir() / "parquet"))
+        return with_names(Dataset.from_parquet(str(path), cache_dir=str(cache.cache_dir() / "parquet")))
+
+
+def _read_arrow(path: Path) -> Sequence[dict]:
+    """Mapped into memory; the form that can be read from its end is written anew as a stream, once, in the cache."""
+    from datasets import Dataset
+
+    with _readable(path, "arrow file"):
+        with open(path, "rb") as file:
+            stream = file.read(6) != b"ARROW1"
+        return with_names(Dataset.from_file(str(path if stream else _made_once(path, "rows.arrow", _to_stream))))
+
+
+def _to_stream(path: Path, stream: Path) -> None:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:  # noqa: SIM117
+        with pa.OSFile(str(stream), "wb") as sink, pa.ipc.new_stream(sink, reader.schema) as writer:
+            for number in range(reader.num_record_batches):
+                writer.write_batch(reader.get_batch(number))
+
+
+def _read_saved(folder: Path) -> Sequence[dict]:
+    """What `save_to_disk` of the datasets library wrote, without the format that was set for its rows."""
+    from datasets import load_from_disk
+
+    with _readable(folder, "folder of save_to_disk"):
+        return with_names(load_from_disk(str(folder)).with_format(None))
+
+
+@contextlib.contextmanager
+def _readable(path: Path, what: str) -> Iterator[None]:
+    """Refuse whatever pyarrow and the datasets library raise for damaged files."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except Refusal:
+        raise
     except (ArrowException, OSError, ValueError, RuntimeError) as error:
-        raise refuse(str(path), f"Not a readable parquet file: {last_line(error)}") from error
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            raise
+        raise refuse(str(path), f"Not a readable {what}: {last_line(error)}") from error
     except Exception as error:  # datasets wraps what pyarrow raises in classes of its own
-        raise refuse(str(path), f"Not a readable parquet file: {last_line(error.__cause__ or error)}") from error
+        raise refuse(str(path), f"Not a readable {what}: {last_line(error.__cause__ or error)}") from error
+
+
+def with_names(rows: Any) -> Sequence[dict]:
+    """Rows of the datasets library with the names of their labels in place of numbers."""
+    readers = {name: read for name, feature in rows.features.items() if (read := _names_in(feature, name))}
+    return NamedRows(rows, readers) if readers else rows
+
+
+def _names_in(feature: Any, column: str) -> Callable[[Any], Any] | None:
+    """What puts names for the numbers of the labels in a value of this feature; None where it holds no label."""
+    from datasets import ClassLabel
+
+    if isinstance(feature, ClassLabel):
+        return lambda value: _name_of(value, feature.names, column)
+    if isinstance(feature, dict):
+        inner = {key: read for key, one in feature.items() if (read := _names_in(one, column))}
+        return (lambda value: value and value | {key: read(value[key]) for key, read in inner.items()}) if inner else None
+    each = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)  # a list of whatever length
+    read = None if each is None else _names_in(each, column)
+    return (lambda value: value and [read(one) for one in value]) if read else None
+
+
+def _name_of(value: int | None, names: list[str], column: str) -> str | None:
+    """A label's name; null where the row has none, which the datasets library writes as -1."""
+    if value is None or value == -1:
+        return None
+    if not 0 <= value < len(names):
+        why = f"{value} is the number of no label of the column {column!r}, which has {len(names)}."
+        raise refuse("", why, "mend or remove the row")
+    return names[value]
 
 
 def _decode(raw: bytes, path: Path, line: int = 1) -> str:

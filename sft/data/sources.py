@@ -1,44 +1,87 @@
-"""Where rows come from: a local file, the shipped set or a hub data set; and which of them are used."""
+"""Where rows come from: local files, the shipped set or a hub data set; and which of them are used."""
 
 import hashlib
+import json
 import random
 import re
 import warnings
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sft import limits
 from sft.config import schema
+from sft.config.data_files import SAVED, find_files, find_splits, kind_of, shown_files
 from sft.config.schema import DatasetSettings
 from sft.data.columns import as_text
-from sft.data.readers import read_file
+from sft.data.readers import hash_file, read_files, with_names
 from sft.environment import hub_unreachable
 from sft.errors import first_line, is_page, refuse
 
 
-def read_rows(data: DatasetSettings, split: str) -> tuple[Sequence[dict], dict[str, str]]:
-    """The rows of a local file, the shipped set or a hub data set, and {"name", "hash"} of where they come from."""
-    path = _path_of(data)
-    if path is None:
+def held_out_data(data: DatasetSettings) -> DatasetSettings | None:
+    """The settings by which held-out rows of their own are read; None where they are a part of the others."""
+    if data.eval_path:
+        return replace(data, path=data.eval_path)
+    return replace(data, split=data.eval_split) if data.eval_split else None
+
+
+def read_rows(data: DatasetSettings, split: str) -> tuple[Sequence[dict], dict[str, Any]]:
+    """The rows of local files, the shipped set or a hub data set, and `source_of` them, or {"name", "hash"}."""
+    files = _files_of(data)
+    if files is None:
         return _read_hub(data, split)
-    return read_file(path), source_of(data)
+    rows = read_files(files, split)
+    if not len(rows):
+        why = "The file holds no rows." if len(files) == 1 else f"The {len(files)} files hold no rows."
+        key = "dataset.eval_path" if data.path == data.eval_path else "dataset.path"
+        raise refuse(f"{key}={shown_files(data.path)}", why, "write the rows first, or name another file")
+    return rows, source_of(replace(data, split=split))
 
 
-def source_of(data: DatasetSettings) -> dict[str, str] | None:
-    """{"name", "hash"} of a local file or the shipped set, of which no row is read; None for a hub data set."""
-    path = _path_of(data)
-    if path is None:
+def source_of(data: DatasetSettings) -> dict[str, Any] | None:
+    """{"name", "hash"} of local files or the shipped set, of which no row is read, and of several files "files", their names.
+
+    None for a hub data set.
+    """
+    files = _files_of(data)
+    if files is None:
         return None
-    with open(path, "rb") as file:
-        return {"name": str(data.path or data.name), "hash": hashlib.file_digest(file, "sha256").hexdigest()}
+    splits = any(map(find_splits, files))
+    name = str(data.name) if not data.path else shown_files(data.path) + (f" ({data.split})" if splits else "")
+    hashes = [_hash_of(file, data.split) for file in files]
+    if len(files) == 1:
+        return {"name": name, "hash": hashes[0]}
+    return {"name": name, "hash": _hash_over(hashes), "files": [str(file) for file in files]}
 
 
-def _path_of(data: DatasetSettings) -> Path | None:
-    return Path(data.path).expanduser() if data.path else schema.DATASETS.get(data.name or "")
+def _files_of(data: DatasetSettings) -> list[Path] | None:
+    if data.path:
+        return find_files(data.path)
+    return [schema.DATASETS[data.name]] if data.name in schema.DATASETS else None
 
 
-def _read_hub(data: DatasetSettings, split: str) -> tuple[Sequence[dict], dict[str, str]]:
+def _hash_of(file: Path, split: str) -> str:
+    """What tells the rows of a file from others: the hash of its bytes, or over those of a saved folder's files."""
+    if kind_of(file) == SAVED:
+        folder = file / split if find_splits(file) else file
+        try:
+            named = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
+            files = [folder / one["filename"] for one in named] + [folder / "dataset_info.json"]
+            return _hash_over([hash_file(one) for one in files])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = f"Not a readable folder of save_to_disk: {first_line(error)}."
+            raise refuse(str(folder), why, "write it again by save_to_disk") from error
+    return hash_file(file)
+
+
+def _hash_over(hashes: list[str]) -> str:
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _read_hub(data: DatasetSettings, split: str) -> tuple[Sequence[dict], dict[str, Any]]:
     from datasets import exceptions, load_dataset
 
     what = f"dataset.name={data.name}"
@@ -53,7 +96,7 @@ def _read_hub(data: DatasetSettings, split: str) -> tuple[Sequence[dict], dict[s
         if is_page(error):
             raise hub_unreachable(what, error, "dataset.path=/path/to/a/file.jsonl") from error
         raise refuse(f"{what} dataset.split={split}", first_line(error)) from error
-    return rows, {"name": f"{data.name} ({split})", "hash": rows._fingerprint}
+    return with_names(rows), {"name": f"{data.name} ({split})", "hash": rows._fingerprint}
 
 
 def select(rows: Sequence[dict], data: DatasetSettings, seed: int, counts: dict) -> tuple[Sequence[int], Sequence[int]]:
@@ -65,7 +108,7 @@ def select(rows: Sequence[dict], data: DatasetSettings, seed: int, counts: dict)
         raise refuse("dataset.keep / dataset.drop", f"None of the {len(rows)} rows passes the filters.", fix)
     index = index[: data.max_rows]
     held_out = 0
-    if data.eval_fraction > 0:
+    if data.eval_fraction > 0 and not data.eval_path:
         held_out = max(1, round(len(index) * data.eval_fraction))
         if data.max_eval_rows:
             held_out = min(held_out, data.max_eval_rows)

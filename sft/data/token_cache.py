@@ -12,7 +12,7 @@ from sft.config.fingerprint import row_seed
 from sft.config.schema import Settings
 from sft.storage import atomic, cache
 
-TOKENS_VERSION = 1
+TOKENS_VERSION = 2
 """Raise it when a row comes to be read, rendered, tokenised or counted in another way: the cache keeps tokens by it."""
 
 
@@ -50,7 +50,7 @@ def cache_folder(settings: Settings, tokenizer, stop_ids: set[int], sources: lis
     """The folder in the cache, named by a hash of all that shapes the tokens: rows, settings, tokenizer and TOKENS_VERSION."""
     parts = [
         [source and source["hash"] for source in sources],
-        {k: str(v) for k, v in asdict(settings.dataset).items() if k not in ("path", "name", "seed")},
+        {k: str(v) for k, v in asdict(settings.dataset).items() if k not in ("path", "eval_path", "name", "seed")},
         settings.model.max_seq_length,
         row_seed(settings),
         tokenizer.backend_tokenizer.to_str(),

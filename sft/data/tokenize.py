@@ -30,24 +30,38 @@ def tokenise(rendered: list[Rendered], tokenizer) -> list[Any]:
     backend.no_truncation()  # a tokenizer.json may bring either
     backend.no_padding()
     encodings = backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
-    return [_cut_at_ends(row, encoding, backend) for row, encoding in zip(rendered, encodings, strict=True)]
+    return [_with_cuts(row, encoding, backend) for row, encoding in zip(rendered, encodings, strict=True)]
 
 
-def _cut_at_ends(row: Rendered, encoding: Any, backend) -> Any:
-    """The encoding with no token that holds both an answer's end and what follows it.
+def _with_cuts(row: Rendered, encoding: Any, backend) -> Any:
+    """The encoding with control tokens of `row.literal` as plain text, and with no token that holds both an answer's end and
+    what follows it.
 
     Where a template's end marks are no tokens of the tokenizer, `.` and `<|im_end|>` may share the token `.<`, which a model
     that stops never generates. The text is then tokenised in pieces that end with such answers.
     """
+    if row.literal:
+        encoding = _encode_pieces(row, [], backend)
     crossed = []
     for begin, end in row.spans:
         _, last = _tokens_of(encoding, begin, end) if end < len(row.text) else (None, None)
         if last is not None and encoding.token_to_chars(last)[1] > end:
             crossed.append(end)
-    if not crossed:
-        return encoding
-    pieces = [row.text[a:b] for a, b in itertools.pairwise([0, *crossed, len(row.text)])]
-    merged = type(encoding).merge([backend.encode(piece, add_special_tokens=False) for piece in pieces], True)
+    return _encode_pieces(row, crossed, backend) if crossed else encoding
+
+
+def _encode_pieces(row: Rendered, cuts: list[int], backend) -> Any:
+    """The encoding of the row's text in pieces: those of `row.literal` as plain text, the others cut at `cuts` besides."""
+    inner = [*cuts, *(place for span in row.literal for place in span)]
+    places = sorted({0, len(row.text), *(min(place, len(row.text)) for place in inner)})
+    encodings = []
+    for start, end in itertools.pairwise(places):
+        backend.encode_special_tokens = any(a <= start < b for a, b in row.literal)
+        try:
+            encodings.append(backend.encode(row.text[start:end], add_special_tokens=False))
+        finally:
+            backend.encode_special_tokens = False
+    merged = type(encodings[0]).merge(encodings, True)
     merged.set_sequence_id(0)  # one text again, in which characters are looked up
     return merged
 

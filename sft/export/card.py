@@ -44,7 +44,8 @@ DATA_LICENCE = {"twists": "apache-2.0"}
 DATA_LANGUAGE = {"twists": ["zh", "en"]}
 
 # Settings whose value is a place on this machine, if it is not one of a few words.
-PATH_KEYS = {"dataset.path", "model.chat_template", "resume", "run", "hydra.run.dir", "hydra.sweep.dir", "hydra.searchpath"}
+PATH_KEYS = {"dataset.path", "dataset.eval_path", "model.chat_template", "resume", "run"}
+PATH_KEYS |= {"hydra.run.dir", "hydra.sweep.dir", "hydra.searchpath"}
 
 PATH = re.compile(
     r"""(?<![\w/.:\\-])(?:file:/{2})?(?:~|\.{1,2}|[A-Za-z]:)?(?:[\\/][^\s\\/'",;=\[\](){}<>|`]+){2,}[\\/]?""", re.ASCII
@@ -162,7 +163,7 @@ def _data(run: dict, preflight: dict) -> dict[str, Any]:
     languages = known.get("language") or (DATA_LANGUAGE.get(name) if shipped else None)
     languages = [languages] if isinstance(languages, str) else languages if isinstance(languages, list) else []
     return {
-        "name": _last(shown) if path or _is_path(shown) else shown,
+        "name": ", ".join(map(_last, shown.split(", "))) if path or _is_path(shown) else shown,
         "id": name if on_hub else None,
         "local": bool(path),
         "hash": facts.get("hash") or preflight.get("data_hash"),
@@ -279,9 +280,11 @@ def _public_value(key: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _public_value("", inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_public_value("", inner) for inner in value]
+        return [_public_value(key, inner) for inner in value]
     if not isinstance(value, str):
         return value
+    if key in PATH_KEYS and value.startswith("["):
+        return re.sub(r"[^\[\],\"']+", lambda match: _last(match[0].strip()) if match[0].strip() else match[0], value)
     if (key in PATH_KEYS and "{" not in value) or _is_path(value):
         return _last(value)
     return _public(value)

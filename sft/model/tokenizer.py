@@ -7,24 +7,19 @@ from typing import Any
 
 from sft.config.schema import ModelSettings
 from sft.errors import Refusal, first_line, refuse
+from sft.model import chat_template
 from sft.model.files import INDEX, check_model_files
 from sft.model.hub import locate, refusing_failures
-
-# ChatML with every turn closed by <|im_end|>; for base models that bring no chat template.
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 # Tokens that model makers reserve and never train; the first one present becomes the padding of a tokenizer without any.
 UNUSED_TOKENS = ["<|finetune_right_pad_id|>", "<|reserved_special_token_250|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>"]
 
 
-def load_tokenizer(model: ModelSettings) -> tuple[Any, set[int]]:
+def load_tokenizer(model: ModelSettings, chat_template_kwargs: dict[str, Any] | None = None) -> tuple[Any, set[int]]:
     """The tokenizer with a padding token that is not its EOS, and the ids that end a completion.
 
-    Raises Refusal if it cannot be reached, has no EOS, or gives no character offsets, and for model files that cannot be
-    believed (sft/model/files.py).
+    `chat_template_kwargs` are set at the head of its chat template, which from here on is one text. Raises Refusal if it cannot
+    be reached, has no EOS, or gives no character offsets, and for model files that cannot be believed (sft/model/files.py).
     """
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -38,8 +33,8 @@ def load_tokenizer(model: ModelSettings) -> tuple[Any, set[int]]:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     if not tokenizer.is_fast:
         raise refuse(f"model.name={model.name}", "Its tokenizer is a slow one, which cannot say which token stands where.")
-    if model.chat_template:
-        tokenizer.chat_template = _read_chat_template(model.chat_template)
+    template = chat_template.choose_template(tokenizer.chat_template, model.chat_template, model.name)
+    tokenizer.chat_template = chat_template.set_variables(template, chat_template_kwargs or {}, model.name)
     if tokenizer.eos_token_id is None:
         raise refuse(f"model.name={model.name}", "Its tokenizer has no end-of-text token, so the model could never stop.")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -91,19 +86,3 @@ def _files_of(where: str, model: ModelSettings) -> Path:
         with contextlib.suppress(Exception):  # what cannot be had is reported by loading, in more words
             folder = Path(hf_hub_download(where, name, revision=model.revision)).parent
     return folder
-
-
-def _read_chat_template(value: str) -> str:
-    if value == "chatml":
-        return CHATML
-    if "{" in value:
-        return value
-    path = Path(value).expanduser()
-    if not path.is_file():
-        raise refuse(
-            f"model.chat_template={value}", "Neither chatml, nor Jinja text, nor a file.", "model.chat_template=chatml"
-        )
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise refuse(f"model.chat_template={value}", f"The file cannot be read: {first_line(error)}") from error

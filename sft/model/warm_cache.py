@@ -46,8 +46,9 @@ def keep(on: bool) -> None:
 
 
 def load_tokenizer(settings: Settings) -> tuple[Any, set[int]]:
-    """`models.load_tokenizer`, once for all runs with the same model settings."""
-    return _once("tokenizer", _key(settings.model), lambda: model_tokenizer.load_tokenizer(settings.model))
+    """`models.load_tokenizer`, once for all runs with the same model settings and variables of its chat template."""
+    model, variables = settings.model, settings.dataset.chat_template_kwargs
+    return _once("tokenizer", _key(model, variables), lambda: model_tokenizer.load_tokenizer(model, variables))
 
 
 def prepare_data(settings: Settings, tokenizer: Any, stop_ids: set[int]) -> token_cache.Prepared:

@@ -17,6 +17,7 @@ from sft.config.batching import BatchPlan
 from sft.config.keys import shown
 from sft.config.rules import warnings_for
 from sft.config.schema import PreflightMode, Settings
+from sft.data.audit import unused_columns
 from sft.data.token_cache import token_counts
 from sft.errors import Problem, first_line
 from sft.export import gguf, requirements
@@ -107,6 +108,7 @@ def check_data(found: Found, settings: Settings) -> None:
     facts = found.prepared.facts
     rows, lengths, part = facts["rows"], facts["lengths"]["train"], "Data"
     held_out = f"{rows['eval']} held out" if rows.get("eval") else "none held out"
+    held_out += f" from {facts['eval_source']}" if facts.get("eval_source") else ""
     found.ok(part, f"{facts['source']}: {rows['train']} rows to train on, {held_out}, of {rows['read']} read")
     ends = " or ".join(facts["stop_tokens"])
     found.ok(part, f"shape {facts['shape']}, template {facts['template']}, an answer ends with {ends}")
@@ -117,6 +119,8 @@ def check_data(found: Found, settings: Settings) -> None:
     found.ok(part, f"{bos}, padding {facts['pad_token']}; no row lacks its end mark" if not facts["rows_without_eos"] else bos)
     if facts["pad_token"] == facts["eos_token"]:
         found.warn(part, "Padding and end mark are the same token: the end may not be trained on by code that masks padding.")
+    if unused := unused_columns(facts["notes"]):
+        found.ok(part, f"columns that are not used, with their rows: {unused}")
     if not facts["duplicates"]["held_out"] and rows.get("eval"):
         found.ok(part, "no held-out row is trained on as well")
     if facts["duplicates"]["train"]:

@@ -119,6 +119,7 @@ def record_session(record: RunRecord, facts: dict, checkpoint: Path | None) -> N
             "eval_rows": rows.get("eval", 0),
             "train_tokens": facts["train_tokens"],
             "eval_tokens": facts.get("eval_tokens", 0),
+            **{key: facts[key] for key in ("files", "eval_source") if key in facts},
         },
         sessions=sessions,
         **machine_facts(),

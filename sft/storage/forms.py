@@ -24,7 +24,7 @@ RUN = {
     "seconds": NUMBERS,
     "metrics": NUMBERS,
     "split": {"gradient_checkpointing": FLAG, ...: int},
-    "data": {"source": TEXT, "hash": TEXT, "held_out_hash": TEXT, ...: NUMBER},
+    "data": {"source": TEXT, "hash": TEXT, "held_out_hash": TEXT, "eval_source": TEXT, "files": [TEXT], ...: NUMBER},
     "model": {
         "parameters": NUMBER,
         "trainable_parameters": NUMBER,
@@ -47,6 +47,8 @@ PREFLIGHT = {
     "lengths": {...: NUMBERS},
     "warnings": [TEXT],
     "stop_tokens": [TEXT],
+    "files": [TEXT],
+    "eval_source": TEXT,
     "examples": [{"text": TEXT, "tokens": [TEXT], "input_ids": [NUMBER], "labels": [NUMBER]}],
 }
 

@@ -13,7 +13,8 @@ from sft.config.schema import DatasetSettings, ModelSettings, Settings, Shape
 from sft.data.templates import render_row
 from sft.data.tokenize import encode
 from sft.errors import Refusal
-from sft.model.tokenizer import CHATML, load_tokenizer
+from sft.model.chat_template import CHATML
+from sft.model.tokenizer import load_tokenizer
 from sft.sanitize import shown
 from sft.storage.jsonio import jsonable
 from tests.data.test_templates import LLAMA3, MISTRAL, QWEN3

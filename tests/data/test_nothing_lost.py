@@ -8,82 +8,21 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from sft.config.schema import DatasetSettings, LossOn, ModelSettings, Settings, Shape
+from sft.config.schema import DatasetSettings, LossOn, ModelSettings, Shape
 from sft.data.columns import as_text
-from sft.data.prepare import prepare
 from sft.data.templates import render_row
 from sft.data.tokenize import IGNORED, encode
-from sft.errors import Refusal
 from sft.model import builtin
-from sft.model.tokenizer import CHATML, load_tokenizer
+from sft.model.chat_template import CHATML
+from sft.model.tokenizer import load_tokenizer
 from sft.plan.plan import Plan
 from sft.preflight.checks import examine
-
-# A reasoning model's template: reasoning of the last answer stays, that of earlier ones goes; tools come first.
-REASONING = (
-    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
-    "{% endif %}{% endfor %}{% if tools %}{{ '<|im_start|>system\nTools: ' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
-    "{% for m in messages %}{% set said = m.content %}{% set thought = m.reasoning_content or '' %}"
-    "{% if m.role == 'assistant' and not thought and '</think>' in said %}"
-    "{% set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
-    "{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{% if m.role == 'assistant' and loop.index0 > ns.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
-    "{{ said + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# ChatML on a base model: the marks are ordinary text to its tokenizer.
-PLAIN_MARKS = CHATML.replace("im_start", "von").replace("im_end", "fin")
-TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
-
-
-def user(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str, **keys) -> dict:
-    return {"role": "assistant", "content": text, **keys}
+from tests.data.miniatures import PLAIN_MARKS, REASONING, TOOL, assistant, refusal_of, user
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def learn(make_tokenizer):
-    """`learn(row, template)`: the text of a row and the runs of its learnt tokens, as text."""
-
-    def learnt(row, template=REASONING, shape=Shape.messages, data=None):
-        tokenizer = make_tokenizer(template)
-        rendered = render_row(row, data or DatasetSettings(), shape, "chat", tokenizer)
-        entry = next(iter(encode([rendered], tokenizer, {tokenizer.eos_token_id})))
-        runs, before = [], False
-        for token, label in zip(entry["input_ids"], entry["labels"], strict=True):
-            if label != IGNORED:
-                runs = runs if before else [*runs, []]
-                runs[-1].append(token)
-            before = label != IGNORED
-        return rendered.text, [tokenizer.decode(run) for run in runs], rendered.notes
-
-    return learnt
-
-
-@pytest.fixture
-def run(tmp_path, make_tokenizer, loaded_tokenizer):
-    """`run(rows, chat_template)`: these rows prepared with this chat template."""
-
-    def prepared(rows, chat_template=REASONING, tokenizer=None, **options):
-        path = tmp_path / "rows.json"
-        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-        data = DatasetSettings(path=str(path), eval_fraction=0.0, shuffle=False, **options)
-        return prepare(Settings(dataset=data), tokenizer or make_tokenizer(chat_template), loaded_tokenizer[1])
-
-    return prepared
-
-
-def refusal_of(run, *args, **options) -> str:
-    with pytest.raises(Refusal) as refusal:
-        run(*args, **options)
-    return str(refusal.value)
 
 
 # ------------------------------------------------------------------------------------------- keys and columns
@@ -98,7 +37,7 @@ def test_reasoning_in_a_key_of_its_own_is_learnt(learn, key):
 def test_a_template_without_a_place_for_reasoning_refuses_such_rows_with_their_count(run):
     rows = [{"messages": [user(f"{n}+2?"), assistant("4", reasoning_content="Add.")]} for n in range(5)]
     text = refusal_of(run, [*rows, {"messages": [user("q"), assistant("a")]}], CHATML)
-    assert "rows 1, 2 and 3 of the data (5 such rows): a row with reasoning in a key of its own" in text
+    assert "rows 1, 2 and 3 of the data (5 of 6 rows): a row with reasoning in a key of its own" in text
     assert "1 problem;" in text
 
 
@@ -167,7 +106,7 @@ def test_alpacas_history_comes_first_and_is_read(learn):
 def test_a_template_text_without_a_place_for_a_column_refuses_it(run, column, value):
     rows = [{"instruction": f"q{n}", "output": "a", column: value} for n in range(4)]
     text = refusal_of(run, rows, template="alpaca")
-    assert f"(4 such rows): a row with {column}" in text and "hint: dataset.template=chat" in text
+    assert f"(4 of 4 rows): a row with {column}" in text and "hint: dataset.template=chat" in text
     assert len(run(rows, CHATML if column == "history" else REASONING, template="chat").train) == 4
 
 
@@ -193,7 +132,7 @@ def test_nan_in_a_file_is_blank(run, tokenizer):
 
 def test_lists_and_objects_as_answers_are_refused_with_their_count(run):
     rows = [{"instruction": f"q{n}", "output": {"a": n}} for n in range(5)]
-    assert "(5 such rows)" in refusal_of(run, rows) and "column 'output' holds an object, not text" in refusal_of(run, rows)
+    assert "(5 of 5 rows)" in refusal_of(run, rows) and "column 'output' holds an object, not text" in refusal_of(run, rows)
     rows = [{"text": ["a", "b"]}]
     assert "column 'text' holds a list, not text" in refusal_of(run, rows)
     rows = [{"messages": [user("q"), {"role": "assistant", "content": {"a": 1}}]}]
@@ -205,14 +144,8 @@ def test_an_answer_that_is_a_list_of_turns_is_hinted_at_as_turns(run):
     rows = [{"prompt": f"Hi {n}?", "chosen": turns, "rejected": [user("Hi?"), assistant("Go.")]} for n in range(2)]
     assert "hint: dataset.columns.messages=chosen" in refusal_of(run, rows)
     columns = {"instruction": "prompt", "output": "chosen"}
-    assert "hint: dataset.columns.messages=chosen" in refusal_of(run, rows, columns=columns_of(**columns))
-    assert run(rows, columns=columns_of(messages="chosen")).train[0]["reference"] == "Hello!"
-
-
-def columns_of(**names):
-    from sft.config.schema import ColumnSettings
-
-    return ColumnSettings(**names)
+    assert "hint: dataset.shape=messages dataset.columns.messages=chosen" in refusal_of(run, rows, columns=columns)
+    assert run(rows, columns={"messages": "chosen"}).train[0]["reference"] == "Hello!"
 
 
 def test_rows_with_several_faults_name_each_fault_once(run):

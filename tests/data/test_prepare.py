@@ -14,7 +14,7 @@ from sft.data.columns import as_text
 from sft.data.prepare import prepare, readable
 from sft.data.tokenize import IGNORED
 from sft.errors import Refusal
-from sft.model.tokenizer import CHATML
+from sft.model.chat_template import CHATML
 
 ROWS = [{"instruction": f"Question {i}?", "output": f"Answer {i} " + "word " * i} for i in range(20)]
 
@@ -147,13 +147,13 @@ def test_all_missing_columns_at_once_with_the_likeliest_match(run):
     text = refusal_of(run, rows, shape=Shape.instruction, keep={"idd": "1"})
     assert "3 problems" in text and text.count("It has: Question, answer, id.") == 3
     assert "dataset.columns.instruction=Question" in text and "dataset.columns.output=answer" in text
-    assert "dataset.keep.id=..." in text
+    assert "'dataset.keep.id=\"1\"'" in text
 
 
 @pytest.mark.parametrize(
     ("columns", "hint"),
     [
-        (("问题", "回答"), "dataset.columns.instruction=问题 dataset.columns.output=回答"),
+        (("问题", "回答"), """'dataset.columns.instruction="问题"' 'dataset.columns.output="回答"'"""),
         (("input", "reply"), "dataset.columns.instruction=input dataset.columns.input=null dataset.columns.output=reply"),
         (("input", "output"), "dataset.columns.instruction=input dataset.columns.input=null"),
         (("query", "response"), "dataset.columns.instruction=query dataset.columns.output=response"),
@@ -188,7 +188,7 @@ def test_a_column_that_only_later_rows_have_counts(run):
 
 def test_a_name_in_the_template_that_no_column_has_is_refused(run):
     text = refusal_of(run, template="Q: {instructon}\nA:\n{output}")
-    assert "{instructon}" in text and "write {instruction}" in text
+    assert "{instructon}" in text and """hint: 'dataset.template="Q: {instruction}\\nA:\\n{output}"'""" in text
     rows = [row | {"topic": "T"} for row in ROWS]
     assert run(rows, template="{topic}: {instruction}\n{output}").facts["examples"][0]["text"].startswith("T: Question")
 
@@ -377,7 +377,9 @@ def test_two_processes_may_prepare_the_same_at_once(tmp_path, cache, loaded_toke
 
 def test_rows_of_an_eval_split_are_counted_apart(monkeypatch, loaded_tokenizer):
     tables = {"train": ROWS, "test": [{"instruction": f"t{i}", "output": "x"} for i in range(8)]}
-    monkeypatch.setattr(data_prepare, "read_rows", lambda data, split: (tables[split], {"name": split, "hash": split}))
+    monkeypatch.setattr(
+        data_prepare, "read_rows", lambda data, split: (tables[split], {"name": f"a/b ({split})", "hash": split})
+    )
     data = DatasetSettings(name="a/b", eval_split="test", eval_fraction=0.0, max_eval_rows=5, template="alpaca")
     prepared = prepare(Settings(dataset=data), *loaded_tokenizer)
     assert prepared.facts["rows"] == {"read": 20, "filtered": 0, "read_eval": 8, "train": 20, "eval": 5}

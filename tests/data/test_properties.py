@@ -457,6 +457,7 @@ def values_of(kind) -> st.SearchStrategy:
             NAMES | st.sampled_from(["packing", "neftune_noise_alpha", "bf16"]), ANYTHING, max_size=2
         ),
         "int | str": INTS | NAMES,
+        "typing.Any": st.none() | NAMES | st.lists(NAMES, max_size=3) | ANYTHING,
     }
     if text in plain:
         return plain[text]
@@ -502,6 +503,7 @@ hydra.verbose=true +hydra.x=1 hydra.job.name=x resume= resume=null resume=x resu
 seed=${nothing} seed=${ seed=${now:} seed=${oc.env:HOME} tracking.name=${oc.env:HOME} seed=??? lora.r=range(1,4)
 lora.r=choice(1,2) lora.r=shuffle(1,2) lora.lora_dropout=interval(0,1) lora.r=tag(a,1) lora.r=sort(3,1) lora.r=glob(*)
 lora=glob(*) model=choice(a,b) lora.r=int(8.5) lora.r=float(x) lora.r=range(0,0) sweep.paired=[lora.r,seed] a.b.c=1 lora.=1
+dataset.path=[a,b] dataset.path={a:1} dataset.path=[[a]] dataset.path=1 dataset.eval_path=*
 .r=1 lora..r=1 dataset.columns=x dataset.columns.output=null
 """
 WORDS = [

@@ -1,6 +1,9 @@
 """Reading rows, naming the line of every mistake, and choosing which rows are used."""
 
 import json
+import shlex
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -214,6 +217,27 @@ def test_a_quote_that_never_closes_is_named_where_it_opens(tmp_path):
 def test_other_separators_are_recognised(tmp_path, sign):
     text = refusal_of(write(tmp_path / "x.csv", f"question{sign}answer\n1{sign}2\n"))
     assert "separated by commas" in text and "x.csv, line 1" in text
+
+
+@pytest.mark.parametrize("sign", [";", "\t", "|"])
+@pytest.mark.parametrize(
+    "header", ['"instruction"{}"output"', 'instruction{}"output"', '"instruction" {} output', "\ufeffinstruction{}output"]
+)
+def test_csv_with_another_separator_is_refused_with_a_command_that_mends_it(tmp_path, monkeypatch, sign, header):
+    text = f'{header.format(sign)}\r\n"Hi, ""you""?"{sign}"Hello,\nAnn!"\r\n'
+    monkeypatch.chdir(tmp_path)
+    Path("my data.csv").write_text(text, encoding="utf-8", newline="")
+    refusal = refusal_of(Path("my data.csv"))
+    assert "my data.csv, line 1" in refusal and f"separated by {sign!r}" in refusal
+    hint = next(line for line in refusal.splitlines() if "hint: python -c" in line).split("hint: python ")[1]
+    subprocess.run(f"{shlex.quote(sys.executable)} {hint}", shell=True, check=True)
+    (row,) = read(Path("commas.csv"))
+    assert [value.strip() for value in row.values()] == ['Hi, "you"?', "Hello,\nAnn!"]
+
+
+def test_a_sign_inside_quotes_is_no_separator(tmp_path):
+    assert read(write(tmp_path / "x.csv", '"a;b","c|d"\n"1","2"\n')) == [{"a;b": "1", "c|d": "2"}]
+    assert "written twice" in refusal_of(write(tmp_path / "x.csv", '"a;b"x,"c"\n"1","2"\n'))
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

@@ -4,15 +4,13 @@ results only read."""
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from sft.config.schema import DatasetSettings, Shape
-from sft.data.columns import read_tools, row_to_turns
-from sft.data.templates import render_chat, render_row
+from sft.data.columns import row_to_turns
+from sft.data.templates import render_row
 from sft.data.tokenize import IGNORED, encode
 from sft.errors import Refusal
-from sft.model.tokenizer import CHATML
+from sft.model.chat_template import CHATML
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}]
@@ -121,39 +119,33 @@ def test_calls_that_cannot_be_read_say_why(turn, words):
         row_to_turns({"messages": [{"role": "assistant", "content": None, **turn}]}, DatasetSettings(), Shape.messages)
 
 
-WORDS = st.sampled_from(["Hi.", "Wie?", "你好", "<b>", "👪", '{"a": 1}', "a\nb", "tool_call"])
-CALL = st.builds(call, WORDS, text=st.booleans())
-ANSWER = st.fixed_dictionaries({"role": st.just("assistant"), "content": WORDS})
-CALLING = st.fixed_dictionaries(
-    {
-        "role": st.just("assistant"),
-        "content": st.none() | st.just("") | WORDS,
-        "tool_calls": st.lists(CALL, min_size=1, max_size=3),
-    }
+GLAIVE = (
+    'USER: Weather?\n\n\nASSISTANT: <functioncall> {"name": "get_weather", "arguments": \'{"city": "Bern"}\'} '
+    '<|endoftext|>\n\n\nFUNCTION RESPONSE: {"temp_c": 4}\n\n\nASSISTANT: 4 degrees. <|endoftext|>\n\n\n'
 )
-RESULT = st.fixed_dictionaries({"role": st.just("tool"), "content": WORDS, "name": st.just("get_weather")})
-ASKED = st.fixed_dictionaries({"role": st.just("user"), "content": WORDS})
-BLOCK = st.tuples(ASKED, st.lists(st.tuples(CALLING, RESULT), max_size=2), ANSWER)
 
 
-@pytest.mark.parametrize("template", [CALLS, LINES])
-@given(blocks=st.lists(BLOCK, min_size=1, max_size=3), system=st.booleans())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_generated_conversations_are_rendered_as_the_template_renders_them_whole(make_tokenizer, template, blocks, system):
-    turns = [turn for question, calls, answer in blocks for turn in (question, *(t for pair in calls for t in pair), answer)]
-    turns = ([{"role": "system", "content": "Be brief."}] if system else []) + turns
-    tokenizer = make_tokenizer(chat_template=template)
-    data = {"messages": turns, "tools": TOOLS}
-    rendered = render_chat(row_to_turns(data, DatasetSettings(), Shape.messages), tokenizer, read_tools(data))
-    plain = [t | {"content": t["content"] or ""} for t in turns]
-    for turn in plain:
-        if "tool_calls" in turn:
-            turn["tool_calls"] = [call(json.loads(a)["city"] if isinstance(a := c["function"]["arguments"], str) else a["city"])
-                                  for c in turn["tool_calls"]]  # fmt: skip
-    assert rendered.text == tokenizer.apply_chat_template(plain, tools=TOOLS, tokenize=False)
-    # A slow reference for the mask: an assistant's turn is what comes after its opening, up to the first end mark.
-    opening, end, at, wanted = "<|im_start|>assistant\n", "<|im_end|>", 0, []
-    while (start := rendered.text.find(opening, at)) >= 0:
-        at = rendered.text.index(end, start) + len(end)
-        wanted.append((start + len(opening), at))
-    assert rendered.spans == wanted
+def test_a_transcript_is_the_turns_that_it_tells(learnt):
+    """As glaive-function-calling-v2 has them: a system column and one text of the whole conversation."""
+    whole, parts = learnt({"system": "SYSTEM: Use them if required -\n{}", "messages": GLAIVE})
+    assert parts == learnt(row(call("Bern")))[1]
+    assert whole.startswith("<|im_start|>system\nUse them if required -\n{}<|im_end|>\n<|im_start|>user\nWeather?<|im_end|>")
+
+
+def test_a_transcripts_call_that_cannot_be_read_says_why(learnt):
+    with pytest.raises(ValueError, match="a call that is no JSON"):
+        learnt({"messages": GLAIVE.replace("'}", "'")})
+
+
+NULLS = (  # as DeepSeek's template, which calls where the content is null and takes arguments as text alone
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content is none %}{% for call in m.tool_calls %}"
+    "{{ call.function.name + ': ' + call.function.arguments }}{% endfor %}{% else %}{{ m.content }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_calls_are_given_in_the_form_that_the_template_reads(learnt, text):
+    assert learnt(row(call("Bern", text)), NULLS)[1][0] == 'get_weather: {"city": "Bern"}<|im_end|>'
+    with pytest.raises(Refusal, match="leaves out the call of get_weather"):
+        learnt(row(call("Bern", text), said="Let me look."), NULLS)

@@ -15,7 +15,7 @@ from sft.data.columns import Turn
 from sft.data.prompts import conversation_ids, conversation_text
 from sft.errors import ExportError
 from sft.export.ollama import fill, find_pieces, go_string, go_template, make_modelfile, write_modelfile
-from sft.model.tokenizer import CHATML
+from sft.model.chat_template import CHATML
 from tests.data.test_templates import FORGETFUL, GEMMA, LLAMA3, MISTRAL, OPEN_ENDED, QWEN3
 
 PROGRAM = Path(__file__).parent.parent / "golang" / "render.go"

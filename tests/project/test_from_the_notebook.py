@@ -23,7 +23,8 @@ def overrides(language: str) -> list[list[str]]:
 def test_every_override_of_the_table_is_taken(language, tmp_path, monkeypatch):
     """As if each row were typed on a machine with a GPU, in a folder with a file of one's own."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "faq.json").write_text('[{"instruction": "a", "output": "b"}]', encoding="utf-8")
+    for name in ("faq.json", "val.json"):
+        (tmp_path / name).write_text('[{"instruction": "a", "output": "b"}]', encoding="utf-8")
     rows = overrides(language)
     assert sum(map(bool, rows)) > 25
     lines: list[dict[str, str]] = []  # few commands with many overrides: each takes a second
