@@ -62,7 +62,7 @@ USERS_CACHE = cache_dir().parent if cache_dir().name == f"tests-{TOKENS}" else c
 
 @pytest.fixture(scope="module")
 def all_tokens():
-    """tiny_random with all its tokens in the module's tests: llama.cpp knows a tokenizer by what it makes of a text."""
+    """tiny_random with all its tokens in the module's tests: llama.cpp knows no other, and with few it says less."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SFT_CACHE", str(USERS_CACHE))
         yield
