@@ -19,8 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sft.config import schema
-from sft.config.keys import find_field, in_shell, plain_type, unknown_key
-from sft.config.lora_rules import typed
+from sft.config.keys import find_field, in_shell, plain_type, typed, unknown_key
 from sft.config.schema import Settings
 from sft.errors import Problem, first_line
 from sft.sweep.grid import list_values

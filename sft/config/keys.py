@@ -112,13 +112,10 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def typed(key: str, value: str | list[str]) -> str:
+def typed(key: str, value: Any) -> str:
     """`key=value` as it is typed in a shell, in quotes where the shell or Hydra would read the text otherwise."""
-    if isinstance(value, list):
-        text = f"[{','.join(_for_hydra(one) for one in value)}]"
-        return f"{key}={text}" if re.fullmatch(r"\[[\w,./+-]*\]", text) else shlex.quote(f"{key}={text}")
-    text = _for_hydra(value)
-    return f"{key}={text}" if text == value else shlex.quote(f"{key}={text}")
+    text = f"{key}={_for_hydra(value)}"
+    return text if re.fullmatch(r"[\w,./+=\[\]-]*", text, re.ASCII) else shlex.quote(text)
 
 
 def in_shell(override: str) -> str:
@@ -126,8 +123,14 @@ def in_shell(override: str) -> str:
     return override if re.fullmatch(r"[\w./,:=@%+^~\[\]-]*", override) else shlex.quote(override)
 
 
-def _for_hydra(value: str) -> str:
-    """A text as Hydra reads it as one: in quotes, unless it is a plain word and nothing that Hydra takes for a value."""
+def _for_hydra(value: Any) -> str:
+    """A value in Hydra's grammar; a text in quotes, unless it is a plain word and nothing that Hydra takes for a value."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_for_hydra(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_for_hydra, value))}]"
+    if not isinstance(value, str):
+        return shown(value)
     plain = r"(?!(null|true|false|inf|nan)$)(?=.*[A-Za-z])[A-Za-z_./][\w./+-]*"
     if re.fullmatch(plain, value, re.ASCII | re.IGNORECASE):
         return value

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.data_rules import why_lost
-from sft.config.keys import shown
+from sft.config.keys import shown, typed
 from sft.config.schema import Dtype, LoraSettings, Settings
 from sft.config.upstream import fits, lora_config_options
 from sft.errors import Problem, first_line
@@ -82,22 +82,6 @@ def is_pattern(target: str) -> bool:
 def changes_base(lora: LoraSettings) -> bool:
     """Whether the adapter's start is taken out of the model's own weights, as PiSSA and OLoRA do."""
     return str(lora.extra.get("init_lora_weights")).startswith(("pissa", "olora"))
-
-
-def typed(key: str, value: Any) -> str:
-    """`key=value` as it is typed in a shell, with lists and dictionaries in Hydra's grammar."""
-    text = f"{key}={_grammar(value)}"
-    return f"'{text}'" if re.search(r"""[\s,"*(){}|\\$;&<>]""", text) else text
-
-
-def _grammar(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_grammar(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return f"[{','.join(_grammar(item) for item in value)}]"
-    if isinstance(value, str) and re.search(r"[^\w./-]", value):
-        return '"' + value.replace('"', '\\"') + '"'
-    return shown(value)
 
 
 def _check_patterns(lora: LoraSettings) -> list[Problem]:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from sft.config import lora_rules
-from sft.config.lora_rules import CHOOSE_LAYERS, adapter_folder, base_of_adapter, noted_base, typed
+from sft.config.keys import typed
+from sft.config.lora_rules import CHOOSE_LAYERS, adapter_folder, base_of_adapter, noted_base
 from sft.config.schema import LoraSettings, ModelSettings, Settings
 from sft.errors import Problem, Refusal, first_line, refuse
 from sft.model.files import check_adapter_files

@@ -8,7 +8,8 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
-from sft.config.lora_rules import CHOOSE_LAYERS, LORAPLUS, is_pattern, typed
+from sft.config.keys import typed
+from sft.config.lora_rules import CHOOSE_LAYERS, LORAPLUS, is_pattern
 from sft.config.schema import LoraSettings
 from sft.errors import Problem, first_line
 
@@ -91,7 +92,8 @@ def coverage(model: Any, lora: LoraSettings) -> tuple[str, list[Problem], list[s
 
 def _blocks_reached(model: Any, lora: LoraSettings, names: list[str]) -> tuple[str, list[str]]:
     """(how many token mixers and experts have an adapter in them, warnings of kinds without any); `names` have one."""
-    text, left_out, targets = "", [], targets_of(model, lora)
+    text, left_out = "", []
+    targets = targets_of(model, lora) if lora.target_modules == [ALL_LINEAR] else lora.target_modules
     kinds = {kind: [any(_lies_in(n, [mixer]) for n in names) for mixer in at] for kind, at in _token_mixers(model).items()}
     every = sum(map(len, kinds.values()))
     if len(kinds) > 1 or not all(map(all, kinds.values())):
@@ -99,7 +101,7 @@ def _blocks_reached(model: Any, lora: LoraSettings, names: list[str]) -> tuple[s
     for kind, found in kinds.items():
         if not any(found):
             inside = _linear(model, kind)
-            fix = _override("target_modules", inside if any(map(is_pattern, lora.target_modules)) else [*targets, *inside])
+            fix = typed("lora.target_modules", [*targets, *inside])
             layers = f"Its linear layers are {', '.join(inside)}: {fix}"
             left_out.append(f"No {kind} gets an adapter, {len(found)} of the {every} token mixers. {layers}")
     experts = _experts(model)

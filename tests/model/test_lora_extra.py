@@ -253,9 +253,9 @@ def test_experts_are_counted_and_target_parameters_give_them_an_adapter():
     model = empty(Qwen3MoeConfig(**SIZES))
     text, problems, warnings = adapters.coverage(model, LoraSettings(target_modules=["q_proj"]))
     assert text.endswith("; 0 of 16 experts") and not problems
-    fix = "'lora.extra.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]'"
+    fix = "lora.extra.target_parameters=[mlp.experts.gate_up_proj,mlp.experts.down_proj]"
     assert warnings == [f"None of the 16 experts gets an adapter. {fix} gives them one."]
-    lora = make_settings(fix.strip("'"), "lora.target_modules=[q_proj]").lora
+    lora = make_settings(fix, "lora.target_modules=[q_proj]").lora
     assert adapters.check_modules(model, lora) == ([], [])
     text, _, warnings = adapters.coverage(model, lora)
     assert text.endswith("; and on gate_up_proj, down_proj; 16 of 16 experts") and not warnings
@@ -295,3 +295,6 @@ def test_the_coverage_of_plain_models(tiny):
     assert "4 of 8 kinds" in text and "not: gate_proj, up_proj, down_proj, lm_head" in text and not warnings
     _, _, warnings = adapters.coverage(tiny, LoraSettings(target_modules=["up_proj"]))
     assert warnings[0].startswith("No self_attn gets an adapter, 2 of the 2 token mixers.")
+    _, _, warnings = adapters.coverage(tiny, LoraSettings(target_modules=[".*mlp.*"]))
+    fix = warnings[0].rpartition(": ")[2].strip("'")
+    assert "; not: lm_head" in adapters.coverage(tiny, make_settings(fix).lora)[0]
