@@ -9,7 +9,7 @@ from typing import Any
 from filelock import FileLock
 
 from sft.config.fingerprint import row_seed
-from sft.config.schema import Settings
+from sft.config.schema import MethodName, Settings
 from sft.storage import atomic, cache
 
 TOKENS_VERSION = 2
@@ -52,6 +52,7 @@ def cache_folder(settings: Settings, tokenizer, stop_ids: set[int], sources: lis
         [source and source["hash"] for source in sources],
         {k: str(v) for k, v in asdict(settings.dataset).items() if k not in ("path", "eval_path", "name", "seed")},
         settings.model.max_seq_length,
+        *([settings.method.name.value] if settings.method.name != MethodName.sft else []),
         row_seed(settings),
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,
