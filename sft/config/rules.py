@@ -19,6 +19,7 @@ from sft.config.data_rules import check_dataset, shortened, warn_of_paths, why_l
 from sft.config.eligibility import check_speed
 from sft.config.hardware import gpu_count, gpu_present, is_process_count, processes_of, resolve_backend
 from sft.config.keys import shown
+from sft.config.method_rules import check_method
 from sft.config.schema import Backend, Dtype, GgufSettings, LoraSettings, PreflightMode, Settings, Strategy, TrackingSettings
 from sft.config.upstream import enum_values, gguf_types, sft_config_options
 from sft.errors import Problem
@@ -75,6 +76,7 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_lora(settings),
         *check_dataset(settings.dataset),
         *_check_trainer(settings),
+        *check_method(settings),
         *check_batch_plan(settings.trainer, processes_of(settings) if is_process_count(settings) else 1),
         *_check_distributed(settings),
         *_check_preflight(settings),

@@ -48,7 +48,6 @@ class Shape(Enum):
     conversations = "conversations"
     messages = "messages"
     text = "text"
-    preference = "preference"
 
 
 class LossOn(Enum):
