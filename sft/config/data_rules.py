@@ -127,7 +127,12 @@ def _check_choice(
     kinds = Counter(kind_of(file) for file in files)
     if len(kinds) > 1:
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        names = [naming([file for file in files if kind_of(file) == kind]) for kind, _ in kinds.most_common()]
+        names = []
+        for kind in dict(kinds.most_common()):
+            group = [file for file in files if kind_of(file) == kind]
+            below = f"{text}/*{kind}"  # files in several folders, as ** finds them
+            one = naming(group)
+            names.append(below if isinstance(one, list) and list_files(below)[0] == group else one)
         fix = "\n".join(instead(name) for name in names if isinstance(name, str) or len(name) < 10)
         fix = fix or "put the files of one kind into a folder of their own"
         return Problem(what, f"Files of one kind are read together, and these are several: {counts}.", fix)

@@ -137,7 +137,7 @@ def refuse_nothing_to_learn(splits: dict[str, SplitStats], counts: dict, shape: 
             role = SHAPES[shape].answer
             what = f"dataset.columns.{role}={getattr(settings.dataset.columns, role)}"
             why, fix = "has an answer to learn; all are empty", f"dataset.columns.{role}=<the column with the answers>"
-        if name == "eval" and not settings.dataset.eval_split:
+        if name == "eval" and not (settings.dataset.eval_split or settings.dataset.eval_path):
             fix += "\ndataset.eval_fraction=0   holds none out\ndataset.seed=...   holds others out"
         raise refuse(what, f"{rows} {why}.", fix)
 

@@ -191,6 +191,8 @@ def test_several_kinds_are_refused_with_their_numbers_and_a_glob_that_reads_one(
         assert "3 .jsonl, 1 .csv" in problem.why
         assert problem.fix.splitlines() == ["'dataset.path=\"shards/*.jsonl\"'", "dataset.path=shards/a.csv"]
         assert settings_after(problem.fix, f"dataset.path={path}").dataset.path == "shards/*.jsonl"
+    write(Path("more/b.jsonl"), rows_of(9))
+    assert read(settings_after(problem_of("dataset.path=**").fix).dataset.path) == rows_of(9, 0, 1, 2, 3)
 
 
 def test_a_hint_never_names_one_shard_of_several(shards):
