@@ -243,11 +243,11 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     trainer.plan, trainer.padding_free_collator = plan, rows if plan.padding_free else None
     trainer.model_accepts_loss_kwargs = True  # so that transformers does not divide by the micro-batches once more
     sft.watch(trainer, ctx, loop)
+    what = [data.facts["data_hash"], {name: len(split) for name, split in splits.items()}, plan.padding_free]
     with ctx.record.timed("reference"):
-        for name, split in splits.items():
-            known = warm_cache.of_base("reference", model, settings, [ctx.prepared.facts["data_hash"], name, len(split)],
-                                       lambda split=split: reference_log_probs(ctx, trainer, split))  # fmt: skip
-            splits[name] = split.add_column("reference", known)
+        known = warm_cache.of_base("reference", model, settings, what, lambda: {
+            name: reference_log_probs(ctx, trainer, split) for name, split in splits.items()})  # fmt: skip
+    splits = {name: split.add_column("reference", known[name]) for name, split in splits.items()}
     trainer.train_dataset, trainer.eval_dataset = splits["train"], splits.get("eval")
     return trainer
 

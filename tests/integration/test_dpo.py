@@ -1,4 +1,4 @@
-"""Runs of method=dpo: they lower their loss, go on bit for bit after a cut, export what was trained, and fill a sweep's table."""
+"""Runs of method=dpo: they lower their loss, go on bit for bit after a cut, export what was trained, share their reference."""
 
 import json
 
@@ -16,8 +16,9 @@ PAIRS = [{"prompt": f"Say {n}.", "chosen": f"{n} it is.", "rejected": f"No to {n
 def settings(tmp_path):
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps(PAIRS), encoding="utf-8")
-    fixed = ("method=dpo", "dataset=local", f"dataset.path={path}", "dataset.eval_fraction=0.2", "model=tiny_random", "tracking=none",
-             "trainer.max_steps=6", "trainer.learning_rate=1e-2", "trainer.effective_batch_size=4", "trainer.eval_steps=3",
+    fixed = ("method=dpo", "dataset=local", f"dataset.path={path}", "dataset.eval_fraction=0.2", "model=tiny_random",
+             "tracking=none", "trainer.max_steps=6",
+             "trainer.learning_rate=1e-2", "trainer.effective_batch_size=4", "trainer.eval_steps=3",
              "trainer.save_steps=2", "samples.num_held_out=1", "samples.max_new_tokens=4")  # fmt: skip
     return lambda *more: make_settings(*fixed, *more)
 
@@ -37,7 +38,7 @@ def test_pairs_begin_as_ties_and_come_apart(settings, tmp_path):
     assert {"accuracy", "margin", "logp_chosen", "logp_rejected"} <= next(line for line in found if "loss" in line).keys()
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["settings"]["method"]["name"] == "dpo" and record["metrics"]["eval_accuracy"] == last["eval_accuracy"]
-    (checked,) = json.loads((tmp_path / "run" / "export" / "verify.json").read_text())["formats"].values()
+    (checked,) = json.loads((tmp_path / "run" / "export" / "verify.json").read_text())["artifacts"].values()
     assert checked["status"] == "ok"
 
 
@@ -65,6 +66,6 @@ def test_a_sweep_over_beta_computes_its_reference_once(settings, tmp_path, monke
         for beta in (0.05, 0.3):
             assert run(settings(f"method.beta={beta}"), tmp_path / str(beta)).status == "finished"
             warm_cache.release()
-        assert warm_cache.loads["reference"] == before + 2  # of the rows to train on and of the held-out ones
+        assert warm_cache.loads["reference"] == before + 1
     finally:
         warm_cache.keep(False)
