@@ -8,6 +8,7 @@ import functools
 import glob
 import os
 import re
+import shlex
 import string
 import warnings
 from collections import Counter
@@ -15,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sft.config import schema
-from sft.config.data_files import KINDS, SAVED, by_split, find_files, find_splits, kind_of, list_files, naming, typed
+from sft.config.data_files import KINDS, SAVED, by_split, find_files, find_splits, kind_of, list_files, naming
+from sft.config.keys import typed
 from sft.config.schema import DatasetSettings
 from sft.errors import Problem
 
@@ -39,7 +41,8 @@ def check_dataset(data: DatasetSettings) -> list[Problem]:
                 with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of brackets that may mean more one day
                     re.compile(pattern)
             except re.error as error:
-                fix = f"dataset.{group}.{column}={re.escape(pattern)}   for these very characters"
+                quoted = re.escape(pattern).replace('"', '\\"')
+                fix = shlex.quote(f'dataset.{group}.{column}="{quoted}"') + "   for these very characters"
                 problems.append(Problem(f"dataset.{group}.{column}={pattern}", f"Not a regular expression: {error}.", fix))
     return problems
 

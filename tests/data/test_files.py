@@ -25,6 +25,7 @@ from sft.errors import Problem, Refusal
 from sft.export.card import _public_command
 from sft.runs.record import Context
 from tests.conftest import ROOT, make_settings
+from tests.hints import problems_of, type_hints
 
 
 def rows_of(*numbers: int) -> list[dict]:
@@ -54,6 +55,7 @@ def hash_of(path, **options) -> str:
 def refused(*argv: str) -> list[Problem]:
     with pytest.raises(Refusal) as caught:
         check_command_line(ROOT / "conf", list(argv), False)
+    type_hints(argv, caught.value.problems, lambda command: problems_of(command, False))
     return caught.value.problems
 
 
