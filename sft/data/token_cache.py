@@ -29,11 +29,14 @@ class Prepared:
     """What was found and what was cut: the contents of preflight.json."""
 
 
-def token_counts(rows: Any) -> Any:
-    """The tokens of each row of `Prepared.train` or `Prepared.eval`, as a numpy array; no row is read for it."""
+def token_counts(rows: Any, columns: tuple[str, ...] = ("input_ids", "rejected_ids")) -> Any:
+    """The tokens of each row of `Prepared.train` or `Prepared.eval`, of a pair those of both answers, as a numpy array; no row
+    is read for it.
+    """
     import pyarrow.compute as pc
 
-    return pc.list_value_length(rows.data.column("input_ids")).to_numpy()
+    counts = [pc.list_value_length(rows.data.column(name)).to_numpy() for name in columns if name in rows.column_names]
+    return sum(counts[1:], counts[0])
 
 
 def only_one(folder: Path) -> FileLock:

@@ -13,6 +13,7 @@ from typing import Any
 from sft.config.method import DPO
 from sft.config.schema import MethodSettings, PreferenceLoss
 from sft.data.collators import PaddingFreeCollator, cut
+from sft.data.token_cache import token_counts
 from sft.data.tokenize import IGNORED
 from sft.distributed import strategy
 from sft.methods import sft
@@ -229,7 +230,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
                 samplers.settle_order(sampler, len(data.train)),
                 settings.trainer.gradient_accumulation_steps,
             )
-            return samplers.TokenBalancedSampler(ordered, _lengths(data.train), rows, micro_batches)
+            return samplers.TokenBalancedSampler(ordered, token_counts(data.train).tolist(), rows, micro_batches)
 
     args = training_arguments(settings, loop.folder, data.eval is not None, plan)
     strategy.settle_device(args)
@@ -279,14 +280,6 @@ def cut_pairs(inputs: dict[str, Any]) -> list[dict[str, Any]]:
         pair = {"rejected_ids": rejected["input_ids"], "rejected_labels": rejected["labels"], "reference": reference}
         pairs.append(chosen | pair)
     return pairs
-
-
-def _lengths(split: Any) -> list[int]:
-    """Tokens of each pair."""
-    import pyarrow.compute as pc
-
-    both = [pc.list_value_length(split.data.column(name)).to_numpy() for name in ("input_ids", "rejected_ids")]
-    return (both[0] + both[1]).tolist()
 
 
 held_out_loss = sft.held_out_loss
