@@ -15,10 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from sft.config.keys import find_field, leaf_keys, plain_type, stray_keys, unknown_key
-from sft.config.schema import Settings
+from sft.config.schema import BUILT_IN, Settings
 from sft.errors import Problem, Refusal, first_line, refuse
-
-BUILT_IN = ("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny_random")
 
 SECRET_NAME = re.compile(r"SECRET|PASSW|APIKEY|CREDENTIAL|TOKEN(?![A-Z])|(^|_)KEY(?![A-Z])")
 """Environment variables, in capitals, of which no setting is filled in."""

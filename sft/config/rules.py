@@ -20,7 +20,18 @@ from sft.config.eligibility import check_speed
 from sft.config.hardware import gpu_count, gpu_present, is_process_count, processes_of, resolve_backend
 from sft.config.keys import shown
 from sft.config.method_rules import check_method
-from sft.config.schema import Backend, Dtype, GgufSettings, LoraSettings, PreflightMode, Settings, Strategy, TrackingSettings
+from sft.config.schema import (
+    BUILT_IN,
+    Backend,
+    Dtype,
+    GgufSettings,
+    LoraSettings,
+    MethodName,
+    PreflightMode,
+    Settings,
+    Strategy,
+    TrackingSettings,
+)
 from sft.config.upstream import enum_values, gguf_types, sft_config_options
 from sft.errors import Problem
 
@@ -145,6 +156,8 @@ def warnings_for(settings: Settings) -> list[str]:
     trainer, dataset = settings.trainer, settings.dataset
     if trainer.learning_rate >= 3e-3 and settings.lora.enabled:
         found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high: LoRA runs at 3e-3 mostly diverge; try 2e-4.")
+    if settings.method.name == MethodName.dpo and trainer.learning_rate > 5e-5 and settings.model.name not in BUILT_IN:
+        found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high for method=dpo; try 5e-6.")
     if not settings.lora.enabled and trainer.learning_rate > 5e-5:
         found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high for full fine-tuning; try 2e-5.")
     if not settings.lora.enabled and settings.model.dtype == Dtype.bfloat16:

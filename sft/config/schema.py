@@ -551,4 +551,7 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
+BUILT_IN = ("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny_random")
+"""Names of the models that ship with the project."""
+
 DATASETS = {"twists": ASSETS / "twists.jsonl", "twist_pairs": ASSETS / "twist_pairs.jsonl"}

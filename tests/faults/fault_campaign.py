@@ -49,12 +49,9 @@ SHAPES = {
     "between": ("trainer.eval_steps=3", "trainer.save_total_limit=1"),  # checkpoints between evaluations
     "open": ("trainer.eval_steps=null", "samples.every_steps=null"),
     "blind": ("dataset.eval_fraction=0", "trainer.save_steps=1"),
-<<<<<<< HEAD
     "dpo": ("method=dpo", "lora.lora_dropout=0.0", "trainer.logging_steps=3", "trainer.eval_steps=4"),
     "dpo_full": ("method=dpo", "lora=none", "lora.lora_dropout=0.0", "trainer.learning_rate=1e-3"),
-=======
     "merged": ("trainer.max_steps=2", "export.formats=[adapter,merged_16bit]"),
->>>>>>> main
     "export": ("trainer.max_steps=2", "export.formats=[adapter,merged_16bit,gguf]", "export.gguf.quantizations=[f16,q8_0]"),
 }
 
