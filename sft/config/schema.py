@@ -314,7 +314,7 @@ class LoraSettings:
 
 @dataclass
 class MethodSettings:
-    """What is learnt from: answers (`sft`), or preferences between two answers (`dpo`). Names are TRL's."""
+    """What the model is trained on: answers (`sft`), or preferences between two answers (`dpo`). Names are TRL's."""
 
     name: MethodName = MethodName.sft
     """`sft` or `dpo`; chosen by `method=dpo`, which also chooses a data set and a learning rate."""

@@ -13,7 +13,7 @@ from sft.errors import Problem, Refusal, refuse
 COUNTED = ("pairs", "equal_pairs", "chosen_longer")
 
 LONGER = 0.75
-"""Share of pairs whose chosen answer is the longer one from which on length itself is learnt."""
+"""Share of pairs whose chosen answer is the longer one from which on the model is trained on length."""
 
 
 def find_form(rows: Sequence[dict], data: DatasetSettings, source: str) -> tuple[Shape, DatasetSettings, DatasetSettings]:

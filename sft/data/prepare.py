@@ -214,19 +214,23 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
                     stats.first.setdefault(note, entry["row"])
             kept = _fit_length(batch, settings, stats.counts)
             audit(kept, stats.counts, tokenizer.bos_token_id, stop_ids)
-            flat = {name: _concatenated([e[name] for e in kept]) for name in lists}
+            joined = {name: _concatenated([e[name] for e in kept]) for name in lists}
             for e in range(len(kept)):
-                tokens = [memoryview(flat[name][0])[slice(*flat[name][1][e : e + 2])] for name in lists if name.endswith("ids")]
+                tokens = [
+                    memoryview(joined[name][0])[slice(*joined[name][1][e : e + 2])] for name in lists if name.endswith("ids")
+                ]
                 stats.digests.append(int.from_bytes(hashlib.blake2b(b"".join(tokens), digest_size=8).digest()))
             stats.numbers.extend(e["row"] for e in kept)
-            for name, (values, _) in flat.items():
+            for name, (values, _) in joined.items():
                 if name.endswith("ids"):
                     stats.tokens += len(values)
                 else:
                     stats.target_tokens += len(values) - values.count(IGNORED)
             stats.examples += [_example(e, tokenizer) for e in kept[: 3 - len(stats.examples)]]
             if kept:
-                arrays = [[pa.Array.from_buffers(pa.int32(), len(x), [None, pa.py_buffer(x)]) for x in flat[n]] for n in lists]
+                arrays = [
+                    [pa.Array.from_buffers(pa.int32(), len(x), [None, pa.py_buffer(x)]) for x in joined[n]] for n in lists
+                ]
                 columns = [pa.ListArray.from_arrays(offsets, values) for values, offsets in arrays]
                 others = [pa.array([e[one.name] for e in kept], one.type) for one in list(schema)[len(lists) :]]
                 writer.write_batch(pa.RecordBatch.from_arrays([*columns, *others], schema=schema))

@@ -126,7 +126,7 @@ def log_probs(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         wanted = labels != IGNORED
         found = torch.log_softmax(logits[wanted].float(), -1).gather(1, labels[wanted][:, None])[:, 0]
-    sums = torch.stack([part.sum() for part in found.split(counts)]).view(-1, 2)
+    sums = torch.stack([part.sum() for part in torch.split(found, counts)]).view(-1, 2)
     return sums, torch.tensor(counts, device=sums.device, dtype=sums.dtype).view(-1, 2)
 
 
@@ -156,7 +156,7 @@ def reference_log_probs(ctx: RunContext, trainer: Any, dataset: Any) -> list[lis
 def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     """A trainer over the pairs of `ctx.prepared`; it goes on from `loop.checkpoint` if there is one.
 
-    The loss of a step is the mean over its pairs, however they are split into micro-batches.
+    The loss of a step is the mean over its pairs, in however many micro-batches.
     """
     import torch
     import transformers
@@ -208,8 +208,8 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
             output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in zip(names, means, strict=True)})
             return output
 
-        def _take_line(self, *args, **kwargs):
-            super()._take_line(*args, **kwargs)
+        def take_line(self, *args, **kwargs):
+            super().take_line(*args, **kwargs)
             self.line.numbers["facts"] = (self.facts_seen / self.pairs_seen).to("cpu", non_blocking=True)
             self.pairs_seen, self.facts_seen = 0, 0.0
 

@@ -148,7 +148,7 @@ class ResumableTrainer:
         log_due = control.should_log  # writing a line takes it back
         self.write_line()
         if log_due and self.state.global_step > self._globalstep_last_logged:
-            self._take_line(tr_loss, grad_norm, learning_rate, start_time)
+            self.take_line(tr_loss, grad_norm, learning_rate, start_time)
         if not writes_late(self.args.device) or control.should_training_stop or control.should_epoch_stop:
             self.write_line()
         if not control.should_training_stop:
@@ -200,7 +200,7 @@ class ResumableTrainer:
 
     # ------------------------------------------------------------------------------------------ the log line
 
-    def _take_line(self, tr_loss: Any, grad_norm: Any, learning_rate: float, start_time: float) -> None:
+    def take_line(self, tr_loss: Any, grad_norm: Any, learning_rate: float, start_time: float) -> None:
         """Begin to fetch the numbers of this step's line; nothing waits for them."""
         import torch
         from transformers.trainer_pt_utils import nested_gather

@@ -48,8 +48,8 @@ def make_pairs(count: int = 4, seed: int = 0) -> list[dict]:
     draw = torch.Generator().manual_seed(seed)
     pairs = []
     for n in range(count):
-        prompt = torch.randint(1, 49000, (3 + n,), generator=draw).tolist()
-        answers = [torch.randint(1, 49000, (2 + 3 * n % 5 + k,), generator=draw).tolist() for k in (0, 2)]
+        prompt = torch.randint(1, 4000, (3 + n,), generator=draw).tolist()
+        answers = [torch.randint(1, 4000, (2 + 3 * n % 5 + k,), generator=draw).tolist() for k in (0, 2)]
         rows = [(prompt + answer, [IGNORED] * len(prompt) + answer) for answer in answers]
         pairs.append({"input_ids": rows[0][0], "labels": rows[0][1], "rejected_ids": rows[1][0], "rejected_labels": rows[1][1]})
     return pairs
