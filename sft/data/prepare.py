@@ -237,6 +237,13 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
     return stats
 
 
+def _as_arrow(numbers: array) -> Any:
+    """An array of 32-bit numbers as Arrow's, without a copy."""
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(pa.int32(), len(numbers), [None, pa.py_buffer(numbers)])
+
+
 def _concatenated(lists: list[list[int]]) -> tuple[array, array]:
     """The numbers of all lists one after the other, and where the first begins and each one ends: Arrow's own form. Lists of
     Python's numbers take longer.
