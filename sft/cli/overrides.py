@@ -21,6 +21,7 @@ from sft.config import schema
 from sft.config.keys import find_field, plain_type, unknown_key
 from sft.config.schema import Settings
 from sft.errors import Problem, first_line
+from sft.sweep.checks import no_launcher
 from sft.sweep.grid import list_values
 
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
@@ -94,6 +95,9 @@ def check_override(override: Override, options: dict[str, list[str]], problems: 
     """Whether Hydra can compose with this override; if not, the reason goes to `problems`."""
     key = override.key_or_group
     line = one_line(override)
+    if key == "hydra/launcher" and str(override.value()) not in options[key]:
+        problems.append(no_launcher(str(override.value())))
+        return False
     if key.startswith("hydra.") or key.startswith("hydra/"):
         return True
     if override.is_delete():
@@ -107,9 +111,11 @@ def check_override(override: Override, options: dict[str, list[str]], problems: 
         problems.append(unknown_key(key, override.input_line.partition("=")[2]))
         return False
     if is_dataclass(plain_type(cls, name)):
-        if isinstance(override._value, dict):
-            return _check_mapping(override, cls, name, problems)
-        fix = f"{key}.<setting>=..., or one of the options {key}=..."
+        tables = _tables(override)
+        if tables:
+            return _check_mappings(key, tables, plain_type(cls, name), problems)
+        members = ", ".join(f.name for f in fields(plain_type(cls, name)))
+        fix = f"{key}.<setting>=...   one of {members}"
         problems.append(Problem(line, f"{key} is a group of settings, not a single one.", fix))
         return False
     if override.is_add() and not str(plain_type(cls, find_field(key)[1])).startswith("dict"):
@@ -140,11 +146,21 @@ def _values(override: Override, problems: list[Problem]) -> list[Any] | None:
         return None
 
 
-def _check_mapping(override: Override, cls: type, name: str, problems: list[Problem]) -> bool:
-    """The keys of `samples={num_held_out: 2}`, one by one."""
-    known = {f.name for f in fields(plain_type(cls, name))}
-    stray = [str(key) for key in override._value if str(key) not in known]
-    problems += [unknown_key(f"{override.key_or_group}.{key}") for key in stray]
+def _tables(override: Override) -> list[dict]:
+    """The tables that `samples={num_held_out: 2}` or a sweep over such sets; nothing where a value is none."""
+    try:
+        swept = override.is_sweep_override() and not override.is_interval_sweep()
+        values = list(override.sweep_iterator()) if swept else [override._value]
+    except HydraException:
+        return []
+    return values if all(isinstance(value, dict) for value in values) else []
+
+
+def _check_mappings(key: str, tables: list[dict], kind: type, problems: list[Problem]) -> bool:
+    """The keys of tables, one by one."""
+    known = {f.name for f in fields(kind)}
+    stray = dict.fromkeys(str(name) for table in tables for name in table if str(name) not in known)
+    problems += [unknown_key(f"{key}.{name}") for name in stray]
     return not stray
 
 
@@ -171,7 +187,9 @@ def _check_option(override: Override, known: list[str], problems: list[Problem])
             problems.append(Problem(f"{group}=null", f"{group} has to be one of {', '.join(known)}.", fix))
             return False
         if str(value) not in known:
-            close = difflib.get_close_matches(str(value), known, 1, 0.4)
+            last = str(value).rpartition("/")[2]
+            close = [option for option in known if option.rpartition("/")[2] == last]
+            close += difflib.get_close_matches(str(value), known, 1, 0.4)
             fix = f"{group}={close[0]}" if close else ""
             if group == "model":
                 fix += f"{chr(10) if fix else ''}model.name={value}   for a hub id or a local folder"

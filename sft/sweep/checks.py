@@ -9,7 +9,19 @@ from omegaconf import DictConfig
 from sft.config.hardware import gpu_present
 from sft.errors import Problem
 
+OWN = "hydra_plugins.sft_sweep."
+"""Where the launchers are that keep a sweep's index and table."""
+
 SLURM, RAY = "SlurmSweepLauncher", "RaySweepLauncher"
+
+LAUNCHERS = """hydra/launcher=ray   side by side, one on each GPU of this machine, or on a Ray cluster
+hydra/launcher=submitit_slurm   in Slurm's queue
+hydra/launcher=sft   one after the other, which is the default"""
+
+
+def sweeper_params(means: DictConfig | None) -> list[str]:
+    """What a preset or an experiment sweeps over by itself, as overrides. `means`: the composed `hydra` settings."""
+    return [] if means is None else [f"{key}={value}" for key, value in (means.sweeper.get("params") or {}).items()]
 
 
 def runs_elsewhere(means: DictConfig | None) -> bool:
@@ -42,8 +54,17 @@ def _launcher(means: DictConfig | None) -> str:
     return "" if means is None else str(means.launcher.get("_target_", "")).rpartition(".")[2]
 
 
+def no_launcher(name: str) -> Problem:
+    """The problem of a launcher that is not there."""
+    return Problem(f"hydra/launcher={name}", f"There is no launcher {name} here.", LAUNCHERS)
+
+
 def _check_launcher(means: DictConfig | None, sweeping: bool) -> list[Problem]:
     launcher = _launcher(means)
+    if launcher and not str(means.launcher.get("_target_")).startswith(OWN):
+        what = f"hydra/launcher={means.runtime.choices.get('hydra/launcher')}"
+        why = "A sweep's index, its table and the exit codes of its jobs need one of the project's launchers."
+        return [Problem(what, why, LAUNCHERS)] if sweeping else []
     if launcher not in (SLURM, RAY):
         return []
     name, extra, plugin = {

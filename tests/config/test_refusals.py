@@ -517,7 +517,7 @@ def test_a_broken_file_is_named_and_not_the_overrides(tmp_path):
     (tmp_path / "config.yaml").write_text("defaults: [\n")
     with pytest.raises(Refusal) as refusal:
         check_command_line(tmp_path, ["lora.r=8"])
-    assert refusal.value.problems[0].what == "conf/config.yaml" and "git" in refusal.value.problems[0].fix
+    assert refusal.value.problems[0].what == "config.yaml" and "git" in refusal.value.problems[0].fix
 
 
 def test_what_only_looks_like_a_secret_is_let_through():
