@@ -232,7 +232,7 @@ def _repository(config_name: str, overrides: list[str]) -> IConfigRepository:
 def _group_options(config_name: str, overrides: list[Override]) -> dict[str, list[str]]:
     """The options of each group in every folder that Hydra searches; those of subfolders as `team/faq`."""
     repository = _repository(config_name, [o.input_line for o in overrides if o.key_or_group == "hydra.searchpath"])
-    groups = (*schema.GROUPS, "hydra/launcher")
+    groups = (*schema.GROUPS, "hydra/launcher", "hydra/sweeper")
     return {group: sorted(_options_below(repository, group)) for group in groups}
 
 

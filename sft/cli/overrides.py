@@ -21,13 +21,16 @@ from sft.config import schema
 from sft.config.keys import find_field, plain_type, unknown_key
 from sft.config.schema import Settings
 from sft.errors import Problem, first_line
-from sft.sweep.checks import no_launcher
+from sft.sweep.checks import LAUNCHERS, SEARCHES
 from sft.sweep.grid import list_values
 
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
 
 # Options whose names only resemble a secret's.
 NOT_SECRET = ("trainer.extra.eos_token", "trainer.extra.pad_token", "dataset.keep.", "dataset.drop.")
+
+# What there is in place of a plugin of Hydra's that is not.
+NOT_HERE = {"hydra/launcher": LAUNCHERS, "hydra/sweeper": SEARCHES}
 
 # W&B's old keys are 40 hexadecimal digits; inside a path these are a commit of the hub's cache.
 SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9-]{16,}|wandb_v1_\w{16,})\b|^['\"]?[0-9a-f]{40}['\"]?$")
@@ -95,8 +98,8 @@ def check_override(override: Override, options: dict[str, list[str]], problems: 
     """Whether Hydra can compose with this override; if not, the reason goes to `problems`."""
     key = override.key_or_group
     line = one_line(override)
-    if key == "hydra/launcher" and str(override.value()) not in options[key]:
-        problems.append(no_launcher(str(override.value())))
+    if key in NOT_HERE and str(override.value()) not in options[key]:
+        problems.append(Problem(line, f"There is no {key.partition('/')[2]} {override.value()} here.", NOT_HERE[key]))
         return False
     if key.startswith("hydra.") or key.startswith("hydra/"):
         return True

@@ -18,6 +18,9 @@ LAUNCHERS = """hydra/launcher=ray   side by side, one on each GPU of this machin
 hydra/launcher=submitit_slurm   in Slurm's queue
 hydra/launcher=sft   one after the other, which is the default"""
 
+SEARCHES = """sweep=tpe   a search through Optuna: pip install -e ".[optuna]"
+hydra/sweeper=sft   a grid, or what sweep= chooses, which is the default"""
+
 
 def sweeper_params(means: DictConfig | None) -> list[str]:
     """What a preset or an experiment sweeps over by itself, as overrides. `means`: the composed `hydra` settings."""
@@ -52,11 +55,6 @@ def check_means(means: DictConfig | None, overrides: list[Override], sweeping: b
 
 def _launcher(means: DictConfig | None) -> str:
     return "" if means is None else str(means.launcher.get("_target_", "")).rpartition(".")[2]
-
-
-def no_launcher(name: str) -> Problem:
-    """The problem of a launcher that is not there."""
-    return Problem(f"hydra/launcher={name}", f"There is no launcher {name} here.", LAUNCHERS)
 
 
 def _check_launcher(means: DictConfig | None, sweeping: bool) -> list[Problem]:

@@ -150,6 +150,7 @@ class Sweep:
         subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]
         if subdir == SUBDIR or self.index.find(config_hash):  # a job keeps its folder
             return None
+        config = pickle.loads(pickle.dumps(config))  # HydraConfig makes it read-only
         with open_dict(config):
             config.hydra.job.num = config.hydra.job.id = self.index.next_number()
         filled, before = HydraConfig.instance(), HydraConfig.instance().cfg

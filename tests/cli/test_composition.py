@@ -89,6 +89,8 @@ def ours(monkeypatch, *argv: str) -> list[Settings]:
 
     def keep(sweep, todo):
         configs = [pickle.loads(sweep.composed[job.number]) for job in todo]
+        for config, job in zip(configs, todo, strict=True):
+            config.hydra.sweep.subdir = job.folder  # as a job is run
         seen.extend(runner._settings_of(config) for config in configs)
         sweep.planned.clear()
         sweep.lock.release()
@@ -197,6 +199,10 @@ def test_a_launcher_that_would_lose_the_table_and_the_exit_codes_is_refused_with
     problem = problem_of("-m", "lora.r=4,8", f"hydra/launcher={name}")
     assert problem.what == f"hydra/launcher={name}"
     assert problem.fix.startswith("hydra/launcher=ray ") and "\nhydra/launcher=submitit_slurm " in problem.fix
+
+
+def test_a_sweeper_that_is_not_there_is_refused_with_the_search_there_is():
+    assert problem_of("-m", "lora.r=4,8", "hydra/sweeper=ax").fix.startswith("sweep=tpe ")
 
 
 def test_a_sweeps_folders_are_named_as_hydra_sweep_subdir_says(monkeypatch, tmp_path):
