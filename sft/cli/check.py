@@ -111,12 +111,16 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
         preset = sweeper_params(means) if sweeping else []
         overrides = [o for o in parse_overrides(preset, problems) if o.key_or_group not in _keys(overrides)] + overrides
         if not sweeping:
-            swept = [o for o in overrides if o.is_sweep_override() and is_known(o.key_or_group)]
+            swept = [o for o in overrides if o.is_sweep_override() and (o.key_or_group in options or is_known(o.key_or_group))]
             problems += [needs_sweep(o) for o in swept]
             overrides = [o for o in overrides if o not in swept]
         if not is_search(means):
             problems += [check_interval(o) for o in overrides if o.is_interval_sweep()]
             overrides = [o for o in overrides if not o.is_interval_sweep()]
+        if args.cfg:
+            why = "--cfg shows one job, and several values ask for many."
+            swept = [o for o in parse_overrides(args.overrides, []) if o.is_sweep_override()] if sweeping else []
+            problems += [Problem(one_line(o), why, f"{o.key_or_group}={list_values(o)[0]}") for o in swept]
         good = [o for o in overrides if check_override(o, options, problems)]
         trains = hardware and not args.cfg
         folder = None if sweeping or args.cfg else _run_folder(good)
@@ -230,10 +234,13 @@ def _repository(config_name: str, overrides: list[str]) -> IConfigRepository:
 
 
 def _group_options(config_name: str, overrides: list[Override]) -> dict[str, list[str]]:
-    """The options of each group in every folder that Hydra searches; those of subfolders as `team/faq`."""
+    """The options of each group, also of one's own, in every folder that Hydra searches; those of subfolders as `team/faq`."""
     repository = _repository(config_name, [o.input_line for o in overrides if o.key_or_group == "hydra.searchpath"])
-    groups = (*schema.GROUPS, "hydra/launcher", "hydra/sweeper")
-    return {group: sorted(_options_below(repository, group)) for group in groups}
+    options = {
+        group: sorted(_options_below(repository, group)) for group in (*schema.GROUPS, "hydra/launcher", "hydra/sweeper")
+    }
+    own = [g for g in repository.get_group_options("", ObjectType.GROUP) if g not in (*schema.GROUPS, "hydra", "hydra_plugins")]
+    return options | {group: sorted(found) for group in own if (found := _options_below(repository, group))}
 
 
 def _options_below(repository: IConfigRepository, group: str) -> list[str]:

@@ -103,6 +103,8 @@ def check_override(override: Override, options: dict[str, list[str]], problems: 
         return False
     if key.startswith("hydra.") or key.startswith("hydra/"):
         return True
+    if key in options and key not in schema.GROUPS:  # of one's own
+        return override.is_delete() or _check_option(override, options[key], problems)
     if override.is_delete():
         fix = f"{key}=none" if "none" in options.get(key, ()) else f"{key}=<value>"
         problems.append(Problem(line, "Settings cannot be removed, only set.", fix))
@@ -178,7 +180,7 @@ def _check_option(override: Override, known: list[str], problems: list[Problem])
         fix = f"python train.py -m {group}={','.join(str(value) for value in override.value())}   for a sweep"
         problems.append(Problem(line, f"A run has one {group}.", fix))
         return False
-    if override.is_add():
+    if override.is_add() and group in schema.GROUPS:
         problems.append(Problem(line, f"{group} has an option already, so it is set without +.", line.lstrip("+")))
         return False
     values = _values(override, problems)
@@ -193,12 +195,13 @@ def _check_option(override: Override, known: list[str], problems: list[Problem])
             last = str(value).rpartition("/")[2]
             close = [option for option in known if option.rpartition("/")[2] == last]
             close += difflib.get_close_matches(str(value), known, 1, 0.4)
-            fix = f"{group}={close[0]}" if close else ""
+            named = f"+{group}" if override.is_add() else group
+            fix = f"{named}={close[0]}" if close else ""
             if group == "model":
                 fix += f"{chr(10) if fix else ''}model.name={value}   for a hub id or a local folder"
             if group == "dataset":
                 fix += f"{chr(10) if fix else ''}dataset=local dataset.path={value}   for a file of your own"
-            fix = fix or f"{group}={known[0]}"
+            fix = fix or f"{named}={known[0]}"
             why = f"There is no such option. {group} can be: {', '.join(known)}."
             problems.append(Problem(f"{group}={value}", why, fix))
             return False

@@ -20,7 +20,8 @@ def find_provenance(
     come first served. Later in this order wins, as in conf/config.yaml: groups, config.yaml, experiment, sweep, command line.
     """
     last = ("experiment", "sweep")
-    files = [(f"{group}/{option}.yaml", f"{group}.") for group, option in choices.items() if group not in last]
+    groups = [(group, option) for group, option in choices.items() if group not in last]
+    files = [(f"{group}/{option}.yaml", f"{group}." if group in GROUPS else "") for group, option in groups]
     files += [("config.yaml", "")]
     files += [(f"{group}/{choices[group]}.yaml", "") for group in last if group in choices]
     files += [(f"{primary}.yaml", "")] if primary != "config" else []

@@ -39,6 +39,9 @@ FILES = {
     "hydra: {mode: MULTIRUN, sweeper: {params: {lora.r: '4,8'}}}\n",
     "whole/config.yaml": "defaults: [schema, {lora: small}, _self_]\nseed: 5\n",
     "whole/lora/small.yaml": "r: 2\n",
+    "my/team/small.yaml": "# @package _global_\nlora: {r: 3}\ntrainer: {max_steps: 4}\n",
+    "my/team/large.yaml": "# @package _global_\nlora: {r: 64}\n",
+    "my/teams.yaml": "defaults: [config, {team: small}, _self_]\n",
     "faq.csv": "question,answer\na,b\n",
 }
 
@@ -116,6 +119,9 @@ SINGLE = [
     ["--config-dir", "my", "-cn", "path", "dataset=elsewhere"],
     ["--config-path", "{here}/whole"],
     ["sweep=rank", "hydra.mode=RUN"],
+    ["--config-dir", "my", "+team=small", "lora.lora_alpha=6"],
+    ["--config-dir", "my", "-cn", "teams", "team=large"],
+    ["--config-dir", "my", "-cn", "teams", "~team"],
 ]
 
 SWEEPS = [
@@ -131,6 +137,7 @@ SWEEPS = [
     ["sweep=lr", "trainer.learning_rate=1e-3,2e-3"],
     ["-m", "sweep=rank", "lora.r=4,8"],
     ["--config-dir", "my", "-m", "dataset=team/faq,team/deep/er", "lora=mine,r8"],
+    ["--config-dir", "my", "-m", "+team=small,large", "seed=1,2"],
     ["--config-dir", "my", "-cn", "grid"],
     ["--config-dir", "my", "-cn", "grid", "lora.r=16,32"],
 ]
@@ -157,6 +164,15 @@ def test_a_misspelt_option_is_looked_for_in_all_folders_and_subfolders():
     assert "dataset=elsewhere" in problem_of("hydra.searchpath=[more]", "dataset=elswhere").fix
 
 
+def test_an_option_of_a_group_of_ones_own_is_looked_for_too():
+    assert problem_of("--config-dir", "my", "+team=smal").fix.startswith("+team=small")
+    assert "-m" in problem_of("--config-dir", "my", "+team=small,large").fix
+
+
+def test_several_values_are_not_shown_as_one_config():
+    assert problem_of("hydra.mode=MULTIRUN", "lora.r=4,8", "--cfg", "job").fix == "lora.r=4"
+
+
 def test_a_primary_config_that_cannot_be_composed_is_named_where_it_is():
     (problem,) = [problem_of("--config-dir", "my", "-cn", "mien")]
     assert problem.what == "mien.yaml" and "my" in problem.why and "conf/mien" not in str(problem)
@@ -178,7 +194,8 @@ def test_an_option_of_a_subfolder_makes_no_folder_inside_the_runs(monkeypatch, t
 
 
 def test_a_setting_of_a_primary_config_says_so(tmp_path):
-    found = find_provenance({"dataset": "team/faq"}, (), [CONF, tmp_path / "my"], "mine")
+    found = find_provenance({"dataset": "team/faq", "team": "small"}, (), [CONF, tmp_path / "my"], "mine")
+    assert found["trainer.max_steps"] == "my/team/small.yaml"
     assert found["lora.r"] == "my/mine.yaml" and found["dataset.path"] == "my/dataset/team/faq.yaml"
     assert found["samples.num_held_out"] == "conf/config.yaml"
 
