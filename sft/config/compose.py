@@ -9,6 +9,8 @@ import sys
 import warnings
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,6 +33,10 @@ def register() -> None:
     ConfigStore.instance().store("schema", schema)
     # Hydra copies the whole store for every question to it, 90 times for --help alone; it hands out copies anyway.
     ConfigStore.__deepcopy__ = lambda store, memo: store
+    # What Hydra takes where nothing is chosen. An `override` in conf/config.yaml would win over that of an experiment.
+    hydra = HydraConf()
+    hydra.defaults = [{**entry, **{key: "sft" for key in ("sweeper", "launcher") if key in entry}} for entry in hydra.defaults]
+    ConfigStore.instance().store("config", hydra, group="hydra", provider="hydra")
     # Hydra takes sweepers and launchers from the package hydra_plugins alone.
     sweeper = {"_target_": "hydra_plugins.sft_sweep.SweepSweeper", "max_batch_size": None, "params": None}
     sweeper |= {"sampler": None, "n_trials": 20, "n_jobs": 1}  # of a search: conf/sweep/tpe.yaml
@@ -41,6 +47,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("pick", _pick, replace=True)
     OmegaConf.register_new_resolver("dpo_learning_rate", _dpo_learning_rate, replace=True)
     OmegaConf.register_new_resolver("job_label", _job_label, replace=True)
+    OmegaConf.register_new_resolver("one_name", lambda option: str(option).replace("/", "-"), replace=True)
     OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 
@@ -96,6 +103,13 @@ def fill_settings(plain: dict[str, Any]) -> Settings:
         for key in leaf_keys()
         if str(plain_type(*find_field(key))).startswith("list") and _holds_tables(plain, key)
     ]
+    problems += [
+        Problem(
+            key, "It is pairs of names and texts, and one of the values is a list or a table.", f"'{key}={{name: \"text\"}}'"
+        )
+        for key in leaf_keys()
+        if str(plain_type(*find_field(key))).startswith("dict[str, str]") and _holds_tables(plain, key)
+    ]
     if problems:
         raise Refusal(problems)
     try:
@@ -105,11 +119,12 @@ def fill_settings(plain: dict[str, Any]) -> Settings:
 
 
 def _holds_tables(plain: dict[str, Any], key: str) -> bool:
-    """Whether the list at a dotted key holds lists or tables, which OmegaConf overlooks."""
+    """Whether the list or the pairs at a dotted key hold lists or tables, which OmegaConf overlooks."""
     value: Any = plain
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    return isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(isinstance(item, list | dict) for item in items)
 
 
 def _escaped(value: Any) -> Any:
@@ -130,3 +145,14 @@ def _pickled_schema() -> bytes:
 def command_text() -> str:
     """The command as it can be typed again."""
     return "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
+def where_it_looked(command: str) -> tuple[list[str], list[str]]:
+    """(flags, overrides) of a command that say where Hydra finds its files and starts its jobs, for one that follows it."""
+    try:
+        args, _ = get_args_parser().parse_known_args(shlex.split(command)[2:])
+    except (ValueError, SystemExit):  # of sweep.json, which anyone may have written
+        return [], []
+    flags = (("--config-path", args.config_path), ("--config-dir", args.config_dir), ("--config-name", args.config_name))
+    places = ("hydra.searchpath=", "hydra/launcher=", "hydra.launcher.")
+    return [w for flag, value in flags if value for w in (flag, value)], [w for w in args.overrides if w.startswith(places)]
