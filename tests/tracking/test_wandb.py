@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -11,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sft.config.rules import check_settings
+from sft.config.destinations import check_destinations, mark
+from sft.config.rules import check_settings, warnings_for
 from sft.config.schema import Settings, TrackerName, TrackingMode, TrackingSettings
 from sft.preflight import checks
 from sft.preflight.findings import Found
@@ -175,7 +177,7 @@ def test_an_online_run_that_cannot_begin_leaves_an_offline_record(home, monkeypa
     server.server_close()
     assert tracker.state()["mode"] == "offline" and "it goes on offline" in caplog.text
     (folder,) = home.glob("wandb/offline-run-*")
-    assert [line["loss"] for line in read_back(folder)] == [2.5]
+    assert [line["train/loss"] for line in read_back(folder)] == [2.5]
 
 
 def test_a_wandb_that_dies_in_the_middle_goes_on_offline(home, monkeypatch, caplog):
@@ -197,7 +199,9 @@ def test_a_wandb_that_dies_in_the_middle_goes_on_offline(home, monkeypatch, capl
     assert "it goes on offline" in caplog.text
     (second,) = home.glob("wandb/offline-run-*")
     lines = read_back(second)
-    assert lines[-2]["loss"] == 2.0 and lines[-2]["step"] == 4 and lines[-1]["_step"] == lines[-2]["_step"] + 1
+    assert (
+        lines[-2]["train/loss"] == 2.0 and lines[-2]["train/global_step"] == 4 and lines[-1]["_step"] == lines[-2]["_step"] + 1
+    )
     (table,) = second.glob("files/media/table/*.json")
     assert [row[2:4] for row in json.loads(table.read_text(encoding="utf-8"))["data"]] == [["base", "base"], ["base", "later"]]
 
@@ -212,7 +216,7 @@ def test_none_asks_wandb_for_nothing(monkeypatch):
     assert found.lines[0].text == "the run folder alone"
 
 
-VERBS = ("start", "log", "log_samples", "finish", "state")
+VERBS = ("describe", "start", "log", "log_samples", "finish", "state")
 
 
 class Lines:
@@ -229,6 +233,9 @@ class Lines:
     def start(self, settings, folder, name, tags, before):
         self._note("start", name, before)
 
+    def describe(self, facts):
+        self._note("describe", facts)
+
     def log(self, metrics):
         self._note("log", dict(metrics))
         metrics.clear()  # it is the tracker's own copy
@@ -236,7 +243,7 @@ class Lines:
     def log_samples(self, lines, earlier):
         self._note("log_samples", len(lines), len(earlier))
 
-    def finish(self, status, metrics):
+    def finish(self, status, metrics, reason):
         self._note("finish", status)
 
     def state(self):
@@ -249,6 +256,7 @@ class Lines:
 def test_a_tracker_that_raises_is_left_out_with_one_warning_and_harms_no_other(verb, order, caplog):
     good, broken = Lines("good"), Lines("broken", verb)
     both = Trackers([good, broken] if order == "after" else [broken, good])
+    both.describe({})
     both.start(Settings(), Path(), "run", ["tiny"])
     line = {"step": 1, "loss": 2.0}
     for _ in range(2):
@@ -258,7 +266,16 @@ def test_a_tracker_that_raises_is_left_out_with_one_warning_and_harms_no_other(v
     facts = both.state()
     both.finish("finished", {"loss": 2.0})
     assert line == {"step": 1, "loss": 2.0}
-    assert [call[0] for call in good.told] == ["start", "log", "log_samples", "log", "log_samples", "state", "finish"]
+    assert [call[0] for call in good.told] == [
+        "describe",
+        "start",
+        "log",
+        "log_samples",
+        "log",
+        "log_samples",
+        "state",
+        "finish",
+    ]
     (warning,) = [r.getMessage() for r in caplog.records]
     assert warning.startswith("tracking=broken could not ") and f"({verb} is broken)" in warning
     calls = [call[0] for call in broken.told if call[0] != "state"]
@@ -297,7 +314,7 @@ def test_wandbs_facts_stand_in_run_json_as_they_always_did(home, monkeypatch):
         tracker = make_trackers(tracked())
         tracker.start(tracked(), folder, "n", [], before)
         facts = tracker.state()
-        assert set(facts) == {"mode", "url", "sync", "id", "project", "entity", "lines"}
+        assert set(facts) == {"mode", "url", "sync", "id", "project", "entity", "group", "lines"}
         assert facts["lines"] == 2 * session * (session + 1) // 2, "and no session's lines lie over another's"
         for step in (1, 2):
             append_jsonl(folder / "metrics.jsonl", {"step": step})
@@ -310,3 +327,29 @@ def test_wandbs_facts_stand_in_run_json_as_they_always_did(home, monkeypatch):
 def test_a_child_does_not_look_for_the_service_of_its_parent(monkeypatch):
     monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/tmp/gone/socket")
     assert "WANDB_SERVICE" not in child_environment() and child_environment(WANDB_SERVICE="x")["WANDB_SERVICE"] == "x"
+
+
+def test_an_adapter_is_not_sent_where_there_is_none_and_a_folder_from_elsewhere_does_not_decide_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+    (problem,) = check_settings(make_settings("lora=none", "trainer.learning_rate=1e-5", "tracking.log_adapter=true"))
+    assert problem.fix == "tracking.log_adapter=false"
+    assert check_settings(make_settings("tracking.log_adapter=true")) == []
+    sending = tracked(log_adapter=True)
+    (problem,) = check_destinations(sending, {"destinations_mark": mark(tracked())}, [], "resume=outputs/r")
+    assert "resume=outputs/r tracking.log_adapter=true" in problem.fix
+    assert check_destinations(sending, {"destinations_mark": mark(sending)}, [], "resume=outputs/r") == []
+    (warning,) = warnings_for(make_settings("tracking=none", "tracking.log_adapter=true"))
+    assert warning == "tracking.log_adapter=true is ignored: tracking=none."
+
+
+@pytest.mark.parametrize("words, fix", [
+    (["tracking.entity=team/proj"], "tracking.entity=team tracking.project=proj"),
+    (['tracking.entity="a b/c"'], "tracking.entity=a-b-c"),
+    ([f"tracking.name={'n' * 129}"], f"tracking.name={'n' * 128}"),
+    ([f"tracking.group={'g' * 129}"], f"tracking.group={'g' * 128}"),
+    ([f"tracking.tags=[ok,{'t' * 65}]"], f"'tracking.tags=[ok,{'t' * 64}]'"),
+])  # fmt: skip
+def test_a_name_that_wandb_refuses_is_refused_with_what_can_be_typed(words, fix):
+    (problem,) = check_settings(make_settings(*words))
+    assert problem.fix == fix
+    assert check_settings(make_settings(*shlex.split(fix))) == []

@@ -1,0 +1,48 @@
+"""What things are called in Weights & Biases: as transformers' and TRL's own callbacks name them, so that runs share charts.
+
+The keys of metrics.jsonl and run.json are others, and stay.
+"""
+
+from typing import Any
+
+AXIS, TOKENS, HELD_OUT = "train/global_step", "train/num_tokens", "eval/loss"
+
+NAMES = {
+    "step": AXIS,
+    "tokens": TOKENS,
+    "eos_share": "samples/eos_share",
+    "tokens_per_second": "perf/tokens_per_second",
+    "memory_gib": "perf/memory_gib",
+}
+
+SAMPLES = {
+    "step": lambda line, base: line["step"],
+    "question": lambda line, base: line.get("question") or line["prompt"],
+    "base answer": lambda line, base: base,
+    "answer": lambda line, base: line["completion"],
+    "finish": lambda line, base: line["finish"],
+    "reference": lambda line, base: line["reference"],
+    "prompt_id": lambda line, base: line["index"],
+    "source": lambda line, base: line.get("source", ""),
+    "tokens": lambda line, base: len(line.get("completion_ids") or ()),
+}
+"""Columns of the table of samples, each from a line of samples.jsonl and the first completion of its prompt."""
+
+
+def name_metric(key: str) -> str:
+    """W&B's name of a key of metrics.jsonl."""
+    if key in NAMES:
+        return NAMES[key]
+    return f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+
+
+def name_metrics(line: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """A line of metrics.jsonl by W&B's names. Each has `tokens`, those trained on so far, as a second axis."""
+    return {name_metric(key): value for key, value in {"tokens": tokens, **line}.items()}
+
+
+def define_metrics(run: Any) -> None:
+    """The axis of every chart, and of the held-out loss its least and its last value."""
+    run.define_metric(AXIS)
+    run.define_metric("*", step_metric=AXIS)
+    run.define_metric(HELD_OUT, step_metric=AXIS, summary="min,last")
