@@ -6,7 +6,7 @@ from typing import Any
 
 from sft.config.schema import Settings, TrackerName
 from sft.sweep.leaderboard import COLUMNS, Leaderboard, read_leaderboard, write_csv
-from sft.tracking.wandb import choose_mode, place
+from sft.tracking.wandb import choose_mode, place, wandb_settings
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def track_summary(folder: Path, settings: Settings) -> None:
             project=project,
             entity=entity,
             name=f"sweep {folder.name}",
-            group=folder.name,
+            group=settings.tracking.group or wandb_settings().run_group or folder.name,
             job_type="sweep",
             reinit="finish_previous",
             settings=wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=60),
@@ -42,7 +42,8 @@ def track_summary(folder: Path, settings: Settings) -> None:
         columns, rows = make_table(board)
         run.log({"leaderboard": wandb.Table(columns=columns, data=rows)})
         best = board.best
-        run.summary.update({"jobs": len(rows), "best_eval_loss": best.eval_loss if best else None, "noise": board.noise})
+        facts = {"jobs": len(rows), "best_eval_loss": best.eval_loss if best else None, "noise": board.noise}
+        run.summary.update({**facts, "best_job": best.job.folder if best else None, "remarks": "\n".join(board.remarks)})
         run.finish()
     except Exception as error:  # whatever goes wrong in the tracker, the sweep is done and its folder has everything
         log.warning("W&B could not take the leaderboard (%s); it is in %s.", error, folder / "leaderboard.csv")

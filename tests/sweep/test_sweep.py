@@ -343,6 +343,12 @@ def test_the_wandb_workspace_holds_the_sweeps_settings(sweep, capsys):
     for part in ("Parallel Coordinates Plot", "lora.value.r", "trainer.value.learning_rate", "summary:eval_loss", "samples"):
         assert part in text, part
     assert '"value": "s"' in text, "the sweep's group alone"
+    assert '"value": "sweep"' in text and '"sort": {"keys": [{"key": {"section": "summary", "name": "eval_loss"}' in text
+    tracking["tracking"] = {"id": "a", "group": "night", "project": "faq"}
+    folder = sweep([(f"lora=r{r}", 1.0, tracking) for r in (8, 32)], "outputs/sweeps/t")
+    assert wandb_workspace.main(["--dry-run", f"run={folder}"]) == 0
+    text = capsys.readouterr().out
+    assert "choices.value.lora" in text and '"value": "night"' in text, "what was chosen of a group; WANDB_RUN_GROUP"
 
 
 def test_a_job_in_a_process_of_its_own_does_not_see_the_modules_of_the_current_folder(tmp_path, monkeypatch, capfd):

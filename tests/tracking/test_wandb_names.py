@@ -176,3 +176,23 @@ def test_tags_have_the_gpu_and_those_of_an_older_record_stay():
 def test_a_metric_without_a_name_of_its_own_is_one_of_training_or_evaluation():
     assert name_metric("bad_steps") == "train/bad_steps" and name_metric("eval_accuracy") == "eval/accuracy"
     assert name_metrics({"step": 3, "tokens": 9}, 5) == {"train/num_tokens": 9, "train/global_step": 3}
+
+
+@pytest.mark.filterwarnings("ignore:.*Pydantic:DeprecationWarning", "ignore:Pydantic V1 style:DeprecationWarning")
+def test_every_panel_of_a_workspace_shows_something_that_the_run_has(finished, capsys):
+    pytest.importorskip("wandb_workspaces")
+    from scripts import wandb_workspace
+
+    folder, made = finished
+    assert wandb_workspace.main(["--dry-run", f"run={folder}"]) == 0
+    text = capsys.readouterr().out
+    assert f'"value": "{made["run"]["run_id"]}"' in text, "this run alone"
+    logged = {key for line in made["history"] for key in line}
+    for section in json.loads(text)["spec"]["section"]["panelBankConfig"]["sections"]:
+        for panel in section["panels"]:
+            config = panel["config"]
+            assert {*config.get("metrics", []), config.get("xAxis") or "train/global_step"} <= logged, config
+    assert "lora" in made["config"]["choices"], "and the axis choices.lora of a sweep over lora"
+    (folder / "nothing").mkdir()
+    assert wandb_workspace.main(["--dry-run", f"run={folder / 'nothing'}"]) == 2
+    assert "No W&B run was begun there" in capsys.readouterr().err
