@@ -139,7 +139,8 @@ class WandbTracker:
         again, files = bool(before), Path(self.run.dir).parent
         # Which it keeps if it has to begin again.
         before |= {"id": self.run.id, "project": project, "entity": entity, "group": self.run.group or None}
-        self.facts = {"mode": mode, "url": None, "sync": None, **before, "lines": self.lines}
+        # An earlier part of the run may still wait to be uploaded.
+        self.facts = {"url": None, "sync": None, **before, "mode": mode, "lines": self.lines}
         if mode == "offline":
             every = files.parent / f"*run-*-{self.run.id}" if again else files
             self.facts["sync"] = f"wandb sync {_short(every)}"
@@ -197,11 +198,8 @@ class WandbTracker:
             raise error
         log.warning("W&B could not %s (%s): it goes on offline.", action, first_line(error))
         again, self._open, self.run = self._open, None, None
-        if isinstance(error, ConnectionError):  # its own process is gone; without this a new run would ask for that one
-            import wandb
-
-            with contextlib.suppress(Exception, SystemExit):
-                wandb.teardown()
+        if isinstance(error, ConnectionError):
+            _forget_service()
         again("offline")
 
     def finish(self, status: str, metrics: dict[str, Any], reason: str | None = None) -> None:
@@ -222,12 +220,16 @@ class WandbTracker:
 
     def _close(self, run: Any, code: int) -> None:
         """End the W&B run; where the server does not take the rest in time, say how it is uploaded later."""
+        folder = _short(Path(run.dir).parent)
         try:
             run.finish(exit_code=code)
-        except TimeoutError:
-            place = _short(Path(run.dir).parent)
-            self.facts["sync"] = f"wandb sync {place}"
-            log.warning("W&B's server did not take all of the run in time; the rest is here: wandb sync %s", place)
+        except Exception as error:
+            if self.facts.get("mode") == "online":
+                self.facts["sync"] = f"wandb sync {folder}"
+                why = first_line(error)
+                log.warning("W&B's server did not take all of the run (%s). Upload it later: wandb sync %s", why, folder)
+            if not isinstance(error, TimeoutError):
+                _forget_service()
 
     def _log_adapter(self, run: Any, metrics: dict[str, Any]) -> None:
         """Send the adapter as an artifact; its files stay where they are until then."""
@@ -246,6 +248,14 @@ class WandbTracker:
     def state(self) -> dict[str, Any]:
         """Its mode, address and id, and the project that it goes on in."""
         return dict(self.facts)
+
+
+def _forget_service() -> None:
+    """W&B's own process is gone; without this a new run, or the end of this process, would ask for that one."""
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()
 
 
 def _shown(metrics: dict[str, Any]) -> str:
