@@ -161,8 +161,8 @@ def warnings_for(settings: Settings) -> list[str]:
         found.append("model.revision is ignored: model.name is a local folder.")
     tracking = settings.tracking
     if tracking.tracker == schema.TrackerName.none:
-        asked = [f"tracking.{key}=true" for key in ("alert", "log_adapter") if getattr(tracking, key)]
-        found += [f"{' and '.join(asked)} is ignored: tracking=none."] if asked else []
+        wanted = [f"tracking.{key}=true" for key in ("alert", "log_adapter") if getattr(tracking, key)]
+        found += [f"{' and '.join(wanted)} is ignored: tracking=none."] if wanted else []
     return found
 
 

@@ -44,8 +44,8 @@ def check(tracking: TrackingSettings) -> str:
         return f"the run folder alone: W&B is switched off ({why})"
     if asks_online(tracking.mode):
         fix = "wandb login   or   tracking.mode=offline" if not has_api_key() else "tracking.mode=offline"
-        asked = "tracking.mode=online" if tracking.mode == TrackingMode.online else "WANDB_MODE=online"
-        raise refuse(asked, f"W&B cannot be online: {why}.", fix)
+        setting = "tracking.mode=online" if tracking.mode == TrackingMode.online else "WANDB_MODE=online"
+        raise refuse(setting, f"W&B cannot be online: {why}.", fix)
     sweep = wandb_settings().sweep_id
     later = f"the W&B sweep {sweep} hears of it once it is uploaded" if sweep else "the run logs how to upload it"
     return f"W&B offline ({why}), {project}; {later}"
@@ -162,8 +162,8 @@ class WandbTracker:
         """Tokens so far; those of before a resume stand in metrics.jsonl, which ends at the checkpoint by the first line."""
         if self.tokens is None:
             path = self._folder / "metrics.jsonl"
-            told = [line["tokens"] for line in (read_lines(path) if path.is_file() else ()) if "tokens" in line]
-            self.tokens = told[-1] if told else 0
+            logged = [line["tokens"] for line in (read_lines(path) if path.is_file() else ()) if "tokens" in line]
+            self.tokens = logged[-1] if logged else 0
         self.tokens = metrics.get("tokens", self.tokens)
         return self.tokens
 
