@@ -38,12 +38,15 @@ def check(tracking: TrackingSettings) -> str:
     mode, why = choose_mode(tracking.mode)
     entity, project = place(tracking)
     project = f"project {entity}/{project}" if entity else f"project {project}"
+    requested = asks_online(tracking.mode)
+    if mode == "online" and requested and (why := ask_server()):
+        mode = "offline"
     if mode == "online":
         return f"W&B online, {project}"
     if mode == "disabled":
         return f"the run folder alone: W&B is switched off ({why})"
-    if asks_online(tracking.mode):
-        fix = "wandb login   or   tracking.mode=offline" if not has_api_key() else "tracking.mode=offline"
+    if requested:
+        fix = "wandb login   or   tracking.mode=offline" if "API key" in why else "tracking.mode=offline"
         setting = "tracking.mode=online" if tracking.mode == TrackingMode.online else "WANDB_MODE=online"
         raise refuse(setting, f"W&B cannot be online: {why}.", fix)
     sweep = wandb_settings().sweep_id
@@ -315,15 +318,41 @@ def choose_mode(mode: TrackingMode) -> tuple[str, str]:
 
 def has_api_key() -> bool:
     """Whether W&B can log in to its server without asking."""
+    return bool(wandb_settings().identity_token_file or _api_key())
+
+
+def _api_key() -> str | None:
     own = wandb_settings()
-    if own.api_key or own.identity_token_file:
-        return True
+    if own.api_key:
+        return own.api_key
     from wandb.errors import AuthenticationError
     from wandb.sdk.lib.wbauth import read_netrc_auth
 
     with contextlib.suppress(AuthenticationError):
-        return read_netrc_auth(host=own.base_url) is not None
-    return False
+        return read_netrc_auth(host=own.base_url)
+    return None
+
+
+def ask_server(timeout: float = 5.0) -> str | None:
+    """Why the server takes no run of this user; None where it knows the key, or cannot be asked in this way."""
+    import requests
+
+    own, key = wandb_settings(), _api_key()
+    if not key or own.identity_token_file:
+        return None
+    proxies = {scheme: proxy for scheme in ("http", "https") if (proxy := getattr(own, f"{scheme}_proxy"))}
+    question = {"query": "query Viewer { viewer { id } }"}
+    try:
+        answer = requests.post(f"{own.base_url}/graphql", json=question, auth=("api", key), timeout=timeout, proxies=proxies)
+        known = answer.status_code == 200 and (answer.json().get("data") or {}).get("viewer")
+    except requests.exceptions.SSLError:
+        return None  # which certificates count is W&B's own affair
+    except (requests.RequestException, ValueError, AttributeError):
+        return f"{own.base_url} does not answer as a W&B server"
+    if known:
+        return None
+    refused = answer.status_code in (200, 401, 403)
+    return f"{own.base_url} does not know the API key" if refused else f"{own.base_url} answers {answer.status_code}"
 
 
 def _reachable(server: str, timeout: float = 3.0) -> bool:

@@ -17,6 +17,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.knows_the_key = True
         self.runs: list[dict] = []
         self.history: dict[int, dict] = {}
         self.files: set[str] = set()
@@ -37,7 +38,7 @@ class Server(http.server.ThreadingHTTPServer):
         if "createRunFiles" in query:
             files = [{"name": name, "uploadUrl": f"{self.url}/up/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
-        return {}
+        return {"viewer": {"id": "v"} if self.knows_the_key else None} if "viewer" in query else {}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

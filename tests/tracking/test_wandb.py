@@ -120,6 +120,30 @@ def test_online_that_cannot_be_had_is_refused_before_loading(monkeypatch):
     assert "Invalid project name 'team/faq'" in problem_of() and "tracking=none" in problem_of()
 
 
+def test_online_in_the_environment_is_asked_for_as_well_and_a_sweep_of_wandbs_is_named(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    found = Found()
+    checks.check_tracking(found, tracked())
+    assert [(p.what, p.fix) for p in found.problems] == [("WANDB_MODE=online", "wandb login   or   tracking.mode=offline")]
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sw33p")
+    assert wandb.check(TrackingSettings(mode=TrackingMode.offline)).endswith(
+        "the W&B sweep sw33p hears of it once it is uploaded"
+    )
+
+
+def test_group_notes_and_job_type_of_the_environment_reach_the_run_and_what_is_set_comes_first(home, monkeypatch):
+    for name, value in {"RUN_GROUP": "night", "NOTES": "why", "JOB_TYPE": "eval", "MODE": "offline"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    entries = []
+    for settings in (tracked(), tracked(group="set", notes="typed")):
+        tracker = make_trackers(settings)
+        tracker.begin(settings, home, {"command": "python train.py"}, "transformers")
+        run = tracker.trackers[0].run
+        entries.append((run.group, run.notes, run.job_type))
+        tracker.finish("finished", {})
+    assert entries == [("night", "why", "eval"), ("set", "typed", "eval")]
+
+
 def test_a_proxy_before_the_server_is_what_has_to_take_the_connection(monkeypatch):
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     assert not wandb._reachable("http://127.0.0.1:1")

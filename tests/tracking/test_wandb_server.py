@@ -14,7 +14,7 @@ from sft.preflight import checks
 from sft.preflight.findings import Found
 from sft.tracking import wandb
 from sft.tracking.base import make_trackers
-from tests.tracking.fake_wandb import KEY, serving, stop
+from tests.tracking.fake_wandb import KEY, Handler, serving, stop
 
 ONLINE = Settings(tracking=TrackingSettings(mode=TrackingMode.online, group="faq"))
 
@@ -60,6 +60,21 @@ def test_an_online_run_arrives_whole(server, tmp_path):
     lines = [server.history[number] for number in sorted(server.history)]
     assert [line["train/global_step"] for line in lines] == [0, 1] and [line["train/num_tokens"] for line in lines] == [0, 12]
     assert "wandb-summary.json" in server.files
+
+
+def test_a_key_that_the_server_does_not_know_and_a_server_of_something_else_are_refused_before_loading(server, monkeypatch):
+    def refused() -> tuple[str, str]:
+        found = Found()
+        checks.check_tracking(found, ONLINE)
+        (problem,) = found.problems
+        return problem.why, problem.fix
+
+    server.knows_the_key = False
+    fix = "wandb login   or   tracking.mode=offline"
+    assert refused() == (f"W&B cannot be online: {server.url} does not know the API key.", fix)
+    monkeypatch.setattr(Handler, "do_POST", lambda handler: handler.send_error(404))
+    assert refused() == (f"W&B cannot be online: {server.url} answers 404.", "tracking.mode=offline")
+    assert wandb.check(TrackingSettings()) == "W&B online, project sft", "and without being asked for it is tried"
 
 
 def test_a_server_that_dies_in_the_middle_leaves_the_whole_record_and_how_to_upload_it(server, tmp_path, monkeypatch, caplog):
