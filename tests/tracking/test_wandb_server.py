@@ -12,6 +12,7 @@ import pytest
 from sft.config.schema import Settings, TrackingMode, TrackingSettings
 from sft.preflight import checks
 from sft.preflight.findings import Found
+from sft.storage.jsonio import append_jsonl
 from sft.tracking import wandb
 from sft.tracking.base import make_trackers
 from tests.tracking.fake_wandb import KEY, Handler, serving, stop
@@ -60,6 +61,27 @@ def test_an_online_run_arrives_whole(server, tmp_path):
     lines = [server.history[number] for number in sorted(server.history)]
     assert [line["train/global_step"] for line in lines] == [0, 1] and [line["train/num_tokens"] for line in lines] == [0, 12]
     assert "wandb-summary.json" in server.files
+
+
+def test_an_online_run_that_goes_on_keeps_each_line_and_the_name_that_it_has_there(server, tmp_path):
+    """What was logged after the last checkpoint is logged again, with other content, and W&B takes no number twice."""
+    before, logged = None, []
+    for session, steps in enumerate([(1, 2, 3), (3, 4)]):
+        tracker = make_trackers(ONLINE)
+        state = tracker.begin(ONLINE, tmp_path, {"name": "tiny", "tracking": before}, "transformers")
+        assert state["mode"] == "online" and (before or state)["id"] == state["id"]
+        for step in steps:
+            logged.append((step, 10 * step + session))
+            line = {"step": step, "loss": 2.0, "tokens": 10 * step + session}
+            append_jsonl(tmp_path / "metrics.jsonl", line)
+            tracker.log(line)
+        tracker.finish("stopped", {}, "SIGINT")
+        before = tracker.state()
+        (tmp_path / "metrics.jsonl").write_text("", encoding="utf-8")  # back to the checkpoint
+    lines = [server.history[number] for number in sorted(server.history)]
+    assert [(line["train/global_step"], line["train/num_tokens"]) for line in lines] == logged
+    assert [line["_step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [run["displayName"] for run in server.runs if run["displayName"]] == [f"tiny_{state['id']}"], "given once"
 
 
 def test_a_key_that_the_server_does_not_know_and_a_server_of_something_else_are_refused_before_loading(server, monkeypatch):
