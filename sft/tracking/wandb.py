@@ -138,7 +138,7 @@ class WandbTracker:
             ),
         )
         define_metrics(self.run)
-        self.lines, self._table = max(self.lines, self.run.step), None
+        self.lines, self._table = max(self.lines, self.run.step, self.run.starting_step), None
         again, files = bool(before), Path(self.run.dir).parent
         # Which it keeps if it has to begin again.
         before |= {"id": self.run.id, "project": project, "entity": entity, "group": self.run.group or None}
