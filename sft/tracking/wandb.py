@@ -283,6 +283,9 @@ def wandb_settings() -> Any:
         fault = error.errors()[0] if hasattr(error, "errors") else {}
         why = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" if fault else str(error)
         fix = "correct that WANDB_... variable   or   tracking=none"
+        team, slash, project = os.environ.get("WANDB_PROJECT", "").partition("/")
+        if "project name" in why and slash and "/" not in project:
+            fix = f"export WANDB_ENTITY={team} WANDB_PROJECT={project}   or   tracking=none"
         raise refuse("tracking=wandb", f"W&B refuses its own settings: {why}", fix) from error
     return own
 

@@ -118,6 +118,7 @@ def test_online_that_cannot_be_had_is_refused_before_loading(monkeypatch):
     assert problem_of() == "W&B offline (http://127.0.0.1:1 takes no connection), project sft; the run logs how to upload it"
     monkeypatch.setenv("WANDB_PROJECT", "team/faq")
     assert "Invalid project name 'team/faq'" in problem_of() and "tracking=none" in problem_of()
+    assert "export WANDB_ENTITY=team WANDB_PROJECT=faq" in problem_of()
 
 
 def test_online_in_the_environment_is_asked_for_as_well_and_a_sweep_of_wandbs_is_named(monkeypatch):
