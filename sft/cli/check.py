@@ -23,12 +23,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sft.cli.overrides import check_override, is_known, looks_secret, needs_sweep, one_line, parse_overrides, secret
+from sft.cli.overrides import check_override, is_known, looks_secret, needs_sweep, one_line, parse_overrides, secret, takes_one
 from sft.config import schema
 from sft.config.compose import PROCESSES, register, to_settings
 from sft.config.consent import WORD
 from sft.config.data_rules import why_lost
 from sft.config.destinations import KEYS, check_destinations, destinations
+from sft.config.keys import in_shell
 from sft.config.rules import check_settings
 from sft.config.schema import Settings
 from sft.distributed.group import is_first, launched
@@ -103,6 +104,9 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
         means = _sweep_means(config_name, search_path, overrides)
         preset = _preset_sweep(means)
         overrides = [o for o in parse_overrides(preset, problems) if o.key_or_group not in _keys(overrides)] + overrides
+        hydras = [o for o in overrides if o.is_sweep_override() and o.key_or_group.startswith("hydra")]
+        problems += [takes_one(o) for o in hydras]
+        overrides = [o for o in overrides if o not in hydras]
         if not (args.multirun or preset):
             swept = [o for o in overrides if o.is_sweep_override() and is_known(o.key_or_group)]
             problems += [needs_sweep(o) for o in swept]
@@ -161,7 +165,7 @@ def _parse_flags(argv: list[str]) -> Any:
         if looks_secret(bare):
             problems.append(secret(text))
         elif text != bare:
-            fix = bare if "=" in bare else f"{bare}=<value>"
+            fix = in_shell(bare) if "=" in bare else f"{bare}=<value>"
             problems.append(Problem(text, "There is no such flag; settings are written without dashes.", fix))
         else:
             why = "Overrides on both sides of a flag are not read."

@@ -5,6 +5,7 @@ What cannot be typed is refused with what was typed, why it cannot, and what to 
 
 import difflib
 import functools
+import os
 import re
 import shlex
 from dataclasses import fields, is_dataclass
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sft.config import schema
-from sft.config.keys import find_field, plain_type, unknown_key
+from sft.config.keys import find_field, in_shell, plain_type, unknown_key
 from sft.config.schema import Settings
 from sft.errors import Problem, first_line
 from sft.sweep.grid import list_values
@@ -56,6 +57,8 @@ def _not_an_override(text: str, error: HydraException) -> Problem:
         return Problem(f'"{shown}"', "A word of the command line is empty.", "leave it out: an unset variable may stand there")
     if not equals:
         return Problem(shown, "A setting needs a value.", f"{key.lstrip('-')}=<value>")
+    if key.startswith("-"):  # with a space in its value, which argparse takes for no flag
+        return Problem(shown, "There is no such flag; settings are written without dashes.", in_shell(shown.lstrip("-")))
     if key[:1] in "'\"":
         return Problem(shown, "The quotes are part of the name here.", shown.strip("'\""))
     cls, name = find_field(key.lstrip("+"))
@@ -90,6 +93,13 @@ def needs_sweep(override: Override) -> Problem:
     return Problem(line, why, fix)
 
 
+def takes_one(override: Override) -> Problem:
+    """The problem of several values for a setting of Hydra's own, over which it does not sweep."""
+    key, line = override.key_or_group, one_line(override)
+    fix = f"{_quoted(line)}   for one text" if key.endswith("dir") else f"give {key} one value"
+    return Problem(line, "Hydra's own settings have one value for all jobs of a sweep.", fix)
+
+
 def check_override(override: Override, options: dict[str, list[str]], problems: list[Problem]) -> bool:
     """Whether Hydra can compose with this override; if not, the reason goes to `problems`."""
     key = override.key_or_group
@@ -113,7 +123,7 @@ def check_override(override: Override, options: dict[str, list[str]], problems: 
         problems.append(Problem(line, f"{key} is a group of settings, not a single one.", fix))
         return False
     if override.is_add() and not str(plain_type(cls, find_field(key)[1])).startswith("dict"):
-        problems.append(Problem(line, "This setting exists already, so it is set without +.", line.lstrip("+")))
+        problems.append(Problem(line, "This setting exists already, so it is set without +.", in_shell(line.lstrip("+"))))
         return False
     values = _values(override, problems)
     for value in values or []:
@@ -160,7 +170,7 @@ def _check_option(override: Override, known: list[str], problems: list[Problem])
         problems.append(Problem(line, f"A run has one {group}.", fix))
         return False
     if override.is_add():
-        problems.append(Problem(line, f"{group} has an option already, so it is set without +.", line.lstrip("+")))
+        problems.append(Problem(line, f"{group} has an option already, so it is set without +.", in_shell(line.lstrip("+"))))
         return False
     values = _values(override, problems)
     if values is None:
@@ -174,10 +184,12 @@ def _check_option(override: Override, known: list[str], problems: list[Problem])
             close = difflib.get_close_matches(str(value), known, 1, 0.4)
             fix = f"{group}={close[0]}" if close else ""
             if group == "model":
-                fix += f"{chr(10) if fix else ''}model.name={value}   for a hub id or a local folder"
+                name = value if "/" in str(value) or os.path.isdir(str(value)) else "<owner/name>"
+                fix += f"\nmodel.name={name}   for a hub id or a local folder"
             if group == "dataset":
-                fix += f"{chr(10) if fix else ''}dataset=local dataset.path={value}   for a file of your own"
-            fix = fix or f"{group}={known[0]}"
+                path = value if "." in str(value) or os.path.exists(str(value)) else "<file>"
+                fix += f"\ndataset=local dataset.path={path}   for a file of your own"
+            fix = fix.strip() or f"{group}={known[0]}"
             why = f"There is no such option. {group} can be: {', '.join(known)}."
             problems.append(Problem(f"{group}={value}", why, fix))
             return False

@@ -8,7 +8,6 @@ import itertools
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 KINDS = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".json.gz", ".jsonl.gz", ".csv.gz")
 """Endings of files that are read."""
@@ -96,20 +95,6 @@ def naming(files: list[Path]) -> str | list[str]:
         if list_files(pattern)[0] == files:
             return pattern
     return [str(file) for file in files]
-
-
-def typed(key: str, value: Any) -> str:
-    """`key=value` as it is typed in a shell, for a path or a list of paths."""
-    if isinstance(value, list):
-        return "'" + f"{key}=[{', '.join(map(_quoted, value))}]".replace("'", "'\\''") + "'"
-    plain = re.fullmatch(r"(?!(null|true|false|inf|nan)$)[A-Za-z_./][\w./+-]*", value, re.ASCII | re.IGNORECASE)
-    if plain and re.search(r"[A-Za-z]", value):
-        return f"{key}={value}"
-    return "'" + f"{key}={_quoted(value)}".replace("'", "'\\''") + "'"
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace('"', '\\"') + '"'
 
 
 def by_split(files: list[Path]) -> tuple[list[Path], list[Path]]:

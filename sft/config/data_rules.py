@@ -8,6 +8,7 @@ import functools
 import glob
 import os
 import re
+import shlex
 import string
 import warnings
 from collections import Counter
@@ -15,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sft.config import schema
-from sft.config.data_files import KINDS, SAVED, by_split, find_files, find_splits, kind_of, list_files, naming, typed
+from sft.config.data_files import KINDS, SAVED, by_split, find_files, find_splits, kind_of, list_files, naming
+from sft.config.keys import typed
 from sft.config.schema import DatasetSettings
 from sft.errors import Problem
 
@@ -39,7 +41,8 @@ def check_dataset(data: DatasetSettings) -> list[Problem]:
                 with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of brackets that may mean more one day
                     re.compile(pattern)
             except re.error as error:
-                fix = f"dataset.{group}.{column}={re.escape(pattern)}   for these very characters"
+                quoted = re.escape(pattern).replace('"', '\\"')
+                fix = shlex.quote(f'dataset.{group}.{column}="{quoted}"') + "   for these very characters"
                 problems.append(Problem(f"dataset.{group}.{column}={pattern}", f"Not a regular expression: {error}.", fix))
     return problems
 
@@ -127,7 +130,12 @@ def _check_choice(
     kinds = Counter(kind_of(file) for file in files)
     if len(kinds) > 1:
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        names = [naming([file for file in files if kind_of(file) == kind]) for kind, _ in kinds.most_common()]
+        names = []
+        for kind in dict(kinds.most_common()):
+            group = [file for file in files if kind_of(file) == kind]
+            below = f"{text}/*{kind}"  # files in several folders, as ** finds them
+            one = naming(group)
+            names.append(below if isinstance(one, list) and list_files(below)[0] == group else one)
         fix = "\n".join(instead(name) for name in names if isinstance(name, str) or len(name) < 10)
         fix = fix or "put the files of one kind into a folder of their own"
         return Problem(what, f"Files of one kind are read together, and these are several: {counts}.", fix)

@@ -1,11 +1,14 @@
 """The settings by their dotted keys: which there are, and which one a misspelt key was meant to be."""
 
 import difflib
+import re
+import shlex
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from sft.config import schema
 from sft.config.schema import Settings
+from sft.config.upstream import sft_config_options
 from sft.errors import Problem
 
 # What people type for upstream's names.
@@ -83,10 +86,11 @@ def unknown_key(path: str, value: str = "...") -> Problem:
     close = list(dict.fromkeys(close))[: 1 if known_by_name else 2]
     why = f"There is no setting {path}."
     if close:
-        fix = f"{close[0]}={value}"
+        fix = in_shell(f"{close[0]}={value}")
         why += f" Did you mean {' or '.join(close)}?"
-    elif group == "trainer":
-        fix = f"trainer.extra.{last}={value}   if it is an option of TRL's SFTConfig"
+    elif group == "trainer" and last in sft_config_options():
+        fix = in_shell(f"trainer.extra.{last}={value}")
+        why += " It is an option of TRL's SFTConfig, which has its place in trainer.extra."
     else:
         fix = "docs/settings.md lists all settings"
         if not group:
@@ -103,6 +107,29 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
+
+
+def typed(key: str, value: str | list[str]) -> str:
+    """`key=value` as it is typed in a shell, in quotes where the shell or Hydra would read the text otherwise."""
+    if isinstance(value, list):
+        text = f"[{','.join(_for_hydra(one) for one in value)}]"
+        return f"{key}={text}" if re.fullmatch(r"\[[\w,./+-]*\]", text) else shlex.quote(f"{key}={text}")
+    text = _for_hydra(value)
+    return f"{key}={text}" if text == value else shlex.quote(f"{key}={text}")
+
+
+def in_shell(override: str) -> str:
+    """An override as it came from the shell, as it is typed there: in quotes where the shell would change it."""
+    return override if re.fullmatch(r"[\w./,:=@%+^~\[\]-]*", override) else shlex.quote(override)
+
+
+def _for_hydra(value: str) -> str:
+    """A text as Hydra reads it as one: in quotes, unless it is a plain word and nothing that Hydra takes for a value."""
+    plain = r"(?!(null|true|false|inf|nan)$)(?=.*[A-Za-z])[A-Za-z_./][\w./+-]*"
+    if re.fullmatch(plain, value, re.ASCII | re.IGNORECASE):
+        return value
+    escaped = value.replace("\n", "\\n").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def shown(value: Any) -> str:

@@ -63,6 +63,8 @@ WITHOUT_EFFECT = {
 ONE_PROCESS = {"accelerator_config", "auto_find_batch_size", "average_tokens_across_devices", "dataloader_drop_last",
                "ignore_data_skip", "train_sampling_strategy"}  # fmt: skip
 
+ON_A_GPU = r"8bit|4bit|paged|bnb"  # in the names of optimisers
+
 HUB_NAME_LENGTH = 96 - len("-bnb-4bit")  # of a repository, before the longest suffix of sft/export/hub.py
 
 NAME_LENGTH, TAG_LENGTH = 128, 64  # what W&B takes
@@ -118,7 +120,7 @@ def _check_distributed(settings: Settings) -> list[Problem]:
     if count > 1:
         problems += [
             Problem(
-                f"trainer.extra.{name}={settings.trainer.extra[name]}",
+                f"trainer.extra.{name}={shown(settings.trainer.extra[name])}",
                 f"The {count} processes would not train on the rows that one process does.",
                 f"leave trainer.extra.{name} out   or   distributed=none",
             )
@@ -330,7 +332,8 @@ def _check_trainer(settings: Settings) -> list[Problem]:
         value = getattr(trainer, key)
         known = enum_values(file, enum)
         if known and value not in known:
-            close = [k for k in known if value and k.startswith(value)] + difflib.get_close_matches(value, known, 1, 0.5)
+            offered = known if re.search(ON_A_GPU, value) else [k for k in known if not re.search(ON_A_GPU, k)]
+            close = [k for k in offered if value and k.startswith(value)] + difflib.get_close_matches(value, offered, 1, 0.5)
             fix = f"trainer.{key}={close[0]}" if close else _default(f"trainer.{key}")
             problems.append(Problem(f"trainer.{key}={value}", f"transformers knows: {', '.join(known)}.", fix))
     return problems
@@ -343,9 +346,9 @@ def _check_extra(extra: dict[str, Any]) -> list[Problem]:
     known = sft_config_options()
     ours = {f.name for f in fields(schema.TrainerSettings)}
     for name, value in extra.items():
-        what = f"trainer.extra.{name}={value}"
+        what = f"trainer.extra.{name}={shown(value)}"
         if name in ours:
-            problems.append(Problem(what, "It has a setting of its own.", f"trainer.{name}={value}"))
+            problems.append(Problem(what, "It has a setting of its own.", f"trainer.{name}={shown(value)}"))
         elif name in DECIDED_ELSEWHERE:
             problems.append(Problem(what, "Another setting decides this.", f"set {DECIDED_ELSEWHERE[name]} instead"))
         elif name in WITHOUT_EFFECT:
@@ -359,7 +362,11 @@ def _check_extra(extra: dict[str, Any]) -> list[Problem]:
         elif known and name not in known:
             close = [k for k in sorted(known) if k.startswith(name)] + difflib.get_close_matches(name, sorted(known), 1, 0.6)
             why = "TRL's SFTConfig has no such option." + (f" Did you mean {close[0]}?" if close else "")
-            fix = f"trainer.extra.{close[0]}={value}" if close else "its options: https://huggingface.co/docs/trl/sft_trainer"
+            fix = (
+                f"trainer.extra.{close[0]}={shown(value)}"
+                if close
+                else "its options: https://huggingface.co/docs/trl/sft_trainer"
+            )
             problems.append(Problem(what, why, fix))
     return problems
 
@@ -473,7 +480,7 @@ def _check_hardware(settings: Settings) -> list[Problem]:
         if getattr(model, f"load_in_{bits}") and not gpu:
             why = f"{bits[0]}-bit weights need an NVIDIA GPU, and none is found here."
             problems.append(Problem(f"model.load_in_{bits}=true", why, f"model.load_in_{bits}=false"))
-    if not gpu and re.search(r"8bit|4bit|paged|bnb", settings.trainer.optim):
+    if not gpu and re.search(ON_A_GPU, settings.trainer.optim):
         why = "This optimiser needs an NVIDIA GPU, and none is found here."
         problems.append(Problem(f"trainer.optim={settings.trainer.optim}", why, "trainer.optim=adamw_torch"))
     if not gpu and model.dtype == Dtype.float16 and settings.lora.enabled:

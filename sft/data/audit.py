@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sft.config.schema import LossOn, Overlong, Settings, Shape
+from sft.config.schema import LossOn, Overlong, Reasoning, Settings, Shape
 from sft.data.columns import SHAPES
 from sft.data.tokenize import IGNORED
 from sft.errors import Problem, Refusal, refuse
@@ -124,12 +124,13 @@ def refuse_nothing_to_learn(splits: dict[str, SplitStats], counts: dict, shape: 
         rows = "None of the rows to train on" if name == "train" else "None of the held-out rows"
         limit = f"model.max_seq_length={settings.model.max_seq_length}"
         if counts.get("dropped_rows"):
-            what, why, fix = f"dataset.overlong=drop {limit}", "is short enough", "raise model.max_seq_length"
+            what, why, fix = f"dataset.overlong=drop {limit}", "is short enough", _longer(split)
         elif settings.dataset.overlong == Overlong.truncate and counts.get("rows_without_labels"):
-            what, why, fix = f"dataset.overlong=truncate {limit}", "has an answer left to learn", "raise model.max_seq_length"
+            what, why, fix = f"dataset.overlong=truncate {limit}", "has an answer left to learn", _longer(split)
         elif split.notes["reasoning"]:
             what, why = "the chat template", "has an answer that is trained on: it leaves out the reasoning of each"
-            fix = "model.chat_template=<the file of a template that keeps it>"
+            other = Reasoning.split if settings.dataset.reasoning == Reasoning.template else Reasoning.keep
+            fix = f"dataset.reasoning={other.value}   trains on it\nmodel.chat_template=<the file of a template that keeps it>"
         elif split.notes["weight"]:
             what, why = "the weights of the answers", "has an answer that is trained on: all have the weight 0"
             fix = "give the answers that are to be trained on the weight 1"
@@ -137,9 +138,19 @@ def refuse_nothing_to_learn(splits: dict[str, SplitStats], counts: dict, shape: 
             role = SHAPES[shape].answer
             what = f"dataset.columns.{role}={getattr(settings.dataset.columns, role)}"
             why, fix = "has an answer to learn; all are empty", f"dataset.columns.{role}=<the column with the answers>"
-        if name == "eval" and not settings.dataset.eval_split:
+        if name == "eval" and not (settings.dataset.eval_split or settings.dataset.eval_path):
             fix += "\ndataset.eval_fraction=0   holds none out\ndataset.seed=...   holds others out"
         raise refuse(what, f"{rows} {why}.", fix)
+
+
+def _longer(split: SplitStats) -> str:
+    """The hint of a limit that holds the longest row, where all of them were tokenised to their end."""
+    return "raise model.max_seq_length" if split.notes["not counted"] else room_for(max(split.lengths))
+
+
+def room_for(longest: int) -> str:
+    """The override of the smallest limit that holds a row of so many tokens."""
+    return f"model.max_seq_length={-(-longest // 64) * 64}"
 
 
 def notes_of(splits: dict[str, SplitStats]) -> dict[str, dict[str, int]]:

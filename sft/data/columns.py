@@ -2,13 +2,16 @@
 
 import difflib
 import functools
+import itertools
 import json
 import math
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sft.config.keys import typed
 from sft.config.schema import ColumnSettings, DatasetSettings, Shape
 from sft.data.transcripts import read_transcript
 from sft.errors import Problem, Refusal, refuse
@@ -138,7 +141,7 @@ def _guess_shape(rows: Sequence[dict], names: set[str], data: DatasetSettings) -
                 roles = {**roles, role: known[0]}
         tried = replace(data, shape=shape, columns=replace(data.columns, **roles))
         if all(_reads(rows[i], tried, shape) for i in range(min(3, len(rows)))):
-            words = [f"dataset.columns.{role}={name or 'null'}" for role, name in sorted(roles.items(), key=_in_order)]
+            words = [_column(role, name) for role, name in sorted(roles.items(), key=_in_order)]
             return " ".join(words if shape != Shape.text else ["dataset.shape=text", *words])
     return ""
 
@@ -166,31 +169,34 @@ def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, sou
     for role in (_role_of(roles, columns) for roles in SHAPES[shape].needed):
         column = getattr(columns, role)
         if column is None:
+            match = likeliest(role, role, {name for name in names if _suits(rows, name, SHAPES[shape].turns)})
             why = f"The {shape.value} shape needs a column for {role}. There are: {', '.join(sorted(names))}."
-            problems.append(Problem(f"dataset.columns.{role}=null", why, f"dataset.columns.{role}=<column>"))
+            fix = _mapping(role, match, data) if match else f"dataset.columns.{role}=<column>"
+            problems.append(Problem(f"dataset.columns.{role}=null", why, fix))
         elif column not in names:
             match = likeliest(role, column, {name for name in names if _suits(rows, name, SHAPES[shape].turns)})
             why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
             fix = _mapping(role, match, data) if match else f"dataset.columns.{role}=<column>   or another dataset.shape"
             problems.append(Problem(f"dataset.columns.{role}={column}", why, fix))
-    for column in [*data.keep, *data.drop]:
+    for group, column, pattern in [(g, *pair) for g in ("keep", "drop") for pair in getattr(data, g).items()]:
         if column not in names:
             match = likeliest(column, column, names)
-            group = "keep" if column in data.keep else "drop"
-            fix = f"dataset.{group}.{match}=..." if match else f"dataset.{group}={{}}   to filter nothing"
+            fix = f"dataset.{group}={{}}   in its place, to filter nothing"
+            fix = f"{typed(f'dataset.{group}.{match}', pattern)}\n{fix}" if re.fullmatch(r"\w+", match or "", re.A) else fix
             why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
-            problems.append(Problem(f"dataset.{group}.{column}", why, fix))
+            problems.append(Problem(f"dataset.{group}.{column}={pattern}", why, fix))
     for column in data.ignore_columns:
         if column not in names:
-            match = likeliest(column, column, names)
-            fix = f"dataset.ignore_columns=[{match}]" if match else "dataset.ignore_columns=[]"
+            match = likeliest(column, column, names - {*data.ignore_columns})
+            others = [name for name in data.ignore_columns if name != column]
+            fix = typed("dataset.ignore_columns", [*others, match] if match else others)
             why = f"{source} has no column {column!r}. It has: {', '.join(sorted(names))}."
             problems.append(Problem(f"dataset.ignore_columns=[{column}]", why, fix))
     allowed = {*FIELDS} if SHAPES[shape].turns else {*FIELDS, *names}
     for name in names_in(data.template):
         if name not in allowed:  # it would be filled with nothing
             match = likeliest(name, name, allowed)
-            fix = f"write {{{match}}}" if match else ""
+            fix = typed("dataset.template", data.template.replace(f"{{{name}", f"{{{match}")) if match else ""
             why = f"The template can name {', '.join(sorted(allowed))}."
             problems.append(Problem(f"dataset.template=...{{{name}}}...", why, fix))
     if problems:
@@ -279,7 +285,7 @@ def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
     system = system.removeprefix("SYSTEM: ").strip() if system.startswith("SYSTEM: ") else system  # beside a transcript
     if system.strip() and turns[:1] and turns[0].role == "system" and turns[0].content.strip() != system.strip():
         why = f"column {columns.system!r} and the first turn hold two system prompts"
-        raise RowFault(why, "dataset.columns.system=null   takes that of the turns")
+        raise RowFault(why, f"dataset.columns.system=null {ignoring(columns.system, data)}   takes that of the turns")
     system = system or data.system_prompt or ""
     if system and (not turns or turns[0].role != "system"):
         turns.insert(0, Turn("system", system))
@@ -312,7 +318,7 @@ def _row_weights(row: dict, data: DatasetSettings) -> list[tuple[str, Any]]:
         value = value if _parsed_or_none(value) is None else _parsed_or_none(value)  # in CSV files all is text
         if any(one not in (0, 1) for one in (value if isinstance(value, list) else [value])):
             why = f"column {name!r} holds {str(value)[:20]}; a weight can be 0 or 1, and other weights are not supported"
-            raise RowFault(why, f"dataset.ignore_columns=[{name}]   leaves them out")
+            raise RowFault(why, f"{ignoring(name, data)}   leaves them out")
         found.append((name, value))
     return found
 
@@ -327,7 +333,7 @@ def _weigh(turns: list[Turn], row: dict, data: DatasetSettings) -> None:
         weighed = next((some for some in (turns, spoken, answers) if len(some) == len(weights)), None)
         if weighed is None:
             why = f"column {name!r} holds {len(weights)} weights for {len(turns)} turns, {len(answers)} of them answers"
-            raise RowFault(why, f"dataset.ignore_columns=[{name}]   leaves them out")
+            raise RowFault(why, f"{ignoring(name, data)}   leaves them out")
         for turn, weight in zip(weighed, weights, strict=True):
             turn.trained_on = turn.trained_on and weight == 1
 
@@ -344,7 +350,9 @@ def sort_columns(names: set[str], data: DatasetSettings, shape: Shape, template:
     for role in roles:
         if (column := getattr(columns, role)) and column in data.ignore_columns:
             why = f"The column is used: it plays the role {role}."
-            raise refuse(f"dataset.ignore_columns=[{column}]", why, f"dataset.columns.{role}=null dataset.ignore_columns=[]")
+            fix = typed("dataset.ignore_columns", [name for name in data.ignore_columns if name != column]) + "   uses it"
+            fix += f"\ndataset.columns.{role}=null   leaves it out" if role in layout.optional else ""
+            raise refuse(f"dataset.ignore_columns=[{column}]", why, fix)
     used = {getattr(columns, role) for role in roles} | {*data.keep, *data.drop, *ROW_WEIGHTS}
     if template not in ("chat", "plain"):
         used |= {*names_in(template), columns.history, columns.tools}  # which a template text refuses by itself
@@ -353,7 +361,7 @@ def sort_columns(names: set[str], data: DatasetSettings, shape: Shape, template:
     for name in unused:
         role = next((role for role, known in MEANINGS.items() if getattr(columns, role) == name or name.lower() in known), None)
         if name.lower() in NOT_TEXT:
-            meant[name] = f"dataset.ignore_columns=[{name}]   leaves it out: only text is trained on"
+            meant[name] = f"{ignoring(name, data)}   leaves it out: only text is trained on"
         elif role and shape != Shape.text:
             meant[name] = _way_in(role, name, names, data, shape, template)
     return [name for name in unused if name not in meant], meant
@@ -361,17 +369,24 @@ def sort_columns(names: set[str], data: DatasetSettings, shape: Shape, template:
 
 def _way_in(role: str, column: str, names: set[str], data: DatasetSettings, shape: Shape, template: str) -> str:
     """The overrides by which a column that carries meaning is used, and the one that leaves it out."""
-    out = f"dataset.ignore_columns=[{column}]   leaves it out"
-    taken = getattr(data.columns, role) in names
-    if template != "chat":
-        return f"dataset.template=chat   or a template text with {{{column}}}\n{out}"
-    if role in SHAPES[shape].optional and not taken:
-        return f"dataset.columns.{role}={column}\n{out}"
+    out = f"{ignoring(column, data)}   leaves it out"
+    mapped, chat = _column(role, column), "" if template == "chat" or role in names_in(template) else "dataset.template=chat "
+    if getattr(data.columns, role) == column or (role in SHAPES[shape].optional and getattr(data.columns, role) not in names):
+        return f"{chat}{mapped}\n{out}"
     if shape == Shape.prompt_completion and role == "input":
-        question, answer = data.columns.prompt, data.columns.completion
-        way = f"dataset.shape=instruction dataset.columns.instruction={question} dataset.columns.input={column}"
-        return f"{way} dataset.columns.output={answer}\n{out}"
+        columns = {"instruction": data.columns.prompt, "input": column, "output": data.columns.completion}
+        return f"{chat}dataset.shape=instruction {' '.join(itertools.starmap(_column, columns.items()))}\n{out}"
     return out
+
+
+def ignoring(column: str, data: DatasetSettings) -> str:
+    """The override that leaves a column out, beside those that are left out already."""
+    return typed("dataset.ignore_columns", [*data.ignore_columns, column])
+
+
+def _column(role: str, name: str | None) -> str:
+    """The override that gives a role this column, or none."""
+    return typed(f"dataset.columns.{role}", name) if name else f"dataset.columns.{role}=null"
 
 
 def _prompt_is_turns(row: dict, data: DatasetSettings, shape: Shape) -> bool:
@@ -465,14 +480,14 @@ def _is_trained_on(turn: dict, number: int, column: str) -> bool:
 def read_history(row: dict, columns: ColumnSettings) -> list[Turn]:
     """The earlier turns of an Alpaca row: pairs of a question and an answer, or turns. They are read, not trained on."""
     name = columns.history
-    pairs = _from_json(row.get(name), name) if name else None
+    pairs = _from_json(row.get(name), name, "history") if name else None
     if not pairs:
         return []
     if holds_turns(pairs):
         turns = _read_turns(pairs, name)
         return [replace(turn, trained_on=False) for turn in turns]
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise RowFault(f"column {name!r} has to hold pairs of a question and an answer", "dataset.columns.history=null")
+        raise RowFault(f"column {name!r} has to hold pairs of a question and an answer", _without("history", name))
     texts = [[cell_text(cell, name) for cell in pair] for pair in pairs]
     return [
         turn for question, answer in texts for turn in (Turn("user", question), Turn("assistant", answer, trained_on=False))
@@ -482,23 +497,29 @@ def read_history(row: dict, columns: ColumnSettings) -> list[Turn]:
 def read_tools(row: dict, columns: ColumnSettings) -> list[dict]:
     """The functions that a row defines, as a list, each an object or JSON text of one, or as JSON text; none without them."""
     name = columns.tools
-    tools = _from_json(row.get(name), name) if name else None
+    tools = _from_json(row.get(name), name, "tools") if name else None
     if not tools:
         return []
-    tools = [_parsed(tool, f"column {name!r}") for tool in tools] if isinstance(tools, list) else tools
+    tools = [_parsed_or_none(tool) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowFault(f"column {name!r} has to hold a list of functions, each an object", "dataset.columns.tools=null")
+        raise RowFault(f"column {name!r} has to hold a list of functions, each an object", _without("tools", name))
     return tools
 
 
-def _from_json(value: Any, column: str) -> Any:
+def _without(role: str, column: str) -> str:
+    """The hint that trains without the column of a role."""
+    return f"dataset.columns.{role}=null {typed('dataset.ignore_columns', [column])}   leaves it out"
+
+
+def _from_json(value: Any, column: str, role: str) -> Any:
     """A cell that holds a list, also where it is written as JSON text."""
     if not isinstance(value, str) or not value.strip():
         return value if isinstance(value, list | dict) else None
     try:
         return json.loads(value)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"column {column!r} has to hold a list; as JSON it has a fault: {error}") from None
+        why = f"column {column!r} has to hold a list; as JSON it has a fault: {error}"
+        raise RowFault(why, _without(role, column)) from None
 
 
 def holds_turns(value: Any) -> bool:
@@ -528,13 +549,11 @@ def _turns_to_fields(turns: list[Turn]) -> dict[str, str]:
     spoken = [turn for turn in turns if turn.role != "system"]
     if [turn.role for turn in spoken] != ["user", "assistant"]:
         roles = ", ".join(turn.role for turn in spoken)
-        raise ValueError(
-            f"a template text takes one question and one answer, and this row has {roles}; set dataset.template=chat"
-        )
+        raise RowFault(f"a template text takes one question and one answer, and this row has {roles}", "dataset.template=chat")
     if spoken[1].reasoning or not spoken[1].trained_on or spoken[1].extra.get("tool_calls"):
         what = "reasoning in a key of its own" if spoken[1].reasoning else "the weight 0"
         what = "a call of a tool" if spoken[1].extra.get("tool_calls") else what
-        raise ValueError(f"a template text has no place for an answer with {what}; set dataset.template=chat")
+        raise RowFault(f"a template text has no place for an answer with {what}", "dataset.template=chat")
     question, answer = spoken[0].content, spoken[1].content
     system = next((turn.content for turn in turns if turn.role == "system"), "")
     return {"instruction": question, "prompt": question, "input": "", "output": answer, "completion": answer, "system": system}
@@ -551,7 +570,7 @@ class RowFault(ValueError):
 def cell_text(value: Any, column: str) -> str:
     """A question's or an answer's cell. Raises RowFault for a list or an object: as JSON it would be trained on by accident."""
     if isinstance(value, list | dict):
-        turns = f"dataset.columns.messages={column}" if holds_turns(value) else ""
+        turns = f"dataset.shape=messages {_column('messages', column)}" if holds_turns(value) else ""
         what = "a list" if isinstance(value, list) else "an object"
         fix = turns or "write the cells as text, for example as JSON text"
         raise RowFault(f"column {column!r} holds {what}, not text", fix)
@@ -604,4 +623,4 @@ def column_names(rows: Sequence[dict]) -> set[str]:
 def _mapping(role: str, column: str, data: DatasetSettings) -> str:
     """The override that maps a role, and the one that keeps a question in the input column from being there twice."""
     freed = " dataset.columns.input=null" if role == "instruction" and column == data.columns.input else ""
-    return f"dataset.columns.{role}={column}{freed}"
+    return f"{_column(role, column)}{freed}"

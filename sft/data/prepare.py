@@ -31,6 +31,7 @@ from sft.data.audit import (
     notes_of,
     quantiles,
     refuse_nothing_to_learn,
+    room_for,
 )
 from sft.data.columns import RowFault, check_columns, column_names, find_shape, holds_something, sort_columns
 from sft.data.sources import choose_indices, held_out_data, read_rows, select, source_of
@@ -320,7 +321,7 @@ def _check_round_trip(texts: list[str], tokenizer, settings: Settings) -> int:
 def _too_long(longer: list[str], longest: int, whole: bool, settings: Settings) -> Refusal:
     """`whole` says that every row was tokenised to its end, so that the longest is known."""
     why = f"{' and '.join(longer)} are longer (the longest has {longest if whole else f'more than {longest}'} tokens)."
-    fix = f"model.max_seq_length={-(-longest // 64) * 64}\n" if whole else ""
+    fix = f"{room_for(longest)}\n" if whole else ""
     fix += "dataset.overlong=drop   leaves them out\n"
     fix += "dataset.overlong=truncate   cuts their end: they no longer teach the model to stop"
     return refuse(f"model.max_seq_length={settings.model.max_seq_length}", why, fix)

@@ -12,6 +12,7 @@ from sft.data.columns import (
     SHAPES,
     Turn,
     cell_text,
+    ignoring,
     names_in,
     read_history,
     read_tools,
@@ -20,6 +21,8 @@ from sft.data.columns import (
     row_to_turns,
 )
 from sft.errors import Refusal, first_line, refuse
+
+WITH_SYSTEM = "a row with a system prompt"
 
 MOST_TEMPLATE = 1_000_000
 """Characters that a chat template may write besides contents: a batch of rows is held in memory."""
@@ -129,7 +132,10 @@ def render_row(row: dict, data: DatasetSettings, shape: Shape, template: str, to
         turns, tools = row_to_turns(row, data, shape), read_tools(row, data.columns)
         if data.reasoning == Reasoning.strip:
             turns = [_without_reasoning(turn) for turn in turns]
-        rendered = render_chat(turns, tokenizer, tools, data.special_tokens_in_text)
+        try:
+            rendered = render_chat(turns, tokenizer, tools, data.special_tokens_in_text)
+        except Refusal as refusal:
+            raise _with_way_out(refusal, row, turns, data) from refusal
         if data.reasoning == Reasoning.keep:
             rendered = _put_back(rendered, turns, tools, tokenizer, data)
     else:
@@ -436,8 +442,20 @@ def _marked_text(turns: tuple[tuple[str, str, str, str, bool], ...], tools: str,
 
 def _no_system_role(tokenizer, reason: str):
     why = f"The chat template of {_model_of(tokenizer)} has no place for a system prompt; {reason}"
-    fix = "dataset.system_prompt=null   if it is set\ndataset.columns.system=null   if it comes from the data's own column\n"
-    return refuse("a row with a system prompt", why, fix + "model.chat_template=chatml   takes one")
+    return refuse(WITH_SYSTEM, why, "model.chat_template=chatml   takes one")
+
+
+def _with_way_out(refusal: Refusal, row: dict, turns: list[Turn], data: DatasetSettings) -> Refusal:
+    """A refusal of a system prompt with the override that leaves it out, where it is no turn of the row."""
+    (problem,) = refusal.problems
+    if problem.what != WITH_SYSTEM and not problem.what.endswith("; changed: system"):
+        return refusal
+    column, unset = data.columns.system, "dataset.system_prompt=null"
+    if column and turns[0].content == cell_text(row.get(column), column):
+        unset = f"dataset.columns.system=null {ignoring(column, data)}" + f" {unset}" * bool(data.system_prompt)
+    elif turns[0].content != data.system_prompt:
+        return refusal
+    return Refusal([replace(problem, fix=f"{unset}   trains without it\n{problem.fix}")])
 
 
 def _model_of(tokenizer) -> str:
@@ -482,6 +500,4 @@ def _unfit_template(turns: list[Turn], changed: list[Turn]):
     which = ", ".join(dict.fromkeys(turn.role for turn in changed))
     why = "The chat template changes or leaves out what a turn says, so the target tokens could not be marked for certain."
     fix = "model.chat_template=chatml   writes every turn as it stands"
-    if which == "system":
-        fix = f"dataset.system_prompt=null   or   {fix}"
     return refuse(f"a row with the turns {roles}; changed: {which}", why, fix)

@@ -1,11 +1,13 @@
 """The chat template of a run: which one is taken, and the variables that are set in it."""
 
+import difflib
 import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
+from sft.config.keys import shown
 from sft.errors import first_line, refuse
 
 # ChatML with every turn closed by <|im_end|>; for base models that bring no chat template.
@@ -61,10 +63,16 @@ def set_variables(template: str | None, variables: dict[str, Any], model: str) -
     read = _variables_of(template)
     for name in variables:
         if name in GIVEN:
-            raise refuse(f"{what}.{name}", "It is given to every chat template already.", f"{what}={{}}")
+            fix = f"{what}={{}}   in its place, to set none"
+            raise refuse(f"{what}.{name}", "It is given to every chat template already.", fix)
         if not re.search(rf"\b{re.escape(name)}\b", template):
             known = f"it reads {', '.join(read)}" if read else "it reads none"
-            raise refuse(f"{what}.{name}", f"The chat template of {model} does not read it; {known}.", f"{what}={{}}")
+            close = difflib.get_close_matches(name, read, 1)
+            fix = f"{what}={{}}   in its place, to set none"
+            fix = f"{what}.{close[0]}={shown(variables[name])}\n{fix}" if close else fix
+            raise refuse(
+                f"{what}.{name}={shown(variables[name])}", f"The chat template of {model} does not read it; {known}.", fix
+            )
     head = "".join(f"{{%- set {name} = {_literal(value, f'{what}.{name}')} %}}" for name, value in variables.items())
     return template if template.startswith(head) else head + template
 

@@ -78,7 +78,9 @@ def check_folder(folder: Path, settings: Settings, locked: bool = False) -> list
         others = _differences(record, settings) if known else "its run.json names none"
         if others:  # else another version of this project wrote the hash, over the same settings
             why = f"The folder {folder} holds a run already, and its settings are others: {others}."
-            return [Problem(what, why, f"resume={folder}   resumes that run with its own settings\n{fix}")]
+            if record.get("settings") is not None:
+                fix = f"resume={folder}   resumes that run with its own settings\n{fix}"
+            return [Problem(what, why, fix)]
     return [] if locked else _check_lock(folder)
 
 

@@ -7,7 +7,9 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from sft.config.hardware import gpu_present
+from sft.config.keys import find_field, plain_type
 from sft.errors import Problem
+from sft.sweep.grid import list_values
 
 SLURM, RAY = "SlurmSweepLauncher", "RaySweepLauncher"
 
@@ -26,7 +28,11 @@ def is_search(means: DictConfig | None) -> bool:
 def check_interval(override: Override) -> Problem:
     """The problem of an interval in a grid."""
     why = "A grid cannot try every value of an interval; a search draws from it."
-    fix = f"sweep=tpe '{override.input_line}'   or   {override.key_or_group}=a,b,c"
+    key, _, interval = override.input_line.partition("=")
+    cls, name = find_field(override.key_or_group)
+    drawn = f"int({interval})" if cls and plain_type(cls, name) is int and not interval.startswith("int(") else interval
+    ends = ",".join(f"{float(end):g}" for end in list_values(override))
+    fix = f"sweep=tpe '{key}={drawn}'   or   {key}={ends}   for its ends"
     return Problem(override.input_line, why, fix)
 
 

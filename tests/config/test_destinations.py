@@ -12,6 +12,7 @@ from sft.errors import Refusal
 from sft.storage import cache as storage_cache
 from sft.storage import jsonio
 from tests.conftest import ROOT
+from tests.hints import hints_of
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +62,10 @@ def test_resume_asks_before_anything_is_sent(small, tmp_path):
     settings = small("export=adapter", "export.hub.repo=attacker/demo")
     record = {"status": "stopped", "settings": jsonio.jsonable(settings), "config_hash": fingerprint.config_hash(settings)}
     (folder / "run.json").write_text(json.dumps(record))
-    with pytest.raises(Refusal, match=r"sends what it makes to export\.hub\.repo=attacker/demo"):
+    with pytest.raises(Refusal, match=r"sends what it makes to export\.hub\.repo=attacker/demo") as refusal:
         check_command_line(ROOT / "conf", [f"resume={folder}"])
-    check_command_line(ROOT / "conf", [f"resume={folder}", "export.hub.repo=attacker/demo"])
+    (hint,) = hints_of(refusal.value.problems[0])
+    assert hint == [f"resume={folder}", "export.hub.repo=attacker/demo"]
+    check_command_line(ROOT / "conf", hint)
     with pytest.raises(Refusal, match="would be ignored"):
         check_command_line(ROOT / "conf", [f"resume={folder}", "export.hub.repo=me/demo"])

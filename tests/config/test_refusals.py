@@ -22,6 +22,7 @@ from sft.export.hub import _reason
 from sft.model.hub import refusing_failures
 from sft.runs.resume import locked
 from sft.storage.jsonio import jsonable
+from tests.hints import problems_of, type_hints
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -34,6 +35,7 @@ def refusal_of(*argv: str, hardware: bool = True) -> Refusal:
         assert problem.what and "\n" not in problem.what
         assert len(problem.why.split()) > 2
         assert problem.fix, f"no hint: {problem}"
+    type_hints(argv, caught.value.problems, lambda command: problems_of(command, hardware))
     return caught.value
 
 
@@ -121,10 +123,21 @@ def test_unknown_keys_come_with_the_one_that_was_meant(override, meant):
     assert problem.fix == meant
 
 
+@pytest.mark.parametrize(
+    "word",
+    ['dataset.colums.output="问题"', '+dataset.columns.output="the (answer)"', '--dataset.system_prompt="Say \\"hi\\" & go"',
+     'dataset.kep.output="^a|b$"', "samples.promts=['a b','c']"],
+)  # fmt: skip
+def test_a_value_in_quotes_keeps_them_in_the_hint(word):
+    (typed,) = shlex.split(problem_of(word).fix)
+    assert typed.partition("=")[2] == word.partition("=")[2]
+
+
 def test_keys_like_no_other_list_what_there_is():
     assert "The groups are model, dataset, lora" in problem_of("banana=1").why
     assert "lora has: enabled, r, lora_alpha" in problem_of("lora.banana=1").why
-    assert problem_of("trainer.banana=1").fix.startswith("trainer.extra.banana=1")
+    assert problem_of("trainer.neftune_noise_alpha=5").fix == "trainer.extra.neftune_noise_alpha=5"
+    assert "trainer has: " in problem_of("trainer.banana=1").why
 
 
 def test_a_group_is_no_single_setting():
@@ -169,7 +182,7 @@ def test_the_closest_option_is_offered_and_the_other_ways():
 
 def test_one_option_and_not_a_mapping_or_a_list():
     assert problem_of("lora={r: 8, lora_alpha: 2}").fix == "lora.r=8 lora.lora_alpha=2"
-    assert "-m model=a,b" in problem_of("model=[a,b]").fix
+    assert "-m model=tiny_random,smollm2_135m" in problem_of("model=[tiny_random,smollm2_135m]").fix
 
 
 def test_a_folder_of_ones_own_adds_options(tmp_path):
@@ -290,7 +303,9 @@ def test_several_values_need_a_sweep_brackets_or_quotes():
     assert problem_of("lora.target_modules=q_proj,v_proj").fix == "'lora.target_modules=[q_proj,v_proj]'"
     assert problem_of("lora.r=range(1,4,2)").fix == "python train.py -m 'lora.r=range(1,4,2)'   for a sweep"
     assert "-m" in problem_of("model=tiny_random,smollm2_135m").fix
-    assert "-m" in problem_of("hydra.run.dir=a,b").fix
+    assert problem_of("hydra.run.dir=a,b").fix == """'hydra.run.dir="a,b"'   for one text"""
+    assert "one value for all jobs" in problem_of("-m", "hydra.run.dir=a,b", "lora.r=8,16").why
+    assert "one value for all jobs" in problem_of("hydra/launcher=sft,basic").why
 
 
 def test_every_value_of_a_sweep_is_checked():
@@ -299,7 +314,7 @@ def test_every_value_of_a_sweep_is_checked():
     assert problem_of("-m", "model=tiny_random,banana").what == "model=banana"
     assert problem_of("-m", "lora.r=range(0,3)").what == "lora.r=0"
     assert problem_of("-m", "trainer.optim=adamw_torch,adam_banana").what == "trainer.optim=adam_banana"
-    assert problem_of("-m", "lora.r=interval(1,3)").fix.startswith("sweep=tpe 'lora.r=interval(1,3)'")
+    assert problem_of("-m", "lora.r=interval(1,3)").fix.startswith("sweep=tpe 'lora.r=int(interval(1,3))'")
     accepted("-m", "model=glob(tiny*)")
 
 
@@ -334,7 +349,7 @@ def test_what_needs_a_gpu_is_refused_without_one(argv, what, fix):
         (["dataset.eval_split=test", "dataset.eval_fraction=0"], "dataset.eval_split=test", "dataset.eval_split=null"),
         (["dataset.name=a/b", "dataset.eval_split=test"], "dataset.eval_split=test", "dataset.eval_fraction=0"),
         (["dataset=local"], "dataset.path=null", "dataset.path=my_data.jsonl"),
-        (["dataset.keep={output: \"(\"}"], "dataset.keep.output=(", r"dataset.keep.output=\("),
+        (["dataset.keep={output: \"(\"}"], "dataset.keep.output=(", r"""'dataset.keep.output="\("'"""),
         (["model.name=banana"], "model.name=banana", "model.name="),
         (["trainer.optim=adam"], "trainer.optim=adam", "trainer.optim=adam"),
         (["trainer.optim=zzz"], "trainer.optim=zzz", "trainer.optim=adamw_torch"),

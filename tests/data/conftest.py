@@ -38,7 +38,8 @@ def run(tmp_path, monkeypatch, make_tokenizer, loaded_tokenizer):
         monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
         path = tmp_path / "rows.json"
         path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-        columns = ColumnSettings(**options.pop("columns", {}))
+        columns = options.pop("columns", {})
+        columns = columns if isinstance(columns, ColumnSettings) else ColumnSettings(**columns)
         data = DatasetSettings(path=str(path), eval_fraction=0.0, shuffle=False, columns=columns, **options)
         return prepare(Settings(dataset=data), tokenizer or make_tokenizer(chat_template), loaded_tokenizer[1])
 

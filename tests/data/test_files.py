@@ -25,6 +25,7 @@ from sft.errors import Problem, Refusal
 from sft.export.card import _public_command
 from sft.runs.record import Context
 from tests.conftest import ROOT, make_settings
+from tests.hints import problems_of, type_hints
 
 
 def rows_of(*numbers: int) -> list[dict]:
@@ -54,6 +55,7 @@ def hash_of(path, **options) -> str:
 def refused(*argv: str) -> list[Problem]:
     with pytest.raises(Refusal) as caught:
         check_command_line(ROOT / "conf", list(argv), False)
+    type_hints(argv, caught.value.problems, lambda command: problems_of(command, False))
     return caught.value.problems
 
 
@@ -191,6 +193,8 @@ def test_several_kinds_are_refused_with_their_numbers_and_a_glob_that_reads_one(
         assert "3 .jsonl, 1 .csv" in problem.why
         assert problem.fix.splitlines() == ["'dataset.path=\"shards/*.jsonl\"'", "dataset.path=shards/a.csv"]
         assert settings_after(problem.fix, f"dataset.path={path}").dataset.path == "shards/*.jsonl"
+    write(Path("more/b.jsonl"), rows_of(9))
+    assert read(settings_after(problem_of("dataset.path=**").fix).dataset.path) == rows_of(9, 0, 1, 2, 3)
 
 
 def test_a_hint_never_names_one_shard_of_several(shards):

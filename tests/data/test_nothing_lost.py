@@ -144,14 +144,8 @@ def test_an_answer_that_is_a_list_of_turns_is_hinted_at_as_turns(run):
     rows = [{"prompt": f"Hi {n}?", "chosen": turns, "rejected": [user("Hi?"), assistant("Go.")]} for n in range(2)]
     assert "hint: dataset.columns.messages=chosen" in refusal_of(run, rows)
     columns = {"instruction": "prompt", "output": "chosen"}
-    assert "hint: dataset.columns.messages=chosen" in refusal_of(run, rows, columns=columns_of(**columns))
-    assert run(rows, columns=columns_of(messages="chosen")).train[0]["reference"] == "Hello!"
-
-
-def columns_of(**names):
-    from sft.config.schema import ColumnSettings
-
-    return ColumnSettings(**names)
+    assert "hint: dataset.shape=messages dataset.columns.messages=chosen" in refusal_of(run, rows, columns=columns)
+    assert run(rows, columns={"messages": "chosen"}).train[0]["reference"] == "Hello!"
 
 
 def test_rows_with_several_faults_name_each_fault_once(run):

@@ -147,13 +147,13 @@ def test_all_missing_columns_at_once_with_the_likeliest_match(run):
     text = refusal_of(run, rows, shape=Shape.instruction, keep={"idd": "1"})
     assert "3 problems" in text and text.count("It has: Question, answer, id.") == 3
     assert "dataset.columns.instruction=Question" in text and "dataset.columns.output=answer" in text
-    assert "dataset.keep.id=..." in text
+    assert "'dataset.keep.id=\"1\"'" in text
 
 
 @pytest.mark.parametrize(
     ("columns", "hint"),
     [
-        (("问题", "回答"), "dataset.columns.instruction=问题 dataset.columns.output=回答"),
+        (("问题", "回答"), """'dataset.columns.instruction="问题"' 'dataset.columns.output="回答"'"""),
         (("input", "reply"), "dataset.columns.instruction=input dataset.columns.input=null dataset.columns.output=reply"),
         (("input", "output"), "dataset.columns.instruction=input dataset.columns.input=null"),
         (("query", "response"), "dataset.columns.instruction=query dataset.columns.output=response"),
@@ -188,7 +188,7 @@ def test_a_column_that_only_later_rows_have_counts(run):
 
 def test_a_name_in_the_template_that_no_column_has_is_refused(run):
     text = refusal_of(run, template="Q: {instructon}\nA:\n{output}")
-    assert "{instructon}" in text and "write {instruction}" in text
+    assert "{instructon}" in text and """hint: 'dataset.template="Q: {instruction}\\nA:\\n{output}"'""" in text
     rows = [row | {"topic": "T"} for row in ROWS]
     assert run(rows, template="{topic}: {instruction}\n{output}").facts["examples"][0]["text"].startswith("T: Question")
 

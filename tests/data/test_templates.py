@@ -332,10 +332,18 @@ def test_a_system_prompt_that_the_template_moves_is_found(make_tokenizer):
 
 @pytest.mark.parametrize("template", [GEMMA, FORGETFUL], ids=["raises", "leaves it out"])
 def test_a_system_prompt_without_a_place_is_refused_with_the_way_out(make_tokenizer, template):
+    tokenizer = make_tokenizer(template, bos="<s>")
     with pytest.raises(Refusal) as refusal:
-        render_chat([Turn("system", "Be brief."), *CONVERSATION], make_tokenizer(template, bos="<s>"))
-    text = str(refusal.value)
-    assert "system" in text and "dataset.system_prompt=null" in text and "model.chat_template=chatml" in text
+        render_chat([Turn("system", "Be brief."), *CONVERSATION], tokenizer)
+    assert "system" in str(refusal.value) and "model.chat_template=chatml" in str(refusal.value)
+    row = {"instruction": "q", "output": "a"}
+    for settings, cells, way in (
+        ({"system_prompt": "s"}, {}, "dataset.system_prompt=null   trains without it"),
+        ({}, {"system": "s"}, "dataset.columns.system=null dataset.ignore_columns=[system]   trains without it"),
+    ):
+        with pytest.raises(Refusal) as refusal:
+            render_row(row | cells, DatasetSettings(**settings), Shape.instruction, "chat", tokenizer)
+        assert refusal.value.problems[0].fix.startswith(way)
 
 
 def test_other_refusals_of_a_template_are_passed_on(make_tokenizer):

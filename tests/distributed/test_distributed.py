@@ -20,6 +20,7 @@ from sft.distributed import strategy
 from sft.launch import ranks
 from sft.training import metrics, samplers
 from tests.conftest import ROOT, make_settings
+from tests.hints import type_hints
 
 
 @pytest.fixture
@@ -147,6 +148,8 @@ def test_a_step_that_cannot_be_shared_out_is_refused(options, processes, fix):
     (problem,) = check_batch_plan(TrainerSettings(**options), processes)
     assert f"among {processes} processes" in problem.why and fix in problem.fix
     assert check_batch_plan(TrainerSettings(**options), 1) == []
+    argv = [f"trainer.{key}={value}" for key, value in options.items()]
+    type_hints(argv, [problem], lambda command: check_batch_plan(make_settings(*command).trainer, processes))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from sft.model.dims import dims_of
 from sft.plan.machine import Machine
 from sft.plan.memory import LoadPlan, ModelDims, estimate, fitting_batch_plan, kept_by_layer, tokens_at_once
 from sft.plan.plan import load_plan_of, plan_model
+from tests.conftest import make_settings
+from tests.hints import type_hints
 
 # Llama 3 8B with LoRA r 16 on its seven projections.
 LLAMA_8B = ModelDims(8030261248, 6979321856, 41943040, 1245184, 58720256, 4096, 14336, 32, 32, 4096, 1024, 128256)
@@ -223,6 +225,8 @@ def test_passes_make_up_the_effective_batch_evenly():
 def test_settings_that_contradict_each_other_are_refused_with_what_mends_them(options, words):
     (problem,) = check_batch_plan(TrainerSettings(**options))
     assert words in problem.fix and all(f"{key}={value}" in problem.what for key, value in options.items())
+    argv = [f"trainer.{key}={value}" for key, value in options.items()]
+    type_hints(argv, [problem], lambda command: check_batch_plan(make_settings(*command).trainer))
 
 
 @pytest.mark.parametrize(

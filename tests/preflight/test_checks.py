@@ -30,6 +30,7 @@ from sft.preflight.checks import examine
 from sft.preflight.findings import Found
 from sft.runs import record
 from tests.conftest import ROOT, SMALL
+from tests.hints import hints_of, problems_of, type_hints
 
 LLAMA_8B = ModelDims(8030261248, 6979321856, 41943040, 1245184, 58720256, 4096, 14336, 32, 32, 4096, 1024, 128256)
 
@@ -89,9 +90,9 @@ def test_all_refusals_come_at_once_and_leave_with_two(small, tmp_path, monkeypat
     ],
 )
 def test_what_a_look_cannot_be_is_refused(argv, words):
-    with pytest.raises(Refusal) as refusal:
-        check_command_line(ROOT / "conf", argv)
-    assert words in str(refusal.value)
+    problems = problems_of(argv)
+    assert words in str(Refusal(problems))
+    type_hints(argv, problems, problems_of)
 
 
 def test_a_gpu_that_is_not_here_allows_what_needs_one():
@@ -249,7 +250,9 @@ def test_a_model_that_cannot_fit_is_refused_with_what_would(on):
     found = on("t4")
     assert [p.what for p in found.problems] == ["model.name=tiny_random on t4"]
     assert "Even one row at a time" in found.problems[0].why and "model.load_in_4bit=true" in found.problems[0].fix
-    assert on("t4", "model.load_in_4bit=true").problems == [] == on("h100").problems
+    assert on("h100").problems == []
+    assert hints_of(found.problems[0]) == [["model.load_in_4bit=true"]]
+    type_hints([], found.problems, lambda argv: on("t4", *argv).problems)
 
 
 def test_rows_that_may_not_fit_are_a_warning(on, monkeypatch):

@@ -5,12 +5,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import hydra_plugins.sft_sweep as plugins
-from sft.cli.check import check_command_line
-from sft.errors import Problem, Refusal
+from sft.errors import Problem
 from sft.sweep import checks
 from sft.sweep import cluster as sweep_cluster
 from sft.sweep.index import Job
 from sft.sweep.slurm import SlurmJobs
+from tests import hints
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -35,11 +35,10 @@ def hydra_of(*overrides):
 
 
 def problems_of(*argv) -> list[Problem]:
-    try:
-        check_command_line(CONF, list(argv))
-    except Refusal as refusal:
-        return refusal.problems
-    return []
+    """The problems of a command line, of which every hint is typed."""
+    problems = hints.problems_of(argv)
+    hints.type_hints(argv, problems, hints.problems_of)
+    return problems
 
 
 # ------------------------------------------------------------------------------------------------------ the presets
