@@ -1,5 +1,7 @@
 """Sweeps of W&B: the YAML that is written for them, and a run that one of their agents starts."""
 
+import gc
+import importlib
 import os
 
 import pytest
@@ -86,8 +88,18 @@ def test_what_an_agent_could_not_do_is_refused(argv, why, capsys):
     assert wandb_sweep.main(argv) == 2 and capsys.readouterr().out == ""
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # W&B leaves the file of parameters open
-def test_a_run_that_an_agent_starts_joins_its_sweep(tmp_path, monkeypatch):
+@pytest.fixture
+def fresh_client():
+    """W&B reads its environment once a process: here anew, and again for the tests that follow."""
+    client = importlib.import_module("wandb")
+    client.teardown()
+    yield
+    client.teardown()
+    gc.collect()  # the file of parameters, which it leaves open
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_that_an_agent_starts_joins_its_sweep(tmp_path, monkeypatch, fresh_client):
     given = tmp_path / "params.yaml"
     given.write_text("wandb_version: 1\ntrainer.learning_rate: {value: 0.001}\nlora.r: {value: 4}\n", encoding="utf-8")
     for name, value in {"SWEEP_ID": "sw33p", "RUN_ID": "ag3nt", "SWEEP_PARAM_PATH": str(given), "PROJECT": "theirs"}.items():
