@@ -26,11 +26,13 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 from sft.cli.check import check_command_line
 from sft.cli.overrides import parse_overrides
 from sft.config.compose import to_settings
+from sft.config.method import facts_of
 from sft.config.schema import TrackerName, TrackingSettings
 from sft.errors import Refusal, refuse
+from sft.storage.jsonio import jsonable
 from sft.sweep.grid import list_values
 from sft.tracking.wandb import place
-from sft.tracking.wandb_names import HELD_OUT
+from sft.tracking.wandb_names import name_metric
 
 METHODS = ("grid", "random", "bayes")
 
@@ -81,6 +83,7 @@ def make_sweep(argv: list[str]) -> dict[str, Any]:
         raise refuse("sweep.paired", why, "leave it out   or   python train.py -m ...   without W&B's agents")
     if settings.tracking.tracker != TrackerName.wandb:
         raise refuse("tracking=none", "W&B does not hear of jobs that are not tracked there.", "tracking=wandb")
+    ranked = facts_of({"settings": jsonable(settings)})
     method, trials = _method(hydra)
     method = methods[-1] if methods else method
     if method == "grid" and any(override.is_interval_sweep() for override in swept):
@@ -88,7 +91,7 @@ def make_sweep(argv: list[str]) -> dict[str, Any]:
     return {
         "program": "train.py",
         "method": method,
-        "metric": {"name": HELD_OUT, "goal": "minimize"},
+        "metric": {"name": name_metric(ranked.metric), "goal": "maximize" if ranked.greater_is_better else "minimize"},
         **_account(settings.tracking),
         **({"run_cap": trials} if trials and method != "grid" else {}),
         "parameters": {override.get_key_element(): _values(override) for override in swept},

@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
+from sft.config.method import MethodFacts, facts_of
 from sft.config.schema import GROUPS, TrackingSettings
 from sft.errors import Refusal, refuse
 from sft.runs.resume import read_record
@@ -24,9 +25,6 @@ from sft.sweep.index import find_sweeps, load_index, readable_index
 from sft.sweep.leaderboard import Leaderboard, read_leaderboard
 from sft.tracking.wandb import has_api_key, place
 from sft.tracking.wandb_names import AXIS, HELD_OUT, TOKENS, name_metric
-
-LOSS = "eval_loss"
-"""In the summary: the held-out loss of the weights that were kept."""
 
 
 def main(argv: list[str]) -> int:
@@ -68,19 +66,20 @@ def define(folder: Path) -> Any:
     tracking = run.get("tracking") or {}
     settings = (run.get("settings") or {}).get("tracking") or {}
     entity, project = place(TrackingSettings(entity=settings.get("entity"), project=settings.get("project")), tracking)
-    name = folder.resolve().name
+    name, method = folder.resolve().name, facts_of(run)
     if board:
         # The sweep's own run has no curves.
         only = And(Metric("Group") == (tracking.get("group") or name), Metric("JobType") != "sweep")
     else:
         only = And(Metric("ID") == tracking.get("id"))
+    best_first = Ordering(Summary(method.metric), ascending=not method.greater_is_better)
     return workspaces.Workspace(
         entity=str(entity or ""),
         project=str(project),
         name=f"{'sweep' if board else 'run'} {name}",
-        sections=_sections(workspaces.Section, board),
+        sections=_sections(workspaces.Section, board, method),
         settings=workspaces.WorkspaceSettings(x_axis=AXIS, max_runs=max(10, len(board.rows) if board else 1)),
-        runset_settings=workspaces.RunsetSettings(filters=only, order=[Ordering(Summary(LOSS), ascending=True)]),
+        runset_settings=workspaces.RunsetSettings(filters=only, order=[best_first]),
     )
 
 
@@ -94,7 +93,7 @@ def _tracked(folder: Path, runs: list[Path]) -> dict[str, Any]:
     raise refuse(str(folder), "No W&B run was begun there, so its project is not known.", "run it first, with tracking=wandb")
 
 
-def _sections(section: Any, board: Leaderboard | None) -> list[Any]:
+def _sections(section: Any, board: Leaderboard | None, method: MethodFacts) -> list[Any]:
     """The panels: curves by step and by tokens, for a sweep what its settings did, speed, samples."""
     import wandb_workspaces.reports.v2 as reports
 
@@ -105,11 +104,13 @@ def _sections(section: Any, board: Leaderboard | None) -> list[Any]:
         reports.LinePlot(title="Learning rate", x=AXIS, y=[name_metric("learning_rate")]),
         reports.LinePlot(title="Completions ended by EOS", x=AXIS, y=[name_metric("eos_share")]),
     ]
+    if name_metric(method.metric) != HELD_OUT:
+        curves.insert(0, reports.LinePlot(title=method.metric, x=AXIS, y=[name_metric(method.metric)]))
     speed = [reports.LinePlot(title=title, x=AXIS, y=[name_metric(key)]) for title, key in
              (("Tokens per second", "tokens_per_second"), ("Memory, GiB", "memory_gib"))]  # fmt: skip
     made = [section(name="Curves", panels=curves, is_open=True)]
     if board:
-        loss = reports.SummaryMetric(LOSS)
+        loss = reports.SummaryMetric(method.metric)  # of the weights that were kept
         settings = [reports.Config(f"choices.{key}" if key in GROUPS else key) for key in board.keys]
         columns = [reports.ParallelCoordinatesPlotColumn(metric=metric) for metric in [*settings, loss]]
         effects = [
@@ -119,7 +120,7 @@ def _sections(section: Any, board: Leaderboard | None) -> list[Any]:
             for key, metric in zip(board.keys, settings, strict=True)
         ]
         all_runs = reports.ParallelCoordinatesPlot(title="All runs", columns=columns)
-        importance = reports.ParameterImportancePlot(with_respect_to=LOSS)
+        importance = reports.ParameterImportancePlot(with_respect_to=method.metric)
         made.append(section(name="Settings and loss", panels=[all_runs, *effects, importance], is_open=True))
     samples = reports.WeavePanelSummaryTable(table_name="samples")
     return [*made, section(name="Speed", panels=speed), section(name="Samples", panels=[samples], is_open=True)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from sft.config.method import facts_of
 from sft.config.schema import Settings, TrackingMode, TrackingSettings
 from sft.errors import first_line, refuse
 from sft.storage.jsonio import jsonable, read_lines
@@ -137,7 +138,7 @@ class WandbTracker:
                 finish_timeout_raises=True,
             ),
         )
-        define_metrics(self.run)
+        define_metrics(self.run, facts_of({"settings": jsonable(settings)}))
         self.lines, self._table = max(self.lines, self.run.step, self.run.starting_step), None
         again, files = bool(before), Path(self.run.dir).parent
         # Which it keeps if it has to begin again.
@@ -227,12 +228,13 @@ class WandbTracker:
         try:
             run.finish(exit_code=code)
         except Exception as error:
-            if self.facts.get("mode") == "online":
-                self.facts["sync"] = f"wandb sync {folder}"
-                why = first_line(error)
-                log.warning("W&B's server did not take all of the run (%s). Upload it later: wandb sync %s", why, folder)
             if not isinstance(error, TimeoutError):
                 _forget_service()
+            if self.facts.get("mode") != "online":
+                raise
+            self.facts["sync"] = f"wandb sync {folder}"
+            why = first_line(error)
+            log.warning("W&B's server did not take all of the run (%s). Upload it later: wandb sync %s", why, folder)
 
     def _log_adapter(self, run: Any, metrics: dict[str, Any]) -> None:
         """Send the adapter as an artifact; its files stay where they are until then."""

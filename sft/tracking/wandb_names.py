@@ -5,6 +5,8 @@ The keys of metrics.jsonl and run.json are others, and stay.
 
 from typing import Any
 
+from sft.config.method import MethodFacts
+
 AXIS, TOKENS, HELD_OUT = "train/global_step", "train/num_tokens", "eval/loss"
 
 NAMES = {
@@ -41,8 +43,11 @@ def name_metrics(line: dict[str, Any], tokens: int) -> dict[str, Any]:
     return {name_metric(key): value for key, value in {"tokens": tokens, **line}.items()}
 
 
-def define_metrics(run: Any) -> None:
-    """The axis of every chart, and of the held-out loss its least and its last value."""
+def define_metrics(run: Any, method: MethodFacts) -> None:
+    """The axis of every chart, and the best and last value of what runs of this method are ranked by."""
     run.define_metric(AXIS)
     run.define_metric("*", step_metric=AXIS)
     run.define_metric(HELD_OUT, step_metric=AXIS, summary="min,last")
+    if name_metric(method.metric) != HELD_OUT:
+        best = "max" if method.greater_is_better else "min"
+        run.define_metric(name_metric(method.metric), step_metric=AXIS, summary=f"{best},last")

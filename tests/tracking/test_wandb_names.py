@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from sft.config.method import MethodFacts
 from sft.run import run
 from sft.runs.record import Context
 from sft.tracking.base import make_trackers, tags_to_track
-from sft.tracking.wandb_names import name_metric, name_metrics
+from sft.tracking.wandb_names import define_metrics, name_metric, name_metrics
 from tests.conftest import SMALL, make_settings
 
 TRACKED = (*SMALL, "trainer=debug", "tracking=wandb", "tracking.mode=offline")
@@ -196,3 +197,13 @@ def test_every_panel_of_a_workspace_shows_something_that_the_run_has(finished, c
     (folder / "nothing").mkdir()
     assert wandb_workspace.main(["--dry-run", f"run={folder / 'nothing'}"]) == 2
     assert "No W&B run was begun there" in capsys.readouterr().err
+
+
+def test_what_another_method_is_ranked_by_has_its_best_value_as_well():
+    class Defined(list):
+        def define_metric(self, name, step_metric=None, summary=None):
+            self.append((name, summary))
+
+    run = Defined()
+    define_metrics(run, MethodFacts("preference", (), "eval_accuracy", greater_is_better=True))
+    assert run[-2:] == [("eval/loss", "min,last"), ("eval/accuracy", "max,last")]

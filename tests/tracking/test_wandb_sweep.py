@@ -54,7 +54,6 @@ def test_an_agent_starts_the_jobs_that_the_command_line_has(argv, settings):
 
 
 def test_a_search_becomes_one_of_wandbs():
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     sweep = wandb_sweep.make_sweep(["sweep=tpe", "hydra.sweeper.n_trials=7", "model=tiny_random"])
     rate = sweep["parameters"]["trainer.learning_rate"]
     assert (sweep["method"], sweep["run_cap"]) == ("bayes", 7)
