@@ -49,6 +49,7 @@ SHAPES = {
     "between": ("trainer.eval_steps=3", "trainer.save_total_limit=1"),  # checkpoints between evaluations
     "open": ("trainer.eval_steps=null", "samples.every_steps=null"),
     "blind": ("dataset.eval_fraction=0", "trainer.save_steps=1"),
+    "merged": ("trainer.max_steps=2", "export.formats=[adapter,merged_16bit]"),
     "export": ("trainer.max_steps=2", "export.formats=[adapter,merged_16bit,gguf]", "export.gguf.quantizations=[f16,q8_0]"),
 }
 
