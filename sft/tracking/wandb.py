@@ -215,7 +215,10 @@ class WandbTracker:
         try:
             run.summary.update({**jsonable(metrics), "status": status, "reason": why})
             if self._settings.tracking.log_adapter and status != "failed":
-                self._log_adapter(run, metrics)
+                try:
+                    self._log_adapter(run, metrics)
+                except Exception as error:
+                    log.warning("W&B did not take the adapter (%s); it is in %s.", first_line(error), _short(self._folder))
             if self._settings.tracking.alert:
                 level = {"failed": "ERROR", "stopped": "WARN"}.get(status, "INFO")
                 run.alert(title=f"{run.name or run.id}: {status}"[:63], text=why or _shown(metrics), level=level)

@@ -11,7 +11,7 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """What it was sent: runs as they were begun, history lines by their offset, the names of files."""
+    """What it was sent: runs as they were begun, history lines by their offset, names of files, artifacts, alerts."""
 
     daemon_threads = True
 
@@ -21,6 +21,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.runs: list[dict] = []
         self.history: dict[int, dict] = {}
         self.files: set[str] = set()
+        self.artifacts: list[dict] = []
+        self.alerts: list[dict] = []
 
     @property
     def url(self) -> str:
@@ -38,6 +40,15 @@ class Server(http.server.ThreadingHTTPServer):
             bucket = {"id": "b", "name": variables["name"], "displayName": "n", "description": None, "config": "{}",
                       "sweepName": None, "historyLineCount": 0, "project": project}  # fmt: skip
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if "CreateArtifact" in query:
+            self.artifacts.append(variables["input"])  # as one that it has already, whose files it does not want
+            artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"latestArtifact": None}}
+            return {"createArtifact": {"artifact": artifact}}
+        if "notifyScriptableRunAlert" in query:
+            self.alerts.append(variables)
+            return {"notifyScriptableRunAlert": {"success": True}}
+        if "query ArtifactType(" in query:
+            return {"project": {"artifact": None}}
         if "RunResumeStatus" in query:
             return {"model": self._resumed(variables["name"])}
         if "createRunFiles" in query:

@@ -63,6 +63,21 @@ def test_an_online_run_arrives_whole(server, tmp_path):
     assert "wandb-summary.json" in server.files
 
 
+def test_the_adapter_and_the_alert_arrive_where_they_were_asked_for(server, tmp_path):
+    settings = Settings(tracking=TrackingSettings(mode=TrackingMode.online, log_adapter=True, alert=True))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"weights")
+    tracker = make_trackers(settings)
+    state = tracker.begin(settings, tmp_path, {"name": "tiny"}, "transformers")
+    tracker.finish("stopped", {"eval_loss": 2.5}, "time limit at step 3")
+    (adapter,) = server.artifacts
+    assert (adapter["artifactCollectionName"], adapter["artifactTypeName"]) == (f"adapter-{state['id']}", "model")
+    assert {alias["alias"] for alias in adapter["aliases"]} == {"latest", "best"}
+    (alert,) = server.alerts
+    assert (alert["text"], alert["severity"]) == ("time limit at step 3", "WARN")
+    assert tracker.state()["sync"] is None
+
+
 def test_an_online_run_that_goes_on_keeps_each_line_and_the_name_that_it_has_there(server, tmp_path):
     """What was logged after the last checkpoint is logged again, with other content, and W&B takes no number twice."""
     before, logged = None, []
