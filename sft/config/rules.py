@@ -19,13 +19,13 @@ from sft.config.data_rules import check_dataset, shortened, warn_of_paths, why_l
 from sft.config.eligibility import check_speed
 from sft.config.hardware import gpu_count, gpu_present, is_process_count, processes_of, resolve_backend
 from sft.config.keys import shown
+from sft.config.lora_rules import check_lora, model_problem
 from sft.config.method_rules import check_method
 from sft.config.schema import (
     BUILT_IN,
     Backend,
     Dtype,
     GgufSettings,
-    LoraSettings,
     MethodName,
     PreflightMode,
     Settings,
@@ -135,7 +135,7 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_blank(settings),
         *_check_numbers(settings),
         *_check_model(settings),
-        *_check_lora(settings),
+        *check_lora(settings),
         *check_dataset(settings.dataset),
         *_check_trainer(settings),
         *check_method(settings),
@@ -324,10 +324,7 @@ def _check_model(settings: Settings) -> list[Problem]:
         pass  # refused as blank
     elif folder.is_dir():
         if not (folder / "config.json").is_file():
-            inside = [p.name for p in sorted(folder.iterdir()) if (p / "config.json").is_file()]
-            why = "The folder holds no config.json, so it is not a saved model."
-            fix = f"model.name={folder / inside[0]}" if inside else "name the folder with config.json and the weights in it"
-            problems.append(Problem(f"model.name={model.name}", why, fix))
+            problems.append(model_problem(model.name, folder, settings.lora))
         elif any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
             problems.append(pickle_problem(model.name))
     elif model.name != "tiny_random" and not re.fullmatch(r"[\w.-]+/[\w.-]+", model.name):
@@ -344,28 +341,6 @@ def pickle_problem(name: str) -> Problem:
     why = "It has no weights as safetensors. Files such as pytorch_model.bin can run code when read, so they never are."
     fix = "https://huggingface.co/spaces/safetensors/convert makes model.safetensors of a model on the hub"
     return Problem(f"model.name={name}", why, fix)
-
-
-def _check_lora(settings: Settings) -> list[Problem]:
-    lora, problems = settings.lora, []
-    if lora.enabled:
-        if not lora.target_modules:
-            why = "An adapter needs at least one layer to sit on."
-            problems.append(Problem("lora.target_modules=[]", why, "lora.target_modules=[all-linear]"))
-        return problems
-    for name in [f.name for f in fields(LoraSettings) if f.name != "enabled"]:
-        if getattr(lora, name) != getattr(LoraSettings(), name):
-            value = shown(getattr(lora, name))
-            problems.append(Problem(f"lora=none lora.{name}={value}", "Full fine-tuning has no adapter.", "lora=default"))
-    if settings.model.load_in_4bit or settings.model.load_in_8bit:
-        bits = "4bit" if settings.model.load_in_4bit else "8bit"
-        why = "Quantised weights cannot be trained themselves; they need an adapter."
-        fix = f"lora=default   or   model.load_in_{bits}=false"
-        problems.append(Problem(f"lora=none model.load_in_{bits}=true", why, fix))
-    if settings.model.dtype == Dtype.float16:
-        why = "Gradients of weights in float16 cannot be scaled, which that format needs."
-        problems.append(Problem("model.dtype=float16 lora=none", why, "model.dtype=auto"))
-    return problems
 
 
 def _check_trainer(settings: Settings) -> list[Problem]:
@@ -601,6 +576,10 @@ def _check_hardware(settings: Settings) -> list[Problem]:
     if settings.lora.use_dora and resolve_backend(settings) == "unsloth":
         why = "Unsloth's adapters have no DoRA."
         problems.append(Problem("lora.use_dora=true model.backend=unsloth", why, "model.backend=transformers"))
+    if settings.lora.extra and resolve_backend(settings) == "unsloth":
+        why = "Unsloth makes adapters of its own, which do not know all of PEFT's options."
+        what = " ".join(f"lora.extra.{name}=..." for name in settings.lora.extra)
+        problems.append(Problem(f"{what} model.backend=unsloth", why, "model.backend=transformers"))
     return problems
 
 

@@ -301,7 +301,8 @@ class LoraSettings:
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    """Names of the linear layers that get an adapter; `[all-linear]` for every one of them."""
+    """Names of the linear layers that get an adapter, or regular expressions over their whole names, as PEFT matches them:
+    `[".*self_attn.*"]`; `[all-linear]` for every one of them."""
     bias: Bias = Bias.none
     """Which bias terms are trained."""
     use_rslora: bool = False
@@ -310,6 +311,11 @@ class LoraSettings:
     """Train the weights' magnitude apart from their direction (DoRA): slower, sometimes better at low rank."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules trained in full beside the adapter, such as `[embed_tokens, lm_head]`."""
+    start_from: str | None = None
+    """Adapter to train further: a run folder, an adapter folder or a hub id. Rank, targets and model have to be its own."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Anything else PEFT's LoraConfig takes: `lora.extra.layers_to_transform=[0,1]`; and `loraplus_lr_ratio`. Names and types
+    are checked before the start."""
 
 
 @dataclass
