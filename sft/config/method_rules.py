@@ -5,7 +5,7 @@ from typing import Any
 
 from sft.config.eligibility import OWN_LOSS
 from sft.config.hardware import is_process_count, processes_of
-from sft.config.schema import Backend, Bias, LossOn, MethodName, MethodSettings, PreferenceLoss, Reasoning, Settings, Shape
+from sft.config.schema import Backend, LossOn, MethodName, MethodSettings, PreferenceLoss, Reasoning, Settings, Shape
 from sft.errors import Problem
 
 
@@ -55,8 +55,6 @@ def _check_others(settings: Settings) -> list[Problem]:
          "dataset.reasoning=template   or   dataset.reasoning=strip"),
         (lora.enabled and lora.lora_dropout > 0, f"lora.lora_dropout={lora.lora_dropout:g}",
          "The reference has no dropout: the pairs would not begin as ties.", "lora.lora_dropout=0"),
-        (lora.enabled and lora.bias != Bias.none, f"lora.bias={lora.bias.value}",
-         "The reference is the model with its adapter off, and trained bias terms stay on.", "lora.bias=none"),
         (is_process_count(settings) and processes_of(settings) > 1, "distributed",
          "Pairs are trained on in one process.", "distributed=none"),
         (bool(settings.trainer.torch_compile), "trainer.torch_compile=true", "Pairs are not compiled for.",

@@ -1,11 +1,9 @@
 """Direct preference optimisation (Rafailov and others, arXiv 2305.18290): of two answers to a prompt the chosen one becomes
 likelier than the rejected, measured against the weights the run begins with.
 
-The reference's log probabilities are computed once, with the adapter off and before anything is trained: no second model, no
-second pass at every step.
+The reference's log probabilities are computed once, before anything is trained: no second model, no second pass at every step.
 """
 
-import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -131,16 +129,19 @@ def log_probs(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def reference_log_probs(ctx: RunContext, trainer: Any, dataset: Any) -> list[list[float]]:
-    """The summed log probabilities of both answers of each pair by the weights without an adapter, [pairs, 2]."""
+    """The summed log probabilities of both answers of each pair by the weights that the run begins with, [pairs, 2].
+
+    It is called before anything is trained or a checkpoint is read: a fresh adapter adds nothing, one of `lora.start_from` is
+    part of what the run begins with.
+    """
 
     import torch
 
     model, collate, found = trainer.model, trainer.data_collator, []
     rows = ctx.settings.trainer.per_device_train_batch_size
-    off = model.disable_adapter() if ctx.settings.lora.enabled else contextlib.nullcontext()
     was_training = model.training
     model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager(), off, acceleration.evaluating(model, trainer.plan):
+    with torch.no_grad(), trainer.compute_loss_context_manager(), acceleration.evaluating(model, trainer.plan):
         for at in range(0, len(dataset), rows):
             ctx.stop.check()
             batch = collate(list(dataset.select(range(at, min(at + rows, len(dataset))))))

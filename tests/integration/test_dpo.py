@@ -69,3 +69,14 @@ def test_a_sweep_over_beta_computes_its_reference_once(settings, tmp_path, monke
         assert warm_cache.loads["reference"] == before + 1
     finally:
         warm_cache.keep(False)
+
+
+def test_preferences_on_an_adapter_begin_as_ties_with_what_it_says(settings, tmp_path):
+    """The reference is the model with the adapter that the run begins with, not the model without it."""
+    first = run(settings(), tmp_path / "first")
+    assert first.status == "finished"
+    chosen = settings(f"lora.start_from={tmp_path / 'first'}", "trainer.learning_rate=1e-9")
+    assert run(chosen, tmp_path / "second").status == "finished"
+    begin, end = lines(tmp_path / "second")[0], [line for line in lines(tmp_path / "first") if "eval_loss" in line][-1]
+    assert begin["eval_loss"] == pytest.approx(0.693147, abs=1e-5) and begin["eval_margin"] == pytest.approx(0, abs=1e-6)
+    assert begin["eval_logp_chosen"] == pytest.approx(end["eval_logp_chosen"], rel=1e-4)
