@@ -39,9 +39,9 @@ LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
 # Known without reading their cards: what ships with the project.
 EMBEDDED_LICENCE = {builtin.SMOLLM2: "apache-2.0"}
 
-DATA_LICENCE = {"twists": "apache-2.0"}
+DATA_LICENCE = {"twists": "apache-2.0", "twist_pairs": "apache-2.0"}
 
-DATA_LANGUAGE = {"twists": ["zh", "en"]}
+DATA_LANGUAGE = {"twists": ["zh", "en"], "twist_pairs": ["zh", "en"]}
 
 # Settings whose value is a place on this machine, if it is not one of a few words.
 PATH_KEYS = {"dataset.path", "dataset.eval_path", "model.chat_template", "resume", "run"}
@@ -77,6 +77,7 @@ def write_card(artifact: Path, run_folder: Path, format: str, repo: str | None =
         "data": data,
         "run": run,
         "lora": _dict(run, "settings", "lora"),
+        "start": _start(run),
         "differs": _differences(run),
         "metrics": summarise({"metrics": {k: number(v) for k, v in _dict(run, "metrics").items()}}, rows),
         "curve": _curve(rows),
@@ -150,6 +151,14 @@ def _base(run: dict) -> dict[str, Any]:
         "licence_name": other["license_name"] if re.fullmatch(r"[\w.-]+", other["license_name"]) else None,
         "licence_link": other["license_link"] if re.fullmatch(r"https://[\w./%-]+", other["license_link"]) else None,
     }
+
+
+def _start(run: dict) -> str | None:
+    """The adapter that the run trained further: its id on the hub, or the name of the run or folder that it came from."""
+    place = _dict(run, "start_from").get("adapter")
+    if not isinstance(place, str) or not _is_path(place):
+        return place if isinstance(place, str) else None
+    return _last(re.sub(r"[\\/]adapter[\\/]?$", "", place))
 
 
 def _data(run: dict, preflight: dict) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from sft.data.token_cache import token_counts
 from sft.errors import Problem, first_line
 from sft.export import gguf, requirements
 from sft.export.hub import check_access, repo_for
-from sft.model import adapters, hub, warm_cache
+from sft.model import adapters, hub, start, warm_cache
 from sft.model import dims as model_dims
 from sft.plan import memory
 from sft.plan.machine import Machine, look
@@ -30,6 +30,7 @@ from sft.plan.plan import Plan, load_plan_of, plan_training
 from sft.preflight import versions
 from sft.preflight.findings import Found
 from sft.preflight.fit import check_memory, shown_size
+from sft.preflight.optimizer import check_optimizer
 from sft.preflight.speed import SOURCE, device_of, measured_speed
 from sft.storage.jsonio import write_json
 from sft.tracking import base as trackers
@@ -68,6 +69,7 @@ def examine(
     check_memory(found, settings, machine, dims, whole)
     if whole:
         check_plan(found)
+        check_training(found, settings)
         check_length(found, settings, machine, dims)
         check_disk(found, settings, folder, dims)
         check_tracking(found, settings)
@@ -162,6 +164,9 @@ def read_dims(found: Found, settings: Settings) -> memory.ModelDims | None:
         why = "it is a mixture of experts, whose memory is not estimated"
     except Exception as error:  # not reachable, unknown to this transformers, code of its own: the load will report it itself
         shape, why = None, first_line(error).replace(str(where), settings.model.name).rstrip(".")
+        if problems := hub.adapter_problem(settings.model, settings.lora):
+            found.refuse("Model", problems)
+            return None
         if hub.asks_for_code(error):
             problem = hub.code_problem(settings.model)
             found.refuse("Model", [problem] if problem not in found.problems else [])  # the tokenizer may have reported it
@@ -175,6 +180,15 @@ def check_adapter(found: Found, settings: Settings, model: Any) -> None:
     """Whether the model has the modules that `lora` names, and PEFT an adapter for each; `model` needs no weights."""
     if settings.lora.enabled:
         problems, warnings = adapters.check_modules(model, settings.lora)
+        if not problems:
+            reach, problems, further = adapters.coverage(model, settings.lora)
+            found.facts["coverage"] = reach
+            warnings += further
+            if not problems:
+                found.ok("Model", reach)
+        if settings.lora.start_from and not problems:
+            problems, further, found.facts["start_from"] = start.check_start(settings, model)
+            warnings += further
         found.refuse("Model", problems)
         for warning in warnings:
             found.warn("Model", warning)
@@ -189,6 +203,14 @@ def check_plan(found: Found) -> None:
                                    ("captured micro-batches", plan.captured)) if on]  # fmt: skip
     why = plan.why_padded or plan.reasons.get("padding_free", "")
     found.ok("Plan", f"{', '.join(speed) or 'padded rows'}   {why}")
+
+
+def check_training(found: Found, settings: Settings) -> None:
+    """The optimiser and the schedule, built once for a layer of one weight."""
+    trainer, problems = settings.trainer, check_optimizer(settings, found.plan.steps or 0)
+    found.refuse("Plan", problems)
+    if not problems:
+        found.ok("Plan", f"{trainer.optim} with a schedule {trainer.lr_scheduler_type} can be made")
 
 
 def check_length(found: Found, settings: Settings, machine: Machine, dims: memory.ModelDims | None) -> None:

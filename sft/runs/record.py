@@ -125,6 +125,7 @@ def record_session(record: RunRecord, facts: dict, checkpoint: Path | None) -> N
             **{key: facts[key] for key in ("files", "eval_source") if key in facts},
         },
         sessions=sessions,
+        **({"start_from": facts["start_from"]} if facts.get("start_from") else {}),
         **machine_facts(),
     )
 

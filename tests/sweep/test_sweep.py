@@ -26,10 +26,10 @@ from sft.launch import isolated
 from sft.report import page as report_page
 from sft.storage import jsonio
 from sft.sweep import leaderboard, publish, runner
-from sft.sweep.grid import check_pairs, expand
+from sft.sweep.grid import check_pairs, compose_job, expand
 from sft.sweep.index import SweepIndex, SweepLock, identify, judge, load_index, make_label
 from sft.sweep.report import write_sweep_report
-from sft.sweep.runner import compose_job, preset_values
+from sft.sweep.runner import preset_values
 from tests.conftest import ROOT, make_settings
 
 
@@ -172,7 +172,8 @@ def test_a_job_set_on_a_copy_is_the_job_that_hydra_composes():
         master = loader.load_configuration("config", ["sweep=rank", "model=tiny_random"], RunMode.MULTIRUN)
         for job in JOBS:
             before = len(composed)
-            ours, hydras = compose_job(loader, master, list(job), composed), loader.load_sweep_config(master, list(job))
+            hydras = loader.load_sweep_config(master, list(job))
+            ours = compose_job(lambda lines: loader.load_sweep_config(master, lines), list(job), composed)
             anew += len(composed) - before
             with open_dict(hydras):
                 for config in (ours, hydras):
