@@ -34,7 +34,7 @@ def run_job(config: DictConfig) -> RunResult:
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     provenance = find_provenance(dict(hydra.runtime.choices), overrides, folders, hydra.job.config_name)
     logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    context = Context(name, command_text(), overrides, tuple(choices.values()), provenance, choices, logging)
+    context = Context(name, command_text(), overrides, tuple(choices.values()), provenance, choices=choices, logging=logging)
 
     stack = contextlib.ExitStack()
 
@@ -68,7 +68,7 @@ def _recorded(
     stack.enter_context(resume.working_folder(record, folder))
     named = [record.get(key) or empty for key, empty in (("name", "run"), ("command", ""), ("overrides", ()), ("tags", ()))]
     provenance, choices = dict.fromkeys(leaf_keys(), "run.json"), record.get("choices") or {}
-    return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), provenance, choices)
+    return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), provenance, choices=choices)
 
 
 def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:

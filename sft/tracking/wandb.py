@@ -77,8 +77,12 @@ class WandbTracker:
     def describe(self, facts: dict[str, Any]) -> None:
         """Add facts of the run to W&B's config."""
         self.known |= jsonable(facts)
-        if self.run is not None:
+        if self.run is None:
+            return
+        try:
             self.run.config.update(jsonable(facts), allow_val_change=True)
+        except Exception as error:
+            self._go_offline("go on", error)
 
     def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict[str, Any]) -> None:
         """Begin the W&B run of this job; nothing happens where the environment switches W&B off.

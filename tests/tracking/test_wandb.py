@@ -234,6 +234,22 @@ def test_a_wandb_that_dies_in_the_middle_goes_on_offline(home, monkeypatch, capl
     assert [row[2:4] for row in json.loads(table.read_text(encoding="utf-8"))["data"]] == [["base", "base"], ["base", "later"]]
 
 
+def test_a_wandb_that_dies_while_the_model_is_loaded_goes_on_offline_with_what_is_known_then(home, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = make_trackers(tracked())
+    tracker.begin(tracked(), home, {"name": "n"}, "transformers")
+    first = tracker.trackers[0].run
+
+    def broken(*given, **named):
+        raise RuntimeError("the service is gone")
+
+    monkeypatch.setattr(type(first.config), "update", broken)
+    tracker.describe({"parameters": 7})
+    monkeypatch.undo()
+    assert tracker.trackers[0].run is not first and tracker.trackers[0].run.config["parameters"] == 7
+    tracker.finish("finished", {})
+
+
 def test_none_asks_wandb_for_nothing(monkeypatch):
     monkeypatch.setattr(wandb, "wandb_settings", lambda: pytest.fail("W&B was asked"))
     settings = tracked(tracker=TrackerName.none)
