@@ -30,13 +30,13 @@ demo: setup
 	$(VENV)/bin/python train.py
 
 test: $(VENV)/.testing
-	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=3000 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=3000 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The campaigns of many minutes too: a sweep of twelve jobs that is killed again and again, sweeps in Ray and in Slurm (as
 # root, after apt-get install slurm-wlm munge).
 test-long: $(VENV)/.testing
 	$(PIP) install -q -e ".[optuna,slurm,ray]"
-	SFT_TEST_LONG=1 OMP_NUM_THREADS=1 GOMP_SPINCOUNT=3000 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	SFT_TEST_LONG=1 OMP_NUM_THREADS=1 GOMP_SPINCOUNT=3000 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.testing
 	$(VENV)/bin/ruff check .

@@ -1,8 +1,10 @@
 """Shared by all tests: no network, no accounts, composed settings, and SmolLM2's tokenizer with copies that differ from it."""
 
+import contextlib
 import copy
 import functools
 import gc
+import json
 import os
 import signal
 import sys
@@ -30,10 +32,53 @@ from hydra import compose, initialize_config_dir
 from sft.config.compose import register, to_settings
 from sft.config.schema import Settings
 from sft.environment import prepare_environment
+from sft.model import builtin
 from sft.model import tokenizer as model_tokenizer
+from sft.storage.cache import cache_dir, made_once
 
 prepare_environment()
 register()
+
+TOKENS = 4096
+
+
+def _write_few_tokens(folder: Path) -> None:
+    """tiny_random with the first TOKENS of its 49,152 tokens: most of what a tiny run does is for the others."""
+    from safetensors.torch import load_file, save_file
+
+    builtin._build_tiny_random(folder)
+    tokens, config = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("tokenizer.json", "config.json"))
+    kept = {token: number for token, number in tokens["model"]["vocab"].items() if number < TOKENS}
+    tokens["model"] |= {"vocab": kept, "merges": [pair for pair in tokens["model"]["merges"] if "".join(pair) in kept]}
+    for name, content in (("tokenizer.json", tokens), ("config.json", {**config, "vocab_size": TOKENS})):
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:TOKENS].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+USERS_CACHE = cache_dir().parent if cache_dir().name == f"tests-{TOKENS}" else cache_dir()  # ours where a test has set it
+
+
+@pytest.fixture(scope="module")
+def all_tokens():
+    """tiny_random with all its tokens in the module's tests: llama.cpp knows no other, and with few it says less."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SFT_CACHE", str(USERS_CACHE))
+        yield
+
+
+def _use_own_cache() -> None:
+    """Have `model=tiny_random` be that one in all tests and in what they start; SmolLM2 is the user's own."""
+    os.environ["SFT_CACHE"] = str(USERS_CACHE / f"tests-{TOKENS}")
+    made_once(f"models/tiny-random-v{builtin.VERSION}", _write_few_tokens)
+    for kept in USERS_CACHE.glob("models/smollm2-*"):
+        with contextlib.suppress(FileExistsError):
+            (cache_dir() / "models" / kept.name).symlink_to(kept)
+
+
+if not os.environ.get("SFT_TEST_GPU"):
+    _use_own_cache()
 
 # Seconds instead of minutes: two random layers, a few rows of the shipped data, short answers.
 SMALL = ("model=tiny_random", "dataset.max_rows=24", "samples.num_held_out=2", "samples.max_new_tokens=8", "tracking=none")
@@ -113,8 +158,16 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Two workers that take a file at a time end together if those of a minute and more come first.
+LONG_FILES = ("export_gguf", "integration/test_distributed", "padding_free", "test_resume", "backends", "integration/test_chat",
+              "test_command", "integration/test_safety", "integration/test_export", "integration/test_sweep", "warm_cache",
+              "test_notebook", "integration/test_run", "test_folders", "integration/test_hub")  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say why GPU tests and those of many minutes are skipped."""
+    """Say why GPU tests and those of many minutes are skipped; the files that take longest come first."""
+    ranks = {path: [name in str(path) for name in (*LONG_FILES, "")].index(True) for path in {item.path for item in items}}
+    items.sort(key=lambda item: ranks[item.path])
     reasons = {
         "gpu": ("SFT_TEST_GPU", "needs an NVIDIA GPU; run with SFT_TEST_GPU=1 on a machine that has one"),
         "long": ("SFT_TEST_LONG", "takes many minutes; run with SFT_TEST_LONG=1 (make test-long)"),

@@ -2,11 +2,13 @@
 
 A process that imports them itself takes eight seconds for it, several times what a tiny run takes. All else is that of a
 process: its folder, environment, signals, exit code and what it prints. Variables that are read where a library is imported
-are those of the tests; a test of them, or of the imports, starts a real process.
+are those of the tests; a test of them, or of the imports, starts a real process. What such a program starts of this project
+itself (ranks, jobs, exports) is forked too.
 """
 
 import atexit
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -17,11 +19,17 @@ import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
+
 from tests.conftest import ROOT
 
 PRELOADED = ("sft.run", "sft.cli.job", "sft.cli.chat", "sft.export.exporter", "sft.methods.arguments", "sft.methods.sft",
              "sft.sweep.runner", "transformers.trainer", "transformers.models.llama.modeling_llama", "peft", "tests.forked",
              "trl.trainer.sft_trainer")  # fmt: skip
+
+MODULES = {"sft.launch.ranks": "sft/launch/ranks.py", "sft.launch.isolated": "sft/launch/isolated.py",
+           "sft.export": "sft/export/__main__.py"}  # fmt: skip
+started = subprocess.Popen
 
 
 @functools.cache
@@ -32,9 +40,16 @@ def _server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _become(program: str, argv: list[str], place: str, environment: dict[str, str], before: str, files: list[str]) -> None:
+def _become(
+    program: str, argv: list[str], place: str, environment: dict[str, str], before: str, files: list[str], parent: int
+) -> None:
     """Be `python program *argv`, after the file `before`, with standard input, output and errors from and to `files`."""
+    forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None  # a child's child asks the same one
+    subprocess.Popen = functools.partial(popen, before=before)
+    if parent:  # of a child whose parent may watch over it
+        os.getppid = lambda: parent if psutil.pid_exists(parent) else 1
     atexit._clear()  # what was to be done at the end of the process that this one was forked from
+    gc.freeze()  # what the libraries hold is not looked through by each garbage collection
     tempfile.tempdir = None  # of this environment
     for descriptor, (file, flags) in enumerate(zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
         opened = os.open(file, flags | os.O_APPEND)
@@ -56,9 +71,11 @@ def _become(program: str, argv: list[str], place: str, environment: dict[str, st
 class Process:
     """What is used of subprocess.Popen."""
 
-    def __init__(self, program, *argv, cwd, env=None, before="", files=(os.devnull, os.devnull, os.devnull)):
+    stdin = None
+
+    def __init__(self, program, *argv, cwd, env=None, before="", files=(os.devnull, os.devnull, os.devnull), parent=0):
         files, argv = [str(file) for file in files], [str(word) for word in argv]
-        words = str(ROOT / program), argv, str(cwd), dict(os.environ if env is None else env), str(before), files
+        words = str(ROOT / program), argv, str(cwd), dict(os.environ if env is None else env), str(before), files, parent
         self._process = _server().Process(target=_become, args=words)
         self._process.start()
         self.pid = self._process.pid
@@ -85,6 +102,24 @@ class Process:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def popen(command, *args, before="", **options) -> subprocess.Popen | Process:
+    """In place of subprocess.Popen: ranks, jobs and exports are forked, with the standard files of this process."""
+    program = MODULES.get(command[3]) if command[:3] == [sys.executable, "-P", "-m"] else None
+    if not program:
+        return started(command, *args, **options)
+    files = [f"/proc/{os.getpid()}/fd/{number}" for number in range(3)]
+    if options.get("stdin") == subprocess.DEVNULL:
+        files[0] = os.devnull
+    elif options.get("stdin") == subprocess.PIPE:
+        read, write = os.pipe()
+        files[0] = f"/proc/{os.getpid()}/fd/{read}"
+    words = {"cwd": os.getcwd(), "env": options["env"], "before": before, "files": files, "parent": os.getpid()}
+    process = Process(program, *command[4:], **words)
+    if options.get("stdin") == subprocess.PIPE:
+        process.stdin = os.fdopen(write, "wb")
+    return process
 
 
 def run(program, *argv, cwd, env=None, before="", text: str = "", timeout: float = 280) -> subprocess.CompletedProcess:

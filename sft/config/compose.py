@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from sft.config.keys import find_field, leaf_keys, plain_type, stray_keys, unknown_key
-from sft.config.schema import Settings
+from sft.config.schema import BUILT_IN, Settings
 from sft.errors import Problem, Refusal, first_line, refuse
 
 SECRET_NAME = re.compile(r"SECRET|PASSW|APIKEY|CREDENTIAL|TOKEN(?![A-Z])|(^|_)KEY(?![A-Z])")
@@ -45,6 +45,7 @@ def register() -> None:
     # conf/hydra/launcher/ has files with the names of the launchers they are for, whose types they are checked against.
     warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     OmegaConf.register_new_resolver("pick", _pick, replace=True)
+    OmegaConf.register_new_resolver("dpo_learning_rate", _dpo_learning_rate, replace=True)
     OmegaConf.register_new_resolver("job_label", _job_label, replace=True)
     OmegaConf.register_new_resolver("one_name", lambda option: str(option).replace("/", "-"), replace=True)
     OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
@@ -62,6 +63,11 @@ def _environment(name: str, *default: Any) -> Any:
 def _pick(condition: bool, if_true: Any, if_false: Any) -> Any:
     """`${pick:${.load_in_4bit},a,b}`: a where the condition holds, else b."""
     return if_true if condition else if_false
+
+
+def _dpo_learning_rate(model: str) -> float:
+    """The rate of method=dpo: that of models of billions, as recipes for LoRA have it, or of the built-in models, as tried."""
+    return 1e-4 if model in BUILT_IN else 5e-6
 
 
 def _job_label(overrides: list[str]) -> str:

@@ -19,7 +19,19 @@ from sft.config.data_rules import check_dataset, shortened, warn_of_paths, why_l
 from sft.config.eligibility import check_speed
 from sft.config.hardware import gpu_count, gpu_present, is_process_count, processes_of, resolve_backend
 from sft.config.keys import shown
-from sft.config.schema import Backend, Dtype, GgufSettings, LoraSettings, PreflightMode, Settings, Strategy, TrackingSettings
+from sft.config.method_rules import check_method
+from sft.config.schema import (
+    BUILT_IN,
+    Backend,
+    Dtype,
+    GgufSettings,
+    LoraSettings,
+    MethodName,
+    PreflightMode,
+    Settings,
+    Strategy,
+    TrackingSettings,
+)
 from sft.config.upstream import NEED_MATRIX, enum_values, gguf_types, sft_config_options
 from sft.errors import Problem
 
@@ -125,6 +137,7 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_lora(settings),
         *check_dataset(settings.dataset),
         *_check_trainer(settings),
+        *check_method(settings),
         *check_batch_plan(settings.trainer, processes_of(settings) if is_process_count(settings) else 1),
         *_check_distributed(settings),
         *_check_preflight(settings),
@@ -191,6 +204,8 @@ def warnings_for(settings: Settings) -> list[str]:
     trainer, dataset = settings.trainer, settings.dataset
     if trainer.learning_rate >= 3e-3 and settings.lora.enabled:
         found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high: LoRA runs at 3e-3 mostly diverge; try 2e-4.")
+    if settings.method.name == MethodName.dpo and trainer.learning_rate > 5e-5 and settings.model.name not in BUILT_IN:
+        found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high for method=dpo; try 5e-6.")
     if not settings.lora.enabled and trainer.learning_rate > 5e-5:
         found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high for full fine-tuning; try 2e-5.")
     if not settings.lora.enabled and settings.model.dtype == Dtype.bfloat16:
@@ -382,7 +397,7 @@ def _check_trainer(settings: Settings) -> list[Problem]:
         why = "This schedule follows the evaluation loss, and no rows are held out."
         fix = "dataset.eval_fraction=0.1   or   trainer.lr_scheduler_type=linear"
         problems.append(Problem(f"trainer.lr_scheduler_type={trainer.lr_scheduler_type}", why, fix))
-    return [*problems, *_check_loss(trainer.extra)]
+    return [*problems, *(_check_loss(trainer.extra) if settings.method.name == MethodName.sft else [])]
 
 
 def _check_loss(extra: dict[str, Any]) -> list[Problem]:

@@ -90,6 +90,24 @@ class Bias(Enum):
     lora_only = "lora_only"
 
 
+class MethodName(Enum):
+    """What a model learns from."""
+
+    sft = "sft"
+    dpo = "dpo"
+
+
+class PreferenceLoss(Enum):
+    """The loss of a pair of answers, under TRL's names."""
+
+    sigmoid = "sigmoid"
+    hinge = "hinge"
+    ipo = "ipo"
+    robust = "robust"
+    apo_zero = "apo_zero"
+    sigmoid_norm = "sigmoid_norm"
+
+
 class TrackerName(Enum):
     """Where curves and samples go besides the run folder."""
 
@@ -197,6 +215,10 @@ class ColumnSettings:
     """Functions that the model can call, for the chat template: a list or JSON text; may be missing."""
     history: str | None = "history"
     """Earlier turns of an Alpaca row: pairs of a question and an answer, read and not trained on; may be missing."""
+    chosen: str | None = "chosen"
+    """The better answer, for `method=dpo`: a text, turns, or the whole conversation."""
+    rejected: str | None = "rejected"
+    """The worse answer, in the same form."""
     reasoning: str | None = "reasoning_content"
     """What was thought before the answer, where it has a column of its own; may be missing."""
 
@@ -288,6 +310,22 @@ class LoraSettings:
     """Train the weights' magnitude apart from their direction (DoRA): slower, sometimes better at low rank."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules trained in full beside the adapter, such as `[embed_tokens, lm_head]`."""
+
+
+@dataclass
+class MethodSettings:
+    """What the model is trained on: answers (`sft`), or preferences between two answers (`dpo`). Names are TRL's."""
+
+    name: MethodName = MethodName.sft
+    """`sft` or `dpo`; chosen by `method=dpo`, which also chooses a data set and a learning rate."""
+    beta: float = 0.1
+    """DPO: how strongly the model is held to the reference; larger stays closer."""
+    loss_type: PreferenceLoss = PreferenceLoss.sigmoid
+    """DPO: the loss of a pair."""
+    label_smoothing: float = 0.0
+    """DPO with `loss_type=robust`: share of the pairs that may be labelled the wrong way round, 0 to 0.5."""
+    sft_weight: float = 0.0
+    """DPO: adds the chosen answers' own loss, a mean over their tokens, times this."""
 
 
 @dataclass
@@ -479,6 +517,7 @@ class Settings:
     dataset: DatasetSettings = field(default_factory=DatasetSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
     samples: SamplesSettings = field(default_factory=SamplesSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
@@ -495,7 +534,7 @@ class Settings:
     `model.trust_remote_code=true` where the run has that."""
 
 
-GROUPS = ("model", "dataset", "lora", "trainer", "export", "tracking", "distributed", "experiment", "sweep")
+GROUPS = ("model", "dataset", "lora", "trainer", "method", "export", "tracking", "distributed", "experiment", "sweep")
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -512,4 +551,7 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-DATASETS = {"twists": ASSETS / "twists.jsonl"}
+BUILT_IN = ("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny_random")
+"""Names of the models that ship with the project."""
+
+DATASETS = {"twists": ASSETS / "twists.jsonl", "twist_pairs": ASSETS / "twist_pairs.jsonl"}

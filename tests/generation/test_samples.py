@@ -17,7 +17,7 @@ from tests.conftest import SMALL, make_settings
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def tiny(all_tokens):
     settings = make_settings(*SMALL, "samples.max_new_tokens=12")
     tokenizer, stop_ids = model_tokenizer.load_tokenizer(settings.model)
     return settings, tokenizer, stop_ids, loading.load_model(settings, Plan())[0]

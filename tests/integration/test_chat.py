@@ -19,14 +19,16 @@ from tests.conftest import ROOT, SMALL, make_settings
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, all_tokens):
     folder = tmp_path_factory.mktemp("chat") / "run"
-    made = ["export=gguf", "export.gguf.quantizations=[f16]"]
+    made = ["export=gguf", "export.gguf.quantizations=[f16]", "export.num_prompts=2"]
     # Trained to say other things than a line break, and to stop.
     settings = make_settings(*SMALL, *made, "lora=none", "trainer.max_steps=15", "trainer.learning_rate=1e-2",
                              "trainer.eval_steps=15", "trainer.save_steps=15", "dataset.max_rows=12",
                              "trainer.gradient_accumulation_steps=1")  # fmt: skip
-    assert run(settings, folder).status == "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", forked.popen)
+        assert run(settings, folder).status == "finished"
     return folder
 
 

@@ -167,7 +167,7 @@ def test_runs_killed_at_random_moments_end_as_if_they_never_were(tmp_path):
 
 def test_the_exports_of_a_fault_campaign_end_where_openmp_may_have_several_threads(tmp_path):
     """They are forked from a run that has trained: a fork that waits for a thread that it does not have waits for ever."""
-    command = [sys.executable, str(ROOT / "tests" / "faults" / "fault_campaign.py"), "kills=0", "shapes=export"]
+    command = [sys.executable, str(ROOT / "tests" / "faults" / "fault_campaign.py"), "kills=0", "shapes=merged"]
     threads = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=threads, timeout=280)
     assert done.returncode == 0 and "0 lost or different" in done.stdout, done.stdout + done.stderr

@@ -34,6 +34,8 @@ def planted(self, loss, inputs):
 
 NonFiniteSteps.add = planted
 """
+STARTED = "import subprocess\nfrom tests import forked\nsubprocess.Popen = forked.started\n"
+"""Before the plant: the jobs in processes of their own are started as always, not forked."""
 
 
 @pytest.fixture
@@ -43,16 +45,17 @@ def place(tmp_path):
     return tmp_path
 
 
-def start(place: Path, *overrides: str) -> forked.Process:
+def start(place: Path, *overrides: str, first: str = "") -> forked.Process:
     """train.py, forked; the processes that it starts itself find the plant on Python's path."""
-    environment, plant = {**os.environ, "PYTHONPATH": str(place / "plant")}, place / "plant" / "sitecustomize.py"
+    environment, plant = {**os.environ, "PYTHONPATH": str(place / "plant")}, place / "plant" / "before.py"
+    plant.write_text(first + PLANT, encoding="utf-8")
     (place / "log").touch()
     files = (os.devnull, place / "log", place / "log")
     return forked.Process("train.py", *overrides, cwd=place, env=environment, before=plant, files=files)
 
 
-def sweep(place: Path, *overrides: str) -> int:
-    return start(place, *overrides).wait(timeout=280)
+def sweep(place: Path, *overrides: str, first: str = "") -> int:
+    return start(place, *overrides, first=first).wait(timeout=280)
 
 
 def log_of(place: Path) -> str:
@@ -126,7 +129,7 @@ def test_twelve_jobs_survive_everything(place):
 def test_a_killed_job_in_a_process_of_its_own_is_only_a_row(place):
     """Here the sweep is to stop at a failure; repeated, it does the killed job again and goes on."""
     command = ("-m", *QUICK, "trainer.per_device_train_batch_size=3,1", "hydra.sweep.dir=s")
-    assert sweep(place, *command, "sweep.isolation=process", "sweep.on_failure=stop") == 1
+    assert sweep(place, *command, "sweep.isolation=process", "sweep.on_failure=stop", first=STARTED) == 1
     killed, waiting = jobs_of(place / "s")
     assert killed["status"] == "failed" and killed["reason"].startswith("killed by SIGKILL") and waiting["status"] == "waiting"
     run = json.loads((place / "s" / killed["folder"] / "run.json").read_text(encoding="utf-8"))

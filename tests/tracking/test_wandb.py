@@ -1,6 +1,7 @@
 """Where W&B is asked for and as what: its own login, settings files and environment; and a record when it breaks down."""
 
 import http.server
+import importlib
 import json
 import os
 import subprocess
@@ -167,6 +168,8 @@ def test_an_online_run_that_cannot_begin_leaves_an_offline_record(home, monkeypa
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
+    own, waits = importlib.import_module("wandb").Settings, iter((3, 60))  # W&B gives the server up after a minute
+    monkeypatch.setattr("wandb.Settings", lambda **given: own(**given | {"init_timeout": next(waits)}))
     tracker = make_trackers(tracked())
     tracker.start(tracked(mode=TrackingMode.online), home, "n", [])
     tracker.log({"step": 1, "loss": 2.5})
