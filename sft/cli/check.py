@@ -40,7 +40,7 @@ from sft.config.rules import check_settings
 from sft.config.schema import Settings
 from sft.distributed.group import is_first, launched
 from sft.errors import Problem, Refusal, chain_of, first_line
-from sft.runs.resume import check_folder, recorded_run, working_folder
+from sft.runs.resume import check_folder, further, read_record, recorded_run, working_folder
 from sft.storage.cache import cache_dir
 from sft.sweep.checks import check_interval, check_means, is_search, runs_elsewhere, sweeper_params
 from sft.sweep.grid import check_pairs, compose_job, each_value_once, list_values
@@ -324,6 +324,10 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
     others = [a for a in argv if a not in (text, WORD, *counts, *sent)]
     if others:
         why = f"A run goes on with its own settings, so that {shlex.join(others)} would be ignored."
+        place = Path(text.partition("=")[2]).expanduser()
+        before = read_record(place) if text.partition("=")[2] and not why_lost(text.partition("=")[2]) else None
+        if before and before.get("status") == "finished":  # alone it would be refused as well
+            raise Refusal([Problem(shlex.join(argv), "This run is finished.", further(place, before, others))])
         raise Refusal([Problem(shlex.join(argv), why, f"{shlex.quote(text)}   alone")])
     folder = text.partition("=")[2]
     if folder in ("", "null"):

@@ -34,7 +34,7 @@ def run_job(config: DictConfig) -> RunResult:
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     provenance = find_provenance(dict(hydra.runtime.choices), overrides, folders, hydra.job.config_name)
     logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    context = Context(name, command_text(), overrides, tuple(choices.values()), provenance, logging)
+    context = Context(name, command_text(), overrides, tuple(choices.values()), provenance, choices, logging)
 
     stack = contextlib.ExitStack()
 
@@ -67,8 +67,8 @@ def _recorded(
     settings, record = resume.recorded_run(folder, consent, processes)
     stack.enter_context(resume.working_folder(record, folder))
     named = [record.get(key) or empty for key, empty in (("name", "run"), ("command", ""), ("overrides", ()), ("tags", ()))]
-    provenance = dict.fromkeys(leaf_keys(), "run.json")
-    return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), provenance)
+    provenance, choices = dict.fromkeys(leaf_keys(), "run.json"), record.get("choices") or {}
+    return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), provenance, choices)
 
 
 def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:

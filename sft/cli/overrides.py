@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sft.config import schema
 from sft.config.keys import find_field, in_shell, plain_type, unknown_key
+from sft.config.lora_rules import typed
 from sft.config.schema import Settings
 from sft.errors import Problem, first_line
 from sft.sweep.checks import LAUNCHERS, SEARCHES
@@ -28,7 +29,8 @@ from sft.sweep.grid import list_values
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
 
 # Options whose names only resemble a secret's.
-NOT_SECRET = ("trainer.extra.eos_token", "trainer.extra.pad_token", "dataset.keep.", "dataset.drop.")
+NOT_SECRET = ("trainer.extra.eos_token", "trainer.extra.pad_token", "lora.extra.trainable_token_indices",
+              "lora.extra.rank_pattern.", "lora.extra.alpha_pattern.", "dataset.keep.", "dataset.drop.")  # fmt: skip
 
 # What there is in place of a plugin of Hydra's that is not.
 NOT_HERE = {"hydra/launcher": LAUNCHERS, "hydra/sweeper": SEARCHES}
@@ -144,6 +146,8 @@ def check_override(override: Override, options: dict[str, list[str]], problems: 
             shown = text.replace("\n", "\\n")
             whole = override.is_interval_sweep() and plain_type(cls, name) is int
             fix = f"{key}=int({line.partition('=')[2]})" if whole else _example(cls, name, key)
+            if isinstance(value, str) and str(plain_type(cls, name)) == "list[str]":
+                fix = f"{typed(key, [value])}   takes a list: [a,b]"
             problems.append(Problem(shown, error, fix))
             return False
     return values is not None
@@ -249,7 +253,7 @@ def _type_error(line: str) -> str:
 def _scratch() -> DictConfig:
     """The schema, to try values on. Making it takes longer than everything else about an override."""
     config = OmegaConf.create({"root": OmegaConf.structured(Settings)}).root
-    for node in (config.trainer.extra, config.dataset.keep, config.dataset.drop):
+    for node in (config.trainer.extra, config.lora.extra, config.dataset.keep, config.dataset.drop):
         OmegaConf.set_struct(node, False)
     return config
 
@@ -269,7 +273,7 @@ def _type_name(kind: Any) -> str:
         "int | str": "a whole number or auto",
         "list[str]": "a list: [a,b]",
         "dict[str, str]": 'pairs: {column: "text"}',
-        "dict[str, Any]": "pairs: {name: value}",
+        "dict[str, typing.Any]": "pairs: {name: value}",
     }
     plain = text.removesuffix(" | None")
     return names.get(plain, plain) + (" or null" if plain != text else "")

@@ -28,7 +28,14 @@ def register() -> None:
     """Store the schema for Hydra as `schema` and register the resolvers that the YAML files use. Safe to call twice."""
     schema = OmegaConf.structured(Settings)
     # Free-form mappings accept new keys without Hydra's `+`: `trainer.extra.neftune_noise_alpha=5`.
-    for node in (schema.trainer.extra, schema.dataset.keep, schema.dataset.drop, schema.dataset.chat_template_kwargs):
+    free = (
+        schema.trainer.extra,
+        schema.lora.extra,
+        schema.dataset.keep,
+        schema.dataset.drop,
+        schema.dataset.chat_template_kwargs,
+    )
+    for node in free:
         OmegaConf.set_struct(node, False)
     ConfigStore.instance().store("schema", schema)
     # Hydra copies the whole store for every question to it, 90 times for --help alone; it hands out copies anyway.

@@ -34,6 +34,8 @@ ADDED: tuple[str, ...] = (
     "dataset.ignore_columns",
     "dataset.skip_bad_rows",
     "dataset.eval_path",
+    "lora.start_from",
+    "lora.extra",
 )
 """Settings, or whole groups, that are younger than the first recorded hashes. Add each new one."""
 

@@ -26,9 +26,10 @@ def resolve_backend(settings: Settings) -> str:
         return settings.model.backend.value
     if settings.distributed.strategy == Strategy.fsdp or settings.method.name == MethodName.dpo:
         return "transformers"
+    plain = not (settings.lora.use_dora or settings.lora.extra)  # Unsloth has no more than plain LoRA
     if settings.preflight.gpu:  # on another machine, which has what is advised for it
-        return "transformers" if settings.lora.use_dora else "unsloth"
-    usable = gpu_present() and importlib.util.find_spec("unsloth") is not None and not settings.lora.use_dora
+        return "unsloth" if plain else "transformers"
+    usable = gpu_present() and importlib.util.find_spec("unsloth") is not None and plain
     return "unsloth" if usable else "transformers"
 
 

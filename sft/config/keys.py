@@ -8,7 +8,7 @@ from typing import Any
 
 from sft.config import schema
 from sft.config.schema import Settings
-from sft.config.upstream import sft_config_options
+from sft.config.upstream import lora_config_options, sft_config_options
 from sft.errors import Problem
 
 # What people type for upstream's names.
@@ -88,6 +88,9 @@ def unknown_key(path: str, value: str = "...") -> Problem:
     if close:
         fix = in_shell(f"{close[0]}={value}")
         why += f" Did you mean {' or '.join(close)}?"
+    elif group == "lora" and last in lora_config_options():
+        fix = in_shell(f"lora.extra.{last}={value}")
+        why += " PEFT's other options stand under lora.extra."
     elif group == "trainer" and last in sft_config_options():
         fix = in_shell(f"trainer.extra.{last}={value}")
         why += " It is an option of TRL's SFTConfig, which has its place in trainer.extra."

@@ -19,18 +19,17 @@ from sft.config.data_rules import check_dataset, shortened, warn_of_paths, why_l
 from sft.config.eligibility import check_speed
 from sft.config.hardware import gpu_count, gpu_present, is_process_count, processes_of, resolve_backend
 from sft.config.keys import shown
+from sft.config.lora_rules import check_lora, model_problem
 from sft.config.method_rules import check_method
 from sft.config.schema import (
     BUILT_IN,
     Backend,
     Dtype,
     GgufSettings,
-    LoraSettings,
     MethodName,
     PreflightMode,
     Settings,
     Strategy,
-    TrackingSettings,
 )
 from sft.config.upstream import NEED_MATRIX, enum_values, gguf_types, sft_config_options
 from sft.errors import Problem
@@ -127,6 +126,8 @@ ON_A_GPU = r"8bit|4bit|paged|bnb"  # in the names of optimisers
 
 HUB_NAME_LENGTH = 96 - len("-bnb-4bit")  # of a repository, before the longest suffix of sft/export/hub.py
 
+NAME_LENGTH, TAG_LENGTH = 128, 64  # what W&B takes
+
 
 def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
     """Every problem in the settings themselves; `hardware=False` leaves out what depends on this machine."""
@@ -134,7 +135,7 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_blank(settings),
         *_check_numbers(settings),
         *_check_model(settings),
-        *_check_lora(settings),
+        *check_lora(settings),
         *check_dataset(settings.dataset),
         *_check_trainer(settings),
         *check_method(settings),
@@ -144,7 +145,7 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_extra(settings.trainer.extra),
         *_check_export(settings),
         *_check_hub_repo(settings.export.hub.repo),
-        *_check_tracking(settings.tracking),
+        *_check_tracking(settings),
     ]
     if hardware:
         problems += check_speed(settings, resolve_backend(settings), gpu_present() or settings.preflight.gpu is not None)
@@ -222,6 +223,10 @@ def warnings_for(settings: Settings) -> list[str]:
         found.append("Nothing is held out, so the last weights are kept, not the best (trainer.load_best_model_at_end).")
     if Path(settings.model.name).expanduser().is_dir() and settings.model.revision:
         found.append("model.revision is ignored: model.name is a local folder.")
+    tracking = settings.tracking
+    if tracking.tracker == schema.TrackerName.none:
+        wanted = [f"tracking.{key}=true" for key in ("alert", "log_adapter") if getattr(tracking, key)]
+        found += [f"{' and '.join(wanted)} is ignored: tracking=none."] if wanted else []
     return found
 
 
@@ -319,10 +324,7 @@ def _check_model(settings: Settings) -> list[Problem]:
         pass  # refused as blank
     elif folder.is_dir():
         if not (folder / "config.json").is_file():
-            inside = [p.name for p in sorted(folder.iterdir()) if (p / "config.json").is_file()]
-            why = "The folder holds no config.json, so it is not a saved model."
-            fix = f"model.name={folder / inside[0]}" if inside else "name the folder with config.json and the weights in it"
-            problems.append(Problem(f"model.name={model.name}", why, fix))
+            problems.append(model_problem(model.name, folder, settings.lora))
         elif any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
             problems.append(pickle_problem(model.name))
     elif model.name != "tiny_random" and not re.fullmatch(r"[\w.-]+/[\w.-]+", model.name):
@@ -339,28 +341,6 @@ def pickle_problem(name: str) -> Problem:
     why = "It has no weights as safetensors. Files such as pytorch_model.bin can run code when read, so they never are."
     fix = "https://huggingface.co/spaces/safetensors/convert makes model.safetensors of a model on the hub"
     return Problem(f"model.name={name}", why, fix)
-
-
-def _check_lora(settings: Settings) -> list[Problem]:
-    lora, problems = settings.lora, []
-    if lora.enabled:
-        if not lora.target_modules:
-            why = "An adapter needs at least one layer to sit on."
-            problems.append(Problem("lora.target_modules=[]", why, "lora.target_modules=[all-linear]"))
-        return problems
-    for name in [f.name for f in fields(LoraSettings) if f.name != "enabled"]:
-        if getattr(lora, name) != getattr(LoraSettings(), name):
-            value = shown(getattr(lora, name))
-            problems.append(Problem(f"lora=none lora.{name}={value}", "Full fine-tuning has no adapter.", "lora=default"))
-    if settings.model.load_in_4bit or settings.model.load_in_8bit:
-        bits = "4bit" if settings.model.load_in_4bit else "8bit"
-        why = "Quantised weights cannot be trained themselves; they need an adapter."
-        fix = f"lora=default   or   model.load_in_{bits}=false"
-        problems.append(Problem(f"lora=none model.load_in_{bits}=true", why, fix))
-    if settings.model.dtype == Dtype.float16:
-        why = "Gradients of weights in float16 cannot be scaled, which that format needs."
-        problems.append(Problem("model.dtype=float16 lora=none", why, "model.dtype=auto"))
-    return problems
 
 
 def _check_trainer(settings: Settings) -> list[Problem]:
@@ -530,18 +510,38 @@ def _check_hub_repo(repo: str | None) -> list[Problem]:
     return [Problem(what, why, fix)]
 
 
-def _check_tracking(tracking: TrackingSettings) -> list[Problem]:
-    """A project name that W&B would refuse after loading."""
-    refused, project = r"/\#?%:", tracking.project
-    at_wandb = tracking.tracker == schema.TrackerName.wandb
-    if not at_wandb or project is None or (len(project) <= 128 and not set(project) & set(refused)):
+def _check_tracking(settings: Settings) -> list[Problem]:
+    """Names that W&B would refuse after loading, and an adapter to send where there is none."""
+    tracking, problems, refused = settings.tracking, [], r"/\#?%:"
+    if tracking.tracker != schema.TrackerName.wandb:
         return []
-    team, _, rest = project.partition("/")
-    clean = re.sub(r"[^a-zA-Z0-9_.-]+", "-", project)[:128].strip("-") or "sft"
-    two = re.fullmatch(r"[a-zA-Z0-9_.-]+/[a-zA-Z0-9_.-]{1,128}", project)
-    fix = f"tracking.entity={team} tracking.project={rest}" if two else f"tracking.project={clean}"
-    why = f"The name of a W&B project has none of {' '.join(refused)} in it, and at most 128 characters."
-    return [Problem(f"tracking.project={project}", why, fix)]
+    names = {"project": "A W&B project", "entity": "A W&B user or team", "name": "A W&B run", "group": "A W&B group"}
+    for key, thing in names.items():
+        text, bad = getattr(tracking, key), refused if key in ("project", "entity") else ""
+        if text is None or (0 < len(text) <= NAME_LENGTH and not set(text) & set(bad)):
+            continue
+        rule = f"1 to {NAME_LENGTH} characters" + (f", none of them {' '.join(bad)}" if bad else "")
+        team, slash, rest = text.partition("/")
+        two = (
+            slash
+            and key in ("project", "entity")
+            and all(re.fullmatch(r"[a-zA-Z0-9_.-]{1,128}", part) for part in (team, rest))
+        )
+        fix = f"tracking.entity={team} tracking.project={rest}" if two else f"tracking.{key}={_clean(text, NAME_LENGTH)}"
+        problems.append(Problem(f"tracking.{key}={text}", f"{thing}'s name has {rule}.", fix))
+    if any(not 0 < len(tag) <= TAG_LENGTH for tag in tracking.tags):
+        tags = ",".join(dict.fromkeys(_clean(tag, TAG_LENGTH) for tag in tracking.tags if tag))
+        why = f"A W&B tag has 1 to {TAG_LENGTH} characters."
+        problems.append(Problem(f"tracking.tags=[{','.join(tracking.tags)}]", why, f"'tracking.tags=[{tags}]'"))
+    if tracking.log_adapter and not settings.lora.enabled:
+        why = "All weights are trained, so that there is no adapter, and whole models are not sent to W&B."
+        problems.append(Problem("tracking.log_adapter=true lora=none", why, "tracking.log_adapter=false"))
+    return problems
+
+
+def _clean(text: str, length: int) -> str:
+    """The text as a name that W&B and the command line take as it stands."""
+    return re.sub(r"[^a-zA-Z0-9_.-]+", "-", text)[:length].strip("-") or "sft"
 
 
 def _check_hardware(settings: Settings) -> list[Problem]:
@@ -576,6 +576,10 @@ def _check_hardware(settings: Settings) -> list[Problem]:
     if settings.lora.use_dora and resolve_backend(settings) == "unsloth":
         why = "Unsloth's adapters have no DoRA."
         problems.append(Problem("lora.use_dora=true model.backend=unsloth", why, "model.backend=transformers"))
+    if settings.lora.extra and resolve_backend(settings) == "unsloth":
+        why = "Unsloth makes adapters of its own, which do not know all of PEFT's options."
+        what = " ".join(f"lora.extra.{name}=..." for name in settings.lora.extra)
+        problems.append(Problem(f"{what} model.backend=unsloth", why, "model.backend=transformers"))
     return problems
 
 

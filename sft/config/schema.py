@@ -301,7 +301,8 @@ class LoraSettings:
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    """Names of the linear layers that get an adapter; `[all-linear]` for every one of them."""
+    """Names of the linear layers that get an adapter, or regular expressions over their whole names, as PEFT matches them:
+    `[".*self_attn.*"]`; `[all-linear]` for every one of them."""
     bias: Bias = Bias.none
     """Which bias terms are trained."""
     use_rslora: bool = False
@@ -310,6 +311,11 @@ class LoraSettings:
     """Train the weights' magnitude apart from their direction (DoRA): slower, sometimes better at low rank."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules trained in full beside the adapter, such as `[embed_tokens, lm_head]`."""
+    start_from: str | None = None
+    """Adapter to train further: a run folder, an adapter folder or a hub id. Rank, targets and model have to be its own."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Anything else PEFT's LoraConfig takes: `lora.extra.layers_to_transform=[0,1]`; and `loraplus_lr_ratio`. Names and types
+    are checked before the start."""
 
 
 @dataclass
@@ -462,15 +468,23 @@ class TrackingSettings:
     """`wandb`, or `none` for the run folder alone."""
     mode: TrackingMode = TrackingMode.auto
     """`auto`: as WANDB_MODE says, else online with an API key and a network, else offline with one line on how to sync.
-    `online`: a refusal where that cannot be had."""
+    `online`, here or in WANDB_MODE: a refusal where that cannot be had."""
     project: str | None = None
     """W&B project; null is WANDB_PROJECT or that of W&B's settings file, else `sft`."""
     entity: str | None = None
     """W&B user or team; null is WANDB_ENTITY or that of W&B's settings file, else the account's default."""
     name: str | None = None
-    """Name of the run; null is WANDB_NAME, else one of the model, the data and what was overridden."""
+    """Name of the run; null is WANDB_NAME, else one of the model, the data and what was overridden, with the run's id."""
     tags: list[str] = field(default_factory=list)
-    """Tags beside those of WANDB_TAGS and the names of the chosen groups."""
+    """Tags beside those of WANDB_TAGS, the names of the chosen groups, the backend and the GPU."""
+    group: str | None = None
+    """Group of the run; null is WANDB_RUN_GROUP, in a sweep its folder's name."""
+    notes: str | None = None
+    """Notes on the run; null is WANDB_NOTES, else its command."""
+    alert: bool = False
+    """Have W&B send an alert when the run ended, with its status and why."""
+    log_adapter: bool = False
+    """Send the adapter to W&B at the end, as an artifact. Nothing else sends weights there."""
 
 
 @dataclass

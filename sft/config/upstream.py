@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 NEED_MATRIX = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s")
 """GGUF types that llama.cpp makes with an importance matrix alone, which nothing here computes."""
@@ -55,3 +56,41 @@ def sft_config_options() -> set[str]:
                 if isinstance(node, ast.ClassDef) and node.name in ("SFTConfig", "_BaseConfig", "TrainingArguments"):
                     names |= {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
     return names
+
+
+@functools.cache
+def lora_config_options() -> dict[str, ast.expr]:
+    """Names of all fields of PEFT's LoraConfig with the type that each is declared as, read from its sources."""
+    kinds: dict[str, ast.expr] = {}
+    for package, file in (("peft", "config.py"), ("peft", "tuners/lora/config.py")):
+        found = importlib.util.find_spec(package)
+        source = Path(found.submodule_search_locations[0], file) if found else None
+        if source and source.is_file():
+            for node in ast.parse(source.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef) and node.name in ("PeftConfigMixin", "PeftConfig", "LoraConfig"):
+                    kinds |= {n.target.id: n.annotation for n in node.body if isinstance(n, ast.AnnAssign)}
+    return kinds
+
+
+def fits(value: Any, kind: ast.expr) -> bool:
+    """Whether a plain value can be of a declared type; a class of upstream's own is made of a dictionary."""
+    match kind:
+        case ast.Constant():
+            return value is kind.value
+        case ast.BinOp():
+            return fits(value, kind.left) or fits(value, kind.right)
+        case ast.Subscript(value=ast.Name(id=outer)):
+            parts = kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
+            if outer in ("Optional", "Union"):
+                return (outer == "Optional" and value is None) or any(fits(value, part) for part in parts)
+            if outer == "Literal":
+                return value in [part.value for part in parts if isinstance(part, ast.Constant)]
+            if outer == "dict":
+                return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+            if outer == "tuple":
+                return isinstance(value, list | tuple) and len(value) == len(parts) and all(map(fits, value, parts))
+            return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+        case ast.Name(id=name):
+            known = {"bool": bool, "int": int, "float": int | float, "str": str, "list": list, "dict": dict}
+            return isinstance(value, known.get(name, dict)) and (name == "bool" or not isinstance(value, bool))
+    return True

@@ -77,6 +77,7 @@ def write_card(artifact: Path, run_folder: Path, format: str, repo: str | None =
         "data": data,
         "run": run,
         "lora": _dict(run, "settings", "lora"),
+        "start": _start(run),
         "differs": _differences(run),
         "metrics": summarise({"metrics": {k: number(v) for k, v in _dict(run, "metrics").items()}}, rows),
         "curve": _curve(rows),
@@ -150,6 +151,14 @@ def _base(run: dict) -> dict[str, Any]:
         "licence_name": other["license_name"] if re.fullmatch(r"[\w.-]+", other["license_name"]) else None,
         "licence_link": other["license_link"] if re.fullmatch(r"https://[\w./%-]+", other["license_link"]) else None,
     }
+
+
+def _start(run: dict) -> str | None:
+    """The adapter that the run trained further: its id on the hub, or the name of the run or folder that it came from."""
+    place = _dict(run, "start_from").get("adapter")
+    if not isinstance(place, str) or not _is_path(place):
+        return place if isinstance(place, str) else None
+    return _last(re.sub(r"[\\/]adapter[\\/]?$", "", place))
 
 
 def _data(run: dict, preflight: dict) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def write_adapter(adapter: Path, merged: Path, whole: Path, target: Path, tied: 
         if order is None:
             raise ExportError(f"llama.cpp's converter changes the layer {path}, so its adapter cannot be kept alone")
         writer.add_tensor(f"{name}.lora_a", matrices[f"{module}.lora_A.weight"].float().contiguous().numpy())
-        writer.add_tensor(f"{name}.lora_b", matrices[f"{module}.lora_B.weight"].float()[order].contiguous().numpy())
+        b = matrices[f"{module}.lora_B.weight"].float()[order] * _scale_beside(config, path, alpha)
+        writer.add_tensor(f"{name}.lora_b", b.contiguous().numpy())
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -63,9 +64,22 @@ def write_adapter(adapter: Path, merged: Path, whole: Path, target: Path, tied: 
     return len(modules)
 
 
+def _scale_beside(config: dict[str, Any], path: str, alpha: float) -> float:
+    """What PEFT multiplies the update of a layer by, beside the alpha / rank of llama.cpp: 1, but for layers of other ranks or
+    alphas than the rest."""
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    rank = ranks.get(get_pattern_key(ranks, path), config["r"])
+    own = alphas.get(get_pattern_key(alphas, path), config["lora_alpha"])
+    return own / (math.sqrt(rank) if config.get("use_rslora") else rank) * rank / alpha
+
+
 def _refuse_unknown_parts(config: dict[str, Any], matrices: dict[str, Any], tied: bool) -> None:
     parts = {"use_dora": "DoRA's magnitudes", "modules_to_save": "whole modules beside the adapter"}
     found = [what for key, what in parts.items() if config.get(key)]
+    found += ["adapters on experts"] if config.get("target_parameters") else []
+    found += ["trained tokens"] if config.get("trainable_token_indices") else []
     found += ["trained bias terms"] if config.get("bias", "none") != "none" else []
     found += ["a layer of embeddings"] if any(".lora_embedding_A" in key for key in matrices) else []
     found += ["a tied output layer"] if tied and any(key.endswith(".lm_head.lora_A.weight") for key in matrices) else []

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sft.config.lora_rules import changes_base
 from sft.config.schema import ModelSettings, Settings
 from sft.errors import Refusal, first_line, refuse
 from sft.model.files import check_adapter_files, check_model_files
@@ -27,6 +28,7 @@ def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> A
         return _load_folder(weights, backend.torch_dtype(plan_saved(settings).dtype))
     import torch
     from peft import PeftModel
+    from transformers import set_seed
 
     if not (weights / "adapter_model.safetensors").is_file():  # PEFT would take adapter_model.bin, which can run code
         raise refuse(f"run={weights.parent}", f"{weights.name}/ holds no adapter_model.safetensors.", "train it again")
@@ -34,6 +36,8 @@ def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> A
     if problems:
         raise Refusal(problems)
     base, _ = loading.load_model(settings, plan_saved(settings))
+    if changes_base(settings.lora):  # a checkpoint's start is taken out of the base anew, by the same random numbers
+        set_seed(settings.seed)
     if not quantised and getattr(base, "is_quantized", False):
         base = base.dequantize()
     try:
@@ -59,7 +63,8 @@ def merge(model: Any) -> Any:
     if hasattr(model, "peft_config"):
         _part_tied(model.get_base_model())
         for layer in [m for m in model.modules() if isinstance(m, LoraLayer)]:
-            weight = layer.get_base_layer().weight
+            # One that sits on a parameter and not on a layer says which.
+            weight = layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
             weight.data = weight.data.float()
             layer.merge(safe_merge=True)  # raises if the sum holds a value that is not a number
             weight.data = weight.data.to(dtype)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import environment
+from sft.config.lora_rules import changes_base
 from sft.config.schema import Bias, ExportSettings, Settings
 from sft.errors import Refusal, first_line
 from sft.export import gguf, measure, merge, verify
@@ -63,6 +64,8 @@ def base_loss(model: Any, trained: Trained) -> float | None:
     """
     if not hasattr(model, "disable_adapter") or trained.settings.lora.bias != Bias.none:
         return None
+    if isinstance(model.peft_config["default"].init_lora_weights, str) and changes_base(trained.settings.lora):
+        return None  # a checkpoint's base is less the adapter's start
     with model.disable_adapter():
         return measure.row_losses(model, trained.rows)[0]
 

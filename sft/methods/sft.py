@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+from sft.config.lora_rules import LORAPLUS
 from sft.config.method import SFT
 from sft.config.schema import Settings
 from sft.data import collators
@@ -97,6 +98,12 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
             output.metrics[f"{metric_key_prefix}_loss"] = mean
             return output
 
+        def create_optimizer(self, *args, **kwargs):
+            optimizer = super().create_optimizer(*args, **kwargs)
+            if ratio := settings.lora.extra.get(LORAPLUS):
+                _raise_rate_of_b(optimizer, self.model, ratio)
+            return optimizer
+
         def _get_train_sampler(self, train_dataset=None):
             sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
             micro_batches = settings.trainer.gradient_accumulation_steps
@@ -148,6 +155,17 @@ def watch(trainer: Any, ctx: RunContext, loop: Loop) -> None:
         trainer.add_callback(EarlyStoppingCallback(patience, settings.trainer.early_stopping_threshold))
 
 
+def _raise_rate_of_b(optimizer: Any, model: Any, ratio: float) -> None:
+    """Give the B matrices of the adapter groups of their own in the optimiser, with `ratio` times the learning rate (LoRA+).
+    The schedule multiplies each group's own rate."""
+    of_b = {id(p) for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B" in name}
+    for part in list(optimizer.param_groups):
+        raised = [p for p in part["params"] if id(p) in of_b]
+        if raised:
+            part["params"] = [p for p in part["params"] if id(p) not in of_b]
+            optimizer.add_param_group({**part, "params": raised, "lr": ratio * part["lr"]})
+
+
 def held_out_loss(ctx: RunContext, trainer: Any) -> float:
     """The mean loss of the rows of held_out.jsonl by the weights in memory."""
     model, collate, rows = trainer.model, trainer.padding_free_collator, measure.read_rows(ctx.folder)
@@ -160,11 +178,12 @@ def _takes_chunks(model: Any, settings: Settings) -> bool:
     past an adapter on it and past a scale of the logits (Granite's), and has no logits to smooth labels with.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
 
     base = base_of(model)
     scaled = getattr(base.config.get_text_config(), "logits_scaling", 1) != 1
     smoothed = bool(settings.trainer.extra.get("label_smoothing_factor"))
-    return not (isinstance(base.get_output_embeddings(), BaseTunerLayer) or scaled or smoothed)
+    return not (isinstance(base.get_output_embeddings(), BaseTunerLayer | TrainableTokensWrapper) or scaled or smoothed)
 
 
 def _model_columns(dataset: Any, tokenizer: Any, settings: Settings) -> Any:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from sft.config.schema import Settings
+from sft.model import targets
 from sft.plan.memory import ModelDims
 
 
@@ -31,9 +32,11 @@ def dims_of(model: Any, config: Any, settings: Settings) -> ModelDims | None:
     output = model.get_output_embeddings()
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output}
     parameters = sum(p.numel() for p in model.parameters())
-    everything = lora.target_modules == ["all-linear"]
-    adapted = [m for n, m in linear.items() if everything or any(n == t or n.endswith(f".{t}") for t in lora.target_modules)]
-    trained = sum(lora.r * (m.in_features + m.out_features) + (m.out_features if lora.use_dora else 0) for m in adapted)
+    adapted = {n: linear[n] for n in targets.reached(model, lora) if n in linear} if lora.enabled else {}
+    trained = sum(
+        targets.rank_of(n, lora) * (m.in_features + m.out_features) + (m.out_features if lora.use_dora else 0)
+        for n, m in adapted.items()
+    )
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in lora.modules_to_save:
             trained += sum(p.numel() for p in module.parameters())
@@ -42,7 +45,7 @@ def dims_of(model: Any, config: Any, settings: Settings) -> ModelDims | None:
         parameters=parameters,
         packed=sum(m.weight.numel() for m in linear.values()),
         trained=trained if lora.enabled else parameters,
-        adapted_inputs=sum(m.in_features for m in adapted) if lora.enabled else 0,
+        adapted_inputs=sum(m.in_features for m in adapted.values()),
         largest=max(m.weight.numel() for m in linear.values()),
         hidden_size=text.hidden_size,
         intermediate_size=text.intermediate_size,

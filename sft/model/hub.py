@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sft.config.lora_rules import start_overrides
 from sft.config.rules import pickle_problem
-from sft.config.schema import ModelSettings
+from sft.config.schema import LoraSettings, ModelSettings
 from sft.environment import hub_reachable, hub_unreachable
 from sft.errors import Problem, Refusal, is_page, refuse
 from sft.model import builtin
@@ -51,6 +52,22 @@ def locate(model: ModelSettings, weights: bool = True) -> tuple[str, str]:
     if local is None:
         return model.name, f"hub {model.name}"  # loading it raises, with the reason
     return str(local), f"built-in {local.name}"
+
+
+def adapter_problem(model: ModelSettings, lora: LoraSettings) -> list[Problem]:
+    """The problem of a model on the hub that is an adapter alone: transformers would load its base with the adapter inside."""
+    where, _ = locate(model, weights=False)
+    if Path(where).is_dir() or read_config(model):
+        return []
+    from huggingface_hub import hf_hub_download
+
+    try:
+        folder = Path(hf_hub_download(where, "adapter_config.json", revision=model.revision)).parent
+        fix = start_overrides(folder, lora, model.name)
+    except Exception:  # it is none, or cannot be had, which loading will say better
+        return []
+    why = "It is an adapter, not a whole model. lora.start_from trains it further."
+    return [Problem(f"model.name={model.name}", why, fix)]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from sft.distributed import strategy
 from sft.errors import Refusal
 from sft.model.backend import torch_dtype, unsloth_checkpointing
 from sft.model.files import check_model_files
-from sft.model.hub import locate, refusing_failures
+from sft.model.hub import adapter_problem, locate, refusing_failures
 from sft.plan.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,8 @@ def load_model(settings: Settings, plan: Plan) -> tuple[Any, str]:
     model = settings.model
     where, source = locate(model)
     if Path(where).is_dir() and (problems := check_model_files(Path(where), model)):
+        raise Refusal(problems)
+    if problems := adapter_problem(model, settings.lora):
         raise Refusal(problems)
     with refusing_failures(model):
         load = _load_unsloth if plan.backend == "unsloth" else _load_transformers

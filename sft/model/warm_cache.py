@@ -124,9 +124,11 @@ def of_base(name: str, model: Any, settings: Settings, what: Any, make: Callable
     """What `make()` finds (`evaluation`, `completions`) with a kept model whose adapter is untrained: found once for all
     runs with the same `what`, whatever their ranks and rates, because such an adapter adds nothing. Else what it finds now.
 
-    DoRA's magnitudes and copied modules round in other ways than the model alone; a run with a time limit has to measure.
+    DoRA's magnitudes and copied modules round in other ways than the model alone; an adapter that was trained before, or that
+    PEFT starts in a way of its own, may add something; a run with a time limit has to measure.
     """
-    own = settings.lora.use_dora or settings.lora.modules_to_save or settings.trainer.max_hours or settings.trainer.stop_at
+    lora, trainer = settings.lora, settings.trainer
+    own = lora.use_dora or lora.modules_to_save or lora.start_from or lora.extra or trainer.max_hours or trainer.stop_at
     kept = "adapter" in _kept and _kept["adapter"][1].model is model
     return _once(name, _key(settings.model, what), make) if kept and not own else make()
 

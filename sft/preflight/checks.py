@@ -22,7 +22,7 @@ from sft.data.token_cache import token_counts
 from sft.errors import Problem, first_line
 from sft.export import gguf, requirements
 from sft.export.hub import check_access, repo_for
-from sft.model import adapters, hub, warm_cache
+from sft.model import adapters, hub, start, warm_cache
 from sft.model import dims as model_dims
 from sft.plan import memory
 from sft.plan.machine import Machine, look
@@ -164,6 +164,9 @@ def read_dims(found: Found, settings: Settings) -> memory.ModelDims | None:
         why = "it is a mixture of experts, whose memory is not estimated"
     except Exception as error:  # not reachable, unknown to this transformers, code of its own: the load will report it itself
         shape, why = None, first_line(error).replace(str(where), settings.model.name).rstrip(".")
+        if problems := hub.adapter_problem(settings.model, settings.lora):
+            found.refuse("Model", problems)
+            return None
         if hub.asks_for_code(error):
             problem = hub.code_problem(settings.model)
             found.refuse("Model", [problem] if problem not in found.problems else [])  # the tokenizer may have reported it
@@ -177,6 +180,15 @@ def check_adapter(found: Found, settings: Settings, model: Any) -> None:
     """Whether the model has the modules that `lora` names, and PEFT an adapter for each; `model` needs no weights."""
     if settings.lora.enabled:
         problems, warnings = adapters.check_modules(model, settings.lora)
+        if not problems:
+            reach, problems, further = adapters.coverage(model, settings.lora)
+            found.facts["coverage"] = reach
+            warnings += further
+            if not problems:
+                found.ok("Model", reach)
+        if settings.lora.start_from and not problems:
+            problems, further, found.facts["start_from"] = start.check_start(settings, model)
+            warnings += further
         found.refuse("Model", problems)
         for warning in warnings:
             found.warn("Model", warning)

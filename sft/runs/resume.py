@@ -8,8 +8,9 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sft.config.batching import BatchPlan
 from sft.config.consent import check_consent
 from sft.config.fingerprint import AROUND, config_hash
 from sft.config.keys import flatten
+from sft.config.lora_rules import other_settings
 from sft.config.schema import Settings
 from sft.errors import Problem, Refusal, refuse
 from sft.storage.forms import fitted
@@ -103,7 +105,7 @@ def recorded_run(folder: Path, consent: bool = False, processes: str | None = No
         fix = f"resume={near}" if near else "name a folder with a run.json in it, or start the run again: nothing was trained"
         raise refuse(what, "It holds no run.json with the settings of a run.", fix)
     if record.get("status") == "finished":
-        raise refuse(what, "This run is finished.", "python train.py ...   starts a new one")
+        raise refuse(what, "This run is finished.", further(folder, record))
     problems = _check_lock(folder)
     if problems:
         raise Refusal(problems)
@@ -116,6 +118,35 @@ def recorded_run(folder: Path, consent: bool = False, processes: str | None = No
     elif "RANK" in os.environ:
         settings.distributed.num_processes = 1
     return settings, record
+
+
+def further(folder: Path, record: dict[str, Any], typed: Sequence[str] = ()) -> str:
+    """The command that trains the weights of a finished run further: a new run with the words of the first one, and `typed`."""
+    words = [w for w in record.get("overrides") or [] if not w.startswith(("hydra.", "lora.start_from=", "export"))]
+    names = {w.partition("=")[0] for w in typed}
+    words = [*(w for w in words if w.partition("=")[0] not in names), *typed]
+    if (folder / "adapter").is_dir():
+        words = [w for w in words if not w.startswith("lora.extra.init_lora_weights=")] + _as_saved(folder, record)
+        words.append(f"lora.start_from={os.path.relpath(folder)}")
+    elif (folder / "model").is_dir():
+        words = [
+            *(w for w in words if not w.startswith(("model=", "model.name="))),
+            f"model.name={os.path.relpath(folder)}/model",
+        ]
+    else:
+        return "python train.py ...   starts a new one"
+    return f"python train.py {shlex.join(words)}   trains its weights further, in a new run"
+
+
+def _as_saved(folder: Path, record: dict[str, Any]) -> list[str]:
+    """Settings of a run's adapter as it was saved that are others than those it was made with: PiSSA's has twice the rank."""
+    from sft.config.compose import fill_settings
+
+    try:
+        other = other_settings(folder / "adapter", fill_settings(record["settings"]).lora)
+    except (KeyError, ValueError, Refusal):
+        return []
+    return [f"lora.{key}={there}" for key, (there, _) in other.items() if key in ("r", "lora_alpha")]
 
 
 def working_folder(record: dict[str, Any], folder: Path) -> contextlib.AbstractContextManager[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sft.config.schema import Settings
 from sft.errors import SaveFailed, first_line
+from sft.model import adapters
 from sft.storage import atomic
 
 
@@ -32,9 +33,10 @@ def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path, w
     """
     name = "adapter" if settings.lora.enabled else "model"
     with _plain_failure(name), atomic.new_folder(folder / name, manifest=False) as work:
-        embeds = {"embed_tokens", "lm_head"} & {*settings.lora.modules_to_save, *settings.lora.target_modules}
-        options = {"save_embedding_layers": bool(embeds)} if settings.lora.enabled else {}
-        model.save_pretrained(str(work), **options, **({"state_dict": weights} if weights is not None else {}))
+        if settings.lora.enabled:
+            adapters.save_adapter(model, work, weights)
+        else:
+            model.save_pretrained(str(work), **({"state_dict": weights} if weights is not None else {}))
         tokenizer.save_pretrained(work)
         (work / "README.md").unlink(missing_ok=True)  # PEFT's model card, with nothing of this run in it
     return name

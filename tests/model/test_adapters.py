@@ -4,16 +4,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig
 
+from sft.cli.check import check_command_line
 from sft.config.schema import LoraSettings
 from sft.errors import Refusal
 from sft.methods import sft
-from sft.model import adapters, dims, hub, loading
+from sft.model import adapters, dims, hub, loading, targets
 from sft.plan.plan import Plan
 from sft.preflight.checks import examine
 from sft.run import run
-from tests.conftest import make_settings
+from sft.storage.jsonio import read_json
+from tests.conftest import ROOT, make_settings
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,63 @@ def test_a_module_that_cannot_be_trained_is_refused_with_a_fix_that_is_taken(tin
 )  # fmt: skip
 def test_what_peft_takes_is_allowed(tiny, override):
     assert adapters.check_modules(tiny, make_settings(f"lora.{override}").lora) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [
+        (".*self_attn.*", ["q_proj", "k_proj", "v_proj", "o_proj"]),  # PEFT ends at the block itself
+        (".*layers.1.*(q|up)_proj", ["q_proj", "up_proj"]),
+        ("model.*", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"]),
+    ],
+)
+def test_a_regular_expression_means_the_layers_whose_whole_names_it_matches(tiny, target, names):
+    lora = make_settings(f'lora.target_modules=["{target}"]').lora
+    assert adapters.check_modules(tiny, lora) == ([], [])
+    assert {name.rpartition(".")[2] for name in targets.reached(tiny, lora)} == {*names}
+    mixed = make_settings(f'lora.target_modules=["{target}",lm_head]').lora
+    assert {*targets.reached(tiny, mixed)} - {*targets.reached(tiny, lora)} == {"lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("target", "fix"),
+    [("(q|v)_proj", "'lora.target_modules=[\".*((q|v)_proj)\"]'"), ("visual.*", "lora.target_modules=[all-linear]"),
+     (".*self_attn", "lora.target_modules=[all-linear]")],
+)  # fmt: skip
+def test_a_regular_expression_that_matches_no_layer_is_refused(tiny, target, fix):
+    problems, _ = adapters.check_modules(tiny, make_settings(f'lora.target_modules=["{target}"]').lora)
+    assert len(problems) == 1 and "matches none" in problems[0].why and problems[0].fix == fix
+    assert adapters.check_modules(tiny, make_settings(fix.strip("'")).lora) == ([], [])
+
+
+def test_an_adapter_by_a_regular_expression_loads_in_plain_peft(small, tmp_path):
+    target = 'lora.target_modules=[".*self_attn.*"]'
+    assert run(small("trainer=debug", "trainer.max_steps=2", target), tmp_path / "run").exit_code == 0
+    base = loading.load_model(small(), Plan())[0]
+    with_one = {
+        n for n, m in PeftModel.from_pretrained(base, str(tmp_path / "run/adapter")).named_modules() if hasattr(m, "lora_A")
+    }
+    assert {name.rpartition(".")[2] for name in with_one} == {"q_proj", "k_proj", "v_proj", "o_proj"} and len(with_one) == 8
+    assert "4 of 8 kinds of linear layers, 8 of 15 layers" in read_json(tmp_path / "run/preflight.json")["coverage"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "fix"),
+    [
+        ("lora.target_modules=.*self_attn.*", "'lora.target_modules=[\".*self_attn.*\"]'"),
+        ("lora.target_modules=q_proj", "lora.target_modules=[q_proj]"),
+        ("lora.layers_to_transform=[0]", "lora.extra.layers_to_transform=[0]"),
+        ("lora.rank_pattern={q_proj:4}", "'lora.extra.rank_pattern={q_proj:4}'"),
+        ("lora.init_lora_weights=pissa", "lora.extra.init_lora_weights=pissa"),
+        ("lora.extra.rank_pattern={q_proj:four,v_proj:2}", "'lora.extra.rank_pattern={v_proj:2}'"),
+        ('lora.target_modules=[".*(q"]', "lora.target_modules=[all-linear]"),
+    ],
+)
+def test_what_is_typed_as_peft_spells_it_is_taken_or_gets_a_fix_that_is_taken(typed, fix):
+    with pytest.raises(Refusal) as refused:
+        check_command_line(ROOT / "conf", ["model=tiny_random", typed])
+    assert [p.fix.partition("   ")[0] for p in refused.value.problems] == [fix]
+    check_command_line(ROOT / "conf", ["model=tiny_random", fix.strip("'")])
 
 
 def test_gpt2s_layers_which_are_no_torch_linear_are_targets():

@@ -35,6 +35,7 @@ SURFACE = {
     "trl.SFTTrainer.train": "(self, resume_from_checkpoint, trial, ignore_keys_for_eval)",
     "trl.SFTTrainer.training_step": "(self, *args, **kwargs)",
     "transformers.Trainer.training_step": "(self, model, inputs, num_items_in_batch)",
+    "trl.SFTTrainer.create_optimizer": "(self, model)",
     "trl.SFTTrainer.compute_loss": "(self, model, inputs, return_outputs, num_items_in_batch)",
     "transformers.Trainer.compute_loss": "(self, model, inputs, return_outputs, num_items_in_batch)",
     "trl.SFTTrainer.prediction_step": "(self, model, inputs, prediction_loss_only, ignore_keys)",
@@ -74,6 +75,9 @@ SURFACE = {
     "transformers/training_args.py:TrainingArguments": "source",
     "transformers/training_args.py:OptimizerNames": "source",
     "transformers/trainer_utils.py:SchedulerType": "source",
+    "peft/config.py:PeftConfigMixin": "source",
+    "peft/config.py:PeftConfig": "source",
+    "peft/tuners/lora/config.py:LoraConfig": "source",
     "trl/trainer/sft_config.py:SFTConfig": "source",
     "trl/trainer/base_config.py:_BaseConfig": "source",
     # transformers and PEFT: the model
