@@ -377,7 +377,7 @@ def _check_trainer(settings: Settings) -> list[Problem]:
         why = "This schedule follows the evaluation loss, and no rows are held out."
         fix = "dataset.eval_fraction=0.1   or   trainer.lr_scheduler_type=linear"
         problems.append(Problem(f"trainer.lr_scheduler_type={trainer.lr_scheduler_type}", why, fix))
-    return [*problems, *_check_loss(trainer.extra)]
+    return [*problems, *(_check_loss(trainer.extra) if settings.method.name == MethodName.sft else [])]
 
 
 def _check_loss(extra: dict[str, Any]) -> list[Problem]:
