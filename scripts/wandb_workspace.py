@@ -1,11 +1,12 @@
-"""Make a W&B workspace for a sweep: curves, parallel coordinates, learning rate against loss, and the sample table.
+"""Make a W&B workspace for a run or a sweep: curves, what each setting did to the loss, and the sample table.
 
     pip install -e ".[workspace]"
     python scripts/wandb_workspace.py                                the newest sweep in outputs/sweeps
-    python scripts/wandb_workspace.py run=outputs/sweeps/<stamp>
+    python scripts/wandb_workspace.py run=outputs/sweeps/<stamp>     a sweep, its jobs sorted by held-out loss
+    python scripts/wandb_workspace.py run=outputs/<run>              a single run
     python scripts/wandb_workspace.py --dry-run                      print the definition, ask nothing of the network
 
-Needs a W&B account that can be reached, and the sweep's runs uploaded (wandb sync).
+Needs a W&B account that can be reached, and the runs uploaded (wandb sync).
 """
 
 import json
@@ -16,11 +17,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
+from sft.config.method import MethodFacts, facts_of
 from sft.config.schema import GROUPS, TrackingSettings
 from sft.errors import Refusal, refuse
-from sft.sweep.index import find_sweeps, read_run, readable_index
+from sft.runs.resume import read_record
+from sft.sweep.index import find_sweeps, load_index, readable_index
 from sft.sweep.leaderboard import Leaderboard, read_leaderboard
 from sft.tracking.wandb import has_api_key, place
+from sft.tracking.wandb_names import AXIS, HELD_OUT, TOKENS, name_metric
 
 
 def main(argv: list[str]) -> int:
@@ -32,12 +36,12 @@ def main(argv: list[str]) -> int:
         named = [Path(word.partition("=")[2]) for word in argv if word.startswith("run=")]
         named = named or [sweep for sweep in find_sweeps(Path("outputs/sweeps")) if readable_index(sweep)]
         if not named:
-            raise refuse("outputs/sweeps", "There is no sweep here yet.", "python train.py -m lora.r=8,16")
-        board = read_leaderboard(named[0])
+            why = "There is no sweep here yet."
+            raise refuse("outputs/sweeps", why, "python train.py -m lora.r=8,16\nrun=outputs/<run>   for a single run")
         dry = "--dry-run" in argv
         if not (dry or has_api_key()):
             raise refuse("scripts/wandb_workspace.py", "W&B has no key here.", "wandb login\n--dry-run   prints the definition")
-        workspace = define(board, *tracked_at(board))
+        workspace = define(named[0])
         if dry:
             print(json.dumps(workspace._to_model().model_dump(by_alias=True, mode="json"), indent=2))
         else:
@@ -48,51 +52,78 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def tracked_at(board: Leaderboard) -> tuple[str, str]:
-    """(entity, project) that the sweep's runs were tracked with, from their settings."""
-    for row in board.rows:
-        run = read_run(board.index.folder / row.job.folder)
-        settings = run.get("settings")
-        tracking = settings.get("tracking") if isinstance(settings, dict) else None
-        if isinstance(tracking, dict):
-            named = TrackingSettings(entity=tracking.get("entity"), project=tracking.get("project"))
-            entity, project = place(named, run.get("tracking"))
-            return str(entity or ""), str(project)
-    raise refuse(str(board.index.folder), "None of its jobs has begun, so its W&B project is not known.", "run the sweep first")
-
-
-def define(board: Leaderboard, entity: str, project: str) -> Any:
-    """The workspace as an object of wandb-workspaces, of the sweep's group alone. Raises Refusal without the package."""
+def define(folder: Path) -> Any:
+    """The workspace of the run or sweep in `folder`, as an object of wandb-workspaces. Raises Refusal without the package."""
     try:
-        import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces
-        from wandb_workspaces.expr import And
+        from wandb_workspaces.expr import And, Metric, Ordering, Summary
     except ImportError as error:
         raise refuse(
             "scripts/wandb_workspace.py", "wandb-workspaces is not installed.", 'pip install -e ".[workspace]"'
         ) from error
-    loss = reports.SummaryMetric("eval_loss")
-    settings = [reports.Config(f"{key}.name" if key in GROUPS else key) for key in board.keys]
-    columns = [reports.ParallelCoordinatesPlotColumn(metric=metric) for metric in [*settings, loss]]
-    curves = [reports.LinePlot(title=title, x="step", y=[key]) for title, key in
-              (("Held-out loss", "eval_loss"), ("Training loss", "loss"), ("Learning rate", "learning_rate"))]  # fmt: skip
-    effects = [
-        reports.ScatterPlot(title=f"{key} against held-out loss", x=metric, y=loss, log_x=key.endswith("learning_rate") or None)
-        for key, metric in zip(board.keys, settings, strict=True)
+    board = read_leaderboard(folder) if load_index(folder) else None
+    run = _tracked(folder, [folder / row.job.folder for row in board.rows] if board else [folder])
+    tracking = run.get("tracking") or {}
+    settings = (run.get("settings") or {}).get("tracking") or {}
+    entity, project = place(TrackingSettings(entity=settings.get("entity"), project=settings.get("project")), tracking)
+    name, method = folder.resolve().name, facts_of(run)
+    if board:
+        # The sweep's own run has no curves.
+        only = And(Metric("Group") == (tracking.get("group") or name), Metric("JobType") != "sweep")
+    else:
+        only = And(Metric("ID") == tracking.get("id"))
+    best_first = Ordering(Summary(method.metric), ascending=not method.greater_is_better)
+    return workspaces.Workspace(
+        entity=str(entity or ""),
+        project=str(project),
+        name=f"{'sweep' if board else 'run'} {name}",
+        sections=_sections(workspaces.Section, board, method),
+        settings=workspaces.WorkspaceSettings(x_axis=AXIS, max_runs=max(10, len(board.rows) if board else 1)),
+        runset_settings=workspaces.RunsetSettings(filters=only, order=[best_first]),
+    )
+
+
+def _tracked(folder: Path, runs: list[Path]) -> dict[str, Any]:
+    """The first run.json that says where a run was tracked."""
+    records = [read_record(path) or {} for path in runs]
+    begun = [record for record in records if (record.get("tracking") or {}).get("id")]
+    planned = [record for record in records if isinstance((record.get("settings") or {}).get("tracking"), dict)]
+    if begun or (planned and load_index(folder)):
+        return [*begun, *planned][0]
+    raise refuse(str(folder), "No W&B run was begun there, so its project is not known.", "run it first, with tracking=wandb")
+
+
+def _sections(section: Any, board: Leaderboard | None, method: MethodFacts) -> list[Any]:
+    """The panels: curves by step and by tokens, for a sweep what its settings did, speed, samples."""
+    import wandb_workspaces.reports.v2 as reports
+
+    curves = [
+        reports.LinePlot(title="Held-out loss", x=AXIS, y=[HELD_OUT]),
+        reports.LinePlot(title="Held-out loss by tokens", x=TOKENS, y=[HELD_OUT]),
+        reports.LinePlot(title="Training loss", x=AXIS, y=[name_metric("loss")]),
+        reports.LinePlot(title="Learning rate", x=AXIS, y=[name_metric("learning_rate")]),
+        reports.LinePlot(title="Completions ended by EOS", x=AXIS, y=[name_metric("eos_share")]),
     ]
-    sections = [
-        workspaces.Section(name="Curves", panels=curves, is_open=True),
-        workspaces.Section(
-            name="Settings and loss",
-            panels=[reports.ParallelCoordinatesPlot(title="All runs", columns=columns), *effects],
-            is_open=True,
-        ),
-        workspaces.Section(name="Samples", panels=[reports.WeavePanelSummaryTable(table_name="samples")], is_open=True),
-    ]
-    group = And(workspaces.Metric("Group") == board.index.folder.resolve().name)
-    only_this = workspaces.RunsetSettings(filters=group)
-    name = f"sweep {board.index.folder.resolve().name}"
-    return workspaces.Workspace(entity=entity, project=project, name=name, sections=sections, runset_settings=only_this)
+    if name_metric(method.metric) != HELD_OUT:
+        curves.insert(0, reports.LinePlot(title=method.metric, x=AXIS, y=[name_metric(method.metric)]))
+    speed = [reports.LinePlot(title=title, x=AXIS, y=[name_metric(key)]) for title, key in
+             (("Tokens per second", "tokens_per_second"), ("Memory, GiB", "memory_gib"))]  # fmt: skip
+    made = [section(name="Curves", panels=curves, is_open=True)]
+    if board:
+        loss = reports.SummaryMetric(method.metric)  # of the weights that were kept
+        settings = [reports.Config(f"choices.{key}" if key in GROUPS else key) for key in board.keys]
+        columns = [reports.ParallelCoordinatesPlotColumn(metric=metric) for metric in [*settings, loss]]
+        effects = [
+            reports.ScatterPlot(
+                title=f"{key} against held-out loss", x=metric, y=loss, log_x=key.endswith("learning_rate") or None
+            )
+            for key, metric in zip(board.keys, settings, strict=True)
+        ]
+        all_runs = reports.ParallelCoordinatesPlot(title="All runs", columns=columns)
+        importance = reports.ParameterImportancePlot(with_respect_to=method.metric)
+        made.append(section(name="Settings and loss", panels=[all_runs, *effects, importance], is_open=True))
+    samples = reports.WeavePanelSummaryTable(table_name="samples")
+    return [*made, section(name="Speed", panels=speed), section(name="Samples", panels=[samples], is_open=True)]
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
                          prepared, checkpoint)  # fmt: skip
         try:
             status, reason = train(ctx)
-        except Refusal:
-            recorder.tracking.finish("failed", {})
+        except Refusal as refusal:
+            recorder.tracking.finish("failed", {}, reason_of(refusal))
             raise
         except KeyboardInterrupt as interrupt:
             kept = "checkpoints/ has the last state" if steps_saved(folder) else "nothing was saved yet"
@@ -115,7 +115,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
             status, reason = "failed", reason_of(error)
             record.facts["error"] = error_facts(error)
             log_failure(error, folder)
-        recorder.tracking.finish(status, recorder.final)
+        recorder.tracking.finish(status, recorder.final, reason)
         record.facts |= {"metrics": recorder.final, "tracking": recorder.tracking.state()}
         return _finish(ctx, status, reason)
 
@@ -131,6 +131,7 @@ def train(ctx: RunContext) -> tuple[str, str | None]:
     """Load, attach, sample, train, save, sample: (status, reason)."""
     settings, plan, record, recorder, stop = ctx.settings, ctx.plan, ctx.record, ctx.recorder, ctx.stop
     method, sharded = methods.method_of(settings), strategy.shards(settings)
+    record.update(tracking=recorder.tracking.begin(settings, ctx.folder, record.facts, plan.backend))
     with record.timed("load"), ctx.budget.measured("load"):
         limit_memory(settings)
         acceleration.warm_up(plan)
@@ -138,14 +139,12 @@ def train(ctx: RunContext) -> tuple[str, str | None]:
         model = warm_cache.attach_adapter(model, settings, plan)
     total, trained = structure.count_parameters(model)
     facts = {"name": settings.model.name, "source": source, "backend": plan.backend, "dtype": f"torch.{plan.dtype}"}
-    record.update(model={**facts, "parameters": total, "trainable_parameters": trained})
+    record.update(model={**facts, **(counts := {"parameters": total, "trainable_parameters": trained})})
+    recorder.tracking.describe(counts)
     log.info("Model  %s through %s: %s of %s parameters trained", source, plan.backend, f"{trained:,}", f"{total:,}")
 
     writer = SampleWriter(ctx.folder, recorder, record.timed, generator(ctx, model), sharded)
     loop = Loop(ctx.folder, stop, recorder, ctx.budget, writer, record.timed, ctx.checkpoint, settings.trainer.save_total_limit)
-    tags = [*ctx.command.tags, plan.backend]
-    recorder.tracking.start(settings, ctx.folder, ctx.command.name, tags, record.facts.get("tracking"))
-    record.update(tracking=recorder.tracking.state())
     trainer = method.build_trainer(ctx, model, loop)
     record.update(speed=trainer.plan.speed(), plan=trainer.plan.facts())
     restore_run(ctx.folder, ctx.checkpoint, loop.components())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from sft.cli.check import check_command_line
 from sft.config import schema
 from sft.config.keys import find_field
+from sft.config.upstream import sft_config_options
 from sft.errors import Problem, Refusal
 from tests.conftest import ROOT
 
@@ -72,6 +73,8 @@ def _is_misspelt(word: str, problem: Problem, hint: list[str]) -> bool:
         return False
     key = _key(word)
     known = key in schema.GROUPS or find_field(key)[0] is not None
+    if key.startswith("trainer.extra."):
+        known = key.removeprefix("trainer.extra.") in sft_config_options()
     return not known or any(_key(one).startswith(f"{key}.") or _repeats(one, [word]) for one in hint)
 
 

@@ -4,21 +4,27 @@ Hydra stops at the first mistake, exits with 1 and tells people to type `+` befo
 schema. Here each override is checked against the schema first, then each job is composed and its settings checked.
 """
 
+import contextlib
 import os
-import pickle
 import shlex
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
+from hydra import compose, version
+from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -36,8 +42,8 @@ from sft.distributed.group import is_first, launched
 from sft.errors import Problem, Refusal, chain_of, first_line
 from sft.runs.resume import check_folder, further, read_record, recorded_run, working_folder
 from sft.storage.cache import cache_dir
-from sft.sweep.checks import check_interval, check_means, is_search, runs_elsewhere
-from sft.sweep.grid import check_pairs, list_values
+from sft.sweep.checks import check_interval, check_means, is_search, runs_elsewhere, sweeper_params
+from sft.sweep.grid import check_pairs, compose_job, each_value_once, list_values
 
 
 def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: bool = True) -> None:
@@ -84,7 +90,7 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
     `hardware=False` leaves out what depends on this machine (a GPU, installed backends), for commands that only read.
     Flags that ask Hydra for information are left to Hydra. Takes about 0.3 s; multirun checks each value once.
     """
-    args = _parse_flags(argv)
+    args = _parse_flags(config_dir, argv)
     if args.help or args.hydra_help or args.info or args.shell_completion:
         return
     if args.multirun and args.cfg:
@@ -94,43 +100,44 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
     register()
     problems: list[Problem] = []
     config_name = args.config_name or "config"
-    with initialize_config_dir(str(config_dir.resolve()), job_name="train", version_base="1.3"):
-        search_path, options = _search_path(args), _group_options(config_dir, args)
+    with _hydra_over(config_dir, args):
         overrides = parse_overrides(args.overrides, problems)
+        options = _group_options(config_name, overrides)
         for plain in [o for o in overrides if o.key_or_group in ("hydra.sweeper", "hydra.launcher") and not _is_table(o)]:
             fix = plain.key_or_group.replace(".", "/") + "=sft"
             problems.append(Problem(one_line(plain), f"{plain.key_or_group} holds several settings, not a single one.", fix))
             overrides.remove(plain)
-        means = _sweep_means(config_name, search_path, overrides)
-        preset = _preset_sweep(means)
+        means = _sweep_means(config_name, overrides, bool(args.config_name or args.config_path))
+        sweeping = bool(args.multirun) or (means is not None and means.mode == RunMode.MULTIRUN)
+        preset = sweeper_params(means) if sweeping else []
         overrides = [o for o in parse_overrides(preset, problems) if o.key_or_group not in _keys(overrides)] + overrides
         hydras = [o for o in overrides if o.is_sweep_override() and o.key_or_group.startswith("hydra")]
         problems += [takes_one(o) for o in hydras]
         overrides = [o for o in overrides if o not in hydras]
-        if not (args.multirun or preset):
-            swept = [o for o in overrides if o.is_sweep_override() and is_known(o.key_or_group)]
+        if not sweeping:
+            swept = [o for o in overrides if o.is_sweep_override() and (o.key_or_group in options or is_known(o.key_or_group))]
             problems += [needs_sweep(o) for o in swept]
             overrides = [o for o in overrides if o not in swept]
         if not is_search(means):
             problems += [check_interval(o) for o in overrides if o.is_interval_sweep()]
             overrides = [o for o in overrides if not o.is_interval_sweep()]
+        if args.cfg:
+            why = "--cfg shows one job, and several values ask for many."
+            swept = [o for o in parse_overrides(args.overrides, []) if o.is_sweep_override()] if sweeping else []
+            problems += [Problem(one_line(o), why, f"{o.key_or_group}={list_values(o)[0]}") for o in swept]
         good = [o for o in overrides if check_override(o, options, problems)]
         trains = hardware and not args.cfg
-        hardware = trains and not runs_elsewhere(means)
-        folder = None if args.multirun or preset or args.cfg else _run_folder(good)
-        for job in _jobs_to_check(good):
-            problems += _check_job(config_name, search_path + job, hardware, folder)
+        folder = None if sweeping or args.cfg else _run_folder(good)
+        problems += _check_jobs(config_name, good, trains and not runs_elsewhere(means), folder)
         if trains:
-            problems += check_means(means, good, bool(args.multirun or preset)) + _check_writable(folder or Path("outputs"))
-        if (args.multirun or preset) and launched():
+            problems += check_means(means, good, sweeping) + _check_writable(folder or Path("outputs"))
+        if sweeping and launched():
             why = "torchrun has started the processes of one run, and a sweep has many."
             fix = "python train.py -m distributed.num_processes=2 ...   starts them for each run of the sweep"
             problems.append(Problem("torchrun train.py -m", why, fix))
-        if (args.multirun or preset) and any(o.key_or_group == "preflight.mode" and o.value() == "only" for o in good):
+        if sweeping and any(o.key_or_group == "preflight.mode" and o.value() == "only" for o in good):
             why = "A sweep has many jobs, and the check alone is about one."
             problems.append(Problem("-m preflight.mode=only", why, "leave -m and the swept values out"))
-        problems += _check_swept_values(config_name, search_path, good, hardware)
-        problems += _check_pairs(config_name, search_path, good)
     if problems:
         raise Refusal(list(dict.fromkeys(problems)))
 
@@ -138,16 +145,16 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
 def read_settings(config_dir: Path, argv: list[str], hardware: bool = True) -> Settings:
     """The settings of the one job that `argv` describes, for commands other than train.py. Raises Refusal."""
     check_command_line(config_dir, argv, hardware)
-    args = _parse_flags(argv)
+    args = _parse_flags(config_dir, argv)
     if args.multirun:
         raise Refusal([Problem("-m", "A sweep has many jobs, and this command is about one.", "leave -m out")])
     if folders := [text.partition("=")[2] for text in args.overrides if text.startswith("resume=")]:
         return recorded_run(Path(folders[0]).expanduser(), WORD in argv)[0]
-    with initialize_config_dir(str(config_dir.resolve()), version_base="1.3"):
-        return to_settings(compose(args.config_name or "config", overrides=_search_path(args) + args.overrides))
+    with _hydra_over(config_dir, args):
+        return to_settings(compose(args.config_name or "config", overrides=args.overrides))
 
 
-def _parse_flags(argv: list[str]) -> Any:
+def _parse_flags(config_dir: Path, argv: list[str]) -> Any:
     """Hydra's own reading of the command line. Raises Refusal for what it would end with its usage text."""
     parser = get_args_parser()
 
@@ -170,8 +177,9 @@ def _parse_flags(argv: list[str]) -> Any:
         else:
             why = "Overrides on both sides of a flag are not read."
             problems.append(Problem(text or '""', why, "put the flags first: python train.py -m key=value key=value"))
-    if args.config_path:
-        why = "It would take the place of the project's own settings."
+    main = _main_folder(config_dir, args) / f"{args.config_name or 'config'}.yaml"
+    if args.config_path and not main.is_file():
+        why = f"It would take the place of the project's own settings, and there is no {main}."
         problems.append(Problem(f"--config-path {args.config_path}", why, f"--config-dir {args.config_path}   adds to them"))
     if args.config_dir and (why_lost(args.config_dir) or not Path(args.config_dir).is_dir()):
         fix = f"looked for {os.path.abspath(args.config_dir)}"
@@ -181,8 +189,25 @@ def _parse_flags(argv: list[str]) -> Any:
     return args
 
 
-def _search_path(args: Any) -> list[str]:
-    return [f'hydra.searchpath=["file://{Path(args.config_dir).resolve()}"]'] if args.config_dir else []
+@contextlib.contextmanager
+def _hydra_over(config_dir: Path, args: Any) -> Iterator[None]:
+    """Hydra over the folders that it will search for this command line, in its order."""
+    search_path = create_config_search_path(str(_main_folder(config_dir, args)))
+    if args.config_dir:
+        added = f"file://{os.path.abspath(args.config_dir)}"
+        search_path.prepend("command-line", added, SearchPathQuery(provider="schema"))
+    before = get_gh_backup()
+    version.setbase("1.3")
+    Hydra.create_main_hydra2(task_name="train", config_search_path=search_path)
+    try:
+        yield
+    finally:
+        restore_gh_from_backup(before)
+
+
+def _main_folder(config_dir: Path, args: Any) -> Path:
+    """The folder of the primary config: `--config-path`, which is relative to train.py, or the project's own."""
+    return config_dir.resolve().parent / args.config_path if args.config_path else config_dir.resolve()
 
 
 def _check_yaml(config_name: str, search_path: list[str]) -> list[Problem]:
@@ -190,17 +215,43 @@ def _check_yaml(config_name: str, search_path: list[str]) -> list[Problem]:
     try:
         compose(config_name, overrides=search_path)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        sources = _repository(config_name, search_path).get_sources()
+        folders = [Path(source.path) for source in sources if source.scheme() == "file"]
+        name = config_name.removesuffix(".yaml") + ".yaml"
+        place = next((os.path.relpath(folder / name) for folder in folders if (folder / name).is_file()), name)
         fix = "mend the file, or take it back from git"
         if config_name != "config":
-            fix = "--config-name is rarely needed: presets are chosen with experiment=..."
-        return [Problem(f"conf/{config_name}.yaml", f"It cannot be composed. {_reason(error)}", fix)]
+            fix = "a primary config begins with   defaults: [config, _self_]\n"
+            fix += "--config-name is rarely needed: presets are chosen with experiment=..."
+        looked = "" if place != name else f" Looked in {', '.join(map(os.path.relpath, folders))}."
+        return [Problem(place, f"It cannot be composed. {_reason(error)}{looked}", fix)]
     return []
 
 
-def _group_options(config_dir: Path, args: Any) -> dict[str, list[str]]:
-    """The options of each group: those of conf/ and those that --config-dir adds."""
-    folders = [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]
-    return {g: sorted({file.stem for folder in folders for file in (folder / g).glob("*.yaml")}) for g in schema.GROUPS}
+def _repository(config_name: str, overrides: list[str]) -> IConfigRepository:
+    """What Hydra reads configs from: the folders on its search path, with those that `hydra.searchpath` adds."""
+    make = GlobalHydra.instance().config_loader()._parse_overrides_and_create_caching_repo
+    try:
+        return make(config_name, overrides)[1]
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError):
+        return make(None, [])[1]  # composing says what is wrong
+
+
+def _group_options(config_name: str, overrides: list[Override]) -> dict[str, list[str]]:
+    """The options of each group, also of one's own, in every folder that Hydra searches; those of subfolders as `team/faq`."""
+    repository = _repository(config_name, [o.input_line for o in overrides if o.key_or_group == "hydra.searchpath"])
+    options = {
+        group: sorted(_options_below(repository, group)) for group in (*schema.GROUPS, "hydra/launcher", "hydra/sweeper")
+    }
+    own = [g for g in repository.get_group_options("", ObjectType.GROUP) if g not in (*schema.GROUPS, "hydra", "hydra_plugins")]
+    return options | {group: sorted(found) for group in own if (found := _options_below(repository, group))}
+
+
+def _options_below(repository: IConfigRepository, group: str) -> list[str]:
+    options = repository.get_group_options(group, ObjectType.CONFIG)
+    for inner in repository.get_group_options(group, ObjectType.GROUP):
+        options += [f"{inner}/{option}" for option in _options_below(repository, f"{group}/{inner}")]
+    return options
 
 
 def _is_table(override: Override) -> bool:
@@ -211,36 +262,19 @@ def _keys(overrides: list[Override]) -> set[str]:
     return {o.key_or_group for o in overrides}
 
 
-def _sweep_means(config_name: str, search_path: list[str], overrides: list[Override]) -> DictConfig | None:
-    """What was chosen of `sweep`, `experiment` and Hydra's own settings, composed; None where nothing was, or it cannot be."""
+def _sweep_means(config_name: str, overrides: list[Override], own: bool) -> DictConfig | None:
+    """What was chosen of `sweep`, `experiment` and Hydra's own settings, composed; None where nothing was, or it cannot be.
+
+    `own` says that the primary config is one of the user's, which may choose as well.
+    """
     chosen = [o for o in overrides if o.key_or_group in ("sweep", "experiment") or o.key_or_group.startswith("hydra")]
-    if not chosen:
+    if not (chosen or own):
         return None
     lines = [o.input_line for o in chosen if not o.is_sweep_override()]
     try:
-        return compose(config_name, overrides=search_path + lines, return_hydra_config=True).hydra
+        return compose(config_name, overrides=lines, return_hydra_config=True).hydra
     except (HydraException, OmegaConfBaseException, yaml.YAMLError):
         return None  # the checks below say what is wrong
-
-
-def _preset_sweep(means: DictConfig | None) -> list[str]:
-    """What a `sweep=` or `experiment=` preset sweeps over by itself, as overrides; nothing where it runs one job."""
-    if means is None or means.mode != RunMode.MULTIRUN:
-        return []
-    return [f"{key}={value}" for key, value in (means.sweeper.get("params") or {}).items()]
-
-
-def _check_pairs(config_name: str, search_path: list[str], overrides: list[Override]) -> list[Problem]:
-    """Problems of `sweep.paired`, whether a preset or the command line sets it."""
-    chosen = [o.input_line for o in overrides if o.key_or_group.startswith("sweep") or o.key_or_group == "experiment"]
-    counts = {o.key_or_group: len(list_values(o)) for o in overrides if o.is_sweep_override()}
-    if not counts or not chosen:
-        return []
-    try:
-        config = compose(config_name, overrides=search_path + [line for line in chosen if "," not in line or "[" in line])
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError):
-        return []
-    return check_pairs(list(config.sweep.paired), counts) if config.sweep.paired else []
 
 
 def _run_folder(overrides: list[Override]) -> Path | None:
@@ -315,72 +349,55 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
         raise Refusal(problems)
 
 
-def _jobs_to_check(overrides: list[Override]) -> list[list[str]]:
-    """One job with the first value of every sweep, and one more for each further option of a group or added key."""
-    swept = {i: list_values(o) for i, o in enumerate(overrides) if o.is_sweep_override()}
-    base = _first_job(overrides)
-    jobs = [base]
-    for i, values in swept.items():
-        for value in values[1:] if overrides[i].key_or_group in schema.GROUPS or overrides[i].is_add() else ():
-            jobs.append([*base[:i], f"{overrides[i].input_line.partition('=')[0]}={value}", *base[i + 1 :]])
-    return jobs
+def _check_jobs(config_name: str, overrides: list[Override], hardware: bool, folder: Path | None) -> list[Problem]:
+    """Problems of the one job, or of a sweep's first one and of one more for each further value, and of `sweep.paired`.
 
-
-def _first_job(overrides: list[Override]) -> list[str]:
-    swept = {i: list_values(o) for i, o in enumerate(overrides) if o.is_sweep_override()}
-    first = {i: f"{overrides[i].input_line.partition('=')[0]}={values[0]}" for i, values in swept.items() if values}
-    return [first.get(i, o.input_line) for i, o in enumerate(overrides)]
-
-
-def _check_swept_values(config_name: str, search_path: list[str], overrides: list[Override], hardware: bool) -> list[Problem]:
-    """Problems of the further values of swept settings, set on the first job: composing one for each would take minutes."""
-    swept = [o for o in overrides if o.is_sweep_override() and o.key_or_group not in schema.GROUPS and not o.is_add()]
-    if not any(len(list_values(o)) > 1 for o in swept):
-        return []
-    try:
-        base = pickle.dumps(compose(config_name, overrides=search_path + _first_job(overrides)))
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError):
-        return []  # _check_job says what is wrong
-    problems: list[Problem] = []
-    for override in swept:
-        for text in list_values(override)[1:]:
-            config = pickle.loads(base)
-            value = OverridesParser.create().parse_override(f"{override.key_or_group}={text}").value()
-            OmegaConf.update(config, override.key_or_group, value, merge=False)
-            try:
-                problems += check_settings(to_settings(config), hardware)
-            except Refusal as refusal:
-                problems += refusal.problems
+    Only what decides which files are read is composed anew: one composition for each value would take minutes.
+    """
+    composed: dict[tuple, bytes] = {}
+    counts = {o.key_or_group: len(list_values(o)) for o in overrides if o.is_sweep_override()}
+    problems, paired = _check_job(config_name, each_value_once(overrides, [])[0], hardware, folder, composed)
+    problems += (wrong := check_pairs(paired, counts) if counts and paired else [])
+    for job in each_value_once(overrides, [] if wrong else paired)[1:]:
+        problems += _check_job(config_name, job, hardware, None, composed)[0]
     return problems
 
 
-def _check_job(config_name: str, overrides: list[str], hardware: bool, folder: Path | None) -> list[Problem]:
+def _check_job(
+    config_name: str, overrides: list[str], hardware: bool, folder: Path | None, composed: dict[tuple, bytes]
+) -> tuple[list[Problem], list[str]]:
+    """(problems, `sweep.paired`) of one job. `composed` holds the jobs so far, as in `compose_job`."""
+
+    def make(lines: list[str]) -> DictConfig:
+        return compose(config_name, overrides=lines, return_hydra_config=True)
+
     try:
-        config = compose(config_name, overrides=overrides, return_hydra_config=True)
-        _fill_in_hydra(config)
-        settings = to_settings(config)
-        problems = _check_overruled(config, config_name, overrides) + check_settings(settings, hardware)
-        return problems + (check_folder(folder, settings) if folder else [])
+        before = len(composed)
+        config = compose_job(make, overrides, composed)
+        anew = len(composed) > before
+        if anew:
+            _fill_in_hydra(config)
+        settings = to_settings(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+        problems = (_check_overruled(config, config_name, overrides) if anew else []) + check_settings(settings, hardware)
+        return problems + (check_folder(folder, settings) if folder else []), list(settings.sweep.paired)
     except Refusal as refusal:
-        return refusal.problems
+        return refusal.problems, []
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         refusal = next((e for e in chain_of(error) if isinstance(e, Refusal)), None)
         if refusal:  # of a resolver
-            return refusal.problems
+            return refusal.problems, []
         broken = _check_yaml(config_name, [o for o in overrides if o.startswith("hydra.searchpath=")])
         if broken:
-            return broken  # whatever the overrides are
+            return broken, []  # whatever the overrides are
         message = _reason(error)
         full = f"{message} {getattr(error, 'full_key', '')}"
         named = [o for o in overrides if o.partition("=")[0].lstrip("+~") in full or o.partition("=")[2] in full]
         what = " ".join(named or overrides) or "conf/"
-        return [Problem(what, message, "python train.py --cfg job   shows the settings without these overrides")]
+        return [Problem(what, message, "python train.py --cfg job   shows the settings without these overrides")], []
 
 
 def _fill_in_hydra(config: DictConfig) -> None:
-    """Fill in Hydra's own part of `config` as Hydra will, and take it out; raises what that would raise, which Hydra shows as a
-    traceback.
-    """
+    """Fill in Hydra's own part of `config` as Hydra will; raises what that would raise, which Hydra shows as a traceback."""
     filled, hydra = HydraConfig.instance(), config.hydra
     before = filled.cfg
     with open_dict(config):
@@ -390,7 +407,6 @@ def _fill_in_hydra(config: DictConfig) -> None:
             OmegaConf.to_container(hydra, resolve=True)
         finally:
             filled.cfg = before
-        del config["hydra"]
 
 
 def _check_overruled(config: DictConfig, config_name: str, overrides: list[str]) -> list[Problem]:

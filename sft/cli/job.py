@@ -17,6 +17,7 @@ from sft.launch import ranks
 from sft.launch.endings import check_only, guarded
 from sft.runs import resume
 from sft.runs.record import Context, RunResult
+from sft.sweep.index import without_number
 
 
 def run_job(config: DictConfig) -> RunResult:
@@ -31,9 +32,9 @@ def run_job(config: DictConfig) -> RunResult:
     choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra") and v not in (None, "none")}
     name = _job_name(choices, folder) if sweeping else _run_name(choices, overrides)
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
-    provenance = find_provenance(dict(hydra.runtime.choices), overrides, folders)
+    provenance = find_provenance(dict(hydra.runtime.choices), overrides, folders, hydra.job.config_name)
     logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    context = Context(name, command_text(), overrides, tuple(choices.values()), provenance, logging)
+    context = Context(name, command_text(), overrides, tuple(choices.values()), provenance, choices=choices, logging=logging)
 
     stack = contextlib.ExitStack()
 
@@ -66,16 +67,20 @@ def _recorded(
     settings, record = resume.recorded_run(folder, consent, processes)
     stack.enter_context(resume.working_folder(record, folder))
     named = [record.get(key) or empty for key, empty in (("name", "run"), ("command", ""), ("overrides", ()), ("tags", ()))]
-    provenance = dict.fromkeys(leaf_keys(), "run.json")
-    return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), provenance)
+    provenance, choices = dict.fromkeys(leaf_keys(), "run.json"), record.get("choices") or {}
+    return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), provenance, choices=choices)
 
 
 def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:
-    words = [choices.get("model", ""), choices.get("dataset", "")]
+    words = _model_and_rows(choices)
     words += [o.split(".", 1)[1] for o in overrides if o.startswith(("lora.", "trainer.")) and "=" in o]
     return "_".join(w for w in words if w)[:100]
 
 
 def _job_name(choices: dict[str, str], folder: Path) -> str:
     """A sweep's job is called by what varies, which its folder's name says."""
-    return "_".join([*(w for w in (choices.get("model"), choices.get("dataset")) if w), folder.name.partition("_")[2]])[:100]
+    return "_".join([*_model_and_rows(choices), without_number(folder.name)])[:100]
+
+
+def _model_and_rows(choices: dict[str, str]) -> list[str]:
+    return [choices[group].replace("/", "-") for group in ("model", "dataset") if choices.get(group)]

@@ -22,6 +22,7 @@ from sft.config import schema
 from sft.config.keys import find_field, in_shell, plain_type, typed, unknown_key
 from sft.config.schema import Settings
 from sft.errors import Problem, first_line
+from sft.sweep.checks import LAUNCHERS, SEARCHES
 from sft.sweep.grid import list_values
 
 SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
@@ -29,6 +30,9 @@ SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd"}
 # Options whose names only resemble a secret's.
 NOT_SECRET = ("trainer.extra.eos_token", "trainer.extra.pad_token", "lora.extra.trainable_token_indices",
               "lora.extra.rank_pattern.", "lora.extra.alpha_pattern.", "dataset.keep.", "dataset.drop.")  # fmt: skip
+
+# What there is in place of a plugin of Hydra's that is not.
+NOT_HERE = {"hydra/launcher": LAUNCHERS, "hydra/sweeper": SEARCHES}
 
 # W&B's old keys are 40 hexadecimal digits; inside a path these are a commit of the hub's cache.
 SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9-]{16,}|wandb_v1_\w{16,})\b|^['\"]?[0-9a-f]{40}['\"]?$")
@@ -105,8 +109,13 @@ def check_override(override: Override, options: dict[str, list[str]], problems: 
     """Whether Hydra can compose with this override; if not, the reason goes to `problems`."""
     key = override.key_or_group
     line = one_line(override)
+    if key in NOT_HERE and str(override.value()) not in options[key]:
+        problems.append(Problem(line, f"There is no {key.partition('/')[2]} {override.value()} here.", NOT_HERE[key]))
+        return False
     if key.startswith("hydra.") or key.startswith("hydra/"):
         return True
+    if key in options and key not in schema.GROUPS:  # of one's own
+        return override.is_delete() or _check_option(override, options[key], problems)
     if override.is_delete():
         fix = f"{key}=none" if "none" in options.get(key, ()) else f"{key}=<value>"
         problems.append(Problem(line, "Settings cannot be removed, only set.", fix))
@@ -118,9 +127,11 @@ def check_override(override: Override, options: dict[str, list[str]], problems: 
         problems.append(unknown_key(key, override.input_line.partition("=")[2]))
         return False
     if is_dataclass(plain_type(cls, name)):
-        if isinstance(override._value, dict):
-            return _check_mapping(override, cls, name, problems)
-        fix = f"{key}.<setting>=..., or one of the options {key}=..."
+        tables = _tables(override)
+        if tables:
+            return _check_mappings(key, tables, plain_type(cls, name), problems)
+        members = ", ".join(f.name for f in fields(plain_type(cls, name)))
+        fix = f"{key}.<setting>=...   one of {members}"
         problems.append(Problem(line, f"{key} is a group of settings, not a single one.", fix))
         return False
     if override.is_add() and not str(plain_type(cls, find_field(key)[1])).startswith("dict"):
@@ -153,11 +164,21 @@ def _values(override: Override, problems: list[Problem]) -> list[Any] | None:
         return None
 
 
-def _check_mapping(override: Override, cls: type, name: str, problems: list[Problem]) -> bool:
-    """The keys of `samples={num_held_out: 2}`, one by one."""
-    known = {f.name for f in fields(plain_type(cls, name))}
-    stray = [str(key) for key in override._value if str(key) not in known]
-    problems += [unknown_key(f"{override.key_or_group}.{key}") for key in stray]
+def _tables(override: Override) -> list[dict]:
+    """The tables that `samples={num_held_out: 2}` or a sweep over such sets; nothing where a value is none."""
+    try:
+        swept = override.is_sweep_override() and not override.is_interval_sweep()
+        values = list(override.sweep_iterator()) if swept else [override._value]
+    except HydraException:
+        return []
+    return values if all(isinstance(value, dict) for value in values) else []
+
+
+def _check_mappings(key: str, tables: list[dict], kind: type, problems: list[Problem]) -> bool:
+    """The keys of tables, one by one."""
+    known = {f.name for f in fields(kind)}
+    stray = dict.fromkeys(str(name) for table in tables for name in table if str(name) not in known)
+    problems += [unknown_key(f"{key}.{name}") for name in stray]
     return not stray
 
 
@@ -172,7 +193,7 @@ def _check_option(override: Override, known: list[str], problems: list[Problem])
         fix = f"python train.py -m {group}={','.join(str(value) for value in override.value())}   for a sweep"
         problems.append(Problem(line, f"A run has one {group}.", fix))
         return False
-    if override.is_add():
+    if override.is_add() and group in schema.GROUPS:
         problems.append(Problem(line, f"{group} has an option already, so it is set without +.", in_shell(line.lstrip("+"))))
         return False
     values = _values(override, problems)
@@ -184,15 +205,18 @@ def _check_option(override: Override, known: list[str], problems: list[Problem])
             problems.append(Problem(f"{group}=null", f"{group} has to be one of {', '.join(known)}.", fix))
             return False
         if str(value) not in known:
-            close = difflib.get_close_matches(str(value), known, 1, 0.4)
-            fix = f"{group}={close[0]}" if close else ""
+            last = str(value).rpartition("/")[2]
+            close = [option for option in known if option.rpartition("/")[2] == last]
+            close += difflib.get_close_matches(str(value), known, 1, 0.4)
+            named = f"+{group}" if override.is_add() else group
+            fix = f"{named}={close[0]}" if close else ""
             if group == "model":
                 name = value if "/" in str(value) or os.path.isdir(str(value)) else "<owner/name>"
                 fix += f"\nmodel.name={name}   for a hub id or a local folder"
             if group == "dataset":
                 path = value if "." in str(value) or os.path.exists(str(value)) else "<file>"
                 fix += f"\ndataset=local dataset.path={path}   for a file of your own"
-            fix = fix.strip() or f"{group}={known[0]}"
+            fix = fix.strip() or f"{named}={known[0]}"
             why = f"There is no such option. {group} can be: {', '.join(known)}."
             problems.append(Problem(f"{group}={value}", why, fix))
             return False

@@ -9,13 +9,15 @@ import sys
 import warnings
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from sft.config.keys import find_field, leaf_keys, plain_type, stray_keys, unknown_key
-from sft.config.schema import Settings
+from sft.config.schema import BUILT_IN, Settings
 from sft.errors import Problem, Refusal, first_line, refuse
 
 SECRET_NAME = re.compile(r"SECRET|PASSW|APIKEY|CREDENTIAL|TOKEN(?![A-Z])|(^|_)KEY(?![A-Z])")
@@ -38,6 +40,10 @@ def register() -> None:
     ConfigStore.instance().store("schema", schema)
     # Hydra copies the whole store for every question to it, 90 times for --help alone; it hands out copies anyway.
     ConfigStore.__deepcopy__ = lambda store, memo: store
+    # What Hydra takes where nothing is chosen. An `override` in conf/config.yaml would win over that of an experiment.
+    hydra = HydraConf()
+    hydra.defaults = [{**entry, **{key: "sft" for key in ("sweeper", "launcher") if key in entry}} for entry in hydra.defaults]
+    ConfigStore.instance().store("config", hydra, group="hydra", provider="hydra")
     # Hydra takes sweepers and launchers from the package hydra_plugins alone.
     sweeper = {"_target_": "hydra_plugins.sft_sweep.SweepSweeper", "max_batch_size": None, "params": None}
     sweeper |= {"sampler": None, "n_trials": 20, "n_jobs": 1}  # of a search: conf/sweep/tpe.yaml
@@ -46,7 +52,9 @@ def register() -> None:
     # conf/hydra/launcher/ has files with the names of the launchers they are for, whose types they are checked against.
     warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     OmegaConf.register_new_resolver("pick", _pick, replace=True)
+    OmegaConf.register_new_resolver("dpo_learning_rate", _dpo_learning_rate, replace=True)
     OmegaConf.register_new_resolver("job_label", _job_label, replace=True)
+    OmegaConf.register_new_resolver("one_name", lambda option: str(option).replace("/", "-"), replace=True)
     OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 
@@ -62,6 +70,11 @@ def _environment(name: str, *default: Any) -> Any:
 def _pick(condition: bool, if_true: Any, if_false: Any) -> Any:
     """`${pick:${.load_in_4bit},a,b}`: a where the condition holds, else b."""
     return if_true if condition else if_false
+
+
+def _dpo_learning_rate(model: str) -> float:
+    """The rate of method=dpo: that of models of billions, as recipes for LoRA have it, or of the built-in models, as tried."""
+    return 1e-4 if model in BUILT_IN else 5e-6
 
 
 def _job_label(overrides: list[str]) -> str:
@@ -97,6 +110,13 @@ def fill_settings(plain: dict[str, Any]) -> Settings:
         for key in leaf_keys()
         if str(plain_type(*find_field(key))).startswith("list") and _holds_tables(plain, key)
     ]
+    problems += [
+        Problem(
+            key, "It is pairs of names and texts, and one of the values is a list or a table.", f"'{key}={{name: \"text\"}}'"
+        )
+        for key in leaf_keys()
+        if str(plain_type(*find_field(key))).startswith("dict[str, str]") and _holds_tables(plain, key)
+    ]
     if problems:
         raise Refusal(problems)
     try:
@@ -106,11 +126,12 @@ def fill_settings(plain: dict[str, Any]) -> Settings:
 
 
 def _holds_tables(plain: dict[str, Any], key: str) -> bool:
-    """Whether the list at a dotted key holds lists or tables, which OmegaConf overlooks."""
+    """Whether the list or the pairs at a dotted key hold lists or tables, which OmegaConf overlooks."""
     value: Any = plain
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    return isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(isinstance(item, list | dict) for item in items)
 
 
 def _escaped(value: Any) -> Any:
@@ -131,3 +152,14 @@ def _pickled_schema() -> bytes:
 def command_text() -> str:
     """The command as it can be typed again."""
     return "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
+def where_it_looked(command: str) -> tuple[list[str], list[str]]:
+    """(flags, overrides) of a command that say where Hydra finds its files and starts its jobs, for one that follows it."""
+    try:
+        args, _ = get_args_parser().parse_known_args(shlex.split(command)[2:])
+    except (ValueError, SystemExit):  # of sweep.json, which anyone may have written
+        return [], []
+    flags = (("--config-path", args.config_path), ("--config-dir", args.config_dir), ("--config-name", args.config_name))
+    places = ("hydra.searchpath=", "hydra/launcher=", "hydra.launcher.")
+    return [w for flag, value in flags if value for w in (flag, value)], [w for w in args.overrides if w.startswith(places)]

@@ -15,16 +15,21 @@ from sft.config.schema import Settings, TrackerName
 from sft.errors import Problem
 from sft.storage import cache
 
-KEYS = ("export.hub.repo", "tracking.entity")
+KEYS = ("export.hub.repo", "tracking.entity", "tracking.log_adapter")
 
 
 def destinations(settings: Settings) -> dict[str, str]:
-    """The destinations that settings name, by their keys. Without a W&B team a run goes to the reader's own account."""
+    """The destinations that settings name, by their keys. Without a W&B team a run goes to the reader's own account.
+
+    That it sends its weights there counts as one.
+    """
     found = {}
     if settings.export.hub.repo and settings.export.formats:
         found["export.hub.repo"] = settings.export.hub.repo
     if settings.tracking.tracker != TrackerName.none and settings.tracking.entity:
         found["tracking.entity"] = settings.tracking.entity
+    if settings.tracking.tracker != TrackerName.none and settings.tracking.log_adapter:
+        found["tracking.log_adapter"] = "true"  # weights, to the reader's own account
     return found
 
 

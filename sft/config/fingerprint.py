@@ -25,6 +25,9 @@ ADDED: tuple[str, ...] = (
     "dataset.columns.tools",
     "dataset.columns.history",
     "dataset.columns.reasoning",
+    "dataset.columns.chosen",
+    "dataset.columns.rejected",
+    "method",
     "dataset.reasoning",
     "dataset.chat_template_kwargs",
     "dataset.special_tokens_in_text",
@@ -45,15 +48,20 @@ def config_hash(settings: Settings) -> str:
     shaping = {k: v for k, v in jsonable(settings).items() if k not in AROUND}
     shaping["dataset"]["seed"] = row_seed(settings)
     shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in LIMITS}
+    return hashlib.sha256(json.dumps(without_added(shaping), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def without_added(settings: dict[str, Any]) -> dict[str, Any]:
+    """Plain settings without those of `ADDED` that have their defaults; changed in place."""
     defaults = jsonable(Settings())
     for key in ADDED:
         *path, name = key.split(".")
-        group, default = shaping, defaults
+        group, default = settings, defaults
         for part in path:
             group, default = group[part], default[part]
         if group[name] == default[name]:
             del group[name]
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+    return settings
 
 
 def differs_from(settings: Any, defaults: Any, prefix: str = "") -> dict[str, dict[str, Any]]:

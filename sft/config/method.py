@@ -19,7 +19,8 @@ class MethodFacts:
 
 
 SFT = MethodFacts("sft", ("input_ids", "labels"))
-METHODS = {method.name: method for method in (SFT,)}
+DPO = MethodFacts("dpo", ("input_ids", "labels", "rejected_ids", "rejected_labels"), sequences=2)
+METHODS = {method.name: method for method in (SFT, DPO)}
 
 
 def facts_of(run: dict[str, Any]) -> MethodFacts:

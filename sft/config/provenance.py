@@ -11,22 +11,26 @@ from sft.config.schema import GROUPS, Settings
 DEFAULT, TYPED = "default", "command line"
 
 
-def find_provenance(choices: dict[str, str], overrides: tuple[str, ...], folders: list[Path]) -> dict[str, str]:
+def find_provenance(
+    choices: dict[str, str], overrides: tuple[str, ...], folders: list[Path], primary: str = "config"
+) -> dict[str, str]:
     """{dotted key: origin} of every setting.
 
     `choices` are the options taken of each group, `overrides` what was typed, `folders` those that Hydra searches, first
     come first served. Later in this order wins, as in conf/config.yaml: groups, config.yaml, experiment, sweep, command line.
     """
     last = ("experiment", "sweep")
-    files = [(f"{group}/{option}.yaml", f"{group}.") for group, option in choices.items() if group not in last]
+    groups = [(group, option) for group, option in choices.items() if group not in last]
+    files = [(f"{group}/{option}.yaml", f"{group}." if group in GROUPS else "") for group, option in groups]
     files += [("config.yaml", "")]
     files += [(f"{group}/{choices[group]}.yaml", "") for group in last if group in choices]
+    files += [(f"{primary}.yaml", "")] if primary != "config" else []
     provenance = dict.fromkeys(leaf_keys(), DEFAULT)
     for name, prefix in files:
-        place = next((folder / name for folder in folders if (folder / name).is_file()), None)
-        if place:
-            keys = _keys_of(yaml.safe_load(place.read_text(encoding="utf-8")) or {}, prefix)
-            _note(provenance, keys, f"{place.parent.parent.name}/{name}" if "/" in name else f"{place.parent.name}/{name}")
+        folder = next((folder for folder in folders if (folder / name).is_file()), None)
+        if folder:
+            keys = _keys_of(yaml.safe_load((folder / name).read_text(encoding="utf-8")) or {}, prefix)
+            _note(provenance, keys, f"{folder.name}/{name}")
     typed = [o.partition("=")[0].lstrip("+") for o in overrides]
     _note(provenance, [key for key in typed if key not in GROUPS], TYPED)
     return provenance

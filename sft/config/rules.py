@@ -20,8 +20,18 @@ from sft.config.eligibility import check_speed
 from sft.config.hardware import gpu_count, gpu_present, is_process_count, processes_of, resolve_backend
 from sft.config.keys import shown
 from sft.config.lora_rules import check_lora, model_problem
-from sft.config.schema import Backend, Dtype, GgufSettings, PreflightMode, Settings, Strategy, TrackingSettings
-from sft.config.upstream import enum_values, gguf_types, sft_config_options
+from sft.config.method_rules import check_method
+from sft.config.schema import (
+    BUILT_IN,
+    Backend,
+    Dtype,
+    GgufSettings,
+    MethodName,
+    PreflightMode,
+    Settings,
+    Strategy,
+)
+from sft.config.upstream import NEED_MATRIX, enum_values, gguf_types, sft_config_options
 from sft.errors import Problem
 
 # SFTConfig options that another setting of ours decides; two ways to set one thing would let one be ignored.
@@ -60,6 +70,54 @@ WITHOUT_EFFECT = {
     "hub_private_repo", "hub_always_push", "hub_revision", "include_num_input_tokens_seen", "shuffle_dataset",
 }  # fmt: skip
 
+# What options of earlier versions of transformers and TRL are called now; a `{value}` is what was given.
+RENAMED = {
+    "warmup_ratio": "trainer.warmup_steps={value}   a number below 1 is a share of the steps",
+    "group_by_length": "trainer.extra.train_sampling_strategy=group_by_length",
+    "evaluation_strategy": "trainer.eval_steps=0.25   says how often; dataset.eval_fraction=0 evaluates nothing",
+    "max_seq_length": "model.max_seq_length={value}",
+    "max_prompt_length": "model.max_seq_length={value}",
+    "per_gpu_train_batch_size": "trainer.per_device_train_batch_size={value}",
+    "per_gpu_eval_batch_size": "trainer.per_device_eval_batch_size={value}",
+    "batch_size": "trainer.per_device_train_batch_size={value}",
+    "adafactor": "trainer.optim=adafactor",
+    "optimizer": "trainer.optim={value}",
+    "lr": "trainer.learning_rate={value}",
+    "lr_scheduler": "trainer.lr_scheduler_type={value}",
+    "neftune_alpha": "trainer.extra.neftune_noise_alpha={value}",
+    "use_liger": "trainer.extra.use_liger_kernel={value}",
+    "no_cuda": "CUDA_VISIBLE_DEVICES= python train.py ...   trains on the CPU",
+    "use_mps_device": "leave trainer.extra.use_mps_device out: the device is found by itself",
+    "half_precision_backend": "model.dtype=auto",
+    "fp16_backend": "model.dtype=auto",
+    "fp16_opt_level": "model.dtype=auto",
+    "torchdynamo": "leave trainer.extra.torchdynamo out: layers are compiled where that is faster",
+    "jit_mode_eval": "leave trainer.extra.jit_mode_eval out",
+    "use_ipex": "leave trainer.extra.use_ipex out",
+    "past_index": "leave trainer.extra.past_index out",
+    "mp_parameters": "leave trainer.extra.mp_parameters out",
+    "ray_scope": "leave trainer.extra.ray_scope out",
+    "tpu_num_cores": "leave trainer.extra.tpu_num_cores out",
+    "tpu_metrics_debug": "leave trainer.extra.tpu_metrics_debug out",
+    "save_safetensors": "leave trainer.extra.save_safetensors out: weights are saved as safetensors alone",
+    "overwrite_output_dir": "hydra.run.dir=<a folder>   each run has a folder of its own",
+    "logging_dir": "leave trainer.extra.logging_dir out: metrics.jsonl and tracking have the curves",
+    "sharded_ddp": "distributed=fsdp",
+    "fsdp_min_num_params": "distributed=fsdp",
+    "fsdp_transformer_layer_cls_to_wrap": "distributed=fsdp",
+    "dispatch_batches": "'trainer.extra.accelerator_config={{dispatch_batches: {value}}}'",
+    "split_batches": "'trainer.extra.accelerator_config={{split_batches: {value}}}'",
+    "include_inputs_for_metrics": "'trainer.extra.include_for_metrics=[inputs]'",
+    "include_tokens_per_second": "leave trainer.extra.include_tokens_per_second out: tokens_per_second is measured anyway",
+    "push_to_hub_model_id": "export=adapter export.hub.repo=<user>/{value}",
+    "push_to_hub_organization": "export=adapter export.hub.repo={value}/<name>",
+    "push_to_hub_token": "set HF_TOKEN in the environment, and export=adapter export.hub.repo=<user>/<name>",
+    "dataset_batch_size": "leave trainer.extra.dataset_batch_size out: rows are tokenised before TRL sees them",
+    "num_of_sequences": "leave trainer.extra.num_of_sequences out: rows are tokenised before TRL sees them",
+    "chars_per_token": "leave trainer.extra.chars_per_token out: rows are tokenised before TRL sees them",
+    "train_on_inputs": "dataset.loss_on=all   or dataset.loss_on=answer",
+}
+
 # SFTConfig options by which the processes of a run would see other rows than one process does, or another mean of the loss.
 ONE_PROCESS = {"accelerator_config", "auto_find_batch_size", "average_tokens_across_devices", "dataloader_drop_last",
                "ignore_data_skip", "train_sampling_strategy"}  # fmt: skip
@@ -67,6 +125,8 @@ ONE_PROCESS = {"accelerator_config", "auto_find_batch_size", "average_tokens_acr
 ON_A_GPU = r"8bit|4bit|paged|bnb"  # in the names of optimisers
 
 HUB_NAME_LENGTH = 96 - len("-bnb-4bit")  # of a repository, before the longest suffix of sft/export/hub.py
+
+NAME_LENGTH, TAG_LENGTH = 128, 64  # what W&B takes
 
 
 def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
@@ -78,13 +138,14 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *check_lora(settings),
         *check_dataset(settings.dataset),
         *_check_trainer(settings),
+        *check_method(settings),
         *check_batch_plan(settings.trainer, processes_of(settings) if is_process_count(settings) else 1),
         *_check_distributed(settings),
         *_check_preflight(settings),
         *_check_extra(settings.trainer.extra),
         *_check_export(settings),
         *_check_hub_repo(settings.export.hub.repo),
-        *_check_tracking(settings.tracking),
+        *_check_tracking(settings),
     ]
     if hardware:
         problems += check_speed(settings, resolve_backend(settings), gpu_present() or settings.preflight.gpu is not None)
@@ -144,6 +205,8 @@ def warnings_for(settings: Settings) -> list[str]:
     trainer, dataset = settings.trainer, settings.dataset
     if trainer.learning_rate >= 3e-3 and settings.lora.enabled:
         found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high: LoRA runs at 3e-3 mostly diverge; try 2e-4.")
+    if settings.method.name == MethodName.dpo and trainer.learning_rate > 5e-5 and settings.model.name not in BUILT_IN:
+        found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high for method=dpo; try 5e-6.")
     if not settings.lora.enabled and trainer.learning_rate > 5e-5:
         found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high for full fine-tuning; try 2e-5.")
     if not settings.lora.enabled and settings.model.dtype == Dtype.bfloat16:
@@ -160,6 +223,10 @@ def warnings_for(settings: Settings) -> list[str]:
         found.append("Nothing is held out, so the last weights are kept, not the best (trainer.load_best_model_at_end).")
     if Path(settings.model.name).expanduser().is_dir() and settings.model.revision:
         found.append("model.revision is ignored: model.name is a local folder.")
+    tracking = settings.tracking
+    if tracking.tracker == schema.TrackerName.none:
+        wanted = [f"tracking.{key}=true" for key in ("alert", "log_adapter") if getattr(tracking, key)]
+        found += [f"{' and '.join(wanted)} is ignored: tracking=none."] if wanted else []
     return found
 
 
@@ -306,6 +373,38 @@ def _check_trainer(settings: Settings) -> list[Problem]:
             close = [k for k in offered if value and k.startswith(value)] + difflib.get_close_matches(value, offered, 1, 0.5)
             fix = f"trainer.{key}={close[0]}" if close else _default(f"trainer.{key}")
             problems.append(Problem(f"trainer.{key}={value}", f"transformers knows: {', '.join(known)}.", fix))
+    if trainer.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and not wants_evaluation(settings):
+        why = "This schedule follows the evaluation loss, and no rows are held out."
+        fix = "dataset.eval_fraction=0.1   or   trainer.lr_scheduler_type=linear"
+        problems.append(Problem(f"trainer.lr_scheduler_type={trainer.lr_scheduler_type}", why, fix))
+    return [*problems, *(_check_loss(trainer.extra) if settings.method.name == MethodName.sft else [])]
+
+
+def _check_loss(extra: dict[str, Any]) -> list[Problem]:
+    """TRL's losses, and what does not fit together with one."""
+    loss, liger, smoothing = (extra.get(name) for name in ("loss_type", "use_liger_kernel", "label_smoothing_factor"))
+    named, problems = f"trainer.extra.loss_type={loss}", []
+    losses = ("nll", "dft", "chunked_nll")
+    if loss is not None and loss not in losses:
+        close = difflib.get_close_matches(str(loss), losses, 1, 0.3) or losses
+        problems.append(Problem(named, f"TRL's losses are {', '.join(losses)}.", f"trainer.extra.loss_type={close[0]}"))
+    if liger and not importlib.util.find_spec("liger_kernel"):
+        fix = "pip install liger-kernel   or leave trainer.extra.use_liger_kernel out"
+        why = "It needs the package liger-kernel, which is not installed."
+        problems.append(Problem("trainer.extra.use_liger_kernel=true", why, fix))
+    if liger and loss == "chunked_nll":
+        why = "Liger has a loss of its own that makes no logits, which stands in for this one."
+        problems.append(Problem(f"trainer.extra.use_liger_kernel=true {named}", why, "leave trainer.extra.loss_type out"))
+    if smoothing and (liger or loss in ("dft", "chunked_nll")):
+        other = "trainer.extra.use_liger_kernel=true" if liger else named
+        why = (
+            "This loss makes no logits that labels could be smoothed in."
+            if loss != "dft"
+            else "It would be ignored by this loss."
+        )
+        fix = "leave trainer.extra.use_liger_kernel out" if liger else "trainer.extra.loss_type=nll"
+        what = f"trainer.extra.label_smoothing_factor={smoothing} {other}"
+        problems.append(Problem(what, why, f"{fix}   or leave trainer.extra.label_smoothing_factor out"))
     return problems
 
 
@@ -330,15 +429,23 @@ def _check_extra(extra: dict[str, Any]) -> list[Problem]:
                 )
             )
         elif known and name not in known:
-            close = [k for k in sorted(known) if k.startswith(name)] + difflib.get_close_matches(name, sorted(known), 1, 0.6)
-            why = "TRL's SFTConfig has no such option." + (f" Did you mean {close[0]}?" if close else "")
-            fix = (
-                f"trainer.extra.{close[0]}={shown(value)}"
-                if close
-                else "its options: https://huggingface.co/docs/trl/sft_trainer"
-            )
-            problems.append(Problem(what, why, fix))
+            problems.append(_unknown_extra(name, value, known))
     return problems
+
+
+def _unknown_extra(name: str, value: Any, known: set[str]) -> Problem:
+    """The problem of an option that SFTConfig does not have: what it was renamed to, or was meant to be."""
+    what, why = f"trainer.extra.{name}={shown(value)}", "TRL's SFTConfig has no such option."
+    if name in RENAMED:
+        fix = RENAMED[name].format(value=shown(value))
+        return Problem(what, f"{why} It was renamed or taken out of transformers and TRL.", fix)
+    ours = {f.name for f in fields(schema.TrainerSettings)} - {"extra"}
+    useful = sorted((known | ours) - set(DECIDED_ELSEWHERE) - WITHOUT_EFFECT)
+    close = [k for k in useful if k.startswith(name)] + difflib.get_close_matches(name, useful, 1, 0.6)
+    if not close:
+        return Problem(what, why, "its options: https://huggingface.co/docs/trl/sft_trainer")
+    key = f"trainer.{close[0]}" if close[0] in ours else f"trainer.extra.{close[0]}"
+    return Problem(what, f"{why} Did you mean {close[0]}?", f"{key}={shown(value)}")
 
 
 def _check_export(settings: Settings) -> list[Problem]:
@@ -350,9 +457,13 @@ def _check_export(settings: Settings) -> list[Problem]:
     ):
         for value in values:
             if known and value not in known:
-                close = difflib.get_close_matches(value.lower(), known, 1, 0.4)
-                better = [close[0] if v == value else v for v in values] if close else [known[0]]
-                problems.append(Problem(f"{key}: {value}", f"It can be: {', '.join(known)}.", f"{key}=[{','.join(better)}]"))
+                close, why = difflib.get_close_matches(value.lower(), known, 1, 0.4), ""
+                if value.lower() in NEED_MATRIX:
+                    close = ["iq3_s" if value.lower().startswith("iq3") else "q2_k"]
+                    why = "llama.cpp makes it with an importance matrix alone, which nothing here computes. "
+                better = dict.fromkeys([close[0] if v == value else v for v in values] if close else [known[0]])
+                why += f"It can be: {', '.join(known)}."
+                problems.append(Problem(f"{key}: {value}", why, f"{key}=[{','.join(better)}]"))
     if export.gguf.adapter and "gguf" not in export.formats:
         problems.append(
             Problem("export.gguf.adapter=true", "No GGUF files are asked for, so it would be ignored.", "export=gguf")
@@ -399,18 +510,38 @@ def _check_hub_repo(repo: str | None) -> list[Problem]:
     return [Problem(what, why, fix)]
 
 
-def _check_tracking(tracking: TrackingSettings) -> list[Problem]:
-    """A project name that W&B would refuse after loading."""
-    refused, project = r"/\#?%:", tracking.project
-    at_wandb = tracking.tracker == schema.TrackerName.wandb
-    if not at_wandb or project is None or (len(project) <= 128 and not set(project) & set(refused)):
+def _check_tracking(settings: Settings) -> list[Problem]:
+    """Names that W&B would refuse after loading, and an adapter to send where there is none."""
+    tracking, problems, refused = settings.tracking, [], r"/\#?%:"
+    if tracking.tracker != schema.TrackerName.wandb:
         return []
-    team, _, rest = project.partition("/")
-    clean = re.sub(r"[^a-zA-Z0-9_.-]+", "-", project)[:128].strip("-") or "sft"
-    two = re.fullmatch(r"[a-zA-Z0-9_.-]+/[a-zA-Z0-9_.-]{1,128}", project)
-    fix = f"tracking.entity={team} tracking.project={rest}" if two else f"tracking.project={clean}"
-    why = f"The name of a W&B project has none of {' '.join(refused)} in it, and at most 128 characters."
-    return [Problem(f"tracking.project={project}", why, fix)]
+    names = {"project": "A W&B project", "entity": "A W&B user or team", "name": "A W&B run", "group": "A W&B group"}
+    for key, thing in names.items():
+        text, bad = getattr(tracking, key), refused if key in ("project", "entity") else ""
+        if text is None or (0 < len(text) <= NAME_LENGTH and not set(text) & set(bad)):
+            continue
+        rule = f"1 to {NAME_LENGTH} characters" + (f", none of them {' '.join(bad)}" if bad else "")
+        team, slash, rest = text.partition("/")
+        two = (
+            slash
+            and key in ("project", "entity")
+            and all(re.fullmatch(r"[a-zA-Z0-9_.-]{1,128}", part) for part in (team, rest))
+        )
+        fix = f"tracking.entity={team} tracking.project={rest}" if two else f"tracking.{key}={_clean(text, NAME_LENGTH)}"
+        problems.append(Problem(f"tracking.{key}={text}", f"{thing}'s name has {rule}.", fix))
+    if any(not 0 < len(tag) <= TAG_LENGTH for tag in tracking.tags):
+        tags = ",".join(dict.fromkeys(_clean(tag, TAG_LENGTH) for tag in tracking.tags if tag))
+        why = f"A W&B tag has 1 to {TAG_LENGTH} characters."
+        problems.append(Problem(f"tracking.tags=[{','.join(tracking.tags)}]", why, f"'tracking.tags=[{tags}]'"))
+    if tracking.log_adapter and not settings.lora.enabled:
+        why = "All weights are trained, so that there is no adapter, and whole models are not sent to W&B."
+        problems.append(Problem("tracking.log_adapter=true lora=none", why, "tracking.log_adapter=false"))
+    return problems
+
+
+def _clean(text: str, length: int) -> str:
+    """The text as a name that W&B and the command line take as it stands."""
+    return re.sub(r"[^a-zA-Z0-9_.-]+", "-", text)[:length].strip("-") or "sft"
 
 
 def _check_hardware(settings: Settings) -> list[Problem]:

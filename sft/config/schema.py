@@ -90,6 +90,24 @@ class Bias(Enum):
     lora_only = "lora_only"
 
 
+class MethodName(Enum):
+    """What a model learns from."""
+
+    sft = "sft"
+    dpo = "dpo"
+
+
+class PreferenceLoss(Enum):
+    """The loss of a pair of answers, under TRL's names."""
+
+    sigmoid = "sigmoid"
+    hinge = "hinge"
+    ipo = "ipo"
+    robust = "robust"
+    apo_zero = "apo_zero"
+    sigmoid_norm = "sigmoid_norm"
+
+
 class TrackerName(Enum):
     """Where curves and samples go besides the run folder."""
 
@@ -197,6 +215,10 @@ class ColumnSettings:
     """Functions that the model can call, for the chat template: a list or JSON text; may be missing."""
     history: str | None = "history"
     """Earlier turns of an Alpaca row: pairs of a question and an answer, read and not trained on; may be missing."""
+    chosen: str | None = "chosen"
+    """The better answer, for `method=dpo`: a text, turns, or the whole conversation."""
+    rejected: str | None = "rejected"
+    """The worse answer, in the same form."""
     reasoning: str | None = "reasoning_content"
     """What was thought before the answer, where it has a column of its own; may be missing."""
 
@@ -294,6 +316,22 @@ class LoraSettings:
     extra: dict[str, Any] = field(default_factory=dict)
     """Anything else PEFT's LoraConfig takes: `lora.extra.layers_to_transform=[0,1]`; and `loraplus_lr_ratio`. Names and types
     are checked before the start."""
+
+
+@dataclass
+class MethodSettings:
+    """What the model is trained on: answers (`sft`), or preferences between two answers (`dpo`). Names are TRL's."""
+
+    name: MethodName = MethodName.sft
+    """`sft` or `dpo`; chosen by `method=dpo`, which also chooses a data set and a learning rate."""
+    beta: float = 0.1
+    """DPO: how strongly the model is held to the reference; larger stays closer."""
+    loss_type: PreferenceLoss = PreferenceLoss.sigmoid
+    """DPO: the loss of a pair."""
+    label_smoothing: float = 0.0
+    """DPO with `loss_type=robust`: share of the pairs that may be labelled the wrong way round, 0 to 0.5."""
+    sft_weight: float = 0.0
+    """DPO: adds the chosen answers' own loss, a mean over their tokens, times this."""
 
 
 @dataclass
@@ -430,15 +468,23 @@ class TrackingSettings:
     """`wandb`, or `none` for the run folder alone."""
     mode: TrackingMode = TrackingMode.auto
     """`auto`: as WANDB_MODE says, else online with an API key and a network, else offline with one line on how to sync.
-    `online`: a refusal where that cannot be had."""
+    `online`, here or in WANDB_MODE: a refusal where that cannot be had."""
     project: str | None = None
     """W&B project; null is WANDB_PROJECT or that of W&B's settings file, else `sft`."""
     entity: str | None = None
     """W&B user or team; null is WANDB_ENTITY or that of W&B's settings file, else the account's default."""
     name: str | None = None
-    """Name of the run; null is WANDB_NAME, else one of the model, the data and what was overridden."""
+    """Name of the run; null is WANDB_NAME, else one of the model, the data and what was overridden, with the run's id."""
     tags: list[str] = field(default_factory=list)
-    """Tags beside those of WANDB_TAGS and the names of the chosen groups."""
+    """Tags beside those of WANDB_TAGS, the names of the chosen groups, the backend and the GPU."""
+    group: str | None = None
+    """Group of the run; null is WANDB_RUN_GROUP, in a sweep its folder's name."""
+    notes: str | None = None
+    """Notes on the run; null is WANDB_NOTES, else its command."""
+    alert: bool = False
+    """Have W&B send an alert when the run ended, with its status and why."""
+    log_adapter: bool = False
+    """Send the adapter to W&B at the end, as an artifact. Nothing else sends weights there."""
 
 
 @dataclass
@@ -485,6 +531,7 @@ class Settings:
     dataset: DatasetSettings = field(default_factory=DatasetSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
     samples: SamplesSettings = field(default_factory=SamplesSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
@@ -501,7 +548,7 @@ class Settings:
     `model.trust_remote_code=true` where the run has that."""
 
 
-GROUPS = ("model", "dataset", "lora", "trainer", "export", "tracking", "distributed", "experiment", "sweep")
+GROUPS = ("model", "dataset", "lora", "trainer", "method", "export", "tracking", "distributed", "experiment", "sweep")
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -518,4 +565,7 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-DATASETS = {"twists": ASSETS / "twists.jsonl"}
+BUILT_IN = ("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny_random")
+"""Names of the models that ship with the project."""
+
+DATASETS = {"twists": ASSETS / "twists.jsonl", "twist_pairs": ASSETS / "twist_pairs.jsonl"}

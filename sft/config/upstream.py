@@ -6,17 +6,26 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+NEED_MATRIX = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s")
+"""GGUF types that llama.cpp makes with an importance matrix alone, which nothing here computes."""
+
+NOT_MADE = (*NEED_MATRIX, "nvfp4")
+"""With those that llama.cpp reads and does not make."""
+
 
 @functools.cache
 def gguf_types() -> list[str]:
-    """llama.cpp's file types in small letters, read from the source of the package `gguf`, which would import numpy."""
+    """llama.cpp's file types that can be made, in small letters, read from the source of the package `gguf`, which would import
+    numpy.
+    """
     found = importlib.util.find_spec("gguf")
     source = Path(found.submodule_search_locations[0], "constants.py") if found else None
     if not source or not source.is_file():
         return []
     body = next(n.body for n in ast.parse(source.read_text("utf-8")).body if getattr(n, "name", "") == "LlamaFileType")
     names = [n.targets[0].id for n in body if isinstance(n, ast.Assign) and n.targets[0].id != "GUESSED"]
-    return [name.removeprefix("MOSTLY_").removeprefix("ALL_").lower() for name in names]
+    types = [name.removeprefix("MOSTLY_").removeprefix("ALL_").lower() for name in names]
+    return [name for name in types if name not in NOT_MADE]
 
 
 @functools.cache

@@ -80,10 +80,10 @@ def find_duplicates(train: SplitStats, held_out: SplitStats | None) -> dict[str,
 
 
 class Faults:
-    """Rows that cannot be trained on, by what is wrong with them, of `read` rows in all."""
+    """Rows that cannot be trained on, by what is wrong with them, of `total` rows in all."""
 
-    def __init__(self, read: int) -> None:
-        self.read, self.count = read, 0
+    def __init__(self, total: int) -> None:
+        self.total, self.count = total, 0
         self.rows: dict[Problem, array] = {}
 
     def add(self, number: int, refusal: Refusal) -> None:
@@ -100,14 +100,14 @@ class Faults:
         for p, numbers in shown:
             *first, last = map(str, numbers[:3])
             where = f"rows {', '.join(first)} and {last} of the data" if first else f"row {last} of the data"
-            where += f" ({len(numbers)} of {self.read} rows)" if len(numbers) > 1 else ""
+            where += f" ({len(numbers)} of {self.total} rows)" if len(numbers) > 1 else ""
             problems.append(Problem(f"{where}{': ' * bool(p.what)}{p.what}", p.why, p.fix))
         if problems:
             left = self.count - len({number for _, numbers in shown for number in numbers})
             more = f" {left} more row{' has' if left == 1 else 's have'} other faults." if left else ""
             fix = f"{problems[-1].fix}\n" if problems[-1].fix else ""
-            if self.count < self.read:
-                fix += f"dataset.skip_bad_rows=true   leaves {self.count} of {self.read} rows out"
+            if self.count < self.total:
+                fix += f"dataset.skip_bad_rows=true   leaves {self.count} of {self.total} rows out"
             problems[-1] = replace(problems[-1], why=problems[-1].why + more, fix=fix.strip())
             raise Refusal(problems)
 

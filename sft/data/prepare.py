@@ -19,7 +19,8 @@ from typing import Any
 
 from sft import limits
 from sft.config.fingerprint import row_seed
-from sft.config.schema import LossOn, Overlong, Settings, Shape
+from sft.config.method import METHODS
+from sft.config.schema import LossOn, MethodName, Overlong, Settings, Shape
 from sft.data.audit import (
     COUNTED,
     Faults,
@@ -34,6 +35,7 @@ from sft.data.audit import (
     room_for,
 )
 from sft.data.columns import RowFault, check_columns, column_names, find_shape, holds_something, sort_columns
+from sft.data.pairs import find_form, pair_up, pair_warnings, render_pair, take_pair_counts
 from sft.data.sources import choose_indices, held_out_data, read_rows, select, source_of
 from sft.data.templates import ALPACA, Rendered, choose_template, render_samples
 from sft.data.token_cache import Prepared, cache_folder, only_one, read_cache
@@ -100,7 +102,11 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     `tables` and `sources` are the rows and where they come from, then those of held-out rows of their own, or None.
     """
     data, (rows, eval_rows), (source, eval_source) = settings.dataset, tables, sources
-    shape = find_shape(rows, data)
+    pairs = settings.method.name == MethodName.dpo
+    if pairs:
+        shape, data, rejected = find_form(rows, data, source["name"])
+    else:
+        shape = find_shape(rows, data)
     names = column_names(rows) | (set() if eval_rows is None else column_names(eval_rows))
     check_columns(rows, _asked_of(rows, data, names), shape, source["name"])
     template = choose_template(data, shape, tokenizer)
@@ -118,9 +124,13 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
 
     facts: dict[str, Any] = {"source": source["name"], "data_hash": source["hash"], "shape": shape.value}
     facts["template"] = "alpaca" if template == ALPACA else template if data.template == "auto" else data.template
-    render = functools.partial(render_samples, data=data, shape=shape, template=template, tokenizer=tokenizer)
-    if data.loss_on == LossOn.last:
-        render = functools.partial(_last_answer, render)
+    if pairs:
+        render = functools.partial(render_pair, chosen=data, rejected=rejected, shape=shape, tokenizer=tokenizer)
+        names = names - {data.columns.rejected}
+    else:
+        render = functools.partial(render_samples, data=data, shape=shape, template=template, tokenizer=tokenizer)
+        if data.loss_on == LossOn.last:
+            render = functools.partial(_last_answer, render)
     render = functools.partial(_render, render, *sort_columns(names, data, shape, template))
     encode = functools.partial(_tokenise_near, tokenizer=tokenizer, limit=settings.model.max_seq_length)
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
@@ -129,6 +139,7 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     for name, table, index in (("train", rows, train_index), ("eval", eval_rows, eval_index)):
         if index or name == "train":
             entries = _tokenise(table, index, render, encode, finish, faults)
+            entries = pair_up(entries, counts) if pairs else entries
             splits[name] = _write_split(entries, work / f"{name}.arrow", settings, tokenizer, stop_ids)
     if data.skip_bad_rows:
         counts["bad_rows"] = faults.count
@@ -144,6 +155,7 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
             counts[key] = counts.get(key, 0) + count
     counts |= {name: len(s.digests) for name, s in splits.items()}
     refuse_nothing_to_learn(splits, counts, shape, settings)
+    pair_facts = take_pair_counts(counts) if pairs else {}
     blank = counts.pop("blank", 0)
     blank = 0 if shape == Shape.text else blank
     facts |= {"rows": counts, "lengths": {name: quantiles(s.lengths) for name, s in splits.items()}}
@@ -152,6 +164,9 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     facts["duplicates"] = find_duplicates(splits["train"], splits.get("eval"))
     facts["notes"] = notes = notes_of(splits)
     facts["warnings"] = data_warnings(counts, blank, facts["duplicates"], notes, settings)
+    if pairs:
+        facts["pairs"] = pair_facts
+        facts["warnings"] += pair_warnings(pair_facts)
     if not_restored:
         found = f"The tokens of {not_restored} of the first {len(splits['train'].texts)} rows do not give their text back: "
         facts["warnings"].append(found + "the tokenizer does not know some of their characters.")
@@ -184,13 +199,13 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
     import pyarrow as pa
 
     stats, limit = SplitStats(), settings.model.max_seq_length
-    numbers = pa.list_(pa.int32())
-    schema = pa.schema([("input_ids", numbers), ("labels", numbers), ("prompt_length", pa.int32()),
+    numbers, lists = pa.list_(pa.int32()), METHODS[settings.method.name.value].columns
+    schema = pa.schema([*((name, numbers) for name in lists), ("prompt_length", pa.int32()),
                         ("question", pa.string()), ("reference", pa.string()), ("row", pa.int64())])  # fmt: skip
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while batch := list(itertools.islice(entries, BATCH)):
-            stats.lengths.extend(len(e["input_ids"]) for e in batch)
-            stats.too_long += sum(len(e["input_ids"]) > limit for e in batch)
+            stats.lengths.extend(map(_length, batch))
+            stats.too_long += sum(_length(e) > limit for e in batch)
             stats.texts += [f"{e['question'][:1000]}\n{e['reference'][:1000]}" for e in batch[: FIRST_ROWS - len(stats.texts)]]
             for entry in batch:
                 notes = entry.pop("notes")
@@ -199,23 +214,34 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
                     stats.first.setdefault(note, entry["row"])
             kept = _fit_length(batch, settings, stats.counts)
             audit(kept, stats.counts, tokenizer.bos_token_id, stop_ids)
-            ids, ends = _concatenated([e["input_ids"] for e in kept])
-            labels, _ = _concatenated([e["labels"] for e in kept])
-            tokens = memoryview(ids)
-            for start, end in itertools.pairwise(ends):
-                stats.digests.append(int.from_bytes(hashlib.blake2b(tokens[start:end], digest_size=8).digest()))
+            joined = {name: _concatenated([e[name] for e in kept]) for name in lists}
+            for e in range(len(kept)):
+                tokens = [
+                    memoryview(joined[name][0])[slice(*joined[name][1][e : e + 2])] for name in lists if name.endswith("ids")
+                ]
+                stats.digests.append(int.from_bytes(hashlib.blake2b(b"".join(tokens), digest_size=8).digest()))
             stats.numbers.extend(e["row"] for e in kept)
-            stats.tokens += len(ids)
-            stats.target_tokens += len(labels) - labels.count(IGNORED)
+            for name, (values, _) in joined.items():
+                if name.endswith("ids"):
+                    stats.tokens += len(values)
+                else:
+                    stats.target_tokens += len(values) - values.count(IGNORED)
             stats.examples += [_example(e, tokenizer) for e in kept[: 3 - len(stats.examples)]]
             if kept:
-                offsets, *values = (
-                    pa.Array.from_buffers(pa.int32(), len(x), [None, pa.py_buffer(x)]) for x in (ends, ids, labels)
-                )
-                lists = [pa.ListArray.from_arrays(offsets, one) for one in values]
-                others = [pa.array([e[field.name] for e in kept], field.type) for field in list(schema)[2:]]
-                writer.write_batch(pa.RecordBatch.from_arrays([*lists, *others], schema=schema))
+                arrays = [
+                    [pa.Array.from_buffers(pa.int32(), len(x), [None, pa.py_buffer(x)]) for x in joined[n]] for n in lists
+                ]
+                columns = [pa.ListArray.from_arrays(offsets, values) for values, offsets in arrays]
+                others = [pa.array([e[one.name] for e in kept], one.type) for one in list(schema)[len(lists) :]]
+                writer.write_batch(pa.RecordBatch.from_arrays([*columns, *others], schema=schema))
     return stats
+
+
+def _as_arrow(numbers: array) -> Any:
+    """An array of 32-bit numbers as Arrow's, without a copy."""
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(pa.int32(), len(numbers), [None, pa.py_buffer(numbers)])
 
 
 def _concatenated(lists: list[list[int]]) -> tuple[array, array]:
@@ -327,19 +353,25 @@ def _too_long(longer: list[str], longest: int, whole: bool, settings: Settings) 
     return refuse(f"model.max_seq_length={settings.model.max_seq_length}", why, fix)
 
 
+def _length(entry: dict) -> int:
+    """Tokens of a row; of a pair, those of the longer one."""
+    return max(len(entry["input_ids"]), len(entry.get("rejected_ids", ())))
+
+
 def _fit_length(entries: list[dict], settings: Settings, counts: dict) -> list[dict]:
     """Apply `dataset.overlong` and `dataset.loss_on`; rows with nothing to learn are left out and counted."""
     limit, policy = settings.model.max_seq_length, settings.dataset.overlong
     kept = []
     for entry in entries:
-        cut = len(entry["input_ids"]) > limit
+        cut = _length(entry) > limit
         if cut and policy == Overlong.drop:
             counts["dropped_rows"] = counts.get("dropped_rows", 0) + 1
             continue
+        lists = [name for name in ("input_ids", "labels", "rejected_ids", "rejected_labels") if name in entry]
         if cut:
-            entry["input_ids"], entry["labels"] = entry["input_ids"][:limit], entry["labels"][:limit]
+            entry |= {name: entry[name][:limit] for name in lists}
             entry["prompt_length"] = min(entry["prompt_length"], limit)
-        if not count_target_tokens(entry["labels"]):
+        if not all(count_target_tokens(entry[name]) for name in lists if name.endswith("labels")):
             counts["rows_without_labels"] = counts.get("rows_without_labels", 0) + 1
             continue
         if cut:
@@ -352,7 +384,14 @@ def _fit_length(entries: list[dict], settings: Settings, counts: dict) -> list[d
 
 
 def _example(entry: dict, tokenizer) -> dict[str, Any]:
-    ids, labels = list(entry["input_ids"]), list(entry["labels"])
+    shown = _shown(entry["input_ids"], entry["labels"], tokenizer)
+    if "rejected_ids" in entry:
+        shown["rejected"] = _shown(entry["rejected_ids"], entry["rejected_labels"], tokenizer)
+    return shown
+
+
+def _shown(ids: list[int], labels: list[int], tokenizer) -> dict[str, Any]:
+    ids, labels = list(ids), list(labels)
     return {"text": tokenizer.decode(ids), "input_ids": ids, "labels": labels, "tokens": readable(ids, tokenizer)}
 
 

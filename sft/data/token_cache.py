@@ -9,7 +9,7 @@ from typing import Any
 from filelock import FileLock
 
 from sft.config.fingerprint import row_seed
-from sft.config.schema import Settings
+from sft.config.schema import MethodName, Settings
 from sft.storage import atomic, cache
 
 TOKENS_VERSION = 2
@@ -29,11 +29,14 @@ class Prepared:
     """What was found and what was cut: the contents of preflight.json."""
 
 
-def token_counts(rows: Any) -> Any:
-    """The tokens of each row of `Prepared.train` or `Prepared.eval`, as a numpy array; no row is read for it."""
+def token_counts(rows: Any, columns: tuple[str, ...] = ("input_ids", "rejected_ids")) -> Any:
+    """The tokens of each row of `Prepared.train` or `Prepared.eval`, of a pair those of both answers, as a numpy array; no row
+    is read for it.
+    """
     import pyarrow.compute as pc
 
-    return pc.list_value_length(rows.data.column("input_ids")).to_numpy()
+    counts = [pc.list_value_length(rows.data.column(name)).to_numpy() for name in columns if name in rows.column_names]
+    return sum(counts[1:], counts[0])
 
 
 def only_one(folder: Path) -> FileLock:
@@ -52,6 +55,7 @@ def cache_folder(settings: Settings, tokenizer, stop_ids: set[int], sources: lis
         [source and source["hash"] for source in sources],
         {k: str(v) for k, v in asdict(settings.dataset).items() if k not in ("path", "eval_path", "name", "seed")},
         settings.model.max_seq_length,
+        *([settings.method.name.value] if settings.method.name != MethodName.sft else []),
         row_seed(settings),
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,

@@ -5,10 +5,10 @@ import importlib
 from sft.config.schema import Settings
 from sft.methods.base import Method
 
-METHODS = {"sft": "sft.methods.sft"}
+METHODS = {"sft": "sft.methods.sft", "dpo": "sft.methods.dpo"}
 """The module of each method, which is a `Method`."""
 
 
 def method_of(settings: Settings) -> Method:
     """The method that `settings` train by."""
-    return importlib.import_module(METHODS["sft"])
+    return importlib.import_module(METHODS[settings.method.name.value])

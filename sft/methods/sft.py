@@ -33,7 +33,6 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     """
     import torch
     import transformers
-    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
     from trl import SFTTrainer
 
     settings, data, tokenizer = ctx.settings, ctx.prepared, ctx.tokenizer
@@ -135,8 +134,17 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
         # Evaluation is not captured.
         trainer.padding_free_collator = collators.PaddingFreeCollator(tokenizer.pad_token_id, longest)
         trainer.data_collator = replace(trainer.padding_free_collator, lengths=plan.capture_sizes, rows=rows)
+    watch(trainer, ctx, loop)
+    return trainer
+
+
+def watch(trainer: Any, ctx: RunContext, loop: Loop) -> None:
+    """Give a trainer what watches its steps: the run's loop, its callbacks, non-finite steps, micro-batches that do not fit."""
+    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+
+    settings = ctx.settings
     trainer.loop = loop
-    trainer.nonfinite = NonFiniteSteps(trainer, data.train, settings.trainer.max_bad_steps)
+    trainer.nonfinite = NonFiniteSteps(trainer, ctx.prepared.train, settings.trainer.max_bad_steps)
     trainer.oom_retry = OomRetry(trainer)
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
@@ -145,7 +153,6 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     patience = settings.trainer.early_stopping_patience
     if patience:
         trainer.add_callback(EarlyStoppingCallback(patience, settings.trainer.early_stopping_threshold))
-    return trainer
 
 
 def _raise_rate_of_b(optimizer: Any, model: Any, ratio: float) -> None:

@@ -20,6 +20,56 @@ def linear_cross_entropy(hidden: Any, weight: Any, targets: Any) -> Any:
     return _function().apply(hidden, weight, targets)
 
 
+def linear_log_probs(hidden: Any, weight: Any, targets: Any) -> Any:
+    """The log probability of each of `targets` [n] by `hidden` [n, width] times `weight` [vocabulary, width]: [n], float32.
+
+    Its gradient reaches `hidden`; the weights of an output layer that is trained get theirs from whole logits, which take the
+    memory that the pieces save.
+    """
+    import torch
+
+    if weight.requires_grad:
+        logits = (hidden @ weight.to(hidden.dtype).t()).float()
+        return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+    return _log_probs().apply(hidden, weight, targets)
+
+
+@functools.cache
+def _log_probs() -> Any:
+    import torch
+
+    class LinearLogProbs(torch.autograd.Function):
+        """The gradient of one token's log probability by its hidden state is one vector, made while the piece's logits are
+        there and scaled by what comes from above.
+        """
+
+        @staticmethod
+        def forward(ctx, hidden, weight, targets):
+            weight = weight.to(hidden.dtype)
+            found = hidden.new_empty(len(targets), dtype=torch.float32)
+            grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+            step = max(1, PIECE // weight.shape[0])
+            with torch.autocast(hidden.device.type, enabled=False):
+                for at in range(0, hidden.shape[0], step):
+                    part, aims = hidden[at : at + step], targets[at : at + step, None]
+                    logs = torch.log_softmax(part @ weight.t(), dim=-1, dtype=torch.float32)
+                    found[at : at + step] = logs.gather(1, aims)[:, 0]
+                    if grad is not None:
+                        less = logs.exp_().neg_().scatter_add_(1, aims, torch.ones_like(aims, dtype=logs.dtype))
+                        torch.mm(less.to(hidden.dtype), weight, out=grad[at : at + step])
+                        del less
+                    del logs
+            ctx.save_for_backward(grad)
+            return found
+
+        @staticmethod
+        def backward(ctx, grad_found):
+            (grad,) = ctx.saved_tensors
+            return (grad.float() * grad_found[:, None]).to(grad.dtype), None, None
+
+    return LinearLogProbs
+
+
 @functools.cache
 def _function() -> Any:
     import torch

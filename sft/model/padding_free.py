@@ -12,7 +12,7 @@ import types
 from typing import Any
 
 from sft.data.collators import pairs
-from sft.model.loss import linear_cross_entropy
+from sft.model.loss import linear_cross_entropy, linear_log_probs
 from sft.model.structure import attention_of
 
 ATTENTION = "sft_padding_free"
@@ -24,7 +24,8 @@ def install(base: Any) -> None:
     usual input.
 
     Such a one gives an output with the `loss` alone: summed over target tokens and divided by `num_items_in_batch`, or by
-    their number where that is None, as transformers does for padded rows.
+    their number where that is None, as transformers does for padded rows. With `log_probs=True` it gives the log probability of
+    each target token instead, as `logits`.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
@@ -34,7 +35,9 @@ def install(base: Any) -> None:
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
     usual = base.forward
 
-    def forward(self, *args: Any, target_positions: Any = None, targets: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, target_positions: Any = None, targets: Any = None, log_probs: bool = False, **kwargs: Any
+    ) -> Any:
         if target_positions is None:
             return usual(*args, **kwargs)
         items = kwargs.pop("num_items_in_batch", None)
@@ -49,6 +52,8 @@ def install(base: Any) -> None:
         hidden = hidden[0].index_select(0, target_positions)
         if torch.is_autocast_enabled(hidden.device.type):  # they are float32 where the weights are
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        if log_probs:
+            return CausalLMOutputWithPast(logits=linear_log_probs(hidden, head.weight, targets))
         total = linear_cross_entropy(hidden, head.weight, targets)
         return CausalLMOutputWithPast(loss=total / (len(targets) if items is None else items))
 

@@ -30,10 +30,12 @@ _keeping = _frozen = False
 
 _kept: dict[str, tuple[str, Any]] = {}
 
-loads = dict.fromkeys(("model", "adapter", "tokenizer", "tokens", "check", "captured_steps", "evaluation", "completions"), 0)
+KEPT = ("model", "adapter", "tokenizer", "tokens", "check", "captured_steps", "evaluation", "completions", "reference")
+
+loads = dict.fromkeys(KEPT, 0)
 """How often each was loaded or made in this process."""
 
-OF_MODEL = ("model", "adapter", "check", "captured_steps", "evaluation", "completions")
+OF_MODEL = ("model", "adapter", "check", "captured_steps", "evaluation", "completions", "reference")
 """What goes when another model is loaded."""
 
 

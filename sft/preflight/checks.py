@@ -30,6 +30,7 @@ from sft.plan.plan import Plan, load_plan_of, plan_training
 from sft.preflight import versions
 from sft.preflight.findings import Found
 from sft.preflight.fit import check_memory, shown_size
+from sft.preflight.optimizer import check_optimizer
 from sft.preflight.speed import SOURCE, device_of, measured_speed
 from sft.storage.jsonio import write_json
 from sft.tracking import base as trackers
@@ -68,6 +69,7 @@ def examine(
     check_memory(found, settings, machine, dims, whole)
     if whole:
         check_plan(found)
+        check_training(found, settings)
         check_length(found, settings, machine, dims)
         check_disk(found, settings, folder, dims)
         check_tracking(found, settings)
@@ -201,6 +203,14 @@ def check_plan(found: Found) -> None:
                                    ("captured micro-batches", plan.captured)) if on]  # fmt: skip
     why = plan.why_padded or plan.reasons.get("padding_free", "")
     found.ok("Plan", f"{', '.join(speed) or 'padded rows'}   {why}")
+
+
+def check_training(found: Found, settings: Settings) -> None:
+    """The optimiser and the schedule, built once for a layer of one weight."""
+    trainer, problems = settings.trainer, check_optimizer(settings, found.plan.steps or 0)
+    found.refuse("Plan", problems)
+    if not problems:
+        found.ok("Plan", f"{trainer.optim} with a schedule {trainer.lr_scheduler_type} can be made")
 
 
 def check_length(found: Found, settings: Settings, machine: Machine, dims: memory.ModelDims | None) -> None:

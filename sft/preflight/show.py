@@ -34,19 +34,28 @@ def show_examples(console: Console, facts: dict[str, Any], tokenizer: Any) -> No
     colours = console.is_terminal
     special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     for number, example in enumerate(facts["examples"], 1):
-        console.print(f"\n[bold]Row {number}[/bold]  {len(example['input_ids'])} tokens\n")
-        line, before = Text(), False
-        for piece, label in zip(example["tokens"], example["labels"], strict=True):
-            is_target = label != IGNORED
-            if not colours and is_target != before:
-                line.append("⟦" if is_target else "⟧")
-            style = ("bold green" if is_target else "dim") + (" reverse" if piece in special else "")
-            line.append(shown(piece), style if colours else "")
-            before = is_target
-        line.append("⟧" if before and not colours else "")
-        console.print(line)
+        answers = [("", example)]
+        if "rejected" in example:
+            answers = [(", chosen", example), (", rejected", example["rejected"])]
+        for which, one in answers:
+            console.print(f"\n[bold]Row {number}{which}[/bold]  {len(one['input_ids'])} tokens\n")
+            console.print(_coloured(one, special, colours))
     how = "green" if colours else "in ⟦⟧"
     console.print(f"\nTarget tokens are {how}; the others are only read.")
+
+
+def _coloured(example: dict[str, Any], special: set[str], colours: bool) -> Text:
+    """A row's text, its target tokens green or in brackets."""
+    line, before = Text(), False
+    for piece, label in zip(example["tokens"], example["labels"], strict=True):
+        is_target = label != IGNORED
+        if not colours and is_target != before:
+            line.append("⟦" if is_target else "⟧")
+        style = ("bold green" if is_target else "dim") + (" reverse" if piece in special else "")
+        line.append(shown(piece), style if colours else "")
+        before = is_target
+    line.append("⟧" if before and not colours else "")
+    return line
 
 
 def show_lines(console: Console, lines: list[Any]) -> None:

@@ -45,6 +45,8 @@ class Context:
     tags: tuple[str, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
     """Where the value of each setting comes from."""
+    choices: dict[str, str] = field(default_factory=dict)
+    """The option that was chosen of each group: {"lora": "r32"}."""
     logging: dict[str, Any] | None = None
     """Hydra's logging of this job, for the process that a run of several ones speaks through."""
 
@@ -99,6 +101,7 @@ def start_record(settings: Settings, folder: Path, context: Context, before: dic
         overrides=list(context.overrides),
         working_folder=os.getcwd(),
         tags=list(context.tags),
+        choices=dict(context.choices),
         config_hash=config_hash(settings),
         seed=settings.seed,
         settings=jsonable(settings),

@@ -21,6 +21,7 @@ RUN = {
     **dict.fromkeys(("status", "reason", "name", "command", "config_hash", "git_commit", "started_at", "ended_at"), TEXT),
     "overrides": [TEXT],
     "tags": [TEXT],
+    "choices": TEXTS,
     "seconds": NUMBERS,
     "metrics": NUMBERS,
     "split": {"gradient_checkpointing": FLAG, ...: int},
@@ -36,7 +37,10 @@ RUN = {
     "error": TEXTS,
     "artifacts": TEXTS,
     "versions": {},
-    "tracking": {**dict.fromkeys(("tracker", "mode", "url", "sync", "id", "project", "entity"), TEXT), "lines": NUMBER},
+    "tracking": {
+        **dict.fromkeys(("tracker", "mode", "url", "sync", "id", "project", "entity", "group"), TEXT),
+        "lines": NUMBER,
+    },
     "settings": {},
     "differs_from_defaults": {...: {}},
 }

@@ -11,7 +11,22 @@ from sft.config.keys import find_field, plain_type
 from sft.errors import Problem
 from sft.sweep.grid import list_values
 
+OWN = "hydra_plugins.sft_sweep."
+"""Where the launchers are that keep a sweep's index and table."""
+
 SLURM, RAY = "SlurmSweepLauncher", "RaySweepLauncher"
+
+LAUNCHERS = """hydra/launcher=ray   side by side, one on each GPU of this machine, or on a Ray cluster
+hydra/launcher=submitit_slurm   in Slurm's queue
+hydra/launcher=sft   one after the other, which is the default"""
+
+SEARCHES = """sweep=tpe   a search through Optuna: pip install -e ".[optuna]"
+hydra/sweeper=sft   a grid, or what sweep= chooses, which is the default"""
+
+
+def sweeper_params(means: DictConfig | None) -> list[str]:
+    """What a preset or an experiment sweeps over by itself, as overrides. `means`: the composed `hydra` settings."""
+    return [] if means is None else [f"{key}={value}" for key, value in (means.sweeper.get("params") or {}).items()]
 
 
 def runs_elsewhere(means: DictConfig | None) -> bool:
@@ -50,6 +65,10 @@ def _launcher(means: DictConfig | None) -> str:
 
 def _check_launcher(means: DictConfig | None, sweeping: bool) -> list[Problem]:
     launcher = _launcher(means)
+    if launcher and not str(means.launcher.get("_target_")).startswith(OWN):
+        what = f"hydra/launcher={means.runtime.choices.get('hydra/launcher')}"
+        why = "A sweep's index, its table and the exit codes of its jobs need one of the project's launchers."
+        return [Problem(what, why, LAUNCHERS)] if sweeping else []
     if launcher not in (SLURM, RAY):
         return []
     name, extra, plugin = {

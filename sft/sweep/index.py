@@ -54,7 +54,7 @@ class Job:
     @property
     def label(self) -> str:
         """Its folder's name without the number."""
-        return self.folder.partition("_")[2]
+        return without_number(self.folder)
 
 
 JOB = {
@@ -88,14 +88,20 @@ class SweepIndex:
         text = "\n".join(["{", *lines, '  "jobs": [', ",\n".join(jobs), "  ]", "}", ""])
         atomic.write_text(self.folder / "sweep.json", text)
 
-    def add(self, settings: Settings, overrides: dict[str, str], varying: list[str]) -> Job:
-        """The job with these settings: the one that is there already, or a new one with the next number."""
-        config_hash = fingerprint.config_hash(settings)
-        for job in self.jobs:
-            if job.config_hash == config_hash:
-                return job
-        number = max((job.number for job in self.jobs), default=-1) + 1
-        folder = f"{number}_{make_label(overrides, varying)}"
+    def find(self, config_hash: str) -> Job | None:
+        """The job with these settings, by their hash."""
+        return next((job for job in self.jobs if job.config_hash == config_hash), None)
+
+    def next_number(self) -> int:
+        """The number of the next new job."""
+        return max((job.number for job in self.jobs), default=-1) + 1
+
+    def add(self, settings: Settings, overrides: dict[str, str], varying: list[str], folder: str | None = None) -> Job:
+        """The job with these settings: the one that is there already, or a new one with the next number, in `folder`."""
+        config_hash, number = fingerprint.config_hash(settings), self.next_number()
+        if job := self.find(config_hash):
+            return job
+        folder = folder or f"{number}_{make_label(overrides, varying)}"
         differs = {key: pair["value"] for key, pair in fingerprint.differs_from(settings, Settings()).items()}
         self.jobs.append(Job(number, folder, config_hash, overrides, differs))
         return self.jobs[-1]
@@ -145,8 +151,17 @@ def readable_index(folder: Path) -> SweepIndex | None:
 
 def _is_inside(sweep: Path, name: Any) -> bool:
     """Whether a job's folder is one name inside the sweep's, and no link out of it."""
-    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
-    return plain and not (sweep / name).is_symlink()
+    return isinstance(name, str) and is_name(name) and not (sweep / name).is_symlink()
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a folder inside another."""
+    return text not in ("", ".", "..") and not set(text) & {"/", "\\", "\0"} and len(text.encode()) <= 255
+
+
+def without_number(folder: str) -> str:
+    """The name of a job's folder without the number that it begins with."""
+    return re.sub(r"^\d+_", "", folder)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -181,7 +196,8 @@ def identify(settings: Settings, swept: list[str]) -> str:
 
     The swept values are left out, so that a grid with one more value is still the same sweep.
     """
-    fixed = flatten({k: v for k, v in jsonio.jsonable(settings).items() if k not in ("tracking", "sweep")})
+    shaping = {k: v for k, v in jsonio.jsonable(settings).items() if k not in ("tracking", "sweep")}
+    fixed = flatten(fingerprint.without_added(shaping))
     for key in swept:
         free = ("",) if key in ("experiment", "sweep") else (f"{key}.",) if key in GROUPS else ()
         fixed = {k: v for k, v in fixed.items() if k != key and not k.startswith(free or ("\0",))}

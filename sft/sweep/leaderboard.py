@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, variance
 from typing import Any, TextIO
 
+from sft.config.compose import where_it_looked
 from sft.config.keys import flatten
 from sft.config.method import SFT, MethodFacts, facts_of
 from sft.config.schema import GROUPS, Settings
@@ -305,8 +306,9 @@ def _text(value: Any) -> str:
 def _command(board: Leaderboard, row: TableRow, changed: dict[str, str]) -> str:
     """The command that runs `row` again with other values, as further jobs of the same sweep."""
     overrides = {**row.job.overrides, **changed}
-    words = [f"{key}={value}" for key, value in overrides.items()] + [f"hydra.sweep.dir={os.path.relpath(board.index.folder)}"]
-    return "python train.py -m " + shlex.join(words)
+    flags, places = where_it_looked(board.index.command)
+    words = [*flags, *(f"{key}={value}" for key, value in overrides.items()), *places]
+    return "python train.py -m " + shlex.join([*words, f"hydra.sweep.dir={os.path.relpath(board.index.folder)}"])
 
 
 # ----------------------------------------------------------------------------------------------------- the files

@@ -6,7 +6,7 @@ from typing import Any
 
 from sft.config.schema import Settings, TrackerName
 from sft.sweep.leaderboard import COLUMNS, Leaderboard, read_leaderboard, write_csv
-from sft.tracking.wandb import choose_mode, place
+from sft.tracking.wandb import UPLOAD_SECONDS, choose_mode, place, wandb_settings
 
 log = logging.getLogger(__name__)
 
@@ -14,38 +14,50 @@ log = logging.getLogger(__name__)
 def track_summary(folder: Path, settings: Settings) -> None:
     """Write the leaderboard to W&B, as the run `sweep-<folder>`; nothing happens with another tracker, or none.
 
-    A repeated command resumes that run where W&B can be reached. What goes wrong in the tracker ends nothing.
+    A repeated command resumes that run where W&B can be reached; where it then cannot, the run is an offline one. What goes
+    wrong in the tracker ends nothing.
     """
     if settings.tracking.tracker != TrackerName.wandb:
         return
     try:
-        import wandb
-
         mode = choose_mode(settings.tracking.mode)[0]
         if mode == "disabled":
             return
-        entity, project = place(settings.tracking)
-        board = read_leaderboard(folder)
-        run = wandb.init(
-            id=f"sweep-{folder.name}"[:128],
-            resume="allow" if mode == "online" else None,
-            mode=mode,
-            dir=folder,
-            project=project,
-            entity=entity,
-            name=f"sweep {folder.name}",
-            group=folder.name,
-            job_type="sweep",
-            reinit="finish_previous",
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=60),
-        )
-        columns, rows = make_table(board)
-        run.log({"leaderboard": wandb.Table(columns=columns, data=rows)})
-        best = board.best
-        run.summary.update({"jobs": len(rows), "best_eval_loss": best.eval_loss if best else None, "noise": board.noise})
-        run.finish()
+        try:
+            _write_summary(folder, settings, mode)
+        except Exception:
+            if mode != "online":
+                raise
+            _write_summary(folder, settings, "offline")
     except Exception as error:  # whatever goes wrong in the tracker, the sweep is done and its folder has everything
         log.warning("W&B could not take the leaderboard (%s); it is in %s.", error, folder / "leaderboard.csv")
+
+
+def _write_summary(folder: Path, settings: Settings, mode: str) -> None:
+    import wandb
+
+    entity, project = place(settings.tracking)
+    board = read_leaderboard(folder)
+    columns, rows = make_table(board)
+    own = wandb_settings()
+    run = wandb.init(
+        id=f"sweep-{folder.name}"[:128],
+        resume="allow" if mode == "online" else None,
+        mode=mode,
+        dir=folder,
+        project=project,
+        entity=entity,
+        name=f"sweep {folder.name}",
+        group=settings.tracking.group or own.run_group or folder.name,
+        job_type="sweep",
+        reinit="finish_previous",
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=60, finish_timeout=UPLOAD_SECONDS),
+    )
+    run.log({"leaderboard": wandb.Table(columns=columns, data=rows)})
+    best = board.best
+    facts = {"jobs": len(rows), "best_eval_loss": best.eval_loss if best else None, "noise": board.noise}
+    run.summary.update({**facts, "best_job": best.job.folder if best else None, "remarks": "\n".join(board.remarks)})
+    run.finish()
 
 
 def make_table(board: Leaderboard) -> tuple[list[str], list[list[Any]]]:

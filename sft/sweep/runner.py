@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import time
 from collections import Counter
@@ -14,13 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra._internal.config_loader_impl import get_overrides_dirname
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sft import console
+from sft.config import fingerprint
 from sft.config.compose import command_text, to_settings
 from sft.config.keys import flatten
 from sft.config.method import facts_of
@@ -30,6 +32,8 @@ from sft.model import warm_cache
 from sft.storage import jsonio
 from sft.storage.jsonio import number
 from sft.sweep import cluster, exit_codes, leaderboard, publish, summaries
+from sft.sweep.checks import sweeper_params
+from sft.sweep.grid import compose_job, quoted_choices
 from sft.sweep.index import (
     DIVERGED,
     DONE,
@@ -42,12 +46,18 @@ from sft.sweep.index import (
     SweepLock,
     find_sweeps,
     identify,
+    is_name,
     judge,
     load_index,
     read_run,
     readable_index,
 )
 from sft.sweep.publish import track_summary
+
+SUBDIR = "${hydra:job.num}_${job_label:${hydra:overrides.task}}"
+"""conf/config.yaml's `hydra.sweep.subdir`, in place of which a job's number and what varies name its folder."""
+
+LEAVE_OUT = "leave hydra.sweep.subdir out   for the job's number and what varies"
 
 
 class Sweep:
@@ -62,7 +72,9 @@ class Sweep:
     ):
         self.loader, self.context, self.task, self.config = hydra_context.config_loader, hydra_context, task_function, config
         self.settings = _settings_of(config)
-        self.swept = _swept_keys(config)
+        swept = _swept(config)
+        self.swept = sorted({override.key_or_group for override in swept})
+        self.quoted = quoted_choices(swept)
         identity = identify(self.settings, self.swept)
         self.lock = _choose_folder(config, identity)
         self.folder = self.lock.folder
@@ -82,6 +94,7 @@ class Sweep:
     def launch(self, batch: list[list[str]]) -> list[JobReturn]:
         """Run the jobs of `batch` that are not done; (overrides of each job) -> (result of each job)."""
         setup_globals()
+        batch = [[self.quoted.get(override, override) for override in overrides] for overrides in batch]
         planned = self._plan(batch)
         jobs = _unique(planned)
         self.planned = _unique([*self.planned, *jobs])
@@ -115,13 +128,47 @@ class Sweep:
         keys = dict.fromkeys(key for overrides in by_key for key in overrides)
         varying = [k for k in keys if k in self.swept or len({overrides.get(k) for overrides in by_key}) > 1]
         planned, composed = [], {}
+
+        def make(overrides: list[str]) -> DictConfig:
+            return self.loader.load_sweep_config(self.config, overrides)
+
         for overrides, shown in zip(batch, by_key, strict=True):
-            config = compose_job(self.loader, self.config, overrides, composed)
-            job = self.index.add(_settings_of(config), {**preset, **shown}, varying)
+            config = compose_job(make, overrides, composed)
+            settings = _settings_of(config)
+            folder = self._folder_of(config, fingerprint.config_hash(settings))
+            job = self.index.add(settings, {**preset, **shown}, varying, folder)
             planned.append(job)
             if self.cluster is None:  # elsewhere they are composed anew
                 self.composed.setdefault(job.number, pickle.dumps(config))  # a tenth of a config's size, and made in no time
         return planned
+
+    def _folder_of(self, config: DictConfig, config_hash: str) -> str | None:
+        """The name that a `hydra.sweep.subdir` of one's own gives a job's folder; None where the sweep names it.
+
+        Ends the command with 2 where that is no name, or another job's.
+        """
+        subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]
+        if subdir == SUBDIR or self.index.find(config_hash):  # a job keeps its folder
+            return None
+        config = pickle.loads(pickle.dumps(config))  # HydraConfig makes it read-only
+        with open_dict(config):
+            config.hydra.job.num = config.hydra.job.id = self.index.next_number()
+        filled, before = HydraConfig.instance(), HydraConfig.instance().cfg
+        filled.set_config(config)
+        try:
+            name = str(config.hydra.sweep.subdir)
+        finally:
+            filled.cfg = before
+        what, plain = f"hydra.sweep.subdir={subdir}", re.sub(r"[/\\\0]+", "_", subdir)
+        other = next((job for job in self.index.jobs if job.folder == name), None)
+        if not is_name(name):
+            fix = f"'hydra.sweep.subdir={plain}'" if plain != subdir else LEAVE_OUT
+            _exit_with(refuse(what, f"A job's folder is one name inside the sweep's, and {name!r} is none.", fix))
+        if other:
+            values = ", ".join(f"{key}={value}" for key, value in other.overrides.items() if key in self.swept)
+            why = f"Two jobs would share the folder {name}: the other has {values or 'other settings'}."
+            _exit_with(refuse(what, why, f"'hydra.sweep.subdir={subdir}_${{hydra:job.num}}'\n{LEAVE_OUT}"))
+        return name
 
     def _run_here(self, todo: list[Job]) -> bool:
         """The jobs one after the other in this process; False if a failure ended that."""
@@ -216,36 +263,6 @@ def _choose_folder(config: DictConfig, identity: str) -> SweepLock:
     return lock
 
 
-def compose_job(loader: Any, config: DictConfig, overrides: list[str], composed: dict[tuple, bytes]) -> DictConfig:
-    """One job's config, as Hydra's `load_sweep_config` makes it.
-
-    Hydra takes a fifth of a second, for two hundred jobs the better part of a minute. Jobs that differ in plain values alone
-    are set on a copy of the first of them, kept in `composed`; whatever changes which files are read is composed anew.
-    """
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    values = [override for override in parsed if _is_plain(config, override)]
-    kind = tuple(override.key_or_group if override in values else override.input_line for override in parsed)
-    if kind not in composed:
-        composed[kind] = pickle.dumps(loader.load_sweep_config(config, overrides))
-        return pickle.loads(composed[kind])
-    job = pickle.loads(composed[kind])
-    for override in values:
-        OmegaConf.update(job, override.key_or_group, override.value(), merge=True)
-    named = [override for override in parsed if not override.is_hydra_override()]
-    job.hydra.overrides.task = [override.input_line for override in named]
-    style = job.hydra.job.config.override_dirname
-    job.hydra.job.override_dirname = get_overrides_dirname(named, style.exclude_keys, style.item_sep, style.kv_sep)
-    return job
-
-
-def _is_plain(config: DictConfig, override: Override) -> bool:
-    """Whether it sets one value or a list: not a group, a table, or what Hydra itself goes by."""
-    if override.type != OverrideType.CHANGE or override.package is not None or override.is_hydra_override():
-        return False
-    tables = (OmegaConf.select(config, override.key_or_group, default={}), override.value())
-    return not any(isinstance(value, dict | DictConfig) for value in tables)
-
-
 def preset_values(loader: Any, config: DictConfig) -> dict[str, str]:
     """What the chosen `sweep=` preset sets beside what it sweeps over, as overrides, so that a job can be typed again."""
     found = loader.repository.load_config(f"sweep/{config.hydra.runtime.choices.get('sweep')}")
@@ -263,10 +280,9 @@ def _settings_of(config: DictConfig) -> Settings:
         _exit_with(refusal)
 
 
-def _swept_keys(config: DictConfig) -> list[str]:
-    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
-    return sorted({o.key_or_group for o in parsed if o.is_sweep_override()})
+def _swept(config: DictConfig) -> list[Override]:
+    parsed = OverridesParser.create().parse_overrides([*sweeper_params(config.hydra), *config.hydra.overrides.task])
+    return [override for override in parsed if override.is_sweep_override()]
 
 
 def _overrides_by_key(overrides: list[str]) -> dict[str, str]:

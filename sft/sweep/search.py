@@ -4,7 +4,6 @@ The sampler has a fixed seed and hears the same losses, so the same command prop
 finished is found by them. Nothing is stored besides.
 """
 
-import logging
 import sys
 from typing import Any
 
@@ -16,7 +15,6 @@ def make_search(sampler: Any, n_trials: int, n_jobs: int, params: DictConfig | N
 
     A job that failed is one without a value and ends nothing; one that diverged is infinitely bad.
     """
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # it names each of its plugins
     import optuna
     from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 

@@ -32,14 +32,17 @@ class Tracker(Protocol):
     def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict[str, Any]) -> None:
         """Begin to track the run `name`; `before` is what `state` gave when the same run was cut, else empty."""
 
+    def describe(self, facts: dict[str, Any]) -> None:
+        """Note what is known of the run beside its settings: before `start`, and whenever there is more."""
+
     def log(self, metrics: dict[str, Any]) -> None:
         """Add one line of metrics; `step` is among them."""
 
     def log_samples(self, lines: list[dict], earlier: list[dict]) -> None:
         """Add lines of samples.jsonl, all of one step; `earlier` are the run's lines of before, also before a resume."""
 
-    def finish(self, status: str, metrics: dict[str, Any]) -> None:
-        """End with the run's status and its final metrics."""
+    def finish(self, status: str, metrics: dict[str, Any], reason: str | None) -> None:
+        """End with the run's status, its final metrics, and why it did not just finish."""
 
     def state(self) -> dict[str, Any]:
         """What run.json keeps of it, at any time: `mode`, `url`, `sync` (how to upload it), and what `start` goes on with."""
@@ -52,9 +55,19 @@ class Trackers:
         self.trackers = [*trackers]
         self._failed: set[str] = set()
 
+    def begin(self, settings: Settings, folder: Path, record: dict[str, Any], backend: str) -> dict[str, Any]:
+        """Begin to track the run with this run.json, or go on with it; returns what run.json keeps of that."""
+        self.describe(facts_to_track(record, folder, backend))
+        self.start(settings, folder, record.get("name") or "run", tags_to_track(record, backend), record.get("tracking"))
+        return self.state()
+
     def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict[str, Any] | None = None) -> None:
         """Begin to track; `before` is what run.json kept of the same run that was cut."""
         self._each("start", lambda tracker: tracker.start(settings, folder, name, tags, _facts_of(before or {}, tracker.name)))
+
+    def describe(self, facts: dict[str, Any]) -> None:
+        """Note facts of the run beside its settings: before `start`, and whenever there are more."""
+        self._each("take the run's facts", lambda tracker: tracker.describe(dict(facts)))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Add one line of metrics; `step` is among them."""
@@ -65,9 +78,9 @@ class Trackers:
         if lines:
             self._each("log samples", lambda tracker: tracker.log_samples([*lines], [*earlier]))
 
-    def finish(self, status: str, metrics: dict[str, Any]) -> None:
-        """End with the run's status and its final metrics."""
-        self._each("finish", lambda tracker: tracker.finish(status, dict(metrics)))
+    def finish(self, status: str, metrics: dict[str, Any], reason: str | None = None) -> None:
+        """End with the run's status, its final metrics, and why it did not just finish."""
+        self._each("finish", lambda tracker: tracker.finish(status, dict(metrics), reason))
 
     def state(self) -> dict[str, Any]:
         """What run.json keeps as `tracking`: the first tracker's facts, and those of any others under their names."""
@@ -102,6 +115,20 @@ def _facts_of(before: dict[str, Any], name: str) -> dict[str, Any]:
     """A tracker's own facts among those of run.json."""
     own = before if before.get("tracker", UNNAMED) == name else before.get(name)
     return dict(own) if isinstance(own, dict) else {}
+
+
+def facts_to_track(record: dict[str, Any], folder: Path, backend: str) -> dict[str, Any]:
+    """What a tracker is told of a run beside its settings, from its run.json."""
+    run = {"folder": str(folder.absolute()), "command": record.get("command")}
+    keys = ("git_commit", "config_hash", "data", "versions", "hardware", "choices")
+    return {"run": run, **{key: record[key] for key in keys if record.get(key)}, "backend": backend}
+
+
+def tags_to_track(record: dict[str, Any], backend: str) -> list[str]:
+    """A run's tags, from its run.json: what was chosen of each group, the backend and the GPU."""
+    choices, gpu = record.get("choices") or {}, (record.get("hardware") or {}).get("gpu")
+    chosen = [option for group, option in choices.items() if group != "tracking" and option != "default"]
+    return [*(chosen if choices else record.get("tags") or []), backend, *([gpu] if gpu else [])]
 
 
 def make_trackers(settings: Settings) -> Trackers:

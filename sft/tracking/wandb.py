@@ -4,22 +4,29 @@ import contextlib
 import logging
 import os
 import socket
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from sft.config.method import facts_of
 from sft.config.schema import Settings, TrackingMode, TrackingSettings
 from sft.errors import first_line, refuse
-from sft.storage.jsonio import jsonable
+from sft.storage.jsonio import jsonable, read_lines
+from sft.tracking.wandb_names import AXIS, SAMPLES, TOKENS, define_metrics, name_metrics
 
 log = logging.getLogger(__name__)
 
-SAMPLE_COLUMNS = ["step", "prompt", "base answer", "answer", "finish", "reference"]
-
 PROJECT = "sft"
 """Where neither `tracking.project` nor W&B's own settings name one."""
+
+UPLOAD_SECONDS = 300
+"""How long the end of a run waits for W&B to take the rest, unless WANDB_FINISH_TIMEOUT says otherwise."""
+
+SILENT_SECONDS = 60
+"""How long a server that took no connection is not asked again: the jobs of a sweep do not each wait for it."""
 
 
 def make_tracker() -> "WandbTracker":
@@ -32,14 +39,20 @@ def check(tracking: TrackingSettings) -> str:
     mode, why = choose_mode(tracking.mode)
     entity, project = place(tracking)
     project = f"project {entity}/{project}" if entity else f"project {project}"
+    requested = asks_online(tracking.mode)
+    if mode == "online" and requested and (why := ask_server()):
+        mode = "offline"
     if mode == "online":
         return f"W&B online, {project}"
     if mode == "disabled":
         return f"the run folder alone: W&B is switched off ({why})"
-    if tracking.mode == TrackingMode.online:
-        fix = "wandb login   or   tracking.mode=offline" if not has_api_key() else "tracking.mode=offline"
-        raise refuse("tracking.mode=online", f"W&B cannot be online: {why}.", fix)
-    return f"W&B offline ({why}), {project}; the run logs how to upload it"
+    if requested:
+        fix = "wandb login   or   tracking.mode=offline" if "API key" in why else "tracking.mode=offline"
+        setting = "tracking.mode=online" if tracking.mode == TrackingMode.online else "WANDB_MODE=online"
+        raise refuse(setting, f"W&B cannot be online: {why}.", fix)
+    sweep = wandb_settings().sweep_id
+    later = f"the W&B sweep {sweep} hears of it once it is uploaded" if sweep else "the run logs how to upload it"
+    return f"W&B offline ({why}), {project}; {later}"
 
 
 class WandbTracker:
@@ -50,11 +63,26 @@ class WandbTracker:
     def __init__(self) -> None:
         self.run: Any = None
         self.facts: dict[str, Any] = {}
+        self.known: dict[str, Any] = {}
+        """What `describe` told: W&B's config beside the settings."""
+        self.tokens: int | None = None
+        """Tokens trained on so far; None until that was looked up."""
         self.lines = 0
         """The number of the next line, W&B's own step. W&B takes none twice: a resumed run goes on above those it has."""
         self._open: Callable[[str], None] | None = None
         """Begins the W&B run again in a mode; None once that was done."""
         self._table: Any = None
+        self._settings, self._folder = Settings(), Path()
+
+    def describe(self, facts: dict[str, Any]) -> None:
+        """Add facts of the run to W&B's config."""
+        self.known |= jsonable(facts)
+        if self.run is None:
+            return
+        try:
+            self.run.config.update(jsonable(facts), allow_val_change=True)
+        except Exception as error:
+            self._go_offline("go on", error)
 
     def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict[str, Any]) -> None:
         """Begin the W&B run of this job; nothing happens where the environment switches W&B off.
@@ -67,7 +95,8 @@ class WandbTracker:
             self.facts["mode"] = mode
             log.info("W&B    switched off (%s)", why)
             return
-        if mode == "offline" and settings.tracking.mode == TrackingMode.online:
+        self._settings, self._folder = settings, folder
+        if mode == "offline" and asks_online(settings.tracking.mode):
             log.warning("tracking.mode=online cannot be had (%s): W&B is offline.", why)
         before = dict(before) if before.get("id") else {}
         before.pop("entity", None)  # the team is set by settings alone, which sft/config/destinations.py vouches for
@@ -82,28 +111,44 @@ class WandbTracker:
 
     def _begin(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict, mode: str) -> None:
         import wandb
+        from wandb.sdk.lib.runid import generate_id
 
-        own = wandb_settings()
-        entity, project = place(settings.tracking, before)
-        tags = [*tags, *(own.run_tags or ()), *settings.tracking.tags]
+        own, tracking = wandb_settings(), settings.tracking
+        entity, project = place(tracking, before)
+        tags = [*tags, *(own.run_tags or ()), *tracking.tags]
+        number = before.get("id") or own.run_id or generate_id()
+        shown = tracking.name or own.run_name or f"{name}_{number}"
+        known_there = mode == "online" and before.get("mode") == "online"
         self.run = wandb.init(
-            id=before.get("id"),
+            id=number,
             resume="allow" if before else None,
             mode=mode,
             dir=folder,
             project=project,
             entity=entity,
-            name=settings.tracking.name or own.run_name or name,
+            name=None if known_there else shown[:128],  # there somebody may have renamed it
+            notes=None if known_there else tracking.notes or own.run_notes or (self.known.get("run") or {}).get("command"),
+            group=tracking.group or own.run_group,
+            job_type=own.run_job_type or "train",
             tags=[tag[:64] for tag in dict.fromkeys(tags)],
-            config=jsonable(settings),
+            config={**jsonable(settings), **self.known},
             reinit="finish_previous",
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=60),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                init_timeout=60,
+                finish_timeout=own.finish_timeout or UPLOAD_SECONDS,
+                finish_timeout_raises=True,
+            ),
         )
-        self.run.define_metric("*", step_metric="step")
-        self.lines, self._table = max(self.lines, self.run.step), None
+        define_metrics(self.run, facts_of({"settings": jsonable(settings)}))
+        self.lines, self._table = max(self.lines, self.run.step, self.run.starting_step), None
         again, files = bool(before), Path(self.run.dir).parent
-        before |= {"id": self.run.id, "project": project, "entity": entity}  # which it keeps if it has to begin again
-        self.facts = {"mode": mode, "url": None, "sync": None, **before, "lines": self.lines}
+        # Which it keeps if it has to begin again.
+        before |= {"id": self.run.id, "project": project, "entity": entity, "group": self.run.group or None}
+        # An earlier part of the run may still wait to be uploaded.
+        self.facts = {"url": None, "sync": None, **before, "mode": mode, "lines": self.lines}
         if mode == "offline":
             every = files.parent / f"*run-*-{self.run.id}" if again else files
             self.facts["sync"] = f"wandb sync {_short(every)}"
@@ -114,11 +159,21 @@ class WandbTracker:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Add one line of metrics; `step` is among them."""
-        self._log(lambda: dict(metrics))
+        self._log(lambda: name_metrics(metrics, self._tokens_at(metrics)))
 
     def log_samples(self, lines: list[dict], earlier: list[dict]) -> None:
         """Add generations to the sample table; the first of each prompt among all of the run stands beside the later ones."""
-        self._log(lambda: {"step": lines[0]["step"], "samples": self._fill(lines, earlier)})
+        at = {AXIS: lines[0]["step"], TOKENS: self._tokens_at({})}
+        self._log(lambda: {**at, "samples": self._fill(lines, earlier)})
+
+    def _tokens_at(self, metrics: dict[str, Any]) -> int:
+        """Tokens so far; those of before a resume stand in metrics.jsonl, which ends at the checkpoint by the first line."""
+        if self.tokens is None:
+            path = self._folder / "metrics.jsonl"
+            logged = [line["tokens"] for line in (read_lines(path) if path.is_file() else ()) if "tokens" in line]
+            self.tokens = logged[-1] if logged else 0
+        self.tokens = metrics.get("tokens", self.tokens)
+        return self.tokens
 
     def _fill(self, lines: list[dict], earlier: list[dict]) -> Any:
         """The table with `lines` in it: a new one has the earlier ones too, where W&B does not bring them itself."""
@@ -128,11 +183,10 @@ class WandbTracker:
         for line in [*earlier, *lines]:
             base.setdefault(line["index"], line["completion"])
         if self._table is None:
-            self._table = wandb.Table(columns=SAMPLE_COLUMNS, log_mode="INCREMENTAL")
+            self._table = wandb.Table(columns=[*SAMPLES], log_mode="INCREMENTAL")
             lines = lines if self.run.resumed else [*earlier, *lines]
         for line in lines:
-            completions = base[line["index"]], line["completion"]
-            self._table.add_data(line["step"], line["prompt"], *completions, line["finish"], line["reference"])
+            self._table.add_data(*(cell(line, base[line["index"]]) for cell in SAMPLES.values()))
         return self._table
 
     def _log(self, make: Callable[[], dict[str, Any]]) -> None:
@@ -152,23 +206,74 @@ class WandbTracker:
             raise error
         log.warning("W&B could not %s (%s): it goes on offline.", action, first_line(error))
         again, self._open, self.run = self._open, None, None
-        if isinstance(error, ConnectionError):  # its own process is gone; without this a new run would ask for that one
-            import wandb
-
-            with contextlib.suppress(Exception, SystemExit):
-                wandb.teardown()
+        if isinstance(error, ConnectionError):
+            _forget_service()
         again("offline")
 
-    def finish(self, status: str, metrics: dict[str, Any]) -> None:
-        """Write the final metrics as the summary and end the W&B run with the run's own status."""
+    def finish(self, status: str, metrics: dict[str, Any], reason: str | None = None) -> None:
+        """Write the final metrics, status and reason as the summary, and end the W&B run with the run's own status."""
         run, self.run = self.run, None
-        if run is not None:
-            run.summary.update({**jsonable(metrics), "status": status})
-            run.finish(exit_code=1 if status == "failed" else 0)
+        if run is None:
+            return
+        why = reason.strip().splitlines()[0] if reason and reason.strip() else None
+        try:
+            run.summary.update({**jsonable(metrics), "status": status, "reason": why})
+            if self._settings.tracking.log_adapter and status != "failed":
+                try:
+                    self._log_adapter(run, metrics)
+                except Exception as error:
+                    log.warning("W&B did not take the adapter (%s); it is in %s.", first_line(error), _short(self._folder))
+            if self._settings.tracking.alert:
+                level = {"failed": "ERROR", "stopped": "WARN"}.get(status, "INFO")
+                run.alert(title=f"{run.name or run.id}: {status}"[:63], text=why or _shown(metrics), level=level)
+        finally:
+            self._close(run, 1 if status == "failed" else 0)
+
+    def _close(self, run: Any, code: int) -> None:
+        """End the W&B run; where the server does not take the rest in time, say how it is uploaded later."""
+        folder = _short(Path(run.dir).parent)
+        try:
+            run.finish(exit_code=code)
+        except Exception as error:
+            if not isinstance(error, TimeoutError):
+                _forget_service()
+            if self.facts.get("mode") != "online":
+                raise
+            self.facts["sync"] = f"wandb sync {folder}"
+            why = first_line(error)
+            log.warning("W&B's server did not take all of the run (%s). Upload it later: wandb sync %s", why, folder)
+
+    def _log_adapter(self, run: Any, metrics: dict[str, Any]) -> None:
+        """Send the adapter as an artifact; its files stay where they are until then."""
+        import wandb
+
+        folder = self._folder / "adapter"
+        if not folder.is_dir():
+            return
+        facts = {key: value for key, value in jsonable(metrics).items() if isinstance(value, int | float)}
+        metadata = {**facts, "base_model": self._settings.model.name, "run_folder": str(self._folder.absolute())}
+        artifact = wandb.Artifact(f"adapter-{run.id}", type="model", metadata=metadata)
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            artifact.add_file(str(file), file.relative_to(folder).as_posix(), skip_cache=True, policy="immutable")
+        run.log_artifact(artifact, aliases=["latest", "best"])
 
     def state(self) -> dict[str, Any]:
         """Its mode, address and id, and the project that it goes on in."""
         return dict(self.facts)
+
+
+def _forget_service() -> None:
+    """W&B's own process is gone; without this a new run, or the end of this process, would ask for that one."""
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()
+
+
+def _shown(metrics: dict[str, Any]) -> str:
+    """The held-out loss before and after, for an alert."""
+    start, end = metrics.get("eval_loss_start"), metrics.get("eval_loss")
+    return f"held-out loss {start:.4f} -> {end:.4f}" if start is not None and end is not None else "no held-out loss"
 
 
 def wandb_settings() -> Any:
@@ -187,6 +292,9 @@ def wandb_settings() -> Any:
         fault = error.errors()[0] if hasattr(error, "errors") else {}
         why = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" if fault else str(error)
         fix = "correct that WANDB_... variable   or   tracking=none"
+        team, slash, project = os.environ.get("WANDB_PROJECT", "").partition("/")
+        if "project name" in why and slash and "/" not in project:
+            fix = f"export WANDB_ENTITY={team} WANDB_PROJECT={project}   or   tracking=none"
         raise refuse("tracking=wandb", f"W&B refuses its own settings: {why}", fix) from error
     return own
 
@@ -196,6 +304,11 @@ def place(tracking: TrackingSettings, before: dict | None = None) -> tuple[str |
     own, before = wandb_settings(), before or {}
     entity = tracking.entity or before.get("entity") or own.entity
     return entity, tracking.project or before.get("project") or own.project or PROJECT
+
+
+def asks_online(mode: TrackingMode) -> bool:
+    """Whether it was said that a run has to be online, here or in the environment."""
+    return mode == TrackingMode.online or (mode == TrackingMode.auto and os.environ.get("WANDB_MODE") == "online")
 
 
 def choose_mode(mode: TrackingMode) -> tuple[str, str]:
@@ -217,15 +330,41 @@ def choose_mode(mode: TrackingMode) -> tuple[str, str]:
 
 def has_api_key() -> bool:
     """Whether W&B can log in to its server without asking."""
+    return bool(wandb_settings().identity_token_file or _api_key())
+
+
+def _api_key() -> str | None:
     own = wandb_settings()
-    if own.api_key or own.identity_token_file:
-        return True
+    if own.api_key:
+        return own.api_key
     from wandb.errors import AuthenticationError
     from wandb.sdk.lib.wbauth import read_netrc_auth
 
     with contextlib.suppress(AuthenticationError):
-        return read_netrc_auth(host=own.base_url) is not None
-    return False
+        return read_netrc_auth(host=own.base_url)
+    return None
+
+
+def ask_server(timeout: float = 5.0) -> str | None:
+    """Why the server takes no run of this user; None where it knows the key, or cannot be asked in this way."""
+    import requests
+
+    own, key = wandb_settings(), _api_key()
+    if not key or own.identity_token_file:
+        return None
+    proxies = {scheme: proxy for scheme in ("http", "https") if (proxy := getattr(own, f"{scheme}_proxy"))}
+    question = {"query": "query Viewer { viewer { id } }"}
+    try:
+        answer = requests.post(f"{own.base_url}/graphql", json=question, auth=("api", key), timeout=timeout, proxies=proxies)
+        known = answer.status_code == 200 and (answer.json().get("data") or {}).get("viewer")
+    except requests.exceptions.SSLError:
+        return None  # which certificates count is W&B's own affair
+    except (requests.RequestException, ValueError, AttributeError):
+        return f"{own.base_url} does not answer as a W&B server"
+    if known:
+        return None
+    refused = answer.status_code in (200, 401, 403)
+    return f"{own.base_url} does not know the API key" if refused else f"{own.base_url} answers {answer.status_code}"
 
 
 def _reachable(server: str, timeout: float = 3.0) -> bool:
@@ -234,11 +373,19 @@ def _reachable(server: str, timeout: float = 3.0) -> bool:
     proxy = getattr(own, f"{url.scheme}_proxy") or urllib.request.getproxies().get(url.scheme)
     if proxy and not urllib.request.proxy_bypass(url.hostname):
         url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    address = url.hostname, url.port or (443 if url.scheme == "https" else 80)
+    if time.monotonic() - _silent.get(address, -SILENT_SECONDS) < SILENT_SECONDS:
+        return False
     try:
-        with socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout):
+        with socket.create_connection(address, timeout):
             return True
     except OSError:
+        _silent[address] = time.monotonic()
         return False
+
+
+_silent: dict[tuple[str | None, int], float] = {}
+"""Addresses that took no connection, and when."""
 
 
 def _lines_in(folder: Path) -> int:

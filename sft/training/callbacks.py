@@ -49,6 +49,7 @@ def run_callback(trainer, settings: Settings) -> Any:
                 clock.lap()
             line = {"step": state.global_step, "epoch": epochs(state)}
             line |= {k: logs[k] for k in ("loss", "eval_loss", "learning_rate", "grad_norm") if k in logs}
+            line |= {k: round(logs[k], 6) for k in logs if k.removeprefix("eval_") in trainer.shown}
             if "loss" in logs:
                 loop.stop.failure = loop.stop.failure or trainer.nonfinite.settle(state.global_step)
                 if trainer.nonfinite.count:
@@ -64,7 +65,8 @@ def run_callback(trainer, settings: Settings) -> Any:
                 line["memory_gib"] = max(peaks)
                 clock.logged = {"tokens": tokens, "seconds": seconds}
             if "eval_loss" in logs:
-                log.info("step %4d   held-out loss %.4f", state.global_step, logs["eval_loss"])
+                more = "".join(f", {name} {logs[f'eval_{name}']:.3f}" for name in trainer.shown[:2])
+                log.info("step %4d   held-out loss %.4f%s", state.global_step, logs["eval_loss"], more)
                 if state.global_step == 0 and not math.isfinite(logs["eval_loss"]):
                     why = (
                         "The model's held-out loss before the first step is not a finite number. Its weights are the cause, or"

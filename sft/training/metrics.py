@@ -58,7 +58,8 @@ class Recorder:
         if self.writes:
             append_jsonl(self.path, metrics)
             self.tracking.log(metrics)
-        self.final |= {k: v for k, v in metrics.items() if k in ("loss", "eval_loss", "tokens", "memory_gib")}
+        kept = ("loss", "eval_loss", "tokens", "memory_gib", "eval_accuracy", "eval_margin")
+        self.final |= {k: v for k, v in metrics.items() if k in kept}
         if "eval_loss" in metrics:
             self.eval_step = metrics["step"]
             self.final.setdefault("eval_loss_start", metrics["eval_loss"])

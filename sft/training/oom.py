@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from sft.data.collators import cut
 from sft.data.tokenize import IGNORED
 from sft.distributed.group import world_size
 from sft.model.cuda_graphs import forget_graphs
@@ -70,7 +69,7 @@ class OomRetry:
                     results.append((predict(batch), targets))
                 return results
             except torch.OutOfMemoryError as error:
-                count = len(rows) if isinstance(rows, list) else len(cut(rows))
+                count = len(rows) if isinstance(rows, list) else len(self.trainer.cut(rows))
                 if count <= 1 or world_size() > 1:
                     raise
                 traceback.clear_frames(error.__traceback__)
@@ -93,7 +92,7 @@ class OomRetry:
                     loss = found if loss is None else loss + found
             return loss
         except torch.OutOfMemoryError as error:
-            count = len(rows) if isinstance(rows, list) else len(cut(rows))
+            count = len(rows) if isinstance(rows, list) else len(self.trainer.cut(rows))
             if items is None or world_size() > 1:
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold what has to be freed
@@ -116,7 +115,7 @@ class OomRetry:
         """A micro-batch as it is, or lists of at most `most` of its rows."""
         if most is None:
             return [inputs]
-        rows = cut(inputs)
+        rows = self.trainer.cut(inputs)
         if len(rows) <= most:
             return [inputs]
         return [rows[at : at + most] for at in range(0, len(rows), most)]

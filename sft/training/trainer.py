@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sft.data.collators import cut
 from sft.distributed import group
 from sft.model import warm_cache
 from sft.model.structure import short_walks
@@ -65,6 +66,12 @@ class ResumableTrainer:
     trained: list[Any] | None = None
     line: LogLine | None = None
     """The line of the last step, not yet written."""
+    written: LogLine | None = None
+    """The line that is being written."""
+    shown: tuple[str, ...] = ()
+    """What the method logs besides the loss; with `eval_` before it, of an evaluation."""
+    cut = staticmethod(cut)
+    """Takes a micro-batch apart into what the collator made it of."""
 
     # ------------------------------------------------------------------------------------------ from where it begins
 
@@ -141,7 +148,7 @@ class ResumableTrainer:
         log_due = control.should_log  # writing a line takes it back
         self.write_line()
         if log_due and self.state.global_step > self._globalstep_last_logged:
-            self._take_line(tr_loss, grad_norm, learning_rate, start_time)
+            self.take_line(tr_loss, grad_norm, learning_rate, start_time)
         if not writes_late(self.args.device) or control.should_training_stop or control.should_epoch_stop:
             self.write_line()
         if not control.should_training_stop:
@@ -193,7 +200,7 @@ class ResumableTrainer:
 
     # ------------------------------------------------------------------------------------------ the log line
 
-    def _take_line(self, tr_loss: Any, grad_norm: Any, learning_rate: float, start_time: float) -> None:
+    def take_line(self, tr_loss: Any, grad_norm: Any, learning_rate: float, start_time: float) -> None:
         """Begin to fetch the numbers of this step's line; nothing waits for them."""
         import torch
         from transformers.trainer_pt_utils import nested_gather
@@ -216,8 +223,10 @@ class ResumableTrainer:
         logs = line.logs(since=self._globalstep_last_logged)
         self._total_loss_scalar += float(line.numbers["loss"])
         self._globalstep_last_logged, self.tokens_logged = line.step, int(line.numbers["tokens"])
+        self.written = line
         with _as_of(self.state, line.step, line.epoch):
             self.log(logs, line.start_time)
+        self.written = None
 
     # ------------------------------------------------------------------------------------------ evaluation, checkpoint
 

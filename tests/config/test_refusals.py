@@ -532,7 +532,7 @@ def test_a_broken_file_is_named_and_not_the_overrides(tmp_path):
     (tmp_path / "config.yaml").write_text("defaults: [\n")
     with pytest.raises(Refusal) as refusal:
         check_command_line(tmp_path, ["lora.r=8"])
-    assert refusal.value.problems[0].what == "conf/config.yaml" and "git" in refusal.value.problems[0].fix
+    assert refusal.value.problems[0].what == "config.yaml" and "git" in refusal.value.problems[0].fix
 
 
 def test_what_only_looks_like_a_secret_is_let_through():
@@ -778,3 +778,63 @@ def test_other_variables_of_the_environment_fill_a_setting(monkeypatch, name):
     monkeypatch.setenv(name, "plain")
     argv = [f"dataset.system_prompt=${{oc.env:{name}}}"]
     assert read_settings(ROOT / "conf", argv, hardware=False).dataset.system_prompt == "plain"
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        ("warmup_ratio=0.1", "trainer.warmup_steps=0.1"),
+        ("group_by_length=true", "trainer.extra.train_sampling_strategy=group_by_length"),
+        ("use_liger=false", "trainer.extra.use_liger_kernel=false"),
+        ("adafactor=true", "trainer.optim=adafactor"),
+        ("max_seq_length=512", "model.max_seq_length=512"),
+        ("dispatch_batches=false", "'trainer.extra.accelerator_config={dispatch_batches: false}'"),
+        ("warmup_stps=3", "trainer.warmup_steps=3"),
+        ("learning_rat=0.001", "trainer.learning_rate=0.001"),
+        ("neftune_noise=5", "trainer.extra.neftune_noise_alpha=5"),
+    ],
+)
+def test_an_option_of_another_name_gets_a_hint_that_is_accepted(given, fix):
+    hint = problem_of(f"trainer.extra.{given}").fix.partition("   ")[0]
+    assert hint == fix
+    accepted(*shlex.split(hint))
+
+
+def test_no_hint_names_an_option_that_is_refused_itself():
+    known = upstream.sft_config_options()
+    assert not set(rules.RENAMED) & known, "these are options of the installed version"
+    for name in rules.RENAMED:
+        for line in problem_of(f"trainer.extra.{name}=1").fix.splitlines():
+            word = line.partition("   ")[0].partition("=")[0].lstrip("'").removeprefix("trainer.extra.")
+            assert word not in (*rules.DECIDED_ELSEWHERE, *rules.WITHOUT_EFFECT), line
+
+
+@pytest.mark.parametrize(
+    ("argv", "fix"),
+    [
+        (["trainer.extra.loss_type=chunked_nll", "trainer.extra.label_smoothing_factor=0.1"], "trainer.extra.loss_type=nll"),
+        (["trainer.extra.loss_type=dft", "trainer.extra.label_smoothing_factor=0.1"], "trainer.extra.loss_type=nll"),
+        (["trainer.extra.loss_type=chunked"], "trainer.extra.loss_type=chunked_nll"),
+        (["trainer.extra.use_liger_kernel=true"], "pip install liger-kernel"),
+        (["trainer.lr_scheduler_type=reduce_lr_on_plateau", "dataset.eval_fraction=0"], "dataset.eval_fraction=0.1"),
+    ],
+)
+def test_losses_and_schedules_that_do_not_fit_are_refused_with_what_does(argv, fix):
+    assert problem_of(*argv).fix.startswith(fix)
+
+
+def test_liger_with_another_loss_is_refused_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(rules.importlib.util, "find_spec", lambda name: object())
+    argv = ["trainer.extra.use_liger_kernel=true", "trainer.extra.loss_type=chunked_nll"]
+    assert problem_of(*argv).fix == "leave trainer.extra.loss_type out"
+    argv = ["trainer.extra.use_liger_kernel=true", "trainer.extra.label_smoothing_factor=0.1"]
+    assert problem_of(*argv).fix.startswith("leave trainer.extra.use_liger_kernel out")
+
+
+@pytest.mark.parametrize(("kind", "other"), [("iq2_xxs", "q2_k"), ("IQ3_XS", "iq3_s"), ("q2_k_s", "q2_k"), ("iq2_m", "q2_k")])
+def test_a_gguf_type_that_needs_an_importance_matrix_is_refused_and_not_offered(kind, other):
+    problem = problem_of("export=gguf", f"export.gguf.quantizations=[q8_0,{kind}]")
+    assert "importance matrix" in problem.why and problem.fix == f"export.gguf.quantizations=[q8_0,{other}]"
+    offered = problem.why.partition("It can be: ")[2].rstrip(".").split(", ")
+    assert other in offered and not set(offered) & set(upstream.NOT_MADE)
+    accepted("export=gguf", problem.fix)

@@ -49,6 +49,8 @@ SHAPES = {
     "between": ("trainer.eval_steps=3", "trainer.save_total_limit=1"),  # checkpoints between evaluations
     "open": ("trainer.eval_steps=null", "samples.every_steps=null"),
     "blind": ("dataset.eval_fraction=0", "trainer.save_steps=1"),
+    "dpo": ("method=dpo", "lora.lora_dropout=0.0", "trainer.logging_steps=3", "trainer.eval_steps=4"),
+    "dpo_full": ("method=dpo", "lora=none", "lora.lora_dropout=0.0", "trainer.learning_rate=1e-3"),
     "merged": ("trainer.max_steps=2", "export.formats=[adapter,merged_16bit]"),
     "export": ("trainer.max_steps=2", "export.formats=[adapter,merged_16bit,gguf]", "export.gguf.quantizations=[f16,q8_0]"),
 }
@@ -146,7 +148,8 @@ class ForkedExport:
 
 def write_rows(work: Path) -> str:
     """Write a few short rows into `work`; the override that names them."""
-    rows = [{"instruction": f"Say {i}", "output": "one two three"[: 3 + i % 9]} for i in range(12)]
+    rows = [{"instruction": f"Say {i}", "output": "one two three"[: 3 + i % 9], "chosen": "one two three"[: 3 + i % 9],
+             "rejected": "three two one"[: 2 + i % 7]} for i in range(12)]  # fmt: skip
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return f"dataset.path={work / 'rows.jsonl'}"
 

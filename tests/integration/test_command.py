@@ -44,7 +44,7 @@ def test_a_run_with_wandb_can_be_read_back_offline(tmp_path):
     wandb = Path(sys.executable).with_name("wandb")
     shown = subprocess.run([wandb, "leet", "inspect", "--json", str(binary)], capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0, shown.stderr
-    for key in ("eval_loss", "learning_rate", "tokens_per_second", "eos_share", "samples"):
+    for key in ("eval/loss", "train/learning_rate", "perf/tokens_per_second", "samples/eos_share", "samples"):
         assert f'"{key}"' in shown.stdout or f'[\\"{key}\\"]' in shown.stdout or key in shown.stdout, key
     tables = list((tmp_path / "run").glob("wandb/offline-run-*/files/media/table/*.json"))
     rows = [row for table in tables for row in json.loads(table.read_text(encoding="utf-8"))["data"]]

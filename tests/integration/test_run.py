@@ -14,6 +14,7 @@ import torch
 from sft.run import run
 from sft.runs.record import Context
 from sft.signals import StopRequest
+from sft.tracking.wandb_names import name_metric
 from sft.training import checkpoint as training_checkpoint
 
 QUICK = ("trainer.max_steps=4", "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2",
@@ -301,7 +302,8 @@ def test_a_cut_run_that_goes_on_loses_no_line_and_no_answer_in_wandb(small, tmp_
     assert max(first) < min(second) and second == sorted(set(second))
     for key in ("loss", "eval_loss", "eos_share"):
         wanted = {(line["step"], line[key]) for line in read_lines(tmp_path / "metrics.jsonl") if key in line}
-        assert wanted <= {(line["step"], line[key]) for lines in given for line in lines if key in line}
+        named = name_metric(key)
+        assert wanted <= {(line["train/global_step"], line[named]) for lines in given for line in lines if named in line}
     asked = [(line["step"], line["completion"]) for line in read_lines(tmp_path / "samples.jsonl")]
     last = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["tracking"]["id"]
     tables = sorted(tmp_path.glob(f"wandb/offline-run-*-{last}/files/media/table/*.json"), key=lambda p: p.stat().st_mtime)

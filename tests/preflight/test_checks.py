@@ -28,8 +28,9 @@ from sft.plan.plan import Plan
 from sft.preflight import checks, fit, speed, versions
 from sft.preflight.checks import examine
 from sft.preflight.findings import Found
+from sft.preflight.optimizer import check_optimizer
 from sft.runs import record
-from tests.conftest import ROOT, SMALL
+from tests.conftest import ROOT, SMALL, make_settings
 from tests.hints import hints_of, problems_of, type_hints
 
 LLAMA_8B = ModelDims(8030261248, 6979321856, 41943040, 1245184, 58720256, 4096, 14336, 32, 32, 4096, 1024, 128256)
@@ -305,3 +306,41 @@ def test_the_rough_time_of_a_run_is_told_where_its_speed_was_measured_and_no_oth
     assert "no speed was measured for such a model on t4" in text and seconds is None
     b300 = Machine("NVIDIA B300", True, 200.0, 200.0, True)
     assert "no speed was measured for such a model on NVIDIA B300" in length(machine=b300)[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what", "fix"),
+    [
+        (["trainer.lr_scheduler_type=cosine_with_min_lr"], "trainer.lr_scheduler_type=cosine_with_min_lr", "min_lr:2e-05"),
+        (["trainer.lr_scheduler_type=cosine_warmup_with_min_lr"], "cosine_warmup_with_min_lr", "min_lr:2e-05"),
+        (["trainer.lr_scheduler_type=warmup_stable_decay"], "warmup_stable_decay", "num_decay_steps:10"),
+        (["trainer.lr_scheduler_type=cosine", "trainer.extra.lr_scheduler_kwargs={min_lr: 0.1}"], "min_lr", "num_cycles"),
+        (["trainer.extra.lr_scheduler_kwargs={min_lr: 0.1}"], "min_lr", "leave trainer.extra.lr_scheduler_kwargs out"),
+        (["trainer.lr_scheduler_type=polynomial", "trainer.extra.lr_scheduler_kwargs={lr_end: 1}"], "lr_end", "lr_end, power"),
+        (["trainer.optim=schedule_free_adamw"], "trainer.optim=schedule_free_adamw", "pip install schedulefree"),
+        (["trainer.optim=galore_adamw"], "trainer.optim=galore_adamw", "pip install galore-torch"),
+        (["trainer.optim=apollo_adamw_layerwise"], "apollo_adamw_layerwise", "pip install apollo-torch"),
+        (["trainer.optim=stable_adamw"], "trainer.optim=stable_adamw", "pip install torch-optimi"),
+        (["trainer.optim=adamw_anyprecision"], "trainer.optim=adamw_anyprecision", "trainer.optim=adamw_torch"),
+    ],
+)
+def test_an_optimiser_or_a_schedule_that_cannot_be_made_is_refused_with_what_it_lacks(overrides, what, fix):
+    (problem,) = check_optimizer(make_settings(*overrides), 100)
+    assert what in problem.what and fix in problem.fix
+    typed = problem.fix.partition("   ")[0]
+    if typed.startswith("'trainer"):
+        assert check_optimizer(make_settings(*overrides, typed.strip("'")), 100) == []
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "greedy"])
+def test_an_optimiser_and_a_schedule_that_need_nothing_are_made(optim, schedule):
+    assert check_optimizer(make_settings(f"trainer.optim={optim}", f"trainer.lr_scheduler_type={schedule}"), 100) == []
+
+
+def test_a_run_is_refused_before_its_weights_are_loaded(look):
+    found = look("trainer.lr_scheduler_type=cosine_with_min_lr", "trainer.optim=grokadamw")
+    assert [problem.fix.partition("   ")[0] for problem in found.problems] == [
+        "pip install grokadamw", "'trainer.extra.lr_scheduler_kwargs={min_lr:2e-05}'"
+    ]  # fmt: skip
+    assert "adamw_torch with a schedule linear" in lines_of(look(), "Plan")

@@ -25,11 +25,11 @@ from sft.errors import Refusal
 from sft.launch import isolated
 from sft.report import page as report_page
 from sft.storage import jsonio
-from sft.sweep import leaderboard, runner
-from sft.sweep.grid import check_pairs, expand
+from sft.sweep import leaderboard, publish, runner
+from sft.sweep.grid import check_pairs, compose_job, expand
 from sft.sweep.index import SweepIndex, SweepLock, identify, judge, load_index, make_label
 from sft.sweep.report import write_sweep_report
-from sft.sweep.runner import compose_job, preset_values
+from sft.sweep.runner import preset_values
 from tests.conftest import ROOT, make_settings
 
 
@@ -172,7 +172,8 @@ def test_a_job_set_on_a_copy_is_the_job_that_hydra_composes():
         master = loader.load_configuration("config", ["sweep=rank", "model=tiny_random"], RunMode.MULTIRUN)
         for job in JOBS:
             before = len(composed)
-            ours, hydras = compose_job(loader, master, list(job), composed), loader.load_sweep_config(master, list(job))
+            hydras = loader.load_sweep_config(master, list(job))
+            ours = compose_job(lambda lines: loader.load_sweep_config(master, lines), list(job), composed)
             anew += len(composed) - before
             with open_dict(hydras):
                 for config in (ours, hydras):
@@ -343,6 +344,32 @@ def test_the_wandb_workspace_holds_the_sweeps_settings(sweep, capsys):
     for part in ("Parallel Coordinates Plot", "lora.value.r", "trainer.value.learning_rate", "summary:eval_loss", "samples"):
         assert part in text, part
     assert '"value": "s"' in text, "the sweep's group alone"
+    assert '"value": "sweep"' in text and '"sort": {"keys": [{"key": {"section": "summary", "name": "eval_loss"}' in text
+    tracking["tracking"] = {"id": "a", "group": "night", "project": "faq"}
+    folder = sweep([(f"lora=r{r}", 1.0, tracking) for r in (8, 32)], "outputs/sweeps/t")
+    assert wandb_workspace.main(["--dry-run", f"run={folder}"]) == 0
+    text = capsys.readouterr().out
+    assert "choices.value.lora" in text and '"value": "night"' in text, "what was chosen of a group; WANDB_RUN_GROUP"
+
+
+def test_a_leaderboard_that_no_server_takes_is_kept_offline_in_the_jobs_own_group(sweep, monkeypatch):
+    import wandb
+
+    folder = sweep([("lora.r=8", 2.0), ("lora.r=16", 1.5)])
+    init, modes = wandb.init, []
+
+    def refuse_online(**given):
+        modes.append((given["mode"], given["group"]))
+        if given["mode"] == "online":
+            raise RuntimeError("no such project")
+        return init(**given)
+
+    monkeypatch.setattr(wandb, "init", refuse_online)
+    monkeypatch.setattr(publish, "choose_mode", lambda mode: ("online", ""))
+    publish.track_summary(folder, make_settings("tracking.group=night"))
+    assert modes == [("online", "night"), ("offline", "night")]
+    (table,) = folder.glob("wandb/offline-run-*/files/media/table/*.json")
+    assert [row[0] for row in json.loads(table.read_text(encoding="utf-8"))["data"]] == [1, 2]
 
 
 def test_a_job_in_a_process_of_its_own_does_not_see_the_modules_of_the_current_folder(tmp_path, monkeypatch, capfd):

@@ -4,6 +4,7 @@ import http.server
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -12,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sft.config.rules import check_settings
+from sft.config.destinations import check_destinations, mark
+from sft.config.rules import check_settings, warnings_for
 from sft.config.schema import Settings, TrackerName, TrackingMode, TrackingSettings
 from sft.preflight import checks
 from sft.preflight.findings import Found
@@ -117,6 +119,31 @@ def test_online_that_cannot_be_had_is_refused_before_loading(monkeypatch):
     assert problem_of() == "W&B offline (http://127.0.0.1:1 takes no connection), project sft; the run logs how to upload it"
     monkeypatch.setenv("WANDB_PROJECT", "team/faq")
     assert "Invalid project name 'team/faq'" in problem_of() and "tracking=none" in problem_of()
+    assert "export WANDB_ENTITY=team WANDB_PROJECT=faq" in problem_of()
+
+
+def test_online_in_the_environment_is_asked_for_as_well_and_a_sweep_of_wandbs_is_named(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    found = Found()
+    checks.check_tracking(found, tracked())
+    assert [(p.what, p.fix) for p in found.problems] == [("WANDB_MODE=online", "wandb login   or   tracking.mode=offline")]
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sw33p")
+    assert wandb.check(TrackingSettings(mode=TrackingMode.offline)).endswith(
+        "the W&B sweep sw33p hears of it once it is uploaded"
+    )
+
+
+def test_group_notes_and_job_type_of_the_environment_reach_the_run_and_what_is_set_comes_first(home, monkeypatch):
+    for name, value in {"RUN_GROUP": "night", "NOTES": "why", "JOB_TYPE": "eval", "MODE": "offline"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    entries = []
+    for settings in (tracked(), tracked(group="set", notes="typed")):
+        tracker = make_trackers(settings)
+        tracker.begin(settings, home, {"command": "python train.py"}, "transformers")
+        run = tracker.trackers[0].run
+        entries.append((run.group, run.notes, run.job_type))
+        tracker.finish("finished", {})
+    assert entries == [("night", "why", "eval"), ("set", "typed", "eval")]
 
 
 def test_a_proxy_before_the_server_is_what_has_to_take_the_connection(monkeypatch):
@@ -178,7 +205,7 @@ def test_an_online_run_that_cannot_begin_leaves_an_offline_record(home, monkeypa
     server.server_close()
     assert tracker.state()["mode"] == "offline" and "it goes on offline" in caplog.text
     (folder,) = home.glob("wandb/offline-run-*")
-    assert [line["loss"] for line in read_back(folder)] == [2.5]
+    assert [line["train/loss"] for line in read_back(folder)] == [2.5]
 
 
 def test_a_wandb_that_dies_in_the_middle_goes_on_offline(home, monkeypatch, caplog):
@@ -200,9 +227,27 @@ def test_a_wandb_that_dies_in_the_middle_goes_on_offline(home, monkeypatch, capl
     assert "it goes on offline" in caplog.text
     (second,) = home.glob("wandb/offline-run-*")
     lines = read_back(second)
-    assert lines[-2]["loss"] == 2.0 and lines[-2]["step"] == 4 and lines[-1]["_step"] == lines[-2]["_step"] + 1
+    assert (
+        lines[-2]["train/loss"] == 2.0 and lines[-2]["train/global_step"] == 4 and lines[-1]["_step"] == lines[-2]["_step"] + 1
+    )
     (table,) = second.glob("files/media/table/*.json")
     assert [row[2:4] for row in json.loads(table.read_text(encoding="utf-8"))["data"]] == [["base", "base"], ["base", "later"]]
+
+
+def test_a_wandb_that_dies_while_the_model_is_loaded_goes_on_offline_with_what_is_known_then(home, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = make_trackers(tracked())
+    tracker.begin(tracked(), home, {"name": "n"}, "transformers")
+    first = tracker.trackers[0].run
+
+    def broken(*given, **named):
+        raise RuntimeError("the service is gone")
+
+    monkeypatch.setattr(type(first.config), "update", broken)
+    tracker.describe({"parameters": 7})
+    monkeypatch.undo()
+    assert tracker.trackers[0].run is not first and tracker.trackers[0].run.config["parameters"] == 7
+    tracker.finish("finished", {})
 
 
 def test_none_asks_wandb_for_nothing(monkeypatch):
@@ -215,7 +260,7 @@ def test_none_asks_wandb_for_nothing(monkeypatch):
     assert found.lines[0].text == "the run folder alone"
 
 
-VERBS = ("start", "log", "log_samples", "finish", "state")
+VERBS = ("describe", "start", "log", "log_samples", "finish", "state")
 
 
 class Lines:
@@ -232,6 +277,9 @@ class Lines:
     def start(self, settings, folder, name, tags, before):
         self._note("start", name, before)
 
+    def describe(self, facts):
+        self._note("describe", facts)
+
     def log(self, metrics):
         self._note("log", dict(metrics))
         metrics.clear()  # it is the tracker's own copy
@@ -239,7 +287,7 @@ class Lines:
     def log_samples(self, lines, earlier):
         self._note("log_samples", len(lines), len(earlier))
 
-    def finish(self, status, metrics):
+    def finish(self, status, metrics, reason):
         self._note("finish", status)
 
     def state(self):
@@ -252,6 +300,7 @@ class Lines:
 def test_a_tracker_that_raises_is_left_out_with_one_warning_and_harms_no_other(verb, order, caplog):
     good, broken = Lines("good"), Lines("broken", verb)
     both = Trackers([good, broken] if order == "after" else [broken, good])
+    both.describe({})
     both.start(Settings(), Path(), "run", ["tiny"])
     line = {"step": 1, "loss": 2.0}
     for _ in range(2):
@@ -261,7 +310,16 @@ def test_a_tracker_that_raises_is_left_out_with_one_warning_and_harms_no_other(v
     facts = both.state()
     both.finish("finished", {"loss": 2.0})
     assert line == {"step": 1, "loss": 2.0}
-    assert [call[0] for call in good.told] == ["start", "log", "log_samples", "log", "log_samples", "state", "finish"]
+    assert [call[0] for call in good.told] == [
+        "describe",
+        "start",
+        "log",
+        "log_samples",
+        "log",
+        "log_samples",
+        "state",
+        "finish",
+    ]
     (warning,) = [r.getMessage() for r in caplog.records]
     assert warning.startswith("tracking=broken could not ") and f"({verb} is broken)" in warning
     calls = [call[0] for call in broken.told if call[0] != "state"]
@@ -300,7 +358,7 @@ def test_wandbs_facts_stand_in_run_json_as_they_always_did(home, monkeypatch):
         tracker = make_trackers(tracked())
         tracker.start(tracked(), folder, "n", [], before)
         facts = tracker.state()
-        assert set(facts) == {"mode", "url", "sync", "id", "project", "entity", "lines"}
+        assert set(facts) == {"mode", "url", "sync", "id", "project", "entity", "group", "lines"}
         assert facts["lines"] == 2 * session * (session + 1) // 2, "and no session's lines lie over another's"
         for step in (1, 2):
             append_jsonl(folder / "metrics.jsonl", {"step": step})
@@ -313,3 +371,29 @@ def test_wandbs_facts_stand_in_run_json_as_they_always_did(home, monkeypatch):
 def test_a_child_does_not_look_for_the_service_of_its_parent(monkeypatch):
     monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/tmp/gone/socket")
     assert "WANDB_SERVICE" not in child_environment() and child_environment(WANDB_SERVICE="x")["WANDB_SERVICE"] == "x"
+
+
+def test_an_adapter_is_not_sent_where_there_is_none_and_a_folder_from_elsewhere_does_not_decide_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+    (problem,) = check_settings(make_settings("lora=none", "trainer.learning_rate=1e-5", "tracking.log_adapter=true"))
+    assert problem.fix == "tracking.log_adapter=false"
+    assert check_settings(make_settings("tracking.log_adapter=true")) == []
+    sending = tracked(log_adapter=True)
+    (problem,) = check_destinations(sending, {"destinations_mark": mark(tracked())}, [], "resume=outputs/r")
+    assert "resume=outputs/r tracking.log_adapter=true" in problem.fix
+    assert check_destinations(sending, {"destinations_mark": mark(sending)}, [], "resume=outputs/r") == []
+    (warning,) = warnings_for(make_settings("tracking=none", "tracking.log_adapter=true"))
+    assert warning == "tracking.log_adapter=true is ignored: tracking=none."
+
+
+@pytest.mark.parametrize("words, fix", [
+    (["tracking.entity=team/proj"], "tracking.entity=team tracking.project=proj"),
+    (['tracking.entity="a b/c"'], "tracking.entity=a-b-c"),
+    ([f"tracking.name={'n' * 129}"], f"tracking.name={'n' * 128}"),
+    ([f"tracking.group={'g' * 129}"], f"tracking.group={'g' * 128}"),
+    ([f"tracking.tags=[ok,{'t' * 65}]"], f"'tracking.tags=[ok,{'t' * 64}]'"),
+])  # fmt: skip
+def test_a_name_that_wandb_refuses_is_refused_with_what_can_be_typed(words, fix):
+    (problem,) = check_settings(make_settings(*words))
+    assert problem.fix == fix
+    assert check_settings(make_settings(*shlex.split(fix))) == []

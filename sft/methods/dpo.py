@@ -1,0 +1,287 @@
+"""Direct preference optimisation (Rafailov and others, arXiv 2305.18290): of two answers to a prompt the chosen one becomes
+likelier than the rejected, measured against the weights the run begins with.
+
+The reference's log probabilities are computed once, before anything is trained: no second model, no second pass at every step.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from sft.config.method import DPO
+from sft.config.schema import MethodSettings, PreferenceLoss
+from sft.data.collators import PaddingFreeCollator, cut
+from sft.data.token_cache import token_counts
+from sft.data.tokenize import IGNORED
+from sft.distributed import strategy
+from sft.methods import sft
+from sft.methods.arguments import training_arguments
+from sft.model import warm_cache
+from sft.training import acceleration, metrics, samplers
+from sft.training.context import RunContext
+from sft.training.trainer import Loop, ResumableTrainer
+
+log = logging.getLogger(__name__)
+
+SHOWN = ("accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
+"""What is logged of pairs: means over pairs. `accuracy` counts a tie half; `margin` and `reward_*` are times `beta`."""
+
+
+# ------------------------------------------------------------------------------------------------------- the loss
+
+
+def pair_losses(policy: Any, reference: Any, lengths: Any, method: MethodSettings) -> Any:
+    """The loss of each pair, [pairs]. `policy`, `reference` and `lengths` are [pairs, 2]: the summed log probability of the
+    chosen and of the rejected answer, and their target tokens. Formulas and names are those of TRL's DPOTrainer.
+    """
+    import torch
+    from torch.nn.functional import logsigmoid
+
+    beta, smoothing, kind = method.beta, method.label_smoothing, method.loss_type
+    ratios = policy - reference
+    if kind in (PreferenceLoss.ipo, PreferenceLoss.sigmoid_norm):
+        ratios = ratios / lengths
+    delta = ratios[:, 0] - ratios[:, 1]
+    if kind in (PreferenceLoss.sigmoid, PreferenceLoss.sigmoid_norm):
+        return -logsigmoid(beta * delta)
+    if kind == PreferenceLoss.hinge:
+        return torch.relu(1 - beta * delta)
+    if kind == PreferenceLoss.ipo:
+        return (delta - 1 / (2 * beta)) ** 2
+    if kind == PreferenceLoss.robust:
+        flipped = smoothing * logsigmoid(-beta * delta)
+        return (-(1 - smoothing) * logsigmoid(beta * delta) + flipped) / (1 - 2 * smoothing)
+    return 1 - torch.sigmoid(beta * ratios[:, 0]) + torch.sigmoid(beta * ratios[:, 1])
+
+
+def pair_facts(policy: Any, reference: Any, losses: Any, beta: float) -> Any:
+    """The sums over pairs of the loss and of SHOWN, one vector in float64."""
+    import torch
+
+    rewards = beta * (policy - reference)
+    margin = rewards[:, 0] - rewards[:, 1]
+    right = (margin > 0).double() + 0.5 * (margin == 0).double()
+    columns = [losses, right, margin, rewards[:, 0], rewards[:, 1], policy[:, 0], policy[:, 1]]
+    return torch.stack([column.detach().double().sum() for column in columns])
+
+
+# ---------------------------------------------------------------------------------------------------- micro-batches
+
+
+@dataclass
+class PairCollator:
+    """A micro-batch of pairs: the two answers of each as rows one after the other, by another collator."""
+
+    rows: Any
+    """PaddingFreeCollator, or `padded`."""
+
+    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+        """`pairs` hold DPO's columns and, but for the reference pass, `reference`: two numbers. Adds to the rows' batch
+        `target_counts`, the targets of each row, and `reference` [pairs, 2].
+        """
+        import torch
+
+        rows = [row for pair in pairs for row in _answers(pair)]
+        batch = self.rows(rows)
+        batch["target_counts"] = [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
+        if "reference" in pairs[0]:
+            batch["reference"] = torch.tensor([pair["reference"] for pair in pairs], dtype=torch.float32)
+        return batch
+
+
+def _answers(pair: dict[str, Any]) -> list[dict[str, Any]]:
+    rejected = {"input_ids": pair["rejected_ids"], "labels": pair["rejected_labels"]}
+    return [{"input_ids": pair["input_ids"], "labels": pair["labels"]}, rejected]
+
+
+def padded(pad_token_id: int) -> Any:
+    """A collator that pads rows on the right."""
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        longest = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), longest), pad_token_id)
+        labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            n = len(row["input_ids"])
+            ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), 1
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+    return collate
+
+
+def log_probs(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
+    """(summed log probability, target tokens) of each answer of a micro-batch, both [pairs, 2], with gradients."""
+    import torch
+
+    counts = batch["target_counts"]
+    inputs = {key: value for key, value in batch.items() if key not in ("target_counts", "reference")}
+    if "target_positions" in inputs:
+        found = model(**inputs, log_probs=True).logits
+    else:
+        labels = inputs.pop("labels")[:, 1:]
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        wanted = labels != IGNORED
+        found = torch.log_softmax(logits[wanted].float(), -1).gather(1, labels[wanted][:, None])[:, 0]
+    sums = torch.stack([part.sum() for part in torch.split(found, counts)]).view(-1, 2)
+    return sums, torch.tensor(counts, device=sums.device, dtype=sums.dtype).view(-1, 2)
+
+
+def reference_log_probs(ctx: RunContext, trainer: Any, dataset: Any) -> list[list[float]]:
+    """The summed log probabilities of both answers of each pair by the weights that the run begins with, [pairs, 2].
+
+    It is called before anything is trained or a checkpoint is read: a fresh adapter adds nothing, one of `lora.start_from` is
+    part of what the run begins with.
+    """
+
+    import torch
+
+    model, collate, found = trainer.model, trainer.data_collator, []
+    rows = ctx.settings.trainer.per_device_train_batch_size
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), trainer.compute_loss_context_manager(), acceleration.evaluating(model, trainer.plan):
+        for at in range(0, len(dataset), rows):
+            ctx.stop.check()
+            batch = collate(list(dataset.select(range(at, min(at + rows, len(dataset))))))
+            batch = {key: x.to(model.device) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
+            found += log_probs(model, batch)[0].tolist()
+    model.train(was_training)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the trainer
+
+
+def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
+    """A trainer over the pairs of `ctx.prepared`; it goes on from `loop.checkpoint` if there is one.
+
+    The loss of a step is the mean over its pairs, in however many micro-batches.
+    """
+    import torch
+    import transformers
+
+    settings, data, tokenizer, method = ctx.settings, ctx.prepared, ctx.tokenizer, ctx.settings.method
+    plan = acceleration.settle(model, settings, data, tokenizer.pad_token_id, ctx.plan)
+
+    class Trainer(ResumableTrainer, transformers.Trainer):
+        """Counts pairs, where transformers counts target tokens, and evaluates to means over pairs."""
+
+        shown, cut = SHOWN, staticmethod(cut_pairs)
+        pairs_seen, facts_seen = 0, 0.0
+        """Pairs since the last log line, and their `pair_facts`."""
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            self.tokens_seen = self.tokens_seen + metrics.count_tokens(inputs)
+            return super().training_step(model, inputs, *args, **kwargs)
+
+        def get_batch_samples(self, *args, **kwargs):
+            batches, _ = super().get_batch_samples(*args, **kwargs)
+            return batches, sum(len(batch["target_counts"]) // 2 for batch in batches)
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            policy, lengths = log_probs(model, inputs)
+            losses = pair_losses(policy, inputs["reference"], lengths, method)
+            if method.sft_weight:
+                losses = losses - method.sft_weight * policy[:, 0] / lengths[:, 0]
+            facts = pair_facts(policy, inputs["reference"], losses, method.beta)
+            if not model.training:
+                return losses.sum(), facts
+            self.pairs_seen, self.facts_seen = self.pairs_seen + len(losses), self.facts_seen + facts
+            return losses.sum() / (num_items_in_batch or len(losses))
+
+        def floating_point_ops(self, inputs):
+            return 0
+
+        def prediction_step(self, model, inputs, *args, **kwargs):
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, facts = self.compute_loss(model, inputs)
+            self.eval_facts, self.eval_pairs = self.eval_facts + facts, self.eval_pairs + len(inputs["reference"])
+            return loss / len(inputs["reference"]), None, None
+
+        def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+            self.eval_facts, self.eval_pairs = 0.0, 0
+            with acceleration.evaluating(self.model, plan):
+                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            names, means = ("loss", *SHOWN), (self.eval_facts / self.eval_pairs).tolist()
+            output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in zip(names, means, strict=True)})
+            return output
+
+        def take_line(self, *args, **kwargs):
+            super().take_line(*args, **kwargs)
+            self.line.numbers["facts"] = (self.facts_seen / self.pairs_seen).to("cpu", non_blocking=True)
+            self.pairs_seen, self.facts_seen = 0, 0.0
+
+        def log(self, logs, *args, **kwargs):
+            if "loss" in logs and self.written is not None:
+                _, *means = self.written.numbers["facts"].tolist()
+                logs |= dict(zip(SHOWN, means, strict=True))
+            super().log(logs, *args, **kwargs)
+
+        def components(self):
+            return super().components() | {"pairs": _PairsSeen(self)}
+
+        def _get_train_sampler(self, train_dataset=None):
+            sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
+            if not plan.padding_free or settings.trainer.gradient_accumulation_steps == 1:
+                return sampler
+            ordered, micro_batches = (
+                samplers.settle_order(sampler, len(data.train)),
+                settings.trainer.gradient_accumulation_steps,
+            )
+            return samplers.TokenBalancedSampler(ordered, token_counts(data.train).tolist(), rows, micro_batches)
+
+    args = training_arguments(settings, loop.folder, data.eval is not None, plan)
+    strategy.settle_device(args)
+    splits = {"train": data.train} | ({"eval": data.eval} if data.eval is not None else {})
+    splits = {name: split.select_columns(list(DPO.columns)) for name, split in splits.items()}
+    longest = int(max(max(len(row["input_ids"]), len(row["rejected_ids"])) for split in splits.values() for row in split))
+    rows = PaddingFreeCollator(tokenizer.pad_token_id, longest) if plan.padding_free else padded(tokenizer.pad_token_id)
+    trainer = Trainer(model=model, args=args, data_collator=PairCollator(rows), train_dataset=splits["train"],
+                      eval_dataset=splits.get("eval"), processing_class=tokenizer)  # fmt: skip
+    strategy.settle_accelerator(trainer.accelerator)
+    trainer.plan, trainer.padding_free_collator = plan, rows if plan.padding_free else None
+    trainer.model_accepts_loss_kwargs = True  # so that transformers does not divide by the micro-batches once more
+    sft.watch(trainer, ctx, loop)
+    what = [data.facts["data_hash"], {name: len(split) for name, split in splits.items()}, plan.padding_free]
+    with ctx.record.timed("reference"):
+        known = warm_cache.of_base("reference", model, settings, what, lambda: {
+            name: reference_log_probs(ctx, trainer, split) for name, split in splits.items()})  # fmt: skip
+    splits = {name: split.add_column("reference", known[name]) for name, split in splits.items()}
+    trainer.train_dataset, trainer.eval_dataset = splits["train"], splits.get("eval")
+    return trainer
+
+
+class _PairsSeen:
+    """What a trainer has seen of pairs since the last log line, as a component of a checkpoint."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Pairs and the sums of their facts."""
+        facts = self.trainer.facts_seen
+        return {"pairs": self.trainer.pairs_seen, "facts": facts if isinstance(facts, float) else facts.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on summing from a checkpoint."""
+        import torch
+
+        device, facts = self.trainer.args.device, state["facts"]
+        self.trainer.pairs_seen = state["pairs"]
+        self.trainer.facts_seen = facts if isinstance(facts, float) else torch.tensor(facts, dtype=torch.float64, device=device)
+
+
+def cut_pairs(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pairs of a micro-batch, each with its reference: what PairCollator makes one of."""
+    rows, pairs = cut(inputs), []
+    for chosen, rejected, reference in zip(rows[::2], rows[1::2], inputs["reference"].tolist(), strict=True):
+        pair = {"rejected_ids": rejected["input_ids"], "rejected_labels": rejected["labels"], "reference": reference}
+        pairs.append(chosen | pair)
+    return pairs
+
+
+held_out_loss = sft.held_out_loss
+"""Exports are compared on the chosen answers of the held-out pairs."""

@@ -1,0 +1,82 @@
+"""Runs of method=dpo: they lower their loss, go on bit for bit after a cut, export what was trained, share their reference."""
+
+import json
+
+import pytest
+
+from sft.run import run
+from sft.signals import StopRequest
+from tests.conftest import make_settings
+from tests.faults.fault_campaign import compare
+
+PAIRS = [{"prompt": f"Say {n}.", "chosen": f"{n} it is.", "rejected": f"No to {n}!"} for n in range(20)]
+
+
+@pytest.fixture
+def settings(tmp_path):
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(PAIRS), encoding="utf-8")
+    fixed = ("method=dpo", "dataset=local", f"dataset.path={path}", "dataset.eval_fraction=0.2", "model=tiny_random",
+             "tracking=none", "trainer.max_steps=6",
+             "trainer.learning_rate=1e-2", "trainer.effective_batch_size=4", "trainer.eval_steps=3",
+             "trainer.save_steps=2", "samples.num_held_out=1", "samples.max_new_tokens=4")  # fmt: skip
+    return lambda *more: make_settings(*fixed, *more)
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_pairs_begin_as_ties_and_come_apart(settings, tmp_path):
+    result = run(settings("export.formats=[merged_16bit]"), tmp_path / "run")
+    assert (result.status, result.exit_code) == ("finished", 0)
+    found = lines(tmp_path / "run")
+    first = found[0]
+    assert first["eval_loss"] == pytest.approx(0.693147, abs=1e-5) and first["eval_accuracy"] == 0.5
+    last = [line for line in found if "eval_loss" in line][-1]
+    assert last["eval_loss"] < first["eval_loss"] and last["eval_margin"] > 0
+    assert {"accuracy", "margin", "logp_chosen", "logp_rejected"} <= next(line for line in found if "loss" in line).keys()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["settings"]["method"]["name"] == "dpo" and record["metrics"]["eval_accuracy"] == last["eval_accuracy"]
+    artifacts = json.loads((tmp_path / "run" / "export" / "verify.json").read_text())["artifacts"]
+    assert {name: found["status"] for name, found in artifacts.items()} == dict.fromkeys(("adapter", "merged_16bit"), "ok")
+
+
+@pytest.mark.parametrize("more", [(), ("lora=none", "trainer.learning_rate=1e-3"), ("trainer.padding_free=false",)])
+def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(settings, tmp_path, monkeypatch, more):
+    chosen = settings("trainer.logging_steps=4", *more)  # a line that takes in steps from before and after the cut
+    assert run(chosen, tmp_path / "whole").status == "finished"
+
+    def stop_at_2(self):
+        self.signal = self.signal or ("SIGTERM" if (tmp_path / "cut" / "checkpoints" / "checkpoint-2").exists() else None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "agree", stop_at_2)
+        assert run(chosen, tmp_path / "cut").status == "stopped"
+    assert run(chosen, tmp_path / "cut").status == "finished"
+    assert compare(tmp_path / "whole", tmp_path / "cut") == []
+
+
+def test_a_sweep_over_beta_computes_its_reference_once(settings, tmp_path, monkeypatch):
+    from sft.model import warm_cache
+
+    warm_cache.keep(True)
+    try:
+        before = warm_cache.loads["reference"]
+        for beta in (0.05, 0.3):
+            assert run(settings(f"method.beta={beta}"), tmp_path / str(beta)).status == "finished"
+            warm_cache.release()
+        assert warm_cache.loads["reference"] == before + 1
+    finally:
+        warm_cache.keep(False)
+
+
+def test_preferences_on_an_adapter_begin_as_ties_with_what_it_says(settings, tmp_path):
+    """The reference is the model with the adapter that the run begins with, not the model without it."""
+    first = run(settings(), tmp_path / "first")
+    assert first.status == "finished"
+    chosen = settings(f"lora.start_from={tmp_path / 'first'}", "trainer.learning_rate=1e-9")
+    assert run(chosen, tmp_path / "second").status == "finished"
+    begin, end = lines(tmp_path / "second")[0], [line for line in lines(tmp_path / "first") if "eval_loss" in line][-1]
+    assert begin["eval_loss"] == pytest.approx(0.693147, abs=1e-5) and begin["eval_margin"] == pytest.approx(0, abs=1e-6)
+    assert begin["eval_logp_chosen"] == pytest.approx(end["eval_logp_chosen"], rel=1e-4)
