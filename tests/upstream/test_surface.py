@@ -124,6 +124,12 @@ SURFACE = {
     "huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY": "value",
     # Hydra and its plugins
     "hydra._internal.utils.get_args_parser": "()",
+    "hydra._internal.utils.create_config_search_path": "(search_path_dir)",
+    "hydra._internal.config_repository.IConfigRepository": "()",
+    "hydra._internal.hydra.Hydra": "(task_name, config_loader)",
+    "hydra._internal.hydra.Hydra.create_main_hydra2": "(task_name, config_search_path)",
+    "hydra._internal.config_loader_impl.ConfigLoaderImpl._parse_overrides_and_create_caching_repo": "(self, config_name, "
+    "overrides)",
     "argparse.ArgumentParser.error": "(self, message)",
     "hydra._internal.config_loader_impl.get_overrides_dirname": "(overrides, exclude_keys, item_sep, kv_sep)",
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper": "(max_batch_size, params)",
