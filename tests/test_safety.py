@@ -150,6 +150,15 @@ def test_a_model_that_is_only_a_pickle_is_refused(folder, marker):
     assert not marker.exists()
 
 
+def test_a_folder_with_the_number_of_an_http_error_in_its_name_is_not_taken_for_a_gated_model(folder, marker, tmp_path):
+    named = folder.rename(tmp_path / "step-403")
+    for file in named.glob("*.safetensors"):
+        file.unlink()
+    write_pickle(named / "pytorch_model.bin", marker)
+    with pytest.raises(Refusal, match="no weights as safetensors"):
+        loading.load_model(settings_of(named), Plan())
+
+
 def test_a_pickle_beside_safetensors_is_left_alone(folder, marker):
     write_pickle(folder / "pytorch_model.bin", marker)
     assert not check_settings(settings_of(folder), hardware=False)

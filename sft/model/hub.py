@@ -102,7 +102,8 @@ def _load_failed(model: ModelSettings, error: OSError | ValueError):
     what = f"model.name={model.name}"
     if is_page(error):  # its text names the file that was asked for
         return hub_unreachable(what, error, "model.name=/path/to/the/model")
-    if "gated" in text.lower() or "401" in text or "403" in text:
+    remote = not Path(model.name).expanduser().is_dir()  # whose name may hold any number
+    if remote and ("gated" in text.lower() or "401" in text or "403" in text):
         fix = f"accept its licence at https://huggingface.co/{model.name}, then: hf auth login   or set HF_TOKEN"
         return refuse(what, "The model is gated or private, and this machine has no access to it.", fix)
     if "safetensors" in text:
