@@ -223,7 +223,7 @@ def hostile_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("template", ["chat", "alpaca"])
 def test_the_preview_of_hostile_rows_is_plain(hostile_file, template, loaded_tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda model: loaded_tokenizer)
+    monkeypatch.setattr(tokenizer, "load_tokenizer", lambda *given: loaded_tokenizer)
     hostile_file.template = template
     preview.show(Settings(dataset=hostile_file))
     out = capsys.readouterr().out
