@@ -262,7 +262,14 @@ def test_shards_that_are_links_to_nothing_or_damaged_are_named(shards):
 
 
 def test_a_folder_that_cannot_be_listed_is_refused(shards, monkeypatch):
-    monkeypatch.setattr(Path, "iterdir", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    listed = Path.iterdir
+
+    def iterdir(path):
+        if path.name == "shards":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
     problem = problem_of("dataset.path=shards")
     assert "Permission denied" in problem.why and problem.fix == "chmod u+rx shards"
 

@@ -163,7 +163,7 @@ def test_a_step_that_cannot_be_shared_out_is_refused(options, processes, fix):
             ["distributed=fsdp", "distributed.num_processes=2", "model.backend=unsloth"],
             "distributed.strategy=fsdp model.backend=unsloth",
         ),
-        (["distributed.num_processes=2", "trainer.extra.dataloader_drop_last=true"], "trainer.extra.dataloader_drop_last=True"),
+        (["distributed.num_processes=2", "trainer.extra.dataloader_drop_last=true"], "trainer.extra.dataloader_drop_last=true"),
         (["trainer.extra.fsdp=full_shard"], "trainer.extra.fsdp=full_shard"),
     ],
 )
