@@ -13,11 +13,11 @@ from sft.data.prepare import readable
 from sft.data.templates import render_chat, render_row
 from sft.data.tokenize import IGNORED, count_not_restored, encode
 from sft.errors import Refusal
-from sft.storage.cache import cache_dir
+from tests.conftest import USERS_CACHE
 from tests.data.miniatures import TOOL, assistant, user
 from tests.fetch_tokenizers import FAMILIES
 
-FOLDER = cache_dir() / "tokenizers"
+FOLDER = USERS_CACHE / "tokenizers"
 
 
 @functools.cache
