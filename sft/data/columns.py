@@ -44,7 +44,7 @@ WEIGHTS = ("weight", "train", "training", "loss", "loss_mask", "trainable")
 PASSED = ("name", "tool_call_id")
 
 # Columns that say of a whole row, or of each of its answers or turns in a list, whether it is trained on.
-ROW_WEIGHTS = ("weight", "weights", "loss_mask", "trainable")
+WEIGHT_COLUMNS = {"weight", "weights", "loss_mask", "trainable"}
 
 # Columns that carry meaning, under the names that public data sets give them, by the role that takes it.
 MEANINGS = {
@@ -309,10 +309,8 @@ def row_is_read(row: dict, data: DatasetSettings) -> bool:
 def _row_weights(row: dict, data: DatasetSettings) -> list[tuple[str, Any]]:
     """(column, weight) of the columns that weigh a row: 0, 1, or a list of these. Raises ValueError for another weight."""
     found = []
-    for name in ROW_WEIGHTS:
-        value = row.get(name)
-        if value is None:
-            continue
+    for name in WEIGHT_COLUMNS & row.keys():
+        value = row[name]
         if name in data.ignore_columns or not holds_something(value):
             continue
         value = value if _parsed_or_none(value) is None else _parsed_or_none(value)  # in CSV files all is text
@@ -353,7 +351,7 @@ def sort_columns(names: set[str], data: DatasetSettings, shape: Shape, template:
             fix = typed("dataset.ignore_columns", [name for name in data.ignore_columns if name != column]) + "   uses it"
             fix += f"\ndataset.columns.{role}=null   leaves it out" if role in layout.optional else ""
             raise refuse(f"dataset.ignore_columns=[{column}]", why, fix)
-    used = {getattr(columns, role) for role in roles} | {*data.keep, *data.drop, *ROW_WEIGHTS}
+    used = {getattr(columns, role) for role in roles} | {*data.keep, *data.drop, *WEIGHT_COLUMNS}
     if template not in ("chat", "plain"):
         used |= {*names_in(template), columns.history, columns.tools}  # which a template text refuses by itself
     unused = sorted(name for name in names if name not in used and name not in data.ignore_columns)

@@ -248,7 +248,9 @@ def render_chat(
         if i == len(turns):
             break
         turn, head = turns[i], heads[i]
-        content = next((c for c in _as_written(turn, head) if text.startswith(c + after, at)), None)
+        content = turn.content[len(head) :]
+        if not text.startswith(content + after, at):
+            content = next((c for c in _as_written(turn, content) if text.startswith(c + after, at)), None)
         if content is None:
             raise _unfit_template(turns, [turn])
         start, at = at, at + len(content)
@@ -294,10 +296,9 @@ def _frame(turns: list[Turn], heads: list[str], tokenizer, tools: list[dict] | N
     return re.split("\ue000\\d+\ue001", marked), order, silent
 
 
-def _as_written(turn: Turn, head: str) -> list[str]:
-    """A turn's content as templates write it: as it is, or without the white space around it; a result also as JSON."""
-    content = turn.content[len(head) :]
-    written = [content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"), content.lstrip("\n")]
+def _as_written(turn: Turn, content: str) -> list[str]:
+    """A turn's content as templates may write it: without the white space around it; a result also as JSON."""
+    written = [content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"), content.lstrip("\n")]
     return [*written, json.dumps(turn.content, ensure_ascii=False)[1:-1]] if turn.role == "tool" else written
 
 
@@ -372,7 +373,7 @@ def _render_calls(turns: list[Turn], tokenizer, tools: list[dict] | None) -> tup
     A null content beside calls stays null and arguments stay an object, unless the template leaves calls out, fails, or writes
     the word None: then the content is blank, or the arguments are JSON text.
     """
-    names = [call["function"]["name"] for turn in turns for call in turn.extra.get("tool_calls", [])]
+    names = [call["function"]["name"] for turn in turns if turn.extra for call in turn.extra.get("tool_calls", [])]
     if not names:
         return turns, _apply_template(turns, tokenizer, tools)
     texts: list[tuple[int, list[Turn], str]] = []

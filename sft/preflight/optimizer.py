@@ -54,6 +54,7 @@ def _check_optim(settings: Settings, stub: Any) -> list[Problem]:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, stub)
         weights = next((options.pop(key) for key in ("params", "model", "optimizer_dict") if key in options), stub.parameters())
         kind(weights, **options)
+    # Each of them is what transformers or an optimiser's own constructor raises for an option or a package that is not there.
     except (ImportError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
         why = first_line(error)
         if "No target modules found" in why:  # in this layer
