@@ -206,7 +206,8 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
 
     stats, limit = SplitStats(), settings.model.max_seq_length
     numbers, lists = pa.list_(pa.int32()), METHODS[settings.method.name.value].columns
-    schema = pa.schema([*((name, numbers) for name in lists), ("prompt_length", pa.int32()),
+    pairs = [("shared_length", pa.int32())] if settings.method.name == MethodName.dpo else []
+    schema = pa.schema([*((name, numbers) for name in lists), *pairs, ("prompt_length", pa.int32()),
                         ("question", pa.string()), ("reference", pa.string()), ("row", pa.int64())])  # fmt: skip
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while batch := list(itertools.islice(entries, BATCH)):
