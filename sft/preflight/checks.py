@@ -144,7 +144,9 @@ def check_ids(found: Found, settings: Settings) -> None:
         highest = pc.max(pc.list_flatten(split.data.column("input_ids"))).as_py()
         if highest >= rows:
             row = next(r for r in split if max(r["input_ids"]) == highest)["row"]
-            what = f"row {row} of the data: the token {tokenizer.convert_ids_to_tokens(highest)!r}, id {highest}"
+            where = f"held-out row {row} of {found.prepared.facts.get('eval_source', 'the data')}"
+            where = f"row {row} of the data" if split is found.prepared.train else where
+            what = f"{where}: the token {tokenizer.convert_ids_to_tokens(highest)!r}, id {highest}"
             found.refuse("Data", [Problem(what, f"The model's embeddings have no row for it: {config}.", fix)])
             return
     beyond = sorted(i for i in tokenizer.get_vocab().values() if i >= rows)
