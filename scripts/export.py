@@ -90,7 +90,8 @@ def read_request(argv: list[str]) -> tuple[Path, Path | None, Settings, bool]:
     if push and not wanted.hub.repo:
         problems.append(Problem("push=true", "It names no repository.", "export.hub.repo=<user>/<name>"))
     if not push and not wanted.formats:
-        problems.append(Problem(" ".join(argv), "It names no format.", "export=merged_16bit, export=gguf or export=all"))
+        fix = "export=merged_16bit   or   export=gguf   or   export=all"
+        problems.append(Problem(" ".join(argv), "It names no format.", fix))
     if not settings.lora.enabled and "adapter" in wanted.formats:
         problems.append(Problem("export.formats: adapter", "This run trained the whole model.", "export=merged_16bit"))
     if weights is None and not (folder / ("adapter" if settings.lora.enabled else "model")).is_dir():

@@ -136,7 +136,8 @@ def push_run(folder: Path, settings: Settings) -> dict[str, Any]:
         if any(n.split("/")[0] == f for n in report.get("artifacts") or {}) and (folder / "export" / f).is_dir()
     ]
     if not made:
-        raise Refusal([Problem(f"run={folder} push=true", "It has no exports yet.", f"run={folder} export=merged_16bit")])
+        fix = f"python scripts/export.py run={folder} export=merged_16bit   makes one"
+        raise Refusal([Problem(f"run={folder} push=true", "It has no exports yet.", fix)])
     settings.export.formats = [f for f in settings.export.formats if f in made] or made
     wanted = settings.export
     problems = hub.check_access(wanted.hub.repo, wanted.formats, wanted.hub.private)

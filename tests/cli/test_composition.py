@@ -21,6 +21,7 @@ from sft.errors import Problem, Refusal
 from sft.sweep import checks, leaderboard, runner
 from sft.sweep.index import SweepIndex
 from tests.conftest import ROOT
+from tests.hints import hints_of
 
 CONF = ROOT / "conf"
 
@@ -246,6 +247,8 @@ def test_a_name_that_is_no_folder_of_one_job_is_refused(monkeypatch, capsys, sub
         ours(monkeypatch, "-m", "lora.r=4", "seed=1,2", "hydra.sweep.dir=s", f"hydra.sweep.subdir={subdir}")
     told = capsys.readouterr().err
     assert end.value.code == 2 and f"hint: {fix}" in told and all(word in told for word in words)
+    for hint in hints_of(Problem("", "", fix)):
+        assert len(ours(monkeypatch, "-m", "lora.r=4", "seed=1,2", "hydra.sweep.dir=t", *hint)) == 2
 
 
 def test_the_names_that_a_sweep_has_by_itself_are_those_of_the_shipped_config():
