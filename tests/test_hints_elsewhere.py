@@ -264,6 +264,9 @@ def of_processes(shared: bool) -> None:
         Path("checkpoint-2/pytorch_model_fsdp.bin").touch()
 
 
+ODD = "a (b)=1"
+"""A name that the shell and Hydra would take apart."""
+
 # name: (what is tried, its command line, what is there beforehand, words of the refusal)
 CASES: dict[str, tuple[Callable, list[str], Callable[[World], object], str]] = {
     "a chat: a misspelt option": (chatting, ["run=outputs/r", "promt=hi"], lambda w: make_run("r"), "A chat takes"),
@@ -364,6 +367,30 @@ CASES: dict[str, tuple[Callable, list[str], Callable[[World], object], str]] = {
         lambda w: make_run("r", "export=adapter", "export.hub.repo=a/b", status="stopped"), "sends what it makes"),
     "another destination for a run that goes on": (
         training, ["resume=outputs/r", "export.hub.repo=me/b"], lambda w: make_run("r", status="stopped"), "sends what it"),
+    "a run of an odd name, misspelt": (
+        chatting, [f"run=outputs/{ODD}s"], lambda w: make_run(ODD), "There is no such folder"),
+    "an odd name: nothing was trained": (
+        chatting, [f"run=outputs/{ODD}"], lambda w: make_run(ODD, status="stopped", kept=None), "Nothing was trained there"),
+    "an odd name: an export of what was not trained": (
+        exporting, [f"run=outputs/{ODD}", "export=adapter"], lambda w: make_run(ODD, status="stopped", kept=None), "not there"),
+    "an odd name: an export of neither run nor checkpoint": (
+        exporting, [f"run=outputs/{ODD}/export/merged_16bit", "export=adapter"],
+        lambda w: (make_run(ODD), make_merged(f"outputs/{ODD}/export/merged_16bit")), "neither a run nor a checkpoint"),
+    "an odd name: a push of nothing": (
+        exporting, [f"run=outputs/{ODD}", "push=true", "export.hub.repo=me/x"], lambda w: make_run(ODD), "no exports yet"),
+    "an odd name: the folder of a finished run": (
+        training, ["model=tiny_random", f'hydra.run.dir="outputs/{ODD}"'], lambda w: make_run(ODD), "it is finished"),
+    "an odd name: the folder of another run": (
+        training, ["model=tiny_random", f'hydra.run.dir="outputs/{ODD}"', "lora.r=3"],
+        lambda w: make_run(ODD, status="stopped"), "its settings are others"),
+    "an odd name: a finished run to resume": (
+        training, [f"resume=outputs/{ODD}"], lambda w: make_run(ODD), "This run is finished"),
+    "an odd name: a finished run of all weights": (
+        training, [f"resume=outputs/{ODD}"],
+        lambda w: (make_run(ODD, "lora=none", kept="model"), make_merged(f"outputs/{ODD}/model")), "This run is finished"),
+    "an odd name: a checkpoint to resume": (
+        training, [f"resume=outputs/{ODD}/checkpoints"],
+        lambda w: (make_run(ODD, status="stopped"), Path(f"outputs/{ODD}/checkpoints").mkdir()), "holds no run.json"),
     "a table without a sweep": (ranking, [], lambda w: None, "no sweep here"),
     "a workspace without a sweep": (looking, [], lambda w: None, "no sweep here"),
     "a workspace without a login": (

@@ -18,7 +18,7 @@ from sft.config.batching import check_batch_plan
 from sft.config.data_rules import check_dataset, shortened, warn_of_paths, why_lost
 from sft.config.eligibility import check_speed
 from sft.config.hardware import gpu_count, gpu_present, is_process_count, one_process, processes_of, resolve_backend
-from sft.config.keys import shown
+from sft.config.keys import shown, typed
 from sft.config.lora_rules import check_lora, model_problem
 from sft.config.method_rules import check_method
 from sft.config.schema import (
@@ -332,7 +332,7 @@ def _check_model(settings: Settings) -> list[Problem]:
         parent = folder.parent if folder.parent.is_dir() else Path(".")
         close = difflib.get_close_matches(folder.name, [p.name for p in parent.iterdir() if p.is_dir()], 1)
         why = "There is no such folder, and a hub id has the form owner/name."
-        fix = f"model.name={parent / close[0]}" if close else "model.name=Qwen/Qwen3-4B-Base   for example"
+        fix = typed("model.name", str(parent / close[0])) if close else "model.name=Qwen/Qwen3-4B-Base   for example"
         problems.append(Problem(f"model.name={model.name}", why, fix))
     return problems
 

@@ -480,9 +480,10 @@ def _decode(raw: bytes, path: Path, line: int = 1) -> str:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line += raw[: error.start].count(b"\n")
-        fix = f"iconv -f GB18030 -t UTF-8 {path} > utf8{path.suffix}   if it was written on a Chinese Windows"
-        with open(path, "rb") as file:
-            first = file.read(2)
+        file = shlex.quote(str(path))
+        fix = f"iconv -f GB18030 -t UTF-8 {file} > utf8{path.suffix}   if it was written on a Chinese Windows"
+        with open(path, "rb") as opened:
+            first = opened.read(2)
         if first in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            fix = f"iconv -f UTF-16 -t UTF-8 {path} > utf8{path.suffix}"
+            fix = f"iconv -f UTF-16 -t UTF-8 {file} > utf8{path.suffix}"
         raise refuse(f"{path}, line {line}", "The file is not UTF-8 text.", fix) from error
