@@ -24,7 +24,6 @@ CASES = [
     ([DPO, "lora.lora_dropout=0.1"], "no dropout"),
     ([DPO, TWO], "in one process"),
     ([DPO, "distributed=fsdp", TWO], "in one process"),
-    ([DPO, "trainer.torch_compile=true"], "not compiled for"),
     (["distributed.num_processes=0"], "at least 1"),
     (["distributed.strategy=fsdp"], "nothing to share"),
     (["distributed=fsdp", "distributed.num_processes=1"], "nothing to share"),
