@@ -80,7 +80,8 @@ def make_sweep(argv: list[str]) -> dict[str, Any]:
         raise refuse(" ".join(words) or "no word", "No setting has several values.", "-m lora.r=8,16   or   sweep=tpe")
     if settings.sweep.paired:
         why = "W&B tries every combination, and cannot keep the values of two settings together."
-        raise refuse("sweep.paired", why, "leave it out   or   python train.py -m ...   without W&B's agents")
+        fix = "sweep.paired=[]   for every combination   or   python train.py -m ...   without W&B's agents"
+        raise refuse("sweep.paired", why, fix)
     if settings.tracking.tracker != TrackerName.wandb:
         raise refuse("tracking=none", "W&B does not hear of jobs that are not tracked there.", "tracking=wandb")
     ranked = facts_of({"settings": jsonable(settings)})

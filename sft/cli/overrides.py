@@ -160,7 +160,11 @@ def _values(override: Override, problems: list[Problem]) -> list[Any] | None:
         return list_values(override)
     except HydraException as error:
         why = f"Its values cannot be listed: {first_line(error)}."
-        problems.append(Problem(one_line(override), why, f"{override.key_or_group}=a,b,c   or range(1,4) or choice(a,b)"))
+        problems.append(
+            Problem(
+                one_line(override), why, f"{override.key_or_group}=<value>,<value>   or range(1,4) or choice(<value>,<value>)"
+            )
+        )
         return None
 
 

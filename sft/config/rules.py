@@ -17,8 +17,8 @@ from sft.config import schema
 from sft.config.batching import check_batch_plan
 from sft.config.data_rules import check_dataset, shortened, warn_of_paths, why_lost
 from sft.config.eligibility import check_speed
-from sft.config.hardware import gpu_count, gpu_present, is_process_count, processes_of, resolve_backend
-from sft.config.keys import shown
+from sft.config.hardware import gpu_count, gpu_present, is_process_count, one_process, processes_of, resolve_backend
+from sft.config.keys import shown, typed
 from sft.config.lora_rules import check_lora, model_problem
 from sft.config.method_rules import check_method
 from sft.config.schema import (
@@ -166,7 +166,8 @@ def _check_distributed(settings: Settings) -> list[Problem]:
         problems.append(Problem(what, why, f"leave it out   or   torchrun --nproc-per-node {wanted} train.py ..."))
     if count == 1 and strategy == Strategy.fsdp and wanted != "auto":  # how many that is, this machine says
         why = "A single process has nothing to share the weights out among."
-        problems.append(Problem("distributed.strategy=fsdp", why, "distributed=none   or   distributed.num_processes=2"))
+        fix = "distributed.strategy=ddp   or   distributed.num_processes=2"
+        problems.append(Problem("distributed.strategy=fsdp", why, fix))
     if strategy == Strategy.fsdp:
         for bits in ("4bit", "8bit"):
             if getattr(settings.model, f"load_in_{bits}"):
@@ -182,7 +183,7 @@ def _check_distributed(settings: Settings) -> list[Problem]:
             Problem(
                 f"trainer.extra.{name}={shown(settings.trainer.extra[name])}",
                 f"The {count} processes would not train on the rows that one process does.",
-                f"leave trainer.extra.{name} out   or   distributed=none",
+                f"leave trainer.extra.{name} out   or   {one_process(settings)}",
             )
             for name in sorted(ONE_PROCESS & set(settings.trainer.extra))
         ]
@@ -331,7 +332,7 @@ def _check_model(settings: Settings) -> list[Problem]:
         parent = folder.parent if folder.parent.is_dir() else Path(".")
         close = difflib.get_close_matches(folder.name, [p.name for p in parent.iterdir() if p.is_dir()], 1)
         why = "There is no such folder, and a hub id has the form owner/name."
-        fix = f"model.name={parent / close[0]}" if close else "model.name=Qwen/Qwen3-4B-Base   for example"
+        fix = typed("model.name", str(parent / close[0])) if close else "model.name=Qwen/Qwen3-4B-Base   for example"
         problems.append(Problem(f"model.name={model.name}", why, fix))
     return problems
 
@@ -550,10 +551,11 @@ def _check_hardware(settings: Settings) -> list[Problem]:
     wanted, here = settings.distributed.num_processes, gpu_count()
     if wanted == "auto" and not gpu:
         why = "auto counts the GPUs, and none is found here."
-        problems.append(Problem("distributed.num_processes=auto", why, "distributed=none   or   distributed.num_processes=2"))
+        fix = f"{one_process(settings)}   or   distributed.num_processes=2"
+        problems.append(Problem("distributed.num_processes=auto", why, fix))
     elif wanted == "auto" and here == 1 and settings.distributed.strategy == Strategy.fsdp:
         why = "One GPU is found here, and a single process has nothing to share the weights out among."
-        problems.append(Problem("distributed.strategy=fsdp", why, "distributed=none"))
+        problems.append(Problem("distributed.strategy=fsdp", why, "distributed.strategy=ddp"))
     if gpu and isinstance(wanted, int) and wanted > here:
         why = f"Each process needs a GPU of its own, and {here} {'is' if here == 1 else 'are'} found here."
         problems.append(Problem(f"distributed.num_processes={wanted}", why, f"distributed.num_processes={here}"))

@@ -32,6 +32,7 @@ from sft.data.audit import (
     holds_targets,
     notes_of,
     quantiles,
+    refuse_faults,
     refuse_nothing_to_learn,
     room_for,
 )
@@ -69,12 +70,14 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
     data = settings.dataset
     held_out = held_out_data(data)
     source = source_of(data)  # files that were read before need not be read again
-    eval_source = source_of(held_out) if held_out else None
+    with _held_out():
+        eval_source = source_of(held_out) if held_out else None
     known = source is not None and (held_out is None or eval_source is not None)
     prepared = read_cache(cache_folder(settings, tokenizer, stop_ids, [source, eval_source])) if known else None
     if prepared is None:
         rows, source = read_rows(data, data.split)
-        eval_rows, eval_source = read_rows(held_out, held_out.split) if held_out else (None, None)
+        with _held_out():
+            eval_rows, eval_source = read_rows(held_out, held_out.split) if held_out else (None, None)
         folder = cache_folder(settings, tokenizer, stop_ids, [source, eval_source])
         with only_one(folder):  # of several processes one tokenises, the others wait for it and read
             prepared = read_cache(folder)
@@ -91,6 +94,16 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
     prepared.facts |= {"files": source["files"]} if "files" in source else {}
     prepared.facts |= {"eval_source": eval_source["name"]} if eval_source else {}
     return prepared
+
+
+@contextlib.contextmanager
+def _held_out() -> Iterator[None]:
+    """Say of what is refused that it is a fault of the held-out rows."""
+    try:
+        yield
+    except Refusal as refusal:
+        prefixes = ["" if p.what.startswith("dataset.eval_") else "the held-out rows: " for p in refusal.problems]
+        raise Refusal([replace(p, what=text + p.what) for text, p in zip(prefixes, refusal.problems, strict=True)]) from refusal
 
 
 def _hash_rows(rows) -> str:
@@ -117,10 +130,11 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     template = choose_template(data, shape, tokenizer)
     counts = {"read": len(rows)}
     train_index, eval_index = select(rows, data, row_seed(settings), counts)
+    held_out_in = eval_source["name"] if eval_source else "the data"
     if eval_rows is None:
         eval_rows = rows
     else:
-        eval_index = choose_indices(eval_rows, data, row_seed(settings))[: data.max_eval_rows]
+        eval_index = choose_indices(eval_rows, data, row_seed(settings), held_out_in)[: data.max_eval_rows]
         counts["read_eval"] = len(eval_rows)
         _check_held_out(eval_rows, _asked_of(eval_rows, data, names), shape, eval_source["name"])
         if not eval_index:
@@ -140,16 +154,16 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     encode = functools.partial(_tokenise_near, tokenizer=tokenizer, limit=settings.model.max_seq_length)
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
     finish = functools.partial(label, bos=bos, eos=tokenizer.eos_token_id, stop_ids=stop_ids)
-    splits, faults = {}, Faults(len(train_index) + len(eval_index))
+    splits, faults = {}, []
     for name, table, index in (("train", rows, train_index), ("eval", eval_rows, eval_index)):
         if index or name == "train":
-            entries = _tokenise(table, index, render, encode, finish, faults)
+            faults.append(Faults(table, len(index), held_out_in if name == "eval" else None))
+            entries = _tokenise(index, render, encode, finish, faults[-1])
             entries = pair_up(entries, counts) if pairs else entries
             splits[name] = _write_split(entries, work / f"{name}.arrow", settings, tokenizer, stop_ids)
+    refuse_faults(faults, data.skip_bad_rows)
     if data.skip_bad_rows:
-        counts["bad_rows"] = faults.count
-    else:
-        faults.refuse()
+        counts["bad_rows"] = sum(one.count for one in faults)
     not_restored = _check_round_trip(splits["train"].texts, tokenizer, settings)
     longer = [f"{s.too_long} of {s.read} {name} rows" for name, s in splits.items() if s.too_long]
     if longer and data.overlong == Overlong.error:
@@ -270,8 +284,11 @@ def _tokenise_near(rendered: list[Rendered], tokenizer, limit: int) -> list[Any]
     return encodings
 
 
-def _tokenise(rows, index: list[int], render, encode, finish, faults: Faults) -> Iterator[dict]:
-    """Entries of the rows of `index`, with their numbers. The next batches are rendered while one is tokenised."""
+def _tokenise(index: list[int], render, encode, finish, faults: Faults) -> Iterator[dict]:
+    """Entries of the rows of `index`, with their numbers; `faults` has the table and gets the rows that cannot be rendered.
+
+    The next batches are rendered while one is tokenised.
+    """
 
     def entries(rendered: list[Rendered], numbers: list[int], encodings: Future) -> Iterator[dict]:
         for i, row, entry in zip(numbers, rendered, finish(rendered, encodings.result()), strict=True):
@@ -281,7 +298,7 @@ def _tokenise(rows, index: list[int], render, encode, finish, faults: Faults) ->
     waiting: deque = deque()
     with ThreadPoolExecutor(1) as pool:
         for at in range(0, len(index), BATCH):
-            rendered, numbers = _render_batch(rows, index[at : at + BATCH], render, at == 0, faults)
+            rendered, numbers = _render_batch(index[at : at + BATCH], render, at == 0, faults)
             waiting.append((rendered, numbers, pool.submit(encode, rendered)))
             if len(waiting) > AHEAD:
                 yield from entries(*waiting.popleft())
@@ -289,7 +306,7 @@ def _tokenise(rows, index: list[int], render, encode, finish, faults: Faults) ->
             yield from entries(*waiting.popleft())
 
 
-def _render_batch(rows, index: list[int], render, first: bool, faults: Faults) -> tuple[list[Rendered], list[int]]:
+def _render_batch(index: list[int], render, first: bool, faults: Faults) -> tuple[list[Rendered], list[int]]:
     """The samples of some rows, and the row of each. The `first` row of all tells what the template takes; later other threads
     work beside this one, and the memory it takes cannot be told.
     """
@@ -299,12 +316,12 @@ def _render_batch(rows, index: list[int], render, first: bool, faults: Faults) -
             begin_row()
             try:
                 with limits.memory_limited() if first and not rendered else contextlib.nullcontext():
-                    samples = render(rows[i])
+                    samples = render(faults.table[i])
                 rendered += samples
                 numbers += [i] * len(samples)
             except limits.OverLimit as error:
                 fix = "model.chat_template=chatml   or remove the row"
-                raise refuse(f"row {i + 1} of the data: its chat template", str(error), fix) from error
+                raise refuse(f"{faults.name(i + 1)}: its chat template", str(error), fix) from error
             except Refusal as refusal:
                 faults.add(i + 1, refusal)
     return rendered, numbers
