@@ -112,11 +112,12 @@ class TrackerName(Enum):
     """Where curves and samples go besides the run folder."""
 
     wandb = "wandb"
+    tensorboard = "tensorboard"
     none = "none"
 
 
 class TrackingMode(Enum):
-    """How W&B is reached."""
+    """How a tracker's server is reached."""
 
     auto = "auto"
     online = "online"
@@ -465,7 +466,9 @@ class TrackingSettings:
     """Where the run is tracked besides its own folder."""
 
     tracker: TrackerName = TrackerName.wandb
-    """`wandb`, or `none` for the run folder alone."""
+    """`wandb`, `tensorboard`, or `none` for the run folder alone."""
+    trackers: list[str] = field(default_factory=list)
+    """Several at once, in place of `tracker`: `[wandb,tensorboard]`."""
     mode: TrackingMode = TrackingMode.auto
     """`auto`: as WANDB_MODE says, else online with an API key and a network, else offline with one line on how to sync.
     `online`, here or in WANDB_MODE: a refusal where that cannot be had."""

@@ -1,11 +1,18 @@
-"""What things are called in Weights & Biases: as transformers' and TRL's own callbacks name them, so that runs share charts.
+"""What things are called in trackers: as transformers' and TRL's own callbacks name them, so that runs share charts.
 
 The keys of metrics.jsonl and run.json are others, and stay.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 from sft.config.method import MethodFacts
+from sft.config.schema import TrackingSettings
+from sft.storage.jsonio import read_lines
+
+PROJECT = "sft"
+"""Where neither `tracking.project` nor a tracker's own settings name one."""
 
 AXIS, TOKENS, HELD_OUT = "train/global_step", "train/num_tokens", "eval/loss"
 
@@ -31,15 +38,43 @@ SAMPLES = {
 """Columns of the table of samples, each from a line of samples.jsonl and the first completion of its prompt."""
 
 
+def group_of(tracking: TrackingSettings) -> str | None:
+    """The group of a run: as set, else the variable by which a sweep names its folder to its jobs, wherever they run."""
+    return tracking.group or os.environ.get("WANDB_RUN_GROUP") or None
+
+
+class Tokens:
+    """Tokens trained on so far, a second axis that every line has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.so_far = folder / "metrics.jsonl", None
+
+    def at(self, metrics: dict[str, Any]) -> int:
+        """Those at this line; before a resume those in metrics.jsonl, which ends at the checkpoint by the first line."""
+        if self.so_far is None:
+            lines = read_lines(self.path) if self.path.is_file() else ()
+            self.so_far = ([0] + [line["tokens"] for line in lines if "tokens" in line])[-1]
+        self.so_far = metrics.get("tokens", self.so_far)
+        return self.so_far
+
+
+def sample_rows(lines: list[dict], earlier: list[dict]) -> list[list[Any]]:
+    """The rows of `lines` in the table of samples; `earlier` may have the first completion of their prompts."""
+    base: dict[int, str] = {}
+    for line in [*earlier, *lines]:
+        base.setdefault(line["index"], line["completion"])
+    return [[cell(line, base[line["index"]]) for cell in SAMPLES.values()] for line in lines]
+
+
 def name_metric(key: str) -> str:
-    """W&B's name of a key of metrics.jsonl."""
+    """A tracker's name of a key of metrics.jsonl."""
     if key in NAMES:
         return NAMES[key]
     return f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
 
 
 def name_metrics(line: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """A line of metrics.jsonl by W&B's names. Each has `tokens`, those trained on so far, as a second axis."""
+    """A line of metrics.jsonl by these names. Each has `tokens`, those trained on so far, as a second axis."""
     return {name_metric(key): value for key, value in {"tokens": tokens, **line}.items()}
 
 

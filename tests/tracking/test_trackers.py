@@ -1,0 +1,82 @@
+"""Which trackers a run has: one by name or several at once, what they need, and what they ignore."""
+
+import sys
+
+import pytest
+
+from sft.cli.check import check_command_line
+from sft.config.rules import check_settings, warnings_for
+from sft.config.schema import TrackerName
+from sft.config.tracking_rules import TAKES, trackers_of
+from sft.errors import Refusal
+from sft.tracking import base
+from tests.conftest import ROOT, make_settings
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """All packages of trackers can be imported, as empty ones where they are not there."""
+    for name in TAKES.keys() - {"wandb"}:
+        (tmp_path / "site" / name).mkdir(parents=True)
+        (tmp_path / "site" / name / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "site")
+
+
+def test_one_is_chosen_by_its_name_and_a_list_comes_in_its_place():
+    assert trackers_of(make_settings().tracking) == ["wandb"]
+    assert trackers_of(make_settings("tracking=none").tracking) == []
+    assert trackers_of(make_settings("tracking=tensorboard").tracking) == ["tensorboard"]
+    several = make_settings("tracking.trackers=[tensorboard,wandb,tensorboard]")
+    assert trackers_of(several.tracking) == ["tensorboard", "wandb"]
+    assert [tracker.name for tracker in base.make_trackers(several).trackers] == ["tensorboard", "wandb"]
+
+
+def test_each_tracker_has_a_file_a_preset_and_a_list_of_settings():
+    for name in TrackerName:
+        if name != TrackerName.none:
+            assert make_settings(f"tracking={name.value}").tracking.tracker == name and name.value in TAKES
+            assert base._module_of(name.value).make_tracker().name == name.value
+
+
+def test_a_preflight_names_each_place(installed, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    said = base.check_tracking(make_settings("tracking.trackers=[wandb,tensorboard]"))
+    assert said.startswith("W&B offline (WANDB_MODE=offline)") and said.endswith("; TensorBoard, files in the run folder")
+
+
+@pytest.mark.parametrize("words, fix", [
+    ("tracking.trackers=[wandb,tensorbord]", "'tracking.trackers=[wandb,tensorboard]'"),
+    ("tracking.trackers=[none,wandb]", "tracking=none   without tracking.trackers"),
+])  # fmt: skip
+def test_a_list_that_holds_something_else_is_refused(installed, words, fix):
+    (problem,) = check_settings(make_settings(words))
+    assert problem.fix == fix
+
+
+def test_a_list_in_the_place_of_a_preset_is_told_the_setting_that_takes_one():
+    with pytest.raises(Refusal) as refused:
+        check_command_line(ROOT / "conf", ["tracking=[wandb,tensorboard]"])
+    assert [problem.fix for problem in refused.value.problems] == ["tracking.trackers=[wandb,tensorboard]"]
+
+
+def test_a_package_that_is_missing_is_refused_with_what_brings_it(tmp_path, monkeypatch):
+    (tmp_path / "tensorboard").mkdir()  # a folder of its name, as in a working folder, is not the package
+    monkeypatch.delitem(sys.modules, "tensorboard", raising=False)
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.setattr("sys.path_importer_cache", {})
+    (problem,) = check_settings(make_settings("tracking.trackers=[wandb,tensorboard]"))
+    assert (
+        problem.what == "tracking.trackers=[wandb,tensorboard]" and problem.why == "The package tensorboard is not installed."
+    )
+    assert problem.fix == 'pip install -e ".[tensorboard]"'
+    assert check_settings(make_settings("tracking=tensorboard"), hardware=False) == [], "an export needs none"
+
+
+def test_what_no_tracker_of_the_run_takes_is_named():
+    words = ("tracking=tensorboard", "tracking.log_adapter=true", "tracking.mode=online")
+    (warning,) = warnings_for(make_settings(*words))
+    assert warning == "tracking.mode=online and tracking.log_adapter=true is ignored: tensorboard has no use for it."
+    assert warnings_for(make_settings(*words, "tracking.trackers=[tensorboard,wandb]")) == []
+    assert warnings_for(make_settings("tracking=tensorboard", "tracking.mode=offline")) == []
+    (warning,) = warnings_for(make_settings("tracking=tensorboard", "tracking.trackers=[wandb]"))
+    assert warning == "tracking=tensorboard is ignored: tracking.trackers=['wandb']."
