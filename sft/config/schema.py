@@ -113,6 +113,7 @@ class TrackerName(Enum):
 
     wandb = "wandb"
     tensorboard = "tensorboard"
+    mlflow = "mlflow"
     none = "none"
 
 
@@ -466,7 +467,7 @@ class TrackingSettings:
     """Where the run is tracked besides its own folder."""
 
     tracker: TrackerName = TrackerName.wandb
-    """`wandb`, `tensorboard`, or `none` for the run folder alone."""
+    """`wandb`, `tensorboard`, `mlflow`, or `none` for the run folder alone."""
     trackers: list[str] = field(default_factory=list)
     """Several at once, in place of `tracker`: `[wandb,tensorboard]`."""
     mode: TrackingMode = TrackingMode.auto

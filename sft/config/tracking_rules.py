@@ -14,6 +14,7 @@ NAME_LENGTH, TAG_LENGTH = 128, 64  # what W&B takes
 TAKES = {
     "wandb": {"mode", "project", "entity", "name", "tags", "group", "notes", "alert", "log_adapter"},
     "tensorboard": {"tags", "notes"},
+    "mlflow": {"mode", "project", "name", "tags", "group", "notes"},
 }
 """Which settings a tracker has a use for."""
 

@@ -3,9 +3,6 @@
 import contextlib
 import logging
 import os
-import socket
-import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +13,12 @@ from sft.config.schema import Settings, TrackingMode, TrackingSettings
 from sft.errors import first_line, refuse
 from sft.storage.jsonio import jsonable
 from sft.tracking.names import AXIS, PROJECT, SAMPLES, TOKENS, Tokens, define_metrics, name_metrics, sample_rows
+from sft.tracking.server import takes_connection
 
 log = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 300
 """How long the end of a run waits for W&B to take the rest, unless WANDB_FINISH_TIMEOUT says otherwise."""
-
-SILENT_SECONDS = 60
-"""How long a server that took no connection is not asked again: the jobs of a sweep do not each wait for it."""
 
 
 def make_tracker() -> "WandbTracker":
@@ -351,25 +346,9 @@ def ask_server(timeout: float = 5.0) -> str | None:
     return f"{own.base_url} does not know the API key" if refused else f"{own.base_url} answers {answer.status_code}"
 
 
-def _reachable(server: str, timeout: float = 3.0) -> bool:
-    """Whether the server, or the proxy before it, takes a connection."""
-    url, own = urlsplit(server), wandb_settings()
-    proxy = getattr(own, f"{url.scheme}_proxy") or urllib.request.getproxies().get(url.scheme)
-    if proxy and not urllib.request.proxy_bypass(url.hostname):
-        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    address = url.hostname, url.port or (443 if url.scheme == "https" else 80)
-    if time.monotonic() - _silent.get(address, -SILENT_SECONDS) < SILENT_SECONDS:
-        return False
-    try:
-        with socket.create_connection(address, timeout):
-            return True
-    except OSError:
-        _silent[address] = time.monotonic()
-        return False
-
-
-_silent: dict[tuple[str | None, int], float] = {}
-"""Addresses that took no connection, and when."""
+def _reachable(server: str) -> bool:
+    """Whether the server takes a connection, or the proxy that W&B has for it."""
+    return takes_connection(server, getattr(wandb_settings(), f"{urlsplit(server).scheme}_proxy"))
 
 
 def _lines_in(folder: Path) -> int:
