@@ -114,6 +114,7 @@ class TrackerName(Enum):
     wandb = "wandb"
     tensorboard = "tensorboard"
     mlflow = "mlflow"
+    trackio = "trackio"
     none = "none"
 
 
@@ -467,7 +468,7 @@ class TrackingSettings:
     """Where the run is tracked besides its own folder."""
 
     tracker: TrackerName = TrackerName.wandb
-    """`wandb`, `tensorboard`, `mlflow`, or `none` for the run folder alone."""
+    """`wandb`, `tensorboard`, `mlflow`, `trackio`, or `none` for the run folder alone."""
     trackers: list[str] = field(default_factory=list)
     """Several at once, in place of `tracker`: `[wandb,tensorboard]`."""
     mode: TrackingMode = TrackingMode.auto

@@ -15,6 +15,7 @@ TAKES = {
     "wandb": {"mode", "project", "entity", "name", "tags", "group", "notes", "alert", "log_adapter"},
     "tensorboard": {"tags", "notes"},
     "mlflow": {"mode", "project", "name", "tags", "group", "notes"},
+    "trackio": {"project", "name", "tags", "group", "notes", "alert"},
 }
 """Which settings a tracker has a use for."""
 
