@@ -114,6 +114,7 @@ class TrackerName(Enum):
     wandb = "wandb"
     tensorboard = "tensorboard"
     mlflow = "mlflow"
+    swanlab = "swanlab"
     trackio = "trackio"
     none = "none"
 
@@ -468,7 +469,7 @@ class TrackingSettings:
     """Where the run is tracked besides its own folder."""
 
     tracker: TrackerName = TrackerName.wandb
-    """`wandb`, `tensorboard`, `mlflow`, `trackio`, or `none` for the run folder alone."""
+    """`wandb`, `tensorboard`, `mlflow`, `swanlab`, `trackio`, or `none` for the run folder alone."""
     trackers: list[str] = field(default_factory=list)
     """Several at once, in place of `tracker`: `[wandb,tensorboard]`."""
     mode: TrackingMode = TrackingMode.auto

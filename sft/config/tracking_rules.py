@@ -15,6 +15,7 @@ TAKES = {
     "wandb": {"mode", "project", "entity", "name", "tags", "group", "notes", "alert", "log_adapter"},
     "tensorboard": {"tags", "notes"},
     "mlflow": {"mode", "project", "name", "tags", "group", "notes"},
+    "swanlab": {"mode", "project", "entity", "name", "tags", "group", "notes"},
     "trackio": {"project", "name", "tags", "group", "notes", "alert"},
 }
 """Which settings a tracker has a use for."""
@@ -28,7 +29,10 @@ def trackers_of(tracking: TrackingSettings) -> list[str]:
 
 def check_tracking(settings: Settings) -> list[Problem]:
     """Trackers that there are not, and what one of them would refuse after loading."""
-    return _check_list(settings.tracking) or (_check_wandb(settings) if "wandb" in trackers_of(settings.tracking) else [])
+    if problems := _check_list(settings.tracking):
+        return problems
+    checks = {"wandb": _check_wandb, "swanlab": _check_swanlab}
+    return [problem for name in trackers_of(settings.tracking) if name in checks for problem in checks[name](settings)]
 
 
 def check_packages(settings: Settings) -> list[Problem]:
@@ -100,6 +104,18 @@ def _check_wandb(settings: Settings) -> list[Problem]:
     if tracking.log_adapter and not settings.lora.enabled:
         why = "All weights are trained, so that there is no adapter, and whole models are not sent to W&B."
         problems.append(Problem("tracking.log_adapter=true lora=none", why, "tracking.log_adapter=false"))
+    return problems
+
+
+def _check_swanlab(settings: Settings) -> list[Problem]:
+    """Names that SwanLab would refuse after loading."""
+    problems = []
+    for key, thing, length, more in (("project", "project", 100, "_.+-"), ("entity", "workspace", 25, "_-")):
+        text = getattr(settings.tracking, key)
+        if text is not None and not re.fullmatch(rf"[0-9a-zA-Z{more}]{{1,{length}}}", text):
+            why = f"A SwanLab {thing}'s name has 1 to {length} characters: letters a to z, digits, {' '.join(more)}."
+            fix = _clean(text.replace(".", "-") if key == "entity" else text, length)
+            problems.append(Problem(f"tracking.{key}={text}", why, f"tracking.{key}={fix}"))
     return problems
 
 

@@ -53,6 +53,17 @@ def test_a_list_that_holds_something_else_is_refused(installed, words, fix):
     assert problem.fix == fix
 
 
+@pytest.mark.parametrize("words, fix", [
+    ('tracking.project="问答 faq"', "tracking.project=faq"),
+    ("tracking.entity=my.team", "tracking.entity=my-team"),
+    (f"tracking.project={'p' * 101}", f"tracking.project={'p' * 100}"),
+])  # fmt: skip
+def test_a_name_that_swanlab_refuses_is_refused_with_what_can_be_typed(installed, words, fix):
+    (problem,) = check_settings(make_settings("tracking=swanlab", words))
+    assert problem.fix == fix
+    assert check_settings(make_settings("tracking=swanlab", fix, "tracking.project=a+b_c.d-e")) == []
+
+
 def test_a_list_in_the_place_of_a_preset_is_told_the_setting_that_takes_one():
     with pytest.raises(Refusal) as refused:
         check_command_line(ROOT / "conf", ["tracking=[wandb,tensorboard]"])
