@@ -158,8 +158,8 @@ class MlflowTracker:
     def _write_parameters(self) -> None:
         from mlflow.entities import Param
 
-        told = {re.sub(r"[^\w/. :-]", "_", key)[:250]: _text(value) for key, value in flatten(self.known).items()}
-        new = {key: value for key, value in told.items() if key not in self.written}
+        texts = {re.sub(r"[^\w/. :-]", "_", key)[:250]: _text(value) for key, value in flatten(self.known).items()}
+        new = {key: value for key, value in texts.items() if key not in self.written}
         for start in range(0, len(new), 100):  # as many as it takes at once
             self.client.log_batch(self.run_id, params=[Param(*pair) for pair in [*new.items()][start : start + 100]])
         self.written |= new

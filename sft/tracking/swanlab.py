@@ -12,7 +12,7 @@ from typing import Any
 
 from sft.config.schema import Settings, TrackingMode, TrackingSettings
 from sft.errors import first_line, refuse
-from sft.storage.jsonio import jsonable
+from sft.storage.jsonio import jsonable, read_lines
 from sft.tracking.names import PROJECT, SAMPLES, Tokens, group_of, name_metrics, sample_rows
 from sft.tracking.server import takes_connection
 
@@ -65,7 +65,8 @@ class SwanlabTracker:
         """SwanLab's config beside the settings."""
         self.last: dict[str, int] = {}
         """The last step of each metric: SwanLab takes none twice."""
-        self._tokens = Tokens(Path())
+        self._folder, self._tokens, self._cut = Path(), Tokens(Path()), {"lines": False, "samples": False}
+        """Whether the part before a resume is still to be shown: SwanLab's file may lack its end."""
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Add facts of the run to SwanLab's config."""
@@ -74,9 +75,12 @@ class SwanlabTracker:
             self.run.config.update(jsonable(facts))
 
     def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict[str, Any]) -> None:
-        """Begin the run, or a further part of the one that was cut. An online run that cannot begin becomes an offline one."""
+        """Begin the run. One that was cut goes on under its id, offline in a further folder that has all of it.
+
+        An online run that cannot begin becomes an offline one.
+        """
         tracking, (mode, why) = settings.tracking, choose_mode(settings.tracking.mode)
-        self._tokens = Tokens(folder)
+        self._folder, self._tokens, self._cut = folder, Tokens(folder), dict.fromkeys(self._cut, bool(before.get("id")))
         if mode == "disabled":
             self.facts["mode"] = mode
             log.info("SwanLab switched off (%s)", why)
@@ -123,6 +127,10 @@ class SwanlabTracker:
         """Add one line of metrics; `step` is among them."""
         if self.run is None:
             return
+        if self._cut["lines"]:
+            self._cut["lines"], self._tokens.so_far = False, 0
+            for line in read_lines(self._folder / "metrics.jsonl")[:-1]:
+                self.log(line)
         step, named = metrics["step"], name_metrics(metrics, self._tokens.at(metrics))
         new = {key: value for key, value in named.items() if step > self.last.get(key, -1)}
         self.last |= dict.fromkeys(new, step)
@@ -134,9 +142,12 @@ class SwanlabTracker:
             return
         import swanlab
 
-        table = swanlab.echarts.Table()
-        table.add([*SAMPLES], sample_rows(lines, earlier))
-        self.run.log({"samples/table": table}, step=lines[0]["step"])
+        shown = [*(earlier if self._cut["samples"] else []), *lines]
+        self._cut["samples"] = False
+        for step in dict.fromkeys(line["step"] for line in shown):
+            table = swanlab.echarts.Table()
+            table.add([*SAMPLES], sample_rows([line for line in shown if line["step"] == step], earlier))
+            self.run.log({"samples/table": table}, step=step)
 
     def finish(self, status: str, metrics: dict[str, Any], reason: str | None) -> None:
         """Write the final metrics, status and reason to the config, and end with the run's own status."""

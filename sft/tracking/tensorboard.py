@@ -59,7 +59,7 @@ class TensorBoardTracker:
         tracking = settings.tracking
         self.config = {**jsonable(settings), "tags": [*tags, *tracking.tags], "notes": tracking.notes} | self.config
         self.describe({})
-        log.info("TensorBoard   Look at it: tensorboard --logdir %s", os.path.relpath(folder / "tensorboard"))
+        log.info("TensorBoard Look at it: tensorboard --logdir %s", os.path.relpath(folder / "tensorboard"))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Add one line of metrics; `step` is among them."""

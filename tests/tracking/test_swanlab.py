@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from sft.config.schema import Settings, TrackerName, TrackingMode, TrackingSettings
 from sft.errors import Refusal
+from sft.storage.jsonio import append_jsonl
 from sft.tracking import server as servers
 from sft.tracking import swanlab
 from sft.tracking.base import check_tracking, make_trackers
@@ -55,16 +57,27 @@ def answer(step: int, text: str) -> dict:
 def track(settings: Settings, folder, before=None, steps=(1, 2)) -> dict:
     """What run.json keeps of a whole run."""
     tracker = make_trackers(settings)
+    folder.mkdir(exist_ok=True)
     record = {"name": "n", "command": "python train.py", "tracking": before}
     tracker.begin(settings, folder, record, "transformers")
     tracker.describe({"parameters": 7})
     for step in steps:
-        tracker.log({"step": step, "loss": 10.0 - step, "tokens": 10 * step})
-        tracker.log({"step": step, "eval_loss": 2.25})
+        for line in ({"step": step, "loss": 10.0 - step, "tokens": 10 * step}, {"step": step, "eval_loss": 2.25}):
+            append_jsonl(folder / "metrics.jsonl", line)
+            tracker.log(line)
     tracker.log_samples([answer(steps[-1], "later")], [answer(0, "base")])
     tracker.finish("finished", {"eval_loss": 2.25}, "stopped early")
     assert tracker._failed == set()
     return tracker.state()
+
+
+def upload(facts: dict) -> None:
+    """Type the command that a run gives."""
+    program, *words = shlex.split(facts["sync"])
+    assert program == "swanlab"
+    command = [sys.executable, "-c", "from swanlab.cli import cli; cli()", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def curve(server, key: str) -> list[tuple[int, float]]:
@@ -83,11 +96,7 @@ def test_an_offline_run_is_whole_once_it_is_uploaded_by_the_command_that_it_give
     settings = make_settings("tracking=swanlab", "tracking.mode=offline", "lora.r=4", "tracking.tags=[mine]")
     facts = track(settings, home / "run")
     assert facts["mode"] == "offline" and facts["url"] is None and server.experiments == [] and capfd.readouterr().out == ""
-    program, *words = shlex.split(facts["sync"])
-    assert program == "swanlab"
-    command = [sys.executable, "-c", "from swanlab.cli import cli; cli()", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    upload(facts)
     (begun,) = server.experiments
     assert begun["cuid"] == facts["id"] and begun["cluster"] == "sweep1" and begun["description"] == "python train.py"
     assert [label["name"] for label in begun["labels"]] == ["transformers", "mine"] and begun["name"] == "n"
@@ -99,6 +108,18 @@ def test_an_offline_run_is_whole_once_it_is_uploaded_by_the_command_that_it_give
     assert b'"base answer": "base", "answer": "later"' in table and server.states == ["FINISHED"]
     kept = b"".join(path.read_bytes() for path in home.glob("run/**/*") if path.is_file())
     assert KEY.encode() not in kept, "the key is in no file"
+
+
+def test_the_further_folder_of_a_run_that_was_cut_offline_has_all_of_it(home, server):
+    settings = tracked(mode=TrackingMode.offline)
+    first = track(settings, home / "run")
+    (lost,) = (home / "run/swanlab").glob("run-*")
+    shutil.rmtree(lost)  # as a killed SwanLab loses the end of its file
+    facts = track(settings, home / "run", first, (3,))
+    assert facts["id"] == first["id"]
+    upload(facts)
+    assert curve(server, "train/loss") == [(1, 9), (2, 8), (3, 7)] and len(server.files) == 2
+    assert curve(server, "train/num_tokens") == [(1, 10), (2, 20), (3, 30)]
 
 
 def test_an_online_run_leaves_ctrl_c_to_the_run_and_goes_on_as_the_same_one(home, server, monkeypatch):
@@ -155,7 +176,7 @@ def test_what_is_set_counts_before_swanlabs_own_settings(home, monkeypatch):
     monkeypatch.setenv("SWANLAB_MODE", "disabled")
     assert check_tracking(tracked()) == "the run folder alone: SwanLab is switched off (SwanLab's own mode is disabled)"
     assert track(tracked(), home / "run") == {"tracker": "swanlab", "mode": "disabled", "url": None, "sync": None}
-    assert not (home / "run").exists()
+    assert [path.name for path in (home / "run").iterdir()] == ["metrics.jsonl"]
     monkeypatch.setenv("SWANLAB_MODE", "nonsense")
     with pytest.raises(Refusal, match="SwanLab refuses its own settings"):
         check_tracking(tracked())

@@ -36,9 +36,7 @@ def curve(lines: list[dict], key: str) -> list[tuple[int, float]]:
     return [(line["step"], line[key]) for line in lines if key in line]
 
 
-def test_a_run_is_there_with_its_lines_samples_settings_group_ending_and_alert(
-    trackio, project, tmp_path, monkeypatch, capsys
-):
+def test_a_run_is_there_with_its_lines_samples_settings_group_ending_and_alert(trackio, project, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_RUN_GROUP", "sweep1")
     settings = make_settings("tracking=trackio", "lora.r=4", f"tracking.project={project}", "tracking.alert=true")
     tracker = make_trackers(settings)
