@@ -112,8 +112,9 @@ class Faults:
             raise Refusal(problems)
 
 
-def count_target_tokens(labels: list[int]) -> int:
-    return len(labels) - labels.count(IGNORED)
+def holds_targets(labels: list[int]) -> bool:
+    """Whether a token of the row is a target; most rows end with one."""
+    return labels[-1:] not in ([], [IGNORED]) or labels.count(IGNORED) < len(labels)
 
 
 def refuse_nothing_to_learn(splits: dict[str, SplitStats], counts: dict, shape: Shape, settings: Settings) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from sft.config.schema import DatasetSettings, Shape
 from sft.data.columns import Turn, check_columns, column_names, holds_turns, likeliest, row_to_turns
+from sft.data.shared_prompt import shared_length
 from sft.data.templates import Rendered, choose_template, render_row
 from sft.data.tokenize import IGNORED
 from sft.errors import Problem, Refusal, refuse
@@ -88,8 +89,8 @@ def pair_up(entries: Iterator[dict], counts: dict[str, int]) -> Iterator[dict]:
         targets = [len(one["labels"]) - one["labels"].count(IGNORED) for one in (chosen, rejected)]
         counts["chosen_longer"] += targets[0] > targets[1]
         counts["pairs"] += 1
-        yield chosen | {"rejected_ids": rejected["input_ids"], "rejected_labels": rejected["labels"],
-                        "notes": chosen["notes"] + rejected["notes"]}  # fmt: skip
+        pair = chosen | {"rejected_ids": rejected["input_ids"], "rejected_labels": rejected["labels"]}
+        yield pair | {"shared_length": shared_length(pair), "notes": chosen["notes"] + rejected["notes"]}
 
 
 def take_pair_counts(counts: dict[str, int]) -> dict[str, int]:

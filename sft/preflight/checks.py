@@ -60,7 +60,8 @@ def examine(
         found.tokenizer, found.stop_ids = warm_cache.load_tokenizer(settings)
         found.prepared = warm_cache.prepare_data(settings, found.tokenizer, found.stop_ids)
         splits = {"train": found.prepared.train, "eval": found.prepared.eval}
-        found.lengths = {name: token_counts(rows).tolist() for name, rows in splits.items() if rows is not None}
+        padded = not machine.varlen
+        found.lengths = {name: token_counts(rows, padded).tolist() for name, rows in splits.items() if rows is not None}
         check_data(found, settings)
         check_ids(found, settings)
     dims = read_dims(found, settings) if whole or machine.gpu else None

@@ -57,8 +57,9 @@ def warm_up(plan: Plan) -> None:
         maybe_warm_pool()
 
 
-def settle(model: Any, settings: Settings, data: Any, pad_token_id: int, plan: Plan) -> Plan:
-    """Prepare a loaded model with its adapter on, and return the plan as it holds for it.
+def settle(model: Any, settings: Settings, data: Any, pad_token_id: int, plan: Plan, segments: int = 1) -> Plan:
+    """Prepare a loaded model with its adapter on, and return the plan as it holds for it. A row is so many `segments` of
+    attention.
 
     Raises Refusal where `trainer.padding_free`, `trainer.torch_compile` or `trainer.cuda_graphs` is true and cannot be had.
     """
@@ -93,8 +94,8 @@ def settle(model: Any, settings: Settings, data: Any, pad_token_id: int, plan: P
         if trainer.cuda_graphs and not sizes:
             log.warning("trainer.cuda_graphs is ignored: most micro-batches are so long that the GPU never waits for the host.")
         if sizes:
-            what = [sizes, rows, plan.compiled]
-            base.graphs = warm_cache.captured_steps(model, settings, what, lambda: cuda_graphs.GraphPool(base, sizes, rows + 2))
+            what, ends = [sizes, rows, segments, plan.compiled], segments * rows + 2
+            base.graphs = warm_cache.captured_steps(model, settings, what, lambda: cuda_graphs.GraphPool(base, sizes, ends))
     words = ["padding-free rows"] + ["layers compiled"] * plan.compiled
     words += [f"micro-batches of {', '.join(map(str, sizes))} tokens replayed as CUDA graphs"] * bool(sizes)
     log.info("Speed  %s", "; ".join(words))
