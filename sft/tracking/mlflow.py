@@ -11,10 +11,10 @@ from typing import Any
 
 from sft.config.keys import flatten
 from sft.config.schema import Settings, TrackingMode, TrackingSettings
-from sft.errors import refuse
+from sft.errors import first_line, refuse
 from sft.sanitize import without_passwords
 from sft.storage.jsonio import jsonable
-from sft.tracking.names import PROJECT, SAMPLES, Tokens, group_of, name_metrics, sample_rows
+from sft.tracking.names import PROJECT, SAMPLES, Tokens, group_of, lines_before, name_metrics, sample_rows
 from sft.tracking.server import takes_connection
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def check(tracking: TrackingSettings) -> str:
 
 def choose_store(mode: TrackingMode) -> tuple[str, str]:
     """(MLflow's tracking URI, why it is not a server's); a server that takes no connection is not waited for."""
-    local = f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    local = _local_store()
     uri = os.environ.get("MLFLOW_TRACKING_URI") or local
     remote = not uri.startswith(("sqlite:", "file:", "/", "."))
     if not remote:
@@ -69,7 +69,7 @@ class MlflowTracker:
         """Metrics that wait to be written."""
         self.last: dict[str, int] = {}
         """The last step of each metric that the run had before it was cut."""
-        self._tokens, self._since = Tokens(Path()), time.monotonic()
+        self._folder, self._tokens, self._again, self._since = Path(), Tokens(Path()), False, time.monotonic()
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Add facts of the run to its parameters."""
@@ -78,16 +78,26 @@ class MlflowTracker:
             self._write_parameters()
 
     def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict[str, Any]) -> None:
-        """Begin a run, or go on with the one that was cut where the store has it."""
-        from mlflow import MlflowClient
-
+        """Begin a run, or go on with the one that was cut where the store has it. A server that takes none: a local one."""
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # with MLflow's own a run waits for minutes
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        tracking, (store, why) = settings.tracking, choose_store(settings.tracking.mode)
-        self._tokens = Tokens(folder)
+        self._folder, self._tokens, self._again = folder, Tokens(folder), bool(before)
+        self.known = {**jsonable(settings), **self.known}
+        store, why = choose_store(settings.tracking.mode)
+        try:
+            self._begin(store, bool(why), settings.tracking, name, tags, before)
+        except Exception as error:
+            if why:
+                raise
+            log.warning("MLflow could not start at %s (%s): it goes on here.", without_passwords(store), first_line(error))
+            self._begin(_local_store(), True, settings.tracking, name, tags, before)
+
+    def _begin(self, store: str, local: bool, tracking: TrackingSettings, name: str, tags: list[str], before: dict) -> None:
+        from mlflow import MlflowClient
+
         experiment, group = _experiment(tracking), group_of(tracking)
         with _alone(store):
             self.client = MlflowClient(tracking_uri=store)
@@ -102,17 +112,27 @@ class MlflowTracker:
         for key, value in noted.items():
             if value:
                 self.client.set_tag(self.run_id, "mlflow.note.content" if key == "notes" else key, value)
-        self.known = {**jsonable(settings), **self.known}
         self._write_parameters()
-        url = None if why else f"{without_passwords(store)}/#/experiments/{number}/runs/{self.run_id}"
-        mode = "offline" if why else "online"
-        self.facts = {"mode": mode, "url": url, "sync": None, "id": self.run_id, "project": experiment, "group": group}
+        page = f"{without_passwords(store)}/#/experiments/{number}/runs/{self.run_id}"
+        url = page if store.startswith("http") else None
+        self.facts = {
+            "mode": "offline" if local else "online",
+            "url": url,
+            "sync": None,
+            "id": self.run_id,
+            "project": experiment,
+            "group": group,
+        }
         log.info("MLflow %s", url or f"Look at it: mlflow ui --backend-store-uri {without_passwords(store)}")
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Add one line of metrics; `step` is among them."""
         from mlflow.entities import Metric
 
+        if self._again:
+            self._again, self._tokens.so_far = False, 0
+            for line in lines_before(self._folder):
+                self.log(line)
         step, now = metrics["step"], int(time.time() * 1000)
         named = name_metrics(metrics, self._tokens.at(metrics))
         self.lines += [Metric(key, value, now, step) for key, value in named.items() if step > self.last.get(key, -1)]
@@ -168,6 +188,10 @@ class MlflowTracker:
         lines, self.lines, self._since = self.lines, [], time.monotonic()
         for start in range(0, len(lines), 1000):
             self.client.log_batch(self.run_id, metrics=lines[start : start + 1000])
+
+
+def _local_store() -> str:
+    return f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
 def _alone(store: str) -> Any:

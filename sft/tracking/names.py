@@ -58,6 +58,11 @@ class Tokens:
         return self.so_far
 
 
+def lines_before(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl but the one that is just being logged: a killed tracker may not have written all of them."""
+    return read_lines(folder / "metrics.jsonl")[:-1]
+
+
 def sample_rows(lines: list[dict], earlier: list[dict]) -> list[list[Any]]:
     """The rows of `lines` in the table of samples; `earlier` may have the first completion of their prompts."""
     base: dict[int, str] = {}

@@ -12,8 +12,8 @@ from typing import Any
 
 from sft.config.schema import Settings, TrackingMode, TrackingSettings
 from sft.errors import first_line, refuse
-from sft.storage.jsonio import jsonable, read_lines
-from sft.tracking.names import PROJECT, SAMPLES, Tokens, group_of, name_metrics, sample_rows
+from sft.storage.jsonio import jsonable
+from sft.tracking.names import PROJECT, SAMPLES, Tokens, group_of, lines_before, name_metrics, sample_rows
 from sft.tracking.server import takes_connection
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class SwanlabTracker:
             return
         if self._cut["lines"]:
             self._cut["lines"], self._tokens.so_far = False, 0
-            for line in read_lines(self._folder / "metrics.jsonl")[:-1]:
+            for line in lines_before(self._folder):
                 self.log(line)
         step, named = metrics["step"], name_metrics(metrics, self._tokens.at(metrics))
         new = {key: value for key, value in named.items() if step > self.last.get(key, -1)}

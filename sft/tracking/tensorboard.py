@@ -8,13 +8,10 @@ from typing import Any
 
 from sft.config.keys import flatten
 from sft.config.schema import Settings, TrackingSettings
-from sft.storage.jsonio import jsonable, read_lines
-from sft.tracking.names import HELD_OUT, SAMPLES, Tokens, name_metrics, sample_rows
+from sft.storage.jsonio import jsonable
+from sft.tracking.names import HELD_OUT, SAMPLES, Tokens, lines_before, name_metrics, sample_rows
 
 log = logging.getLogger(__name__)
-
-FLUSH_SECONDS = 10
-"""A run that is killed loses no more than that."""
 
 
 def make_tracker() -> "TensorBoardTracker":
@@ -51,7 +48,7 @@ class TensorBoardTracker:
         from torch.utils.tensorboard.summary import hparams
 
         self._folder, self._again, self._tokens = folder, bool(before), Tokens(folder)
-        self.writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=FLUSH_SECONDS)
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
         values = {key: _plain(value) for key, value in flatten(jsonable(settings)).items() if value is not None}
         *opening, self.ending = hparams(values, {HELD_OUT: 0.0})
         for record in opening:
@@ -67,6 +64,7 @@ class TensorBoardTracker:
             self._hide_lost_lines()
         for key, value in name_metrics(metrics, self._tokens.at(metrics)).items():
             self.writer.add_scalar(key, value, metrics["step"])
+        self.writer.flush()  # a run that is killed loses nothing
 
     def log_samples(self, lines: list[dict], earlier: list[dict]) -> None:
         """Add a text for each completion, with the first one of its prompt; the texts of a prompt lie under one name."""
@@ -92,7 +90,7 @@ class TensorBoardTracker:
         """Have TensorBoard leave out what came after the checkpoint, where metrics.jsonl ends but for this line."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        steps = [line.get("step", 0) for line in read_lines(self._folder / "metrics.jsonl")][:-1]
+        steps = [line.get("step", 0) for line in lines_before(self._folder)]
         restart = Event(session_log=SessionLog(status=SessionLog.START))
         self.writer.file_writer.add_event(restart, step=max(steps, default=-1) + 1)
         self._again = False

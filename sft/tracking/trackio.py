@@ -11,7 +11,7 @@ from typing import Any
 
 from sft.config.schema import Settings, TrackingSettings
 from sft.storage.jsonio import jsonable
-from sft.tracking.names import PROJECT, SAMPLES, Tokens, group_of, name_metrics, sample_rows
+from sft.tracking.names import PROJECT, SAMPLES, Tokens, group_of, lines_before, name_metrics, sample_rows
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class TrackioTracker:
         """Trackio's config, which it takes with the first line."""
         self.last: dict[str, int] = {}
         """The last step of each metric that the run had before it was cut."""
-        self._tokens, self._step, self._alert = Tokens(Path()), 0, False
+        self._folder, self._tokens, self._step, self._alert, self._again = Path(), Tokens(Path()), 0, False, False
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Add facts of the run to Trackio's config."""
@@ -54,7 +54,7 @@ class TrackioTracker:
     def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict[str, Any]) -> None:
         """Begin a run, or go on with the one of this name that was cut."""
         tracking = settings.tracking
-        self._tokens, self._alert = Tokens(folder), tracking.alert
+        self._folder, self._tokens, self._alert, self._again = folder, Tokens(folder), tracking.alert, bool(before)
         project, group = before.get("project") or tracking.project or PROJECT, group_of(tracking)
         shown = before.get("id") or tracking.name or f"{name}_{secrets.token_hex(4)}"
         noted = {"tags": [*dict.fromkeys([*tags, *tracking.tags])], "notes": tracking.notes}
@@ -73,9 +73,14 @@ class TrackioTracker:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Add one line of metrics; `step` is among them."""
+        if self._again:
+            self._again, self._tokens.so_far = False, 0
+            for line in lines_before(self._folder):
+                self.log(line)
         self._step, named = metrics["step"], name_metrics(metrics, self._tokens.at(metrics))
         new = {key: value for key, value in named.items() if self._step > self.last.get(key, -1)}
-        self.run.log(new, step=self._step)
+        if new:
+            self.run.log(new, step=self._step)
 
     def log_samples(self, lines: list[dict], earlier: list[dict]) -> None:
         """Add a table of the samples of this step, with the first completion of each prompt."""

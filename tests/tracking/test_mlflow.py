@@ -71,14 +71,17 @@ def test_a_run_of_a_sweep_is_in_the_local_store_with_its_lines_samples_settings_
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "samples.json", "type": "table"}]
 
 
-def test_a_cut_run_goes_on_as_the_same_one_and_shows_each_step_once(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("written", [(1, 2, 3), (1,)], ids=["more than was kept", "less"])
+def test_a_cut_run_goes_on_as_the_same_one_and_shows_each_step_once(written, place, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
     monkeypatch.chdir(place)
     before = None
-    for steps in ((1, 2, 3), (3, 4)):
+    for steps in (written, (3, 4)):  # the checkpoint is that of step 2
         tracker = make_trackers(tracked())
         before = tracker.begin(tracked(), tmp_path, {"name": "n", "tracking": before}, "transformers")
+        lines = [{"step": step, "loss": 10.0 - step} for step in (1, 2)] if steps == (3, 4) else []
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         for step in steps:
             append_jsonl(tmp_path / "metrics.jsonl", {"step": step, "loss": 10.0 - step})
             tracker.log({"step": step, "loss": 10.0 - step})
@@ -91,6 +94,20 @@ def test_a_cut_run_goes_on_as_the_same_one_and_shows_each_step_once(place, tmp_p
     gone = make_trackers(tracked())
     facts = gone.begin(tracked(), tmp_path, {"name": "n", "tracking": {**before, "id": "0" * 32}}, "transformers")
     assert facts["id"] not in (before["id"], "0" * 32), "a store that does not have it begins another"
+
+
+def test_a_server_that_takes_no_run_leaves_a_local_record(place, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(place)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hidden@127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        tracker = make_trackers(tracked())
+        facts = tracker.begin(tracked(), tmp_path, {"name": "n"}, "transformers")
+    tracker.log({"step": 1, "loss": 2.5})
+    tracker.finish("finished", {})
+    assert tracker._failed == set() and facts["mode"] == "offline" and facts["url"] is None
+    assert "it goes on here" in caplog.text and "hidden" not in caplog.text
 
 
 def test_jobs_that_start_at_once_make_the_database_one_after_the_other(place, tmp_path, monkeypatch, caplog):

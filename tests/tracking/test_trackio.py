@@ -1,5 +1,6 @@
 """Trackio's database, read back with its own reader."""
 
+import json
 import secrets
 
 import pytest
@@ -60,11 +61,14 @@ def test_a_run_is_there_with_its_lines_samples_settings_group_ending_and_alert(t
     assert lines[-1]["ending"]["_value"] == "stopped: SIGINT at step 1"
 
 
-def test_a_cut_run_goes_on_as_the_same_one_and_shows_each_step_once(trackio, project, tmp_path):
+@pytest.mark.parametrize("written", [(1, 2, 3), (1,)], ids=["more than was kept", "less"])
+def test_a_cut_run_goes_on_as_the_same_one_and_shows_each_step_once(written, trackio, project, tmp_path):
     settings, before = tracked(project=project), None
-    for steps in ((1, 2, 3), (3, 4)):
+    for steps in (written, (3, 4)):  # the checkpoint is that of step 2
         tracker = make_trackers(settings)
         before = tracker.begin(settings, tmp_path, {"name": "n", "tracking": before}, "transformers")
+        lines = [{"step": step, "loss": 10.0 - step} for step in (1, 2)] if steps == (3, 4) else []
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         for step in steps:
             append_jsonl(tmp_path / "metrics.jsonl", {"step": step, "loss": 10.0 - step})
             tracker.log({"step": step, "loss": 10.0 - step})
