@@ -1,6 +1,8 @@
 """Which trackers a run has: one by name or several at once, what they need, and what they ignore."""
 
 import sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -81,6 +83,50 @@ def test_a_package_that_is_missing_is_refused_with_what_brings_it(tmp_path, monk
     )
     assert problem.fix == 'pip install -e ".[tensorboard]"'
     assert check_settings(make_settings("tracking=tensorboard"), hardware=False) == [], "an export needs none"
+
+
+def fake_package(name: str, monkeypatch) -> MagicMock:
+    """A package that takes every call, in place of the tracker's own."""
+    package = MagicMock()
+    monkeypatch.setitem(sys.modules, name, package)
+    if name == "mlflow":
+        monkeypatch.setitem(sys.modules, "mlflow.entities", package.entities)
+        monkeypatch.setitem(sys.modules, "mlflow.exceptions", SimpleNamespace(MlflowException=RuntimeError))
+        package.MlflowClient.return_value.create_run.return_value.data.params = {}
+    if name == "swanlab":
+        package.Settings.return_value = SimpleNamespace(mode="offline", project=SimpleNamespace(name=None))
+        package.init.return_value.dir = "run"
+    return package
+
+
+def lines_of(name: str, package: MagicMock) -> list[tuple[str, float, int]]:
+    """(name, value, step) of the metrics that a tracker passed to its package."""
+    if name == "mlflow":
+        return [(key, value, step) for key, value, _, step in (call.args for call in package.entities.Metric.call_args_list)]
+    calls = package.init.return_value.log.call_args_list
+    return [(key, value, call.kwargs["step"]) for call in calls for key, value in call.args[0].items()]
+
+
+@pytest.mark.parametrize("name", ["mlflow", "swanlab", "trackio"])
+def test_a_package_is_given_the_same_lines_whichever_it_is_and_its_faults_end_nothing(name, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    package, settings = fake_package(name, monkeypatch), make_settings(f"tracking={name}", "tracking.project=faq")
+    tracker = base.make_trackers(settings)
+    facts = tracker.begin(settings, tmp_path, {"name": "n"}, "transformers")
+    assert facts["tracker"] == name and facts["mode"] == "offline" and facts["project"] == "faq" and facts["id"]
+    tracker.log({"step": 1, "loss": 2.5, "tokens": 40})
+    tracker.log({"step": 2, "eval_loss": 2.25})
+    tracker.log_samples([{"index": 0, "step": 2, "prompt": "p", "completion": "c", "finish": "eos", "reference": "r"}], [])
+    tracker.finish("finished", {"eval_loss": 2.25}, None)
+    assert tracker._failed == set()
+    wanted = {("train/loss", 2.5, 1), ("train/global_step", 1, 1), ("train/num_tokens", 40, 1), ("eval/loss", 2.25, 2)}
+    assert wanted | {("train/num_tokens", 40, 2)} <= {line for line in lines_of(name, package) if "samples" not in line[0]}
+    package.init.side_effect = package.MlflowClient.side_effect = RuntimeError("the disk is full")
+    broken = base.make_trackers(settings)
+    broken.begin(settings, tmp_path, {"name": "n"}, "transformers")
+    broken.log({"step": 1, "loss": 2.5})
+    broken.finish("finished", {}, None)
+    assert caplog.text.count(f"tracking={name} could not start (the disk is full)") == 1 and len(caplog.records) == 1
 
 
 def test_what_no_tracker_of_the_run_takes_is_named():
