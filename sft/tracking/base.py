@@ -1,7 +1,8 @@
 """Trackers: where curves and samples of a run go beside its folder. None of them ever ends a run, or another tracker.
 
-A tracker is a file `sft/tracking/<name>.py`, an entry of `TrackerName` in config/schema.py and conf/tracking/<name>.yaml. The
-file has `make_tracker()` and `check(tracking)`, which says for the preflight where a run will be tracked.
+A tracker is a file `sft/tracking/<name>.py`, an entry of `TrackerName` in config/schema.py and of `TAKES` in
+config/tracking_rules.py, conf/tracking/<name>.yaml, and an extra of that name in setup.cfg if it needs a package. The file has
+`make_tracker()` and `check(tracking)`, which says for the preflight where a run will be tracked.
 """
 
 import importlib

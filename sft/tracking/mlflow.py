@@ -78,7 +78,7 @@ class MlflowTracker:
             self._write_parameters()
 
     def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict[str, Any]) -> None:
-        """Begin a run, or go on with the one that was cut where the store has it. A server that takes none: a local one."""
+        """Begin a run, or go on with the one that was cut where the store has it. A store that takes none: the local one."""
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -90,7 +90,7 @@ class MlflowTracker:
         try:
             self._begin(store, bool(why), settings.tracking, name, tags, before)
         except Exception as error:
-            if why:
+            if store == _local_store():
                 raise
             log.warning("MLflow could not start at %s (%s): it goes on here.", without_passwords(store), first_line(error))
             self._begin(_local_store(), True, settings.tracking, name, tags, before)

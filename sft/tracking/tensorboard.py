@@ -76,7 +76,8 @@ class TensorBoardTracker:
         """Write the final metrics, status and reason as a text, and close the file."""
         ending = {**jsonable(metrics), "status": status, "reason": reason}
         self._write("ending", json.dumps(ending, indent=1, ensure_ascii=False))
-        self.writer.file_writer.add_summary(self.ending)
+        if status != "failed":  # TensorBoard would call it a success
+            self.writer.file_writer.add_summary(self.ending)
         self.writer.close()
 
     def state(self) -> dict[str, Any]:

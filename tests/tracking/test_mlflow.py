@@ -108,6 +108,8 @@ def test_a_server_that_takes_no_run_leaves_a_local_record(place, tmp_path, monke
     tracker.finish("finished", {})
     assert tracker._failed == set() and facts["mode"] == "offline" and facts["url"] is None
     assert "it goes on here" in caplog.text and "hidden" not in caplog.text
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")  # which MLflow does not write any more
+    assert make_trackers(tracked()).begin(tracked(), tmp_path, {"name": "n"}, "transformers")["id"] != facts["id"]
 
 
 def test_jobs_that_start_at_once_make_the_database_one_after_the_other(place, tmp_path, monkeypatch, caplog):
