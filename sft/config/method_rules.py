@@ -57,8 +57,6 @@ def _check_others(settings: Settings) -> list[Problem]:
          "The reference has no dropout: the pairs would not begin as ties.", "lora.lora_dropout=0"),
         (is_process_count(settings) and processes_of(settings) > 1, "distributed",
          "Pairs are trained on in one process.", "distributed=none"),
-        (bool(settings.trainer.torch_compile), "trainer.torch_compile=true", "Pairs are not compiled for.",
-         "trainer.torch_compile=null"),
     ]  # fmt: skip
     problems = [Problem(f"method=dpo {what}", why, fix) for holds, what, why, fix in rules if holds]
     return problems + [_other_loss(name, settings.trainer.extra[name]) for name in OWN_LOSS if settings.trainer.extra.get(name)]
