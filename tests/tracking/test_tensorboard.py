@@ -61,6 +61,14 @@ def test_lines_samples_settings_and_the_ending_are_there_by_the_names_that_wandb
     assert tracker.state() == {"mode": "offline", "url": None, "sync": None, "tracker": "tensorboard"}
 
 
+@pytest.mark.parametrize("status, ended", [("finished", True), ("failed", False)])
+def test_a_run_that_failed_is_no_success_in_the_table_of_hyperparameters(status, ended, tmp_path):
+    tracker = make_trackers(tracked())
+    tracker.begin(tracked(), tmp_path, {"name": "n"}, "transformers")
+    tracker.finish(status, {}, "out of memory" if status == "failed" else None)
+    assert any(tag.endswith("session_end_info") for tag in read_back(tmp_path).summary_metadata) is ended
+
+
 def test_a_cut_run_that_goes_on_shows_each_step_once(tmp_path):
     first = make_trackers(tracked())
     first.begin(tracked(), tmp_path, {"name": "n"}, "transformers")
