@@ -195,6 +195,8 @@ def _check_option(override: Override, known: list[str], problems: list[Problem])
         return False
     if isinstance(override._value, list):
         fix = f"python train.py -m {group}={','.join(str(value) for value in override.value())}   for a sweep"
+        if group == "tracking":
+            fix = f"tracking.trackers=[{','.join(str(value) for value in override.value())}]"
         problems.append(Problem(line, f"A run has one {group}.", fix))
         return False
     if override.is_add() and group in schema.GROUPS:

@@ -31,6 +31,7 @@ from sft.config.schema import (
     Settings,
     Strategy,
 )
+from sft.config.tracking_rules import check_packages, check_tracking, warn_of_tracking
 from sft.config.upstream import NEED_MATRIX, enum_values, gguf_types, sft_config_options
 from sft.errors import Problem
 
@@ -126,8 +127,6 @@ ON_A_GPU = r"8bit|4bit|paged|bnb"  # in the names of optimisers
 
 HUB_NAME_LENGTH = 96 - len("-bnb-4bit")  # of a repository, before the longest suffix of sft/export/hub.py
 
-NAME_LENGTH, TAG_LENGTH = 128, 64  # what W&B takes
-
 
 def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
     """Every problem in the settings themselves; `hardware=False` leaves out what depends on this machine."""
@@ -145,9 +144,10 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_extra(settings.trainer.extra),
         *_check_export(settings),
         *_check_hub_repo(settings.export.hub.repo),
-        *_check_tracking(settings),
+        *check_tracking(settings),
     ]
     if hardware:
+        problems += check_packages(settings)
         problems += check_speed(settings, resolve_backend(settings), gpu_present() or settings.preflight.gpu is not None)
     if hardware and settings.preflight.gpu is None:
         problems += _check_hardware(settings)
@@ -224,10 +224,7 @@ def warnings_for(settings: Settings) -> list[str]:
         found.append("Nothing is held out, so the last weights are kept, not the best (trainer.load_best_model_at_end).")
     if Path(settings.model.name).expanduser().is_dir() and settings.model.revision:
         found.append("model.revision is ignored: model.name is a local folder.")
-    tracking = settings.tracking
-    if tracking.tracker == schema.TrackerName.none:
-        wanted = [f"tracking.{key}=true" for key in ("alert", "log_adapter") if getattr(tracking, key)]
-        found += [f"{' and '.join(wanted)} is ignored: tracking=none."] if wanted else []
+    found += warn_of_tracking(settings.tracking)
     return found
 
 
@@ -509,40 +506,6 @@ def _check_hub_repo(repo: str | None) -> list[Problem]:
     else:
         return []
     return [Problem(what, why, fix)]
-
-
-def _check_tracking(settings: Settings) -> list[Problem]:
-    """Names that W&B would refuse after loading, and an adapter to send where there is none."""
-    tracking, problems, refused = settings.tracking, [], r"/\#?%:"
-    if tracking.tracker != schema.TrackerName.wandb:
-        return []
-    names = {"project": "A W&B project", "entity": "A W&B user or team", "name": "A W&B run", "group": "A W&B group"}
-    for key, thing in names.items():
-        text, bad = getattr(tracking, key), refused if key in ("project", "entity") else ""
-        if text is None or (0 < len(text) <= NAME_LENGTH and not set(text) & set(bad)):
-            continue
-        rule = f"1 to {NAME_LENGTH} characters" + (f", none of them {' '.join(bad)}" if bad else "")
-        team, slash, rest = text.partition("/")
-        two = (
-            slash
-            and key in ("project", "entity")
-            and all(re.fullmatch(r"[a-zA-Z0-9_.-]{1,128}", part) for part in (team, rest))
-        )
-        fix = f"tracking.entity={team} tracking.project={rest}" if two else f"tracking.{key}={_clean(text, NAME_LENGTH)}"
-        problems.append(Problem(f"tracking.{key}={text}", f"{thing}'s name has {rule}.", fix))
-    if any(not 0 < len(tag) <= TAG_LENGTH for tag in tracking.tags):
-        tags = ",".join(dict.fromkeys(_clean(tag, TAG_LENGTH) for tag in tracking.tags if tag))
-        why = f"A W&B tag has 1 to {TAG_LENGTH} characters."
-        problems.append(Problem(f"tracking.tags=[{','.join(tracking.tags)}]", why, f"'tracking.tags=[{tags}]'"))
-    if tracking.log_adapter and not settings.lora.enabled:
-        why = "All weights are trained, so that there is no adapter, and whole models are not sent to W&B."
-        problems.append(Problem("tracking.log_adapter=true lora=none", why, "tracking.log_adapter=false"))
-    return problems
-
-
-def _clean(text: str, length: int) -> str:
-    """The text as a name that W&B and the command line take as it stands."""
-    return re.sub(r"[^a-zA-Z0-9_.-]+", "-", text)[:length].strip("-") or "sft"
 
 
 def _check_hardware(settings: Settings) -> list[Problem]:
