@@ -502,7 +502,8 @@ UNTYPED = {
         sft.model.hub._load_failed 1, sft.model.hub._load_failed 2""",
     "packages or weights are fetched from a network": """
         sft.environment.hub_unreachable, sft.model.builtin._gguf_file, sft.export.gguf.missing_parts,
-        sft.cli.chat.find_target 2, scripts.wandb_workspace.define, sft.model.start.find_adapter 2""",
+        sft.cli.chat.find_target 2, scripts.wandb_workspace.define, sft.model.start.find_adapter 2, sft.tracking.swanlab.check,
+        sft.tracking.swanlab._own_settings, sft.tracking.mlflow.check""",
     "room on a disk is made by a person": "sft.export.requirements.check_disk",
     "another process has to end": "sft.export.exporter.export_run, sft.runs.resume._taken, sft.sweep.runner._choose_folder",
     "files that are damaged or gone have to come back as they were": """
