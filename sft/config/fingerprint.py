@@ -27,6 +27,7 @@ ADDED: tuple[str, ...] = (
     "dataset.columns.reasoning",
     "dataset.columns.chosen",
     "dataset.columns.rejected",
+    "method.reference",
     "method",
     "dataset.reasoning",
     "dataset.chat_template_kwargs",
@@ -37,7 +38,7 @@ ADDED: tuple[str, ...] = (
     "lora.start_from",
     "lora.extra",
 )
-"""Settings, or whole groups, that are younger than the first recorded hashes. Add each new one."""
+"""Settings, or whole groups, that are younger than the first recorded hashes. Add each new one, before its group."""
 
 
 def config_hash(settings: Settings) -> str:
@@ -60,7 +61,7 @@ def without_added(settings: dict[str, Any]) -> dict[str, Any]:
         for part in path:
             group, default = group[part], default[part]
         if group[name] == default[name]:
-            del group[name]
+            del group[name], default[name]
     return settings
 
 

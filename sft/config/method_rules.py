@@ -5,7 +5,20 @@ from typing import Any
 
 from sft.config.eligibility import OWN_LOSS
 from sft.config.hardware import is_process_count, one_process, processes_of
-from sft.config.schema import Backend, LossOn, MethodName, MethodSettings, PreferenceLoss, Reasoning, Settings, Shape
+from sft.config.lora_rules import changes_base
+from sft.config.schema import (
+    Backend,
+    Bias,
+    LoraSettings,
+    LossOn,
+    MethodName,
+    MethodSettings,
+    PreferenceLoss,
+    Reasoning,
+    Reference,
+    Settings,
+    Shape,
+)
 from sft.errors import Problem
 
 
@@ -15,7 +28,7 @@ def check_method(settings: Settings) -> list[Problem]:
     if method.name == MethodName.sft:
         defaults = MethodSettings()
         problems = []
-        for key in ("beta", "loss_type", "label_smoothing", "sft_weight"):
+        for key in ("beta", "loss_type", "label_smoothing", "sft_weight", "reference"):
             value = getattr(method, key)
             if value != getattr(defaults, key):
                 why = "It belongs to method=dpo and would be ignored."
@@ -45,7 +58,7 @@ def _check_numbers(method: MethodSettings) -> list[Problem]:
 
 def _check_others(settings: Settings) -> list[Problem]:
     """What does not go with method=dpo."""
-    data, lora = settings.dataset, settings.lora
+    data, lora, method = settings.dataset, settings.lora, settings.method
     rules: list[tuple[bool, str, str, str]] = [
         (settings.model.backend == Backend.unsloth, "model.backend=unsloth",
          "Unsloth replaces the parts of TRL and transformers that pairs are computed by.", "model.backend=transformers"),
@@ -60,7 +73,20 @@ def _check_others(settings: Settings) -> list[Problem]:
          "Pairs are trained on in one process.", one_process(settings)),
     ]  # fmt: skip
     problems = [Problem(f"method=dpo {what}", why, fix) for holds, what, why, fix in rules if holds]
+    if method.reference == Reference.base and (why := _why_no_base(lora)):
+        problems.append(Problem("method.reference=base", why, "method.reference=start"))
     return problems + [_other_loss(name, settings.trainer.extra[name]) for name in OWN_LOSS if settings.trainer.extra.get(name)]
+
+
+def _why_no_base(lora: LoraSettings) -> str:
+    """Why the model without its adapter cannot be had of the one in memory; empty if it can."""
+    if not lora.enabled:
+        return "All weights are trained, and there is no adapter to switch off: the run begins with the base."
+    if changes_base(lora):
+        return "The adapter's start is taken out of the model's weights: without it they are not those of the base."
+    if lora.bias != Bias.none:
+        return f"lora.bias={lora.bias.value} trains weights of the model itself, which cannot be switched off."
+    return ""
 
 
 def _other_loss(name: str, value: Any) -> Problem:

@@ -108,6 +108,13 @@ class PreferenceLoss(Enum):
     sigmoid_norm = "sigmoid_norm"
 
 
+class Reference(Enum):
+    """The model that preferences are measured against."""
+
+    start = "start"
+    base = "base"
+
+
 class TrackerName(Enum):
     """Where curves and samples go besides the run folder."""
 
@@ -336,6 +343,9 @@ class MethodSettings:
     """DPO with `loss_type=robust`: share of the pairs that may be labelled the wrong way round, 0 to 0.5."""
     sft_weight: float = 0.0
     """DPO: adds the chosen answers' own loss, a mean over their tokens, times this."""
+    reference: Reference = Reference.start
+    """DPO: the model that pairs are measured against. `start`: the one that the run begins with, with the adapter of
+    `lora.start_from`; `base`: the one without any adapter."""
 
 
 @dataclass

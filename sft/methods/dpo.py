@@ -4,12 +4,14 @@ likelier than the rejected, measured against the weights the run begins with.
 The reference's log probabilities are computed once, before anything is trained: no second model, no second pass at every step.
 """
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sft.config.method import DPO
-from sft.config.schema import MethodSettings, PreferenceLoss
+from sft.config.schema import MethodSettings, PreferenceLoss, Reference
 from sft.data.collators import PaddingFreeCollator, cut
 from sft.data.shared_prompt import SharedPromptCollator, cut_shared
 from sft.data.token_cache import row_lengths, token_counts
@@ -17,6 +19,7 @@ from sft.data.tokenize import IGNORED
 from sft.distributed import strategy
 from sft.methods import sft
 from sft.methods.arguments import training_arguments
+from sft.methods.reference import computed_once, reference_hash
 from sft.model import warm_cache
 from sft.model.backend import torch_dtype
 from sft.model.padding_free import ATTENTION
@@ -148,25 +151,42 @@ def _on_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def reference_log_probs(ctx: RunContext, trainer: Any, dataset: Any) -> list[list[float]]:
-    """The summed log probabilities of both answers of each pair by the weights that the run begins with, [pairs, 2].
+    """The summed log probabilities of both answers of each pair by the reference, [pairs, 2].
 
     It is called before anything is trained or a checkpoint is read: a fresh adapter adds nothing, one of `lora.start_from` is
-    part of what the run begins with.
+    part of what the run begins with. With `method.reference=base` no adapter takes part.
     """
-
     import torch
 
     model, collate, found = trainer.model, trainer.eval_collator, []
     rows = ctx.settings.trainer.per_device_train_batch_size
     was_training = model.training
+    base = ctx.settings.method.reference == Reference.base
+
+    def predict(batch):
+        return log_probs(model, _on_device(batch, model))[0].tolist()
+
     model.eval()
-    with torch.no_grad(), trainer.compute_loss_context_manager(), acceleration.evaluating(model, trainer.plan):
+    with _without_adapter(model) if base else contextlib.nullcontext(), torch.no_grad(), \
+            trainer.compute_loss_context_manager(), acceleration.evaluating(model, trainer.plan):  # fmt: skip
         for at in range(0, len(dataset), rows):
             ctx.stop.check()
             batch = collate(list(dataset.select(range(at, min(at + rows, len(dataset))))))
-            found += log_probs(model, _on_device(batch, model))[0].tolist()
+            found += [pair for some, _ in trainer.oom_retry.evaluate(predict, batch) for pair in some]
     model.train(was_training)
     return found
+
+
+@contextlib.contextmanager
+def _without_adapter(model: Any) -> Iterator[None]:
+    """Switch the adapter off inside the block."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in trained:  # PEFT makes all of an adapter trainable as it comes back
+            parameter.requires_grad_(requires_grad)
 
 
 # ------------------------------------------------------------------------------------------------------- the trainer
@@ -222,11 +242,14 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
                 self.data_collator = usual
 
         def prediction_step(self, model, inputs, *args, **kwargs):
-            inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss, facts = self.compute_loss(model, inputs)
-            self.eval_facts, self.eval_pairs = self.eval_facts + facts, self.eval_pairs + len(inputs["reference"])
-            return loss / len(inputs["reference"]), None, None
+            def predict(batch):
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    return len(batch["reference"]), *self.compute_loss(model, self._prepare_inputs(batch))
+
+            found = [one for one, _ in self.oom_retry.evaluate(predict, inputs)]
+            pairs, loss, facts = (sum(parts) for parts in zip(*found, strict=True))
+            self.eval_facts, self.eval_pairs = self.eval_facts + facts, self.eval_pairs + pairs
+            return loss / pairs, None, None
 
         def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
             self.eval_facts, self.eval_pairs = 0.0, 0
@@ -284,13 +307,31 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     trainer.plan, trainer.padding_free_collator = plan, rows if plan.padding_free else None
     trainer.model_accepts_loss_kwargs = True  # so that transformers does not divide by the micro-batches once more
     sft.watch(trainer, ctx, loop)
-    what = [data.facts["data_hash"], {name: len(split) for name, split in splits.items()}, type(layout).__name__]
-    with ctx.record.timed("reference"):
-        known = warm_cache.of_base("reference", model, settings, what, lambda: {
-            name: reference_log_probs(ctx, trainer, split) for name, split in splits.items()})  # fmt: skip
+    known = _reference(ctx, trainer, splits, type(layout).__name__)
     splits = {name: split.add_column("reference", known[name]) for name, split in splits.items()}
     trainer.train_dataset, trainer.eval_dataset = splits["train"], splits.get("eval")
     return trainer
+
+
+def _reference(ctx: RunContext, trainer: Any, splits: dict[str, Any], layout: str) -> dict[str, list[list[float]]]:
+    """`reference_log_probs` of each split: as an earlier run of this process or of this machine found them, or found now."""
+    data, sizes = ctx.prepared, {name: len(split) for name, split in splits.items()}
+    key, origin = reference_hash(ctx, trainer.model, splits, layout), "sweep"
+
+    def compute():
+        return {name: reference_log_probs(ctx, trainer, split) for name, split in splits.items()}
+
+    def find():
+        nonlocal origin
+        found, origin = computed_once(key, compute, ctx.stop) if key else (compute(), "computed")
+        return found
+
+    with ctx.record.timed("reference"):
+        what = key or [data.facts["data_hash"], sizes, layout, ctx.settings.method.reference]
+        known = warm_cache.of_base("reference", trainer.model, ctx.settings, what, find)
+    named = {"weights": ctx.settings.method.reference.value, "hash": key, "from": origin}
+    ctx.record.update(reference={name: text for name, text in named.items() if text})
+    return known
 
 
 def _difference(model: Any, plan: Plan, pairs: list[dict[str, Any]], rows: Any, shared: Any) -> str:
@@ -350,7 +391,7 @@ class _PairsSeen:
 
 
 def cut_pairs(inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pairs of a micro-batch, each with its reference: what PairCollator makes one of."""
+    """The pairs of a micro-batch, each with its reference where it has one: what PairCollator makes one of."""
     if "key_index" in inputs:
         pairs = cut_shared(inputs)
     else:
@@ -359,6 +400,8 @@ def cut_pairs(inputs: dict[str, Any]) -> list[dict[str, Any]]:
             chosen | {"rejected_ids": rejected["input_ids"], "rejected_labels": rejected["labels"]}
             for chosen, rejected in zip(rows[::2], rows[1::2], strict=True)
         ]
+    if "reference" not in inputs:
+        return pairs
     return [pair | {"reference": reference} for pair, reference in zip(pairs, inputs["reference"].tolist(), strict=True)]
 
 

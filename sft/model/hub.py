@@ -54,6 +54,20 @@ def locate(model: ModelSettings, weights: bool = True) -> tuple[str, str]:
     return str(local), f"built-in {local.name}"
 
 
+def weights_identity(model: ModelSettings, commit: str | None) -> list[Any] | None:
+    """What the very weights of a model are known by: its commit on the hub, or the place, sizes and times of its files. None
+    without a commit, and for a model with code of its own, which may come from elsewhere.
+    """
+    where, _ = locate(model)
+    if model.trust_remote_code:
+        return None
+    if not Path(where).is_dir():
+        return [where, commit] if commit else None
+    folder = Path(where).resolve()
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    return [str(folder), [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in files]]
+
+
 def adapter_problem(model: ModelSettings, lora: LoraSettings) -> list[Problem]:
     """The problem of a model on the hub that is an adapter alone: transformers would load its base with the adapter inside."""
     where, _ = locate(model, weights=False)

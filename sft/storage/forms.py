@@ -34,6 +34,7 @@ RUN = {
     "hardware": {"gpu_memory_gib": NUMBER, "memory_gib": NUMBER, "cpu_count": NUMBER},
     "sessions": [{}],
     "start_from": TEXTS,
+    "reference": TEXTS,
     "error": TEXTS,
     "artifacts": TEXTS,
     "versions": {},

@@ -1,13 +1,17 @@
 """Runs of method=dpo: they lower their loss, go on bit for bit after a cut, export what was trained, share their reference."""
 
 import json
+import shutil
 
 import pytest
+import torch
 
+from sft.methods import dpo
+from sft.model import builtin, hub
 from sft.run import run
 from sft.signals import StopRequest
 from tests.conftest import make_settings
-from tests.faults.fault_campaign import compare
+from tests.faults.fault_campaign import compare, weights_hash
 
 PAIRS = [{"prompt": f"Say {n}.", "chosen": f"{n} it is.", "rejected": f"No to {n}!"} for n in range(20)]
 
@@ -69,6 +73,131 @@ def test_a_sweep_over_beta_computes_its_reference_once(settings, tmp_path, monke
         assert warm_cache.loads["reference"] == before + 1
     finally:
         warm_cache.keep(False)
+
+
+@pytest.fixture
+def passes(monkeypatch, tmp_path):
+    """The pairs of each pass of the reference; its cache is empty at first."""
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
+    original, found = dpo.reference_log_probs, []
+
+    def counted(ctx, trainer, dataset):
+        found.append(len(dataset))
+        return original(ctx, trainer, dataset)
+
+    monkeypatch.setattr(dpo, "reference_log_probs", counted)
+    return found
+
+
+def reference_of(folder) -> dict:
+    return json.loads((folder / "run.json").read_text())["reference"]
+
+
+def test_a_second_run_reads_what_the_reference_said(settings, tmp_path, passes):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, more in ((first, ()), (second, ("method.beta=0.1", "seed=3407")), (tmp_path / "r", ("lora.r=4",))):
+        assert run(settings(*more), folder).status == "finished"
+    assert passes == [16, 4], "the training pairs and the held-out ones, once"
+    assert compare(first, second) == []
+    kept = [reference_of(folder) for folder in (first, second, tmp_path / "r")]
+    assert [facts["from"] for facts in kept] == ["computed", "cache", "cache"]
+    assert len({facts["hash"] for facts in kept}) == 1 and {facts["weights"] for facts in kept} == {"start"}
+
+
+def test_a_run_that_was_stopped_reads_it_as_well(settings, tmp_path, passes, monkeypatch):
+    def stop_at_2(self):
+        self.signal = self.signal or ("SIGTERM" if (tmp_path / "cut" / "checkpoints" / "checkpoint-2").exists() else None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "agree", stop_at_2)
+        assert run(settings(), tmp_path / "cut").status == "stopped"
+    assert run(settings(), tmp_path / "cut").status == "finished" and passes == [16, 4]
+
+
+def local_model(folder):
+    shutil.copytree(builtin.local_model(builtin.TINY_RANDOM), folder)
+    return folder
+
+
+def test_other_weights_types_pairs_and_layouts_have_a_reference_of_their_own(settings, tmp_path, passes):
+    model = local_model(tmp_path / "model")
+    short = ("trainer.max_steps=1", f"model.name={model}")
+    jobs = [(), ("model.dtype=bfloat16",), ("dataset.max_rows=19",), ("trainer.padding_free=false",), ("lora.use_dora=true",)]
+    for n, more in enumerate(jobs):
+        assert run(settings(*short, *more), tmp_path / f"{n}").status == "finished"
+        assert len(passes) == 2 * (n + 1)
+    weights = next(model.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes())  # the same ones, which nobody can know
+    assert run(settings(*short), tmp_path / "written").status == "finished" and len(passes) == 2 * len(jobs) + 2
+    assert run(settings(*short), tmp_path / "again").status == "finished" and len(passes) == 2 * len(jobs) + 2
+
+
+def test_a_damaged_file_is_made_anew_and_weights_without_a_name_are_not_kept(settings, tmp_path, passes, monkeypatch):
+    short = settings("trainer.max_steps=1")
+    assert run(short, tmp_path / "first").status == "finished"
+    (kept,) = (tmp_path / "cache" / "references").glob("*/log_probs.json")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole.replace(b"1", b"2", 1))
+    assert run(short, tmp_path / "second").status == "finished"
+    assert passes == [16, 4, 16, 4] and kept.read_bytes() == whole
+    monkeypatch.setattr("sft.methods.reference.weights_identity", lambda *args: None)
+    for name in ("third", "fourth"):
+        assert run(short, tmp_path / name).status == "finished"
+        assert reference_of(tmp_path / name) == {"weights": "start", "from": "computed"}
+    assert len(passes) == 8
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit_alone(monkeypatch):
+    model = make_settings("model.name=me/mine").model
+    monkeypatch.setattr(hub, "locate", lambda *args: ("me/mine", "hub me/mine"))
+    assert hub.weights_identity(model, "abc") == ["me/mine", "abc"] and hub.weights_identity(model, None) is None
+    model.trust_remote_code = True
+    assert hub.weights_identity(model, "abc") is None
+
+
+def test_pairs_that_do_not_fit_are_evaluated_in_halves_and_by_the_reference_too(
+    settings, tmp_path, passes, monkeypatch, caplog
+):
+    chosen = settings("trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=4", "trainer.max_steps=2")
+    assert run(chosen, tmp_path / "whole").status == "finished"
+    shutil.rmtree(tmp_path / "cache" / "references")
+    original = dpo.log_probs
+
+    def too_large(model, batch):
+        if not model.training and len(batch["target_counts"]) > 2:
+            raise torch.OutOfMemoryError("planted")
+        return original(model, batch)
+
+    monkeypatch.setattr(dpo, "log_probs", too_large)
+    assert run(chosen, tmp_path / "halves").status == "finished" and len(passes) == 4
+    for whole, halves in zip(*(lines(tmp_path / name) for name in ("whole", "halves")), strict=True):
+        keys = [key for key in whole if (key.startswith("eval_") and key != "eval_seconds") or key == "loss"]
+        assert [halves[key] for key in keys] == pytest.approx([whole[key] for key in keys], abs=1e-4), keys
+    assert caplog.text.count("Evaluation: ") == 2, "from 4 pairs to 2, and to 1, once and for all"
+
+
+@pytest.mark.parametrize("reference", ["start", "base"])
+def test_the_reference_is_the_start_or_the_base_as_is_set(settings, tmp_path, passes, reference):
+    assert run(settings(), tmp_path / "first").status == "finished"
+    more = (f"lora.start_from={tmp_path / 'first'}", f"method.reference={reference}", "trainer.max_steps=1")
+    for name in ("second", "third"):
+        assert run(settings(*more), tmp_path / name).status == "finished"
+    begin = lines(tmp_path / "second")[0]
+    assert (begin["eval_loss"] == pytest.approx(0.693147, abs=1e-5)) == (reference == "start")
+    assert (begin["eval_accuracy"] == 0.5) == (reference == "start")
+    assert [reference_of(tmp_path / name)["weights"] for name in ("first", "second")] == ["start", reference]
+    same = reference_of(tmp_path / "first")["hash"] == reference_of(tmp_path / "second")["hash"]
+    assert same == (reference == "base"), "a fresh adapter adds nothing: the base is what the first run began with"
+    assert len(passes) == (2 if same else 4) and reference_of(tmp_path / "third")["from"] == "cache"
+
+
+def test_the_adapter_trains_on_after_it_was_switched_off_for_the_reference(settings, tmp_path, passes):
+    """The base and the start are one model for a fresh adapter: so are the runs."""
+    for name in ("start", "base"):
+        assert run(settings(f"method.reference={name}"), tmp_path / name).status == "finished"
+        shutil.rmtree(tmp_path / "cache" / "references")
+    assert len(passes) == 4
+    assert weights_hash(tmp_path / "start") == weights_hash(tmp_path / "base")
 
 
 def test_preferences_on_an_adapter_begin_as_ties_with_what_it_says(settings, tmp_path):
