@@ -267,6 +267,7 @@ def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
     elif _prompt_is_turns(row, data, shape):
         turns = _read_turns(row[columns.prompt], columns.prompt)
         answer = row.get(columns.completion)
+        answer = [answer] if holds_turns([answer]) else answer  # a turn by itself, as LLaMA-Factory's pairs have it
         if isinstance(answer, list):
             turns += _read_turns(answer, columns.completion)
         else:

@@ -8,8 +8,10 @@ import pytest
 from sft.config.rules import check_settings
 from sft.config.schema import GROUPS
 from sft.config.tracking_rules import check_packages
+from sft.data.prepare import prepare
 from sft.run import run
 from tests.conftest import ROOT, SMALL, make_settings
+from tests.data.miniatures import assistant, user
 
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 TINY = (*SMALL, "trainer.max_steps=2", "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=1",
@@ -22,6 +24,20 @@ CHATS = [
                   {"role": "user", "content": "more"}, {"role": "assistant", "content": "done"}]}
     for i in range(8)
 ]  # fmt: skip
+PAIRS = {
+    "twist_pairs": [{"prompt": f"Q{i}?", "chosen": f"A{i}.", "rejected": f"B{i}."} for i in range(8)],
+    "ultrafeedback_binarized": [
+        {"prompt": f"Q{i}?", "prompt_id": f"{i:064x}", "chosen": (chosen := [user(f"Q{i}?"), assistant(f"A{i}.")]),
+         "rejected": [user(f"Q{i}?"), assistant(f"B{i}.")], "messages": chosen, "score_chosen": 8.0, "score_rejected": 5.5}
+        for i in range(8)
+    ],
+    "dpo_mix_zh": [
+        {"conversations": [{"from": "human", "value": f"问题 {i}？"}], "chosen": {"from": "gpt", "value": f"答 {i}。"},
+         "rejected": {"from": "gpt", "value": f"错 {i}。"}}
+        for i in range(8)
+    ],
+}  # fmt: skip
+"""Rows in the layout of the sets of pairs."""
 
 
 def write(folder: Path, rows: list[dict]) -> str:
@@ -70,12 +86,27 @@ def test_every_tracking_preset_runs(option, tmp_path, monkeypatch, caplog):
 
 @pytest.mark.parametrize("option", [o for g, o in OPTIONS if g == "dataset"])
 def test_every_dataset_preset_trains_on_rows_of_its_shape(option, tmp_path):
-    rows = CHATS if option == "ultrachat" else INSTRUCTIONS
+    rows = CHATS if option == "ultrachat" else PAIRS.get(option, INSTRUCTIONS)
     place = [] if option == "twists" else [write(tmp_path, rows), "dataset.eval_split=null", "dataset.eval_fraction=0.25"]
+    place += ["method=dpo"] if option in PAIRS else []
     result = run(make_settings(*TINY, f"dataset={option}", *place), tmp_path / "run")
     assert result.status == "finished"
     text = json.loads((tmp_path / "run" / "preflight.json").read_text(encoding="utf-8"))["examples"][0]["text"]
     assert text.startswith("Below is an instruction" if option in ("ruozhiba", "alpaca_cleaned") else "<|im_start|>system")
+
+
+@pytest.mark.parametrize(
+    ("option", "question", "answers"),
+    [("ultrafeedback_binarized", "Q0?", ["A0.", "B0."]), ("dpo_mix_zh", "问题 0？", ["答 0。", "错 0。"])],
+)
+def test_a_preset_of_pairs_reads_the_layout_of_its_set(tmp_path, loaded_tokenizer, option, question, answers):
+    place = (write(tmp_path, PAIRS[option]), "dataset.eval_split=null", "dataset.eval_fraction=0", "dataset.shuffle=false")
+    prepared = prepare(make_settings("method=dpo", f"dataset={option}", *place), *loaded_tokenizer)
+    pair, tokenizer = prepared.train[0], loaded_tokenizer[0]
+    for ids, answer in zip((pair["input_ids"], pair["rejected_ids"]), answers, strict=True):
+        whole = tokenizer.apply_chat_template([user(question), assistant(answer)], tokenize=False)
+        assert tokenizer.decode(ids) == whole.removesuffix("\n")
+    assert prepared.facts["pairs"]["pairs"] == 8 and prepared.facts["pairs"]["equal_pairs"] == 0
 
 
 @pytest.mark.parametrize("option", [o for g, o in OPTIONS if g == "experiment"])
