@@ -32,12 +32,13 @@ from hydra import compose, initialize_config_dir
 from sft.config.compose import register, to_settings
 from sft.config.schema import Settings
 from sft.environment import prepare_environment
-from sft.model import builtin
+from sft.model import builtin, warm_cache
 from sft.model import tokenizer as model_tokenizer
 from sft.storage.cache import cache_dir, made_once
 
 prepare_environment()
 register()
+os.fsync = lambda descriptor: None  # that a disk has it is seen after a power cut alone; a tiny run waits sixty times for it
 
 TOKENS = 4096
 
@@ -86,16 +87,33 @@ SMALL = ("model=tiny_random", "dataset.max_rows=24", "samples.num_held_out=2", "
 
 def make_settings(*overrides: str) -> Settings:
     """Settings composed as train.py composes them."""
+    return copy.deepcopy((_compose.__wrapped__ if "${" in str(overrides) else _compose)(*overrides))
+
+
+@functools.cache  # composing takes a tenth of a second
+def _compose(*overrides: str) -> Settings:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return to_settings(compose("config", overrides=list(overrides)))
 
 
-@pytest.fixture(autouse=True)
-def frozen_libraries():
-    """What the libraries hold is not looked through again by the garbage collection of each run, a sixth of a tiny one."""
-    if "trl.trainer.sft_trainer" in sys.modules and gc.get_freeze_count() < 100_000:
+def freeze_libraries() -> None:
+    """The garbage collector looks no more through what the libraries and the collected tests hold: half of a tiny run."""
+    global _modules
+    if len(sys.modules) > _modules + 100 or gc.get_freeze_count() < 10_000:
         gc.collect()
         gc.freeze()
+        _modules = len(sys.modules)
+
+
+_modules = 0
+"""How many modules were loaded when what they hold was frozen."""
+
+
+@pytest.fixture(autouse=True)
+def frozen_libraries(monkeypatch):
+    """What a test before this one has loaded is frozen too, and a run that ends leaves it so."""
+    freeze_libraries()
+    monkeypatch.setattr(warm_cache, "_frozen", True)
 
 
 @pytest.fixture(autouse=True)

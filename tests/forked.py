@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from sft.model import warm_cache
 from tests.conftest import ROOT
 
 PRELOADED = ("sft.run", "sft.cli.job", "sft.cli.chat", "sft.export.exporter", "sft.methods.arguments", "sft.methods.sft",
@@ -50,6 +51,7 @@ def _become(
         os.getppid = lambda: parent if psutil.pid_exists(parent) else 1
     atexit._clear()  # what was to be done at the end of the process that this one was forked from
     gc.freeze()  # what the libraries hold is not looked through by each garbage collection
+    warm_cache._frozen = True  # and a run that ends leaves it so
     tempfile.tempdir = None  # of this environment
     for descriptor, (file, flags) in enumerate(zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
         opened = os.open(file, flags | os.O_APPEND)

@@ -137,24 +137,35 @@ def test_a_run_goes_on_in_another_number_of_processes(work, whole, forked_ranks)
     assert differences(whole, work / "from two") == [] and record_of(work / "from two")["processes"] == 1
 
 
-def start_and_wait(cwd: Path, folder: str, *overrides: str, torchrun: bool = False) -> tuple[subprocess.Popen, dict]:
-    """A long run, as from a shell, that has made its second step, and its ranks' processes by their number."""
+def start_and_wait(
+    cwd: Path, folder: str, *overrides: str, torchrun: bool = False, fork: bool = False
+) -> tuple[subprocess.Popen | forked.Process, dict]:
+    """A long run, as from a shell or forked, that has made its second step, and its ranks' processes by their number."""
     job = (*JOB, "dataset.path=rows.jsonl", "trainer.num_train_epochs=99", "trainer.eval_steps=90", "trainer.save_steps=90")
-    command = command_of(*job, f"hydra.run.dir={folder}", *overrides, torchrun=torchrun)
+    words = (*job, f"hydra.run.dir={folder}", *overrides)
     with open(cwd / f"{folder}.err", "w", encoding="utf-8") as errors:
-        process = subprocess.Popen(command, cwd=cwd, stderr=errors)
+        if fork:
+            note = cwd / f"{folder}.py"
+            note.write_text(
+                "import os, pathlib\n"
+                f'pathlib.Path({str(cwd)!r}, f\'{folder}.rank{{os.environ.get("RANK", "s")}}\').write_text(str(os.getpid()))\n'
+            )
+            process = forked.Process("train.py", *words, cwd=cwd, before=note, files=(os.devnull, os.devnull, errors.name))
+        else:
+            process = subprocess.Popen(command_of(*words, torchrun=torchrun), cwd=cwd, stderr=errors)
     lines, limit = cwd / folder / "metrics.jsonl", time.monotonic() + 100
     while time.monotonic() < limit and not (lines.exists() and '"step": 2' in lines.read_text(encoding="utf-8")):
         assert process.poll() is None, (cwd / f"{folder}.err").read_text(encoding="utf-8")[-3000:]
         time.sleep(0.05)
-    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
-    return process, ranks
+    if fork:
+        return process, {rank: psutil.Process(int((cwd / f"{folder}.rank{rank}").read_text())) for rank in "01"}
+    return process, {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
 
 
 @pytest.mark.parametrize(("torchrun", "rank"), [(False, "1"), (True, "0")])
 def test_a_rank_that_is_killed_ends_the_run_with_its_reason(work, torchrun, rank):
     name = f"killed-{rank}"
-    process, ranks = start_and_wait(work, name, *(() if torchrun else (TWO,)), torchrun=torchrun)
+    process, ranks = start_and_wait(work, name, *(() if torchrun else (TWO,)), torchrun=torchrun, fork=not torchrun)
     ranks[rank].kill()
     assert process.wait(60) == 1
     record = record_of(work / name)
@@ -207,7 +218,7 @@ def test_several_processes_listen_on_loopback_alone_and_to_no_client_of_a_store(
 
 
 def test_ctrl_c_stops_all_processes_after_the_step_and_saves(work):
-    process, _ = start_and_wait(work, "stopped", TWO)
+    process, _ = start_and_wait(work, "stopped", TWO, fork=True)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     record, errors = record_of(work / "stopped"), (work / "stopped.err").read_text(encoding="utf-8")

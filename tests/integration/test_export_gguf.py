@@ -6,9 +6,11 @@ import json
 import os
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -18,6 +20,7 @@ from sft.export import exporter, gguf, merge
 from sft.run import run
 from sft.runs.saved import settings_of
 from sft.storage import jsonio
+from tests import forked
 from tests.conftest import ROOT, SMALL, make_settings
 from tests.faults.fault_campaign import export_hashes
 from tests.integration.test_export import LEARNT, copied, read  # noqa: F401
@@ -34,6 +37,22 @@ def trained(tmp_path_factory, all_tokens):
     result = run(make_settings(*SMALL, *LEARNT, "export=all", *gguf_files), folder)
     assert (result.status, result.exit_code) == ("finished", 0)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def forked_converter(tmp_path, monkeypatch):
+    """llama.cpp's converter, forked from a process that has imported the libraries; that of `trained` is a real one."""
+    before = tmp_path / "converter.py"
+
+    def start(command, **options):
+        if not command[2].startswith(str(gguf.CONVERTER)):
+            return subprocess.run(command, **options)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        path = f"import resource, sys\nsys.path.insert(0, {str(gguf.CONVERTER)!r})\nsys.modules.pop('gguf', None)\n"
+        before.write_text(f"{path}resource.setrlimit(resource.RLIMIT_FSIZE, {limits})\n", encoding="utf-8")
+        return forked.run(command[2], *command[3:], cwd=tmp_path, env=options["env"], before=before)
+
+    monkeypatch.setattr(gguf, "subprocess", SimpleNamespace(run=start))
 
 
 @pytest.fixture
@@ -120,37 +139,30 @@ def test_a_fault_in_a_gguf_file_is_caught(copied, monkeypatch, converted, key, v
 
     monkeypatch.setattr(gguf, "convert", convert)
     settings, _ = settings_of(copied)
-    settings.export.formats, settings.export.gguf.quantizations = ["gguf"], ["f16"]
+    settings.export.formats, settings.export.gguf.quantizations, settings.export.gguf.adapter = ["gguf"], ["f16"], False
     facts = exporter.export_run(copied, settings)["artifacts"]["gguf/f16"]
     assert facts["status"] == "failed" and caught in facts["failed"], facts["checks"]
 
 
 def rewrite(file: Path, key: str, value) -> None:
-    """Set one field of a GGUF file: every other field and every tensor is copied."""
-    from gguf import GGUFReader, GGUFValueType, GGUFWriter
-
-    reader = GGUFReader(file)
-    writer = GGUFWriter(file.with_suffix(".new"), reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture" or name == key:
-            continue
-        kinds = field.types
-        writer.add_key_value(name, field.contents(), kinds[0], kinds[-1] if kinds[0] == GGUFValueType.ARRAY else None)
-    kind = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, str: GGUFValueType.STRING}[type(value)]
-    writer.add_key_value(key, value, kind)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    file.with_suffix(".new").replace(file)
+    """Set one field of a GGUF file where it stands; a text that is shorter than the one there gets a comment for the rest."""
+    content = bytearray(file.read_bytes())
+    name = struct.pack("<Q", len(key)) + key.encode()
+    assert content.count(name) == 1
+    at = content.index(name) + len(name) + 4  # the number of its type
+    new = bytes([value]) if isinstance(value, bool) else struct.pack("<I", value) if isinstance(value, int) else b""
+    if isinstance(value, str):
+        at, length = at + 8, struct.unpack_from("<Q", content, at)[0]
+        new = value.encode() + b"{#" + b" " * (length - len(value.encode()) - 4) + b"#}"
+        assert len(new) == length
+    content[at : at + len(new)] = new
+    file.write_bytes(content)
 
 
 @needs_gguf
 def test_a_quantisation_that_costs_too_much_fails(copied, converted):  # noqa: F811
     settings, _ = settings_of(copied)
-    settings.export.formats, settings.export.gguf.quantizations = ["gguf"], ["q2_k"]
+    settings.export.formats, settings.export.gguf.quantizations, settings.export.gguf.adapter = ["gguf"], ["q2_k"], False
     settings.export.max_loss_increase = -1.0  # a limit that nothing keeps; on random weights rounding costs next to nothing
     report = exporter.export_run(copied, settings)
     facts = report["artifacts"]["gguf/q2_k"]
