@@ -116,6 +116,14 @@ def frozen_libraries(monkeypatch):
     monkeypatch.setattr(warm_cache, "_frozen", True)
 
 
+@pytest.fixture
+def forked_children(monkeypatch):
+    """What a test in this process starts of the project (ranks, jobs, exports) is forked: tests/forked.py."""
+    from tests import forked
+
+    monkeypatch.setattr("subprocess.Popen", forked.popen)
+
+
 @pytest.fixture(autouse=True)
 def no_service_of_another_test():
     """W&B leaves the address of its service in the environment; a program that a later test starts would look for it there."""

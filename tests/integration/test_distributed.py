@@ -33,11 +33,6 @@ TWO = "distributed.num_processes=2"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-@pytest.fixture
-def forked_ranks(monkeypatch):
-    monkeypatch.setattr(subprocess, "Popen", forked.popen)
-
-
 def differences(one: Path, two: Path) -> list[str]:
     """What differs between two finished runs by more than the order of a sum in float32 makes."""
     found, (ours, theirs) = [], (lines_of(one), lines_of(two))
@@ -104,7 +99,7 @@ def test_two_processes_are_the_run_of_one(work, whole, torchrun):
     assert not (work / "outputs").exists()
 
 
-def test_a_loss_that_each_process_divides_by_its_own_tokens_is_found_different(work, whole, forked_ranks):
+def test_a_loss_that_each_process_divides_by_its_own_tokens_is_found_different(work, whole, forked_children):
     fault = "trainer.extra.average_tokens_across_devices=false"  # refused on the command line
     launch(make_settings(*JOB, f"dataset.path={work / 'rows.jsonl'}", TWO, fault), work / "fault", Context())
     assert any("step 1" in line for line in differences(whole, work / "fault"))
@@ -118,7 +113,7 @@ def cut_back(finished: Path, folder: Path) -> None:
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
 
 
-def test_a_run_goes_on_in_another_number_of_processes(work, whole, forked_ranks):
+def test_a_run_goes_on_in_another_number_of_processes(work, whole, forked_children):
     """From one to two processes with the command typed again, and from two to one with `resume=`."""
     cut_back(whole, work / "from one")
     assert (
@@ -237,7 +232,7 @@ def test_one_process_refuses_for_all(work):
     assert not (work / "refused").exists()
 
 
-def test_processes_with_a_share_of_the_weights_each_are_the_run_of_one(work, monkeypatch, forked_ranks):
+def test_processes_with_a_share_of_the_weights_each_are_the_run_of_one(work, monkeypatch, forked_children):
     """Full fine-tuning through FSDP2, cut back to its second epoch and gone on with; one process cannot read its checkpoint."""
     monkeypatch.setattr("sft.report.page.bundled_charts", lambda: "")
     full = (*JOB, "lora=none", "trainer.learning_rate=1e-3", f"dataset.path={work / 'rows.jsonl'}")

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -20,12 +19,11 @@ from sft.export import exporter, gguf, merge
 from sft.run import run
 from sft.runs.saved import settings_of
 from sft.storage import jsonio
-from tests import forked
 from tests.conftest import ROOT, SMALL, make_settings
 from tests.faults.fault_campaign import export_hashes
 from tests.integration.test_export import LEARNT, copied, read  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("all_tokens")
+pytestmark = pytest.mark.usefixtures("all_tokens", "forked_children")  # the converter of `trained` is a process of its own
 needs_gguf = pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's parts are not installed: {gguf.INSTALL}")
 
 
@@ -37,22 +35,6 @@ def trained(tmp_path_factory, all_tokens):
     result = run(make_settings(*SMALL, *LEARNT, "export=all", *gguf_files), folder)
     assert (result.status, result.exit_code) == ("finished", 0)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def forked_converter(tmp_path, monkeypatch):
-    """llama.cpp's converter, forked from a process that has imported the libraries; that of `trained` is a real one."""
-    before = tmp_path / "converter.py"
-
-    def start(command, **options):
-        if not command[2].startswith(str(gguf.CONVERTER)):
-            return subprocess.run(command, **options)
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        path = f"import resource, sys\nsys.path.insert(0, {str(gguf.CONVERTER)!r})\nsys.modules.pop('gguf', None)\n"
-        before.write_text(f"{path}resource.setrlimit(resource.RLIMIT_FSIZE, {limits})\n", encoding="utf-8")
-        return forked.run(command[2], *command[3:], cwd=tmp_path, env=options["env"], before=before)
-
-    monkeypatch.setattr(gguf, "subprocess", SimpleNamespace(run=start))
 
 
 @pytest.fixture
@@ -193,6 +175,9 @@ def test_an_adapter_on_one_end_of_tied_embeddings_is_merged_into_that_end(tmp_pa
     assert away > 0.1 * weights["lm_head.weight"].float().norm()
 
 
+ALONE = "export.gguf.adapter=false"
+
+
 @contextlib.contextmanager
 def full_disk():
     """No file grows beyond 100 kB in this process and those that it starts: every write of weights fails, as on a full disk."""
@@ -210,8 +195,8 @@ def full_disk():
     [
         (merge, "save", ["export=merged_16bit"]),
         (merge, "save_4bit", ["export=merged_4bit"]),
-        (gguf, "convert", ["export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[f16]"]),
-        (gguf, "quantise", ["export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[q8_0]"]),
+        (gguf, "convert", ["export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[f16]", ALONE]),
+        (gguf, "quantise", ["export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[q8_0]", ALONE]),
         (
             gguf,
             "write_adapter",

@@ -21,6 +21,7 @@ from sft.run import run
 from sft.storage.jsonio import read_json, read_lines
 from tests.conftest import SMALL, make_settings
 
+pytestmark = pytest.mark.usefixtures("forked_children")
 QUICK = ("trainer=debug", "trainer.max_steps=4", "trainer.warmup_steps=0", "trainer.learning_rate=0.01")
 
 

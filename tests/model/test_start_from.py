@@ -17,6 +17,7 @@ from sft.plan.plan import Plan
 from sft.run import run
 from sft.runs.resume import recorded_run
 from sft.storage.jsonio import read_json, read_lines
+from tests import forked
 from tests.conftest import ROOT, SMALL, make_settings
 
 QUICK = ("trainer=debug", "trainer.max_steps=3", "trainer.warmup_steps=0", "trainer.learning_rate=0.01", "lora.r=4",
@@ -41,7 +42,9 @@ def chain(tmp_path_factory, all_tokens):
     second = train(place / "second", f"lora.start_from={first}")
     formats = (f"export.formats=[{','.join(['merged_16bit', *CONVERTED])}]", "export.gguf.quantizations=[q8_0]",
                f"export.gguf.adapter={str(bool(CONVERTED)).lower()}")  # fmt: skip
-    third = train(place / "third", f"lora.start_from={second}/adapter", "seed=7", "dataset.seed=3407", *formats)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("subprocess.Popen", forked.popen)
+        third = train(place / "third", f"lora.start_from={second}/adapter", "seed=7", "dataset.seed=3407", *formats)
     return first, second, third
 
 
