@@ -101,16 +101,30 @@ def wait_for_lines(process: subprocess.Popen | forked.Process, metrics: Path, co
         time.sleep(0.1)
 
 
+SESSION = """import fcntl, multiprocessing.util, os, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+multiprocessing.util._flush_std_streams = lambda: None  # it would fail: the terminal is gone
+"""
+"""Before a forked run: the terminal is its own."""
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_whose_terminal_is_gone_stops_and_saves(tmp_path, processes):
     """The terminal takes no line any more, and a shell sends the signal once more."""
     overrides = (*SMALL, "trainer.max_steps=100000", "trainer.eval_steps=50000", "trainer.save_steps=50000")
-    words = command(*overrides, "hydra.run.dir=run", f"distributed.num_processes={processes}")
+    words = (*overrides, "hydra.run.dir=run", f"distributed.num_processes={processes}")
     outside, terminal = pty.openpty()
-    process = subprocess.Popen(
-        words, cwd=tmp_path, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
+    if processes == 1:
+        (tmp_path / "session.py").write_text(SESSION, encoding="utf-8")
+        files = [os.ttyname(terminal)] * 3
+        process = forked.Process("train.py", *words, cwd=tmp_path, before=tmp_path / "session.py", files=files)
+        wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 1, outside)  # it has opened the terminal
+    else:
+        process = subprocess.Popen(
+            command(*words), cwd=tmp_path, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
     os.close(terminal)
     try:
         wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 3, outside)
