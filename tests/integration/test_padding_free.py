@@ -75,7 +75,7 @@ def test_layers_that_are_computed_again_attend_inside_each_row_again(tmp_path):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of torch to itself
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile writes C++ on the CPU, and no g++ is installed")
 def test_compiled_layers_train_as_they_do_uncompiled(tmp_path, monkeypatch):
-    """Twenty steps in float32: every loss within 1e-5. Another rank is not compiled again. On the command line this is refused
+    """Ten steps in float32: every loss within 1e-5. Another rank is not compiled again. On the command line this is refused
     without a GPU.
     """
     from torch._dynamo.utils import counters
