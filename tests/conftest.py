@@ -215,10 +215,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Two workers that take a file at a time end together if those of a minute and more come first.
-LONG_FILES = ("export_gguf", "integration/test_distributed", "padding_free", "test_resume", "backends", "integration/test_chat",
-              "test_command", "integration/test_safety", "integration/test_export", "integration/test_sweep", "warm_cache",
-              "test_notebook", "integration/test_run", "test_folders", "integration/test_hub")  # fmt: skip
+# Two workers that take a file at a time end together if those of half a minute and more come first.
+LONG_FILES = ("export_gguf", "config/test_refusals", "integration/test_distributed", "padding_free", "test_command",
+              "integration/test_safety", "data/test_properties", "cli/test_composition", "backends", "integration/test_sweep",
+              "test_resume", "test_notebook", "start_from", "integration/test_export", "data/test_hints", "data/test_files",
+              "warm_cache", "integration/test_run", "test_folders", "test_presets", "integration/test_hub",
+              "integration/test_chat")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
