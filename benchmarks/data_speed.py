@@ -80,14 +80,20 @@ def measure(way: str, file: Path) -> dict:
     import functools
     import resource
 
+    from hydra import compose, initialize_config_dir
+
+    from sft.config.compose import register, to_settings
     from sft.data import prepare
     from sft.data.columns import find_shape
     from sft.data.sources import read_rows
     from sft.data.templates import choose_template, render_row
+    from sft.environment import prepare_environment
     from sft.model.tokenizer import load_tokenizer
-    from tests.conftest import make_settings
 
-    settings = make_settings("dataset=local", f"dataset.path={file}")
+    prepare_environment()  # as in a run: tokenizers' own threads are off
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        settings = to_settings(compose("config", overrides=["dataset=local", f"dataset.path={file}"]))
     tokenizer, stop_ids = load_tokenizer(settings.model)
     tokenizer(["Warm up."])
     import datasets  # noqa: F401  (a second, which a run takes for it in any case)

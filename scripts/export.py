@@ -12,6 +12,7 @@ Exit codes: 0 all hold, 1 one failed, 2 refused.
 """
 
 import logging
+import shlex
 import sys
 from pathlib import Path
 
@@ -86,16 +87,17 @@ def read_request(argv: list[str]) -> tuple[Path, Path | None, Settings, bool]:
     settings.export = wanted
     if weights is not None and weights.parent.name != "checkpoints":
         why = "It is neither a run nor a checkpoint of one."
-        problems.append(Problem(f"run={own['run']}", why, f"run={folder}"))
+        problems.append(Problem(f"run={own['run']}", why, shlex.quote(f"run={folder}")))
     if push and not wanted.hub.repo:
         problems.append(Problem("push=true", "It names no repository.", "export.hub.repo=<user>/<name>"))
     if not push and not wanted.formats:
-        problems.append(Problem(" ".join(argv), "It names no format.", "export=merged_16bit, export=gguf or export=all"))
+        fix = "export=merged_16bit   or   export=gguf   or   export=all"
+        problems.append(Problem(" ".join(argv), "It names no format.", fix))
     if not settings.lora.enabled and "adapter" in wanted.formats:
         problems.append(Problem("export.formats: adapter", "This run trained the whole model.", "export=merged_16bit"))
     if weights is None and not (folder / ("adapter" if settings.lora.enabled else "model")).is_dir():
         fix = (
-            with_word(f"python train.py resume={own['run']}", settings)
+            with_word(f"python train.py {shlex.quote('resume=' + own['run'])}", settings)
             if record.get("status") != "finished"
             else "train it again"
         )

@@ -27,12 +27,13 @@ from sft.cli.check import check_command_line
 from sft.cli.overrides import parse_overrides
 from sft.config.compose import to_settings
 from sft.config.method import facts_of
-from sft.config.schema import TrackerName, TrackingSettings
+from sft.config.schema import TrackingSettings
+from sft.config.tracking_rules import trackers_of
 from sft.errors import Refusal, refuse
 from sft.storage.jsonio import jsonable
 from sft.sweep.grid import list_values
+from sft.tracking.names import name_metric
 from sft.tracking.wandb import place
-from sft.tracking.wandb_names import name_metric
 
 METHODS = ("grid", "random", "bayes")
 
@@ -80,9 +81,11 @@ def make_sweep(argv: list[str]) -> dict[str, Any]:
         raise refuse(" ".join(words) or "no word", "No setting has several values.", "-m lora.r=8,16   or   sweep=tpe")
     if settings.sweep.paired:
         why = "W&B tries every combination, and cannot keep the values of two settings together."
-        raise refuse("sweep.paired", why, "leave it out   or   python train.py -m ...   without W&B's agents")
-    if settings.tracking.tracker != TrackerName.wandb:
-        raise refuse("tracking=none", "W&B does not hear of jobs that are not tracked there.", "tracking=wandb")
+        fix = "sweep.paired=[]   for every combination   or   python train.py -m ...   without W&B's agents"
+        raise refuse("sweep.paired", why, fix)
+    if "wandb" not in trackers_of(settings.tracking):
+        what = f"tracking={settings.tracking.tracker.value}"
+        raise refuse(what, "W&B does not hear of jobs that are not tracked there.", "tracking=wandb")
     ranked = facts_of({"settings": jsonable(settings)})
     method, trials = _method(hydra)
     method = methods[-1] if methods else method

@@ -23,8 +23,8 @@ from sft.errors import Refusal, refuse
 from sft.runs.resume import read_record
 from sft.sweep.index import find_sweeps, load_index, readable_index
 from sft.sweep.leaderboard import Leaderboard, read_leaderboard
+from sft.tracking.names import AXIS, HELD_OUT, TOKENS, name_metric
 from sft.tracking.wandb import has_api_key, place
-from sft.tracking.wandb_names import AXIS, HELD_OUT, TOKENS, name_metric
 
 
 def main(argv: list[str]) -> int:

@@ -96,6 +96,7 @@ def all_tokens():
 def _use_own_cache() -> None:
     """Have `model=tiny_random` be that one in all tests and in what they start; SmolLM2 is the user's own."""
     os.environ["SFT_CACHE"] = str(USERS_CACHE / f"tests-{TOKENS}")
+    os.environ["TRACKIO_DIR"] = str(cache_dir() / "trackio")  # read where it is imported
     made_once(f"models/tiny-random-v{builtin.VERSION}", _write_few_tokens)
     for kept in USERS_CACHE.glob("models/smollm2-*"):
         with contextlib.suppress(FileExistsError):

@@ -11,14 +11,19 @@ from sft.config.upstream import sft_config_options
 from sft.errors import Problem, Refusal
 from tests.conftest import ROOT
 
-# What stands for something that the reader has to fill in: `<column>`, `a=...`, `/path/to/a/file`.
-PLACEHOLDER = re.compile(r"<[^<>|]+>|\.\.\.|/path/to|my_data\.jsonl")
+# What stands for something that the reader has to fill in: `<column>`, `a=...`, `/path/to/a/file`; and what installs packages.
+PLACEHOLDER = re.compile(r"<[^<>|]+>|\.\.\.|/path/to|my_data\.jsonl|install_gguf")
+
+PROGRAM = re.compile(r"train\.py|scripts/\w+\.py")
 
 OVERRIDE = re.compile(r"[+~]{0,2}[\w./@-]+=.*", re.S)
 
 
 def hints_of(problem: Problem) -> list[list[str]]:
-    """The hints that can be typed, each as the words that a shell gives to train.py; alternatives are hints of their own."""
+    """The hints that can be typed, each as the words that a shell gives to train.py; alternatives are hints of their own.
+
+    A whole command begins with its program.
+    """
     return [words for _, words in _split(problem) if words]
 
 
@@ -39,10 +44,12 @@ def _words(hint: str) -> list[str]:
     if PLACEHOLDER.search(command) or explanation == "for example":
         return []
     try:
-        words = shlex.split(command.removeprefix("python train.py "))
+        words = shlex.split(command.removeprefix("python "))
     except ValueError:  # an apostrophe in a sentence
         return []
-    return words if words and (words[0][0] == "-" or all(map(OVERRIDE.fullmatch, words))) else []
+    words = words[1:] if words[:1] == ["train.py"] and words[1:2] and words[1].startswith("-") else words
+    known = words and (words[0].startswith("-") or all(map(OVERRIDE.fullmatch, words[bool(PROGRAM.fullmatch(words[0])) :])))
+    return words if known else []
 
 
 def typed(argv: Iterable[str], problem: Problem, hint: list[str]) -> list[str]:
@@ -52,7 +59,7 @@ def typed(argv: Iterable[str], problem: Problem, hint: list[str]) -> list[str]:
     """
     keys = {_key(word) for word in hint}
     flags = [word for word in hint if word.startswith("-")]
-    if "resume" in keys or not any(map(OVERRIDE.fullmatch, hint)):
+    if "resume" in keys or not any(map(OVERRIDE.fullmatch, hint)) or PROGRAM.fullmatch(hint[0]):
         return hint
     kept = [word for word in argv if not _is_set(word, hint) and not _is_misspelt(word, problem, hint)]
     return [*flags, *kept, *(word for word in hint if word not in flags)]
@@ -72,7 +79,7 @@ def _is_misspelt(word: str, problem: Problem, hint: list[str]) -> bool:
     if problem.what not in (word.lstrip("+").replace("\n", "\\n"), f"{_key(word)}={_value(word)}"):
         return False
     key = _key(word)
-    known = key in schema.GROUPS or find_field(key)[0] is not None
+    known = key in ("run", *schema.GROUPS) or find_field(key)[0] is not None
     if key.startswith("trainer.extra."):
         known = key.removeprefix("trainer.extra.") in sft_config_options()
     return not known or any(_key(one).startswith(f"{key}.") or _repeats(one, [word]) for one in hint)
@@ -90,7 +97,7 @@ def _value(word: str) -> str:
 def problems_of(argv: Iterable[str], hardware: bool = True) -> list[Problem]:
     """What train.py refuses of a command line before anything is read; [] where it takes it."""
     try:
-        check_command_line(ROOT / "conf", list(argv), hardware)
+        check_command_line(ROOT / "conf", [word for word in argv if word != "train.py"], hardware)
     except Refusal as refusal:
         return refusal.problems
     return []

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,7 +71,8 @@ def find_target(text: str, consent: bool = False, base: str | None = None) -> Ta
         return Target(weights.name, "merged" if plain else "adapter", folder, weights, settings)
     kept = folder / ("adapter" if settings.lora.enabled else "model")
     if not kept.is_dir():
-        fix = with_word(f"python train.py resume={text}", settings) if record.get("status") != "finished" else "train it again"
+        resumed = with_word(f"python train.py {shlex.quote(f'resume={text}')}", settings)
+        fix = resumed if record.get("status") != "finished" else "train it again"
         raise refuse(f"run={text}", f"Nothing was trained there yet (status {record.get('status')}).", fix)
     return Target(folder.name, "adapter", folder, kept, settings)
 

@@ -160,7 +160,11 @@ def _values(override: Override, problems: list[Problem]) -> list[Any] | None:
         return list_values(override)
     except HydraException as error:
         why = f"Its values cannot be listed: {first_line(error)}."
-        problems.append(Problem(one_line(override), why, f"{override.key_or_group}=a,b,c   or range(1,4) or choice(a,b)"))
+        problems.append(
+            Problem(
+                one_line(override), why, f"{override.key_or_group}=<value>,<value>   or range(1,4) or choice(<value>,<value>)"
+            )
+        )
         return None
 
 
@@ -191,6 +195,8 @@ def _check_option(override: Override, known: list[str], problems: list[Problem])
         return False
     if isinstance(override._value, list):
         fix = f"python train.py -m {group}={','.join(str(value) for value in override.value())}   for a sweep"
+        if group == "tracking":
+            fix = f"tracking.trackers=[{','.join(str(value) for value in override.value())}]"
         problems.append(Problem(line, f"A run has one {group}.", fix))
         return False
     if override.is_add() and group in schema.GROUPS:

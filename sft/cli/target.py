@@ -1,6 +1,7 @@
 """Which run a command means: a folder, the last one, or the best of a sweep."""
 
 import difflib
+import shlex
 from pathlib import Path
 
 from sft.errors import refuse
@@ -27,4 +28,4 @@ def find_run(text: str) -> tuple[Path, Path | None]:
     runs = sorted(p.parent.name for p in near.glob("*/run.json"))
     close = difflib.get_close_matches(place.name, runs, 1, 0.3) or runs[-1:]
     why = "It is no run: there is no run.json in it." if place.is_dir() else "There is no such folder."
-    raise refuse(f"run={text}", why, f"run={near / close[0]}" if close else "run=outputs/<run>")
+    raise refuse(f"run={text}", why, shlex.quote(f"run={near / close[0]}") if close else "run=outputs/<run>")

@@ -107,13 +107,15 @@ def fill_settings(plain: dict[str, Any]) -> Settings:
         raise Refusal([Problem("settings", "They are no table of settings.", "docs/settings.md lists all settings")])
     problems = [unknown_key(path, value) for path, value in stray_keys(plain, Settings)]
     problems += [
-        Problem(key, "It is a list of single values, and one of them is a list or a table.", f"{key}=[a,b]")
+        Problem(key, "It is a list of single values, and one of them is a list or a table.", f"{key}=[<value>,<value>]")
         for key in leaf_keys()
         if str(plain_type(*find_field(key))).startswith("list") and _holds_tables(plain, key)
     ]
     problems += [
         Problem(
-            key, "It is pairs of names and texts, and one of the values is a list or a table.", f"'{key}={{name: \"text\"}}'"
+            key,
+            "It is pairs of names and texts, and one of the values is a list or a table.",
+            f"'{key}={{<name>: \"<text>\"}}'",
         )
         for key in leaf_keys()
         if str(plain_type(*find_field(key))).startswith("dict[str, str]") and _holds_tables(plain, key)

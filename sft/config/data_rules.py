@@ -108,7 +108,7 @@ def _check_paths(name: str, data: DatasetSettings, taken: list[Path]) -> list[Pr
         try:
             files, _ = list_files(text)
         except OSError as error:
-            problems.append(Problem(what, f"The system cannot list it: {error.strerror}.", f"chmod u+rx {text}"))
+            problems.append(Problem(what, f"The system cannot list it: {error.strerror}.", f"chmod u+rx {shlex.quote(text)}"))
             continue
         alone = name == "path" and not isinstance(value, list) and not data.eval_path and not data.eval_split
         replaced = functools.partial(instead, text)
@@ -189,7 +189,7 @@ def _check_files(what: str, files: list[Path]) -> list[Problem]:
         empty = [file for file in empty if kind_of(file) not in (".json", ".jsonl", ".csv")]
     faults.append(("The file is empty.", "write the rows first, or name another file", empty))
     closed = [file for file in files if not os.access(file, os.R_OK)]
-    faults.append(("The file cannot be read by this user.", f"chmod u+r {' '.join(map(str, closed))}", closed))
+    faults.append(("The file cannot be read by this user.", f"chmod u+r {shlex.join(map(str, closed))}", closed))
     problems = []
     for why, fix, found in faults:
         if found and total > 1:

@@ -11,7 +11,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from sft.config.schema import Settings, TrackerName
+from sft.config.schema import Settings
+from sft.config.tracking_rules import trackers_of
 from sft.errors import Problem
 from sft.storage import cache
 
@@ -26,9 +27,9 @@ def destinations(settings: Settings) -> dict[str, str]:
     found = {}
     if settings.export.hub.repo and settings.export.formats:
         found["export.hub.repo"] = settings.export.hub.repo
-    if settings.tracking.tracker != TrackerName.none and settings.tracking.entity:
+    if trackers_of(settings.tracking) and settings.tracking.entity:
         found["tracking.entity"] = settings.tracking.entity
-    if settings.tracking.tracker != TrackerName.none and settings.tracking.log_adapter:
+    if trackers_of(settings.tracking) and settings.tracking.log_adapter:
         found["tracking.log_adapter"] = "true"  # weights, to the reader's own account
     return found
 

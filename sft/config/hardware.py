@@ -14,6 +14,12 @@ def processes_of(settings: Settings) -> int:
     return max(1, gpu_count()) if wanted == "auto" else int(wanted)
 
 
+def one_process(settings: Settings) -> str:
+    """The overrides that train in one process, whatever was typed of `distributed`."""
+    fsdp = settings.distributed.strategy == Strategy.fsdp
+    return "distributed.num_processes=1" + " distributed.strategy=ddp" * fsdp
+
+
 def is_process_count(settings: Settings) -> bool:
     """Whether `distributed.num_processes` is one of the values it can have."""
     wanted = settings.distributed.num_processes

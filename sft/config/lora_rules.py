@@ -261,9 +261,9 @@ def model_problem(name: str, folder: Path, lora: LoraSettings) -> Problem:
         try:
             return Problem(what, why, start_overrides(place, lora))
         except ValueError:
-            return Problem(what, why, f"lora.start_from={name}")
+            return Problem(what, why, typed("lora.start_from", name))
     why = "The folder holds no config.json, so it is not a saved model."
-    fix = f"model.name={folder / inside[0]}" if inside else "name the folder with config.json and the weights in it"
+    fix = typed("model.name", str(folder / inside[0])) if inside else "name the folder with config.json and the weights in it"
     return Problem(what, why, fix)
 
 

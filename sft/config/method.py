@@ -10,7 +10,7 @@ class MethodFacts:
 
     name: str
     columns: tuple[str, ...]
-    """Columns of a tokenised row that it trains on."""
+    """Columns of numbers of a tokenised row that it trains on."""
     metric: str = "eval_loss"
     """The number of metrics.jsonl and run.json that its runs are ranked by: best checkpoint, early stopping, sweeps, report."""
     greater_is_better: bool = False

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from sft.config.eligibility import OWN_LOSS
-from sft.config.hardware import is_process_count, processes_of
+from sft.config.hardware import is_process_count, one_process, processes_of
 from sft.config.schema import Backend, LossOn, MethodName, MethodSettings, PreferenceLoss, Reasoning, Settings, Shape
 from sft.errors import Problem
 
@@ -34,7 +34,8 @@ def _check_numbers(method: MethodSettings) -> list[Problem]:
     smoothing = method.label_smoothing
     if not 0 <= smoothing < 0.5:
         why = "It is the share of pairs that may be labelled the wrong way round: at least 0 and below 0.5."
-        problems.append(Problem(f"method.label_smoothing={smoothing:g}", why, "method.label_smoothing=0.1"))
+        fix = "method.label_smoothing=0.1" if method.loss_type == PreferenceLoss.robust else "method.label_smoothing=0"
+        problems.append(Problem(f"method.label_smoothing={smoothing:g}", why, fix))
     elif smoothing and method.loss_type != PreferenceLoss.robust:
         why = f"loss_type={method.loss_type.value} does not read it."
         fix = "method.loss_type=robust   or   method.label_smoothing=0"
@@ -56,9 +57,7 @@ def _check_others(settings: Settings) -> list[Problem]:
         (lora.enabled and lora.lora_dropout > 0, f"lora.lora_dropout={lora.lora_dropout:g}",
          "The reference has no dropout: the pairs would not begin as ties.", "lora.lora_dropout=0"),
         (is_process_count(settings) and processes_of(settings) > 1, "distributed",
-         "Pairs are trained on in one process.", "distributed=none"),
-        (bool(settings.trainer.torch_compile), "trainer.torch_compile=true", "Pairs are not compiled for.",
-         "trainer.torch_compile=null"),
+         "Pairs are trained on in one process.", one_process(settings)),
     ]  # fmt: skip
     problems = [Problem(f"method=dpo {what}", why, fix) for holds, what, why, fix in rules if holds]
     return problems + [_other_loss(name, settings.trainer.extra[name]) for name in OWN_LOSS if settings.trainer.extra.get(name)]

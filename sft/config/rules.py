@@ -17,8 +17,8 @@ from sft.config import schema
 from sft.config.batching import check_batch_plan
 from sft.config.data_rules import check_dataset, shortened, warn_of_paths, why_lost
 from sft.config.eligibility import check_speed
-from sft.config.hardware import gpu_count, gpu_present, is_process_count, processes_of, resolve_backend
-from sft.config.keys import shown
+from sft.config.hardware import gpu_count, gpu_present, is_process_count, one_process, processes_of, resolve_backend
+from sft.config.keys import shown, typed
 from sft.config.lora_rules import check_lora, model_problem
 from sft.config.method_rules import check_method
 from sft.config.schema import (
@@ -31,6 +31,7 @@ from sft.config.schema import (
     Settings,
     Strategy,
 )
+from sft.config.tracking_rules import check_packages, check_tracking, warn_of_tracking
 from sft.config.upstream import NEED_MATRIX, enum_values, gguf_types, sft_config_options
 from sft.errors import Problem
 
@@ -126,8 +127,6 @@ ON_A_GPU = r"8bit|4bit|paged|bnb"  # in the names of optimisers
 
 HUB_NAME_LENGTH = 96 - len("-bnb-4bit")  # of a repository, before the longest suffix of sft/export/hub.py
 
-NAME_LENGTH, TAG_LENGTH = 128, 64  # what W&B takes
-
 
 def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
     """Every problem in the settings themselves; `hardware=False` leaves out what depends on this machine."""
@@ -145,9 +144,10 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_extra(settings.trainer.extra),
         *_check_export(settings),
         *_check_hub_repo(settings.export.hub.repo),
-        *_check_tracking(settings),
+        *check_tracking(settings),
     ]
     if hardware:
+        problems += check_packages(settings)
         problems += check_speed(settings, resolve_backend(settings), gpu_present() or settings.preflight.gpu is not None)
     if hardware and settings.preflight.gpu is None:
         problems += _check_hardware(settings)
@@ -166,7 +166,8 @@ def _check_distributed(settings: Settings) -> list[Problem]:
         problems.append(Problem(what, why, f"leave it out   or   torchrun --nproc-per-node {wanted} train.py ..."))
     if count == 1 and strategy == Strategy.fsdp and wanted != "auto":  # how many that is, this machine says
         why = "A single process has nothing to share the weights out among."
-        problems.append(Problem("distributed.strategy=fsdp", why, "distributed=none   or   distributed.num_processes=2"))
+        fix = "distributed.strategy=ddp   or   distributed.num_processes=2"
+        problems.append(Problem("distributed.strategy=fsdp", why, fix))
     if strategy == Strategy.fsdp:
         for bits in ("4bit", "8bit"):
             if getattr(settings.model, f"load_in_{bits}"):
@@ -182,7 +183,7 @@ def _check_distributed(settings: Settings) -> list[Problem]:
             Problem(
                 f"trainer.extra.{name}={shown(settings.trainer.extra[name])}",
                 f"The {count} processes would not train on the rows that one process does.",
-                f"leave trainer.extra.{name} out   or   distributed=none",
+                f"leave trainer.extra.{name} out   or   {one_process(settings)}",
             )
             for name in sorted(ONE_PROCESS & set(settings.trainer.extra))
         ]
@@ -223,10 +224,7 @@ def warnings_for(settings: Settings) -> list[str]:
         found.append("Nothing is held out, so the last weights are kept, not the best (trainer.load_best_model_at_end).")
     if Path(settings.model.name).expanduser().is_dir() and settings.model.revision:
         found.append("model.revision is ignored: model.name is a local folder.")
-    tracking = settings.tracking
-    if tracking.tracker == schema.TrackerName.none:
-        wanted = [f"tracking.{key}=true" for key in ("alert", "log_adapter") if getattr(tracking, key)]
-        found += [f"{' and '.join(wanted)} is ignored: tracking=none."] if wanted else []
+    found += warn_of_tracking(settings.tracking)
     return found
 
 
@@ -331,7 +329,7 @@ def _check_model(settings: Settings) -> list[Problem]:
         parent = folder.parent if folder.parent.is_dir() else Path(".")
         close = difflib.get_close_matches(folder.name, [p.name for p in parent.iterdir() if p.is_dir()], 1)
         why = "There is no such folder, and a hub id has the form owner/name."
-        fix = f"model.name={parent / close[0]}" if close else "model.name=Qwen/Qwen3-4B-Base   for example"
+        fix = typed("model.name", str(parent / close[0])) if close else "model.name=Qwen/Qwen3-4B-Base   for example"
         problems.append(Problem(f"model.name={model.name}", why, fix))
     return problems
 
@@ -510,50 +508,17 @@ def _check_hub_repo(repo: str | None) -> list[Problem]:
     return [Problem(what, why, fix)]
 
 
-def _check_tracking(settings: Settings) -> list[Problem]:
-    """Names that W&B would refuse after loading, and an adapter to send where there is none."""
-    tracking, problems, refused = settings.tracking, [], r"/\#?%:"
-    if tracking.tracker != schema.TrackerName.wandb:
-        return []
-    names = {"project": "A W&B project", "entity": "A W&B user or team", "name": "A W&B run", "group": "A W&B group"}
-    for key, thing in names.items():
-        text, bad = getattr(tracking, key), refused if key in ("project", "entity") else ""
-        if text is None or (0 < len(text) <= NAME_LENGTH and not set(text) & set(bad)):
-            continue
-        rule = f"1 to {NAME_LENGTH} characters" + (f", none of them {' '.join(bad)}" if bad else "")
-        team, slash, rest = text.partition("/")
-        two = (
-            slash
-            and key in ("project", "entity")
-            and all(re.fullmatch(r"[a-zA-Z0-9_.-]{1,128}", part) for part in (team, rest))
-        )
-        fix = f"tracking.entity={team} tracking.project={rest}" if two else f"tracking.{key}={_clean(text, NAME_LENGTH)}"
-        problems.append(Problem(f"tracking.{key}={text}", f"{thing}'s name has {rule}.", fix))
-    if any(not 0 < len(tag) <= TAG_LENGTH for tag in tracking.tags):
-        tags = ",".join(dict.fromkeys(_clean(tag, TAG_LENGTH) for tag in tracking.tags if tag))
-        why = f"A W&B tag has 1 to {TAG_LENGTH} characters."
-        problems.append(Problem(f"tracking.tags=[{','.join(tracking.tags)}]", why, f"'tracking.tags=[{tags}]'"))
-    if tracking.log_adapter and not settings.lora.enabled:
-        why = "All weights are trained, so that there is no adapter, and whole models are not sent to W&B."
-        problems.append(Problem("tracking.log_adapter=true lora=none", why, "tracking.log_adapter=false"))
-    return problems
-
-
-def _clean(text: str, length: int) -> str:
-    """The text as a name that W&B and the command line take as it stands."""
-    return re.sub(r"[^a-zA-Z0-9_.-]+", "-", text)[:length].strip("-") or "sft"
-
-
 def _check_hardware(settings: Settings) -> list[Problem]:
     model, problems = settings.model, []
     gpu = gpu_present()
     wanted, here = settings.distributed.num_processes, gpu_count()
     if wanted == "auto" and not gpu:
         why = "auto counts the GPUs, and none is found here."
-        problems.append(Problem("distributed.num_processes=auto", why, "distributed=none   or   distributed.num_processes=2"))
+        fix = f"{one_process(settings)}   or   distributed.num_processes=2"
+        problems.append(Problem("distributed.num_processes=auto", why, fix))
     elif wanted == "auto" and here == 1 and settings.distributed.strategy == Strategy.fsdp:
         why = "One GPU is found here, and a single process has nothing to share the weights out among."
-        problems.append(Problem("distributed.strategy=fsdp", why, "distributed=none"))
+        problems.append(Problem("distributed.strategy=fsdp", why, "distributed.strategy=ddp"))
     if gpu and isinstance(wanted, int) and wanted > here:
         why = f"Each process needs a GPU of its own, and {here} {'is' if here == 1 else 'are'} found here."
         problems.append(Problem(f"distributed.num_processes={wanted}", why, f"distributed.num_processes={here}"))

@@ -112,11 +112,15 @@ class TrackerName(Enum):
     """Where curves and samples go besides the run folder."""
 
     wandb = "wandb"
+    tensorboard = "tensorboard"
+    mlflow = "mlflow"
+    swanlab = "swanlab"
+    trackio = "trackio"
     none = "none"
 
 
 class TrackingMode(Enum):
-    """How W&B is reached."""
+    """How a tracker's server is reached."""
 
     auto = "auto"
     online = "online"
@@ -465,14 +469,19 @@ class TrackingSettings:
     """Where the run is tracked besides its own folder."""
 
     tracker: TrackerName = TrackerName.wandb
-    """`wandb`, or `none` for the run folder alone."""
+    """`wandb`, `tensorboard`, `mlflow`, `swanlab`, `trackio`, or `none` for the run folder alone."""
+    trackers: list[str] = field(default_factory=list)
+    """Several at once, in place of `tracker`: `[wandb,tensorboard]`."""
     mode: TrackingMode = TrackingMode.auto
-    """`auto`: as WANDB_MODE says, else online with an API key and a network, else offline with one line on how to sync.
-    `online`, here or in WANDB_MODE: a refusal where that cannot be had."""
+    """`auto`: as WANDB_MODE or the tracker's own settings say, else online with an API key (MLflow: MLFLOW_TRACKING_URI)
+    and a network, else offline with one line on how to sync. `online`, here or in WANDB_MODE: a refusal where that cannot
+    be had."""
     project: str | None = None
-    """W&B project; null is WANDB_PROJECT or that of W&B's settings file, else `sft`."""
+    """Project, or MLflow's experiment; null is that of the tracker's own settings (WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME,
+    SWANLAB_PROJECT_NAME, W&B's settings file), else `sft`."""
     entity: str | None = None
-    """W&B user or team; null is WANDB_ENTITY or that of W&B's settings file, else the account's default."""
+    """W&B user or team, or SwanLab's workspace; null is WANDB_ENTITY or that of W&B's settings file, else the account's
+    default."""
     name: str | None = None
     """Name of the run; null is WANDB_NAME, else one of the model, the data and what was overridden, with the run's id."""
     tags: list[str] = field(default_factory=list)
@@ -482,7 +491,7 @@ class TrackingSettings:
     notes: str | None = None
     """Notes on the run; null is WANDB_NOTES, else its command."""
     alert: bool = False
-    """Have W&B send an alert when the run ended, with its status and why."""
+    """Have W&B send an alert when the run ended, with its status and why; Trackio shows it."""
     log_adapter: bool = False
     """Send the adapter to W&B at the end, as an artifact. Nothing else sends weights there."""
 

@@ -2,11 +2,13 @@
 
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sft.config.schema import LossOn, Overlong, Reasoning, Settings, Shape
 from sft.data.columns import SHAPES
+from sft.data.sources import name_rows
 from sft.data.tokenize import IGNORED
 from sft.errors import Problem, Refusal, refuse
 
@@ -80,10 +82,13 @@ def find_duplicates(train: SplitStats, held_out: SplitStats | None) -> dict[str,
 
 
 class Faults:
-    """Rows that cannot be trained on, by what is wrong with them, of `total` rows in all."""
+    """Rows of one split that cannot be trained on, by what is wrong with them, of `total` rows in all.
 
-    def __init__(self, total: int) -> None:
-        self.total, self.count = total, 0
+    `held_out_in` says where held-out rows are; None for rows to train on.
+    """
+
+    def __init__(self, table: Sequence[dict], total: int, held_out_in: str | None = None) -> None:
+        self.table, self.total, self.held_out_in, self.count = table, total, held_out_in, 0
         self.rows: dict[Problem, array] = {}
 
     def add(self, number: int, refusal: Refusal) -> None:
@@ -93,27 +98,39 @@ class Faults:
             if problem in self.rows or len(self.rows) < MOST_FAULTS:
                 self.rows.setdefault(problem, array("q")).append(number)
 
-    def refuse(self) -> None:
-        """Raise a Refusal of all of them, with how many rows each fault has and the first three."""
+    def name(self, *numbers: int) -> str:
+        """Rows of the split, for a line of text."""
+        return name_rows(self.table, self.held_out_in, *numbers)
+
+    def problems(self) -> list[Problem]:
+        """The first faults, each with how many rows have it and the first three."""
         problems = []
         shown = list(self.rows.items())[:5]
         for p, numbers in shown:
-            *first, last = map(str, numbers[:3])
-            where = f"rows {', '.join(first)} and {last} of the data" if first else f"row {last} of the data"
+            where = self.name(*numbers[:3])
             where += f" ({len(numbers)} of {self.total} rows)" if len(numbers) > 1 else ""
             problems.append(Problem(f"{where}{': ' * bool(p.what)}{p.what}", p.why, p.fix))
-        if problems:
-            left = self.count - len({number for _, numbers in shown for number in numbers})
-            more = f" {left} more row{' has' if left == 1 else 's have'} other faults." if left else ""
-            fix = f"{problems[-1].fix}\n" if problems[-1].fix else ""
-            if self.count < self.total:
-                fix += f"dataset.skip_bad_rows=true   leaves {self.count} of {self.total} rows out"
-            problems[-1] = replace(problems[-1], why=problems[-1].why + more, fix=fix.strip())
-            raise Refusal(problems)
+        if left := self.count - len({number for _, numbers in shown for number in numbers}):
+            more = f" {left} more row{' has' if left == 1 else 's have'} other faults."
+            problems[-1] = replace(problems[-1], why=problems[-1].why + more)
+        return problems
 
 
-def count_target_tokens(labels: list[int]) -> int:
-    return len(labels) - labels.count(IGNORED)
+def refuse_faults(splits: list[Faults], skip: bool) -> None:
+    """Raise a Refusal of all rows that cannot be trained on; where rows are skipped, of splits of which that leaves none."""
+    whole = [faults for faults in splits if faults.count and faults.count == faults.total]
+    problems = [problem for faults in (whole if skip else splits) for problem in faults.problems()]
+    if problems:
+        if not whole:
+            count, total = sum(faults.count for faults in splits), sum(faults.total for faults in splits)
+            way = f"dataset.skip_bad_rows=true   leaves {count} of {total} rows out"
+            problems[-1] = replace(problems[-1], fix=f"{problems[-1].fix}\n{way}".strip())
+        raise Refusal(problems)
+
+
+def holds_targets(labels: list[int]) -> bool:
+    """Whether a token of the row is a target; most rows end with one."""
+    return labels[-1:] not in ([], [IGNORED]) or labels.count(IGNORED) < len(labels)
 
 
 def refuse_nothing_to_learn(splits: dict[str, SplitStats], counts: dict, shape: Shape, settings: Settings) -> None:
@@ -154,10 +171,17 @@ def room_for(longest: int) -> str:
 
 
 def notes_of(splits: dict[str, SplitStats]) -> dict[str, dict[str, int]]:
-    """How often each note was made and the number of the first row with it: {note: {"count", "first"}}."""
+    """How often each note was made and the number of the first row with it: {note: {"count", "first"}}.
+
+    It is a row to train on, or else a held-out one, with "held_out" beside it.
+    """
     notes = sum((split.notes for split in splits.values()), Counter())
-    firsts = {note: min(split.first[note] for split in splits.values() if note in split.first) for note in notes}
-    return {note: {"count": notes[note], "first": firsts[note]} for note in sorted(notes)}
+    firsts = {
+        note: {"first": split.first[note]} | ({"held_out": True} if name == "eval" else {})
+        for name, split in reversed(splits.items())
+        for note in split.first
+    }
+    return {note: {"count": notes[note], **firsts[note]} for note in sorted(notes)}
 
 
 def data_warnings(counts: dict, blank: int, duplicates: dict[str, Any], notes: dict, settings: Settings) -> list[str]:
@@ -208,9 +232,10 @@ def _note_warnings(notes: dict[str, dict[str, int]], settings: Settings) -> list
     if n := count.get("tools"):
         found.append(f"{n} rows define tools, and the chat template has no place for them: they are left out.")
     if n := count.get("control tokens"):
+        first = f"{'held-out ' * notes['control tokens'].get('held_out', False)}row {notes['control tokens']['first']}"
         found.append(
-            f"{n} rows bring control tokens of the model in what is not an answer (first: row "
-            f"{notes['control tokens']['first']}): they are read as plain text. dataset.special_tokens_in_text=keep keeps them."
+            f"{n} rows bring control tokens of the model in what is not an answer (first: {first}): "
+            "they are read as plain text. dataset.special_tokens_in_text=keep keeps them."
         )
     if keys := _named(count, "key "):
         found.append(f"Keys of turns that are not used, with their number: {keys}.")

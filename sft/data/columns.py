@@ -567,6 +567,8 @@ class RowFault(ValueError):
 
 def cell_text(value: Any, column: str) -> str:
     """A question's or an answer's cell. Raises RowFault for a list or an object: as JSON it would be trained on by accident."""
+    if type(value) is str:
+        return value
     if isinstance(value, list | dict):
         turns = f"dataset.shape=messages {_column('messages', column)}" if holds_turns(value) else ""
         what = "a list" if isinstance(value, list) else "an object"

@@ -4,8 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sft.config.keys import typed
 from sft.config.schema import DatasetSettings, Shape
 from sft.data.columns import Turn, check_columns, column_names, holds_turns, likeliest, row_to_turns
+from sft.data.shared_prompt import shared_length
 from sft.data.templates import Rendered, choose_template, render_row
 from sft.data.tokenize import IGNORED
 from sft.errors import Problem, Refusal, refuse
@@ -29,7 +31,7 @@ def find_form(rows: Sequence[dict], data: DatasetSettings, source: str) -> tuple
         if column not in names:
             match = likeliest(role, column or role, names)
             why = f"{source} has no column {column!r}, and method=dpo needs two answers. It has: {', '.join(sorted(names))}."
-            fix = f"dataset.columns.{role}={match}" if match else f"dataset.columns.{role}=<column>   or method=sft"
+            fix = typed(f"dataset.columns.{role}", match) if match else f"dataset.columns.{role}=<column>   or method=sft"
             problems.append(Problem(f"dataset.columns.{role}={column}", why, fix))
     if problems:
         raise Refusal(problems)
@@ -43,7 +45,8 @@ def find_form(rows: Sequence[dict], data: DatasetSettings, source: str) -> tuple
     else:
         match = likeliest("instruction", "prompt", names - {columns.chosen, columns.rejected})
         why = f"{source} has no column for the prompt. It has: {', '.join(sorted(names))}."
-        raise refuse(f"dataset.columns.prompt={columns.prompt}", why, f"dataset.columns.prompt={match or '<column>'}")
+        fix = typed("dataset.columns.prompt", match) if match else "dataset.columns.prompt=<column>"
+        raise refuse(f"dataset.columns.prompt={columns.prompt}", why, fix)
     read = [
         replace(data, shape=shape, columns=replace(columns, **{role: getattr(columns, one)})) for one in ("chosen", "rejected")
     ]
@@ -88,8 +91,8 @@ def pair_up(entries: Iterator[dict], counts: dict[str, int]) -> Iterator[dict]:
         targets = [len(one["labels"]) - one["labels"].count(IGNORED) for one in (chosen, rejected)]
         counts["chosen_longer"] += targets[0] > targets[1]
         counts["pairs"] += 1
-        yield chosen | {"rejected_ids": rejected["input_ids"], "rejected_labels": rejected["labels"],
-                        "notes": chosen["notes"] + rejected["notes"]}  # fmt: skip
+        pair = chosen | {"rejected_ids": rejected["input_ids"], "rejected_labels": rejected["labels"]}
+        yield pair | {"shared_length": shared_length(pair), "notes": chosen["notes"] + rejected["notes"]}
 
 
 def take_pair_counts(counts: dict[str, int]) -> dict[str, int]:

@@ -11,8 +11,9 @@ import hashlib
 import itertools
 import json
 from array import array
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from sft.data.audit import (
     Faults,
     SplitStats,
     audit,
-    count_target_tokens,
     data_warnings,
     find_duplicates,
+    holds_targets,
     notes_of,
     quantiles,
+    refuse_faults,
     refuse_nothing_to_learn,
     room_for,
 )
@@ -45,6 +47,10 @@ from sft.storage import atomic
 
 BATCH = 1000
 """Rows tokenised at a time."""
+
+AHEAD = 2
+"""Batches that are rendered before the first of them is labelled: tokenising has a thread of its own, and the rest takes about
+as long."""
 
 FIRST_ROWS = 20
 """Rows whose tokens are decoded again."""
@@ -64,12 +70,14 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
     data = settings.dataset
     held_out = held_out_data(data)
     source = source_of(data)  # files that were read before need not be read again
-    eval_source = source_of(held_out) if held_out else None
+    with _held_out():
+        eval_source = source_of(held_out) if held_out else None
     known = source is not None and (held_out is None or eval_source is not None)
     prepared = read_cache(cache_folder(settings, tokenizer, stop_ids, [source, eval_source])) if known else None
     if prepared is None:
         rows, source = read_rows(data, data.split)
-        eval_rows, eval_source = read_rows(held_out, held_out.split) if held_out else (None, None)
+        with _held_out():
+            eval_rows, eval_source = read_rows(held_out, held_out.split) if held_out else (None, None)
         folder = cache_folder(settings, tokenizer, stop_ids, [source, eval_source])
         with only_one(folder):  # of several processes one tokenises, the others wait for it and read
             prepared = read_cache(folder)
@@ -86,6 +94,16 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
     prepared.facts |= {"files": source["files"]} if "files" in source else {}
     prepared.facts |= {"eval_source": eval_source["name"]} if eval_source else {}
     return prepared
+
+
+@contextlib.contextmanager
+def _held_out() -> Iterator[None]:
+    """Say of what is refused that it is a fault of the held-out rows."""
+    try:
+        yield
+    except Refusal as refusal:
+        prefixes = ["" if p.what.startswith("dataset.eval_") else "the held-out rows: " for p in refusal.problems]
+        raise Refusal([replace(p, what=text + p.what) for text, p in zip(prefixes, refusal.problems, strict=True)]) from refusal
 
 
 def _hash_rows(rows) -> str:
@@ -112,10 +130,11 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     template = choose_template(data, shape, tokenizer)
     counts = {"read": len(rows)}
     train_index, eval_index = select(rows, data, row_seed(settings), counts)
+    held_out_in = eval_source["name"] if eval_source else "the data"
     if eval_rows is None:
         eval_rows = rows
     else:
-        eval_index = choose_indices(eval_rows, data, row_seed(settings))[: data.max_eval_rows]
+        eval_index = choose_indices(eval_rows, data, row_seed(settings), held_out_in)[: data.max_eval_rows]
         counts["read_eval"] = len(eval_rows)
         _check_held_out(eval_rows, _asked_of(eval_rows, data, names), shape, eval_source["name"])
         if not eval_index:
@@ -135,16 +154,16 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     encode = functools.partial(_tokenise_near, tokenizer=tokenizer, limit=settings.model.max_seq_length)
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
     finish = functools.partial(label, bos=bos, eos=tokenizer.eos_token_id, stop_ids=stop_ids)
-    splits, faults = {}, Faults(len(train_index) + len(eval_index))
+    splits, faults = {}, []
     for name, table, index in (("train", rows, train_index), ("eval", eval_rows, eval_index)):
         if index or name == "train":
-            entries = _tokenise(table, index, render, encode, finish, faults)
+            faults.append(Faults(table, len(index), held_out_in if name == "eval" else None))
+            entries = _tokenise(index, render, encode, finish, faults[-1])
             entries = pair_up(entries, counts) if pairs else entries
             splits[name] = _write_split(entries, work / f"{name}.arrow", settings, tokenizer, stop_ids)
+    refuse_faults(faults, data.skip_bad_rows)
     if data.skip_bad_rows:
-        counts["bad_rows"] = faults.count
-    else:
-        faults.refuse()
+        counts["bad_rows"] = sum(one.count for one in faults)
     not_restored = _check_round_trip(splits["train"].texts, tokenizer, settings)
     longer = [f"{s.too_long} of {s.read} {name} rows" for name, s in splits.items() if s.too_long]
     if longer and data.overlong == Overlong.error:
@@ -196,11 +215,13 @@ def _check_held_out(rows, data, shape: Shape, source: str) -> None:
 
 def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokenizer, stop_ids: set[int]) -> SplitStats:
     """Write the rows that are trained or evaluated on to an Arrow file; memory holds one batch of them at a time."""
+    import numpy as np
     import pyarrow as pa
 
     stats, limit = SplitStats(), settings.model.max_seq_length
     numbers, lists = pa.list_(pa.int32()), METHODS[settings.method.name.value].columns
-    schema = pa.schema([*((name, numbers) for name in lists), ("prompt_length", pa.int32()),
+    pairs = [("shared_length", pa.int32())] if settings.method.name == MethodName.dpo else []
+    schema = pa.schema([*((name, numbers) for name in lists), *pairs, ("prompt_length", pa.int32()),
                         ("question", pa.string()), ("reference", pa.string()), ("row", pa.int64())])  # fmt: skip
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while batch := list(itertools.islice(entries, BATCH)):
@@ -225,7 +246,7 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
                 if name.endswith("ids"):
                     stats.tokens += len(values)
                 else:
-                    stats.target_tokens += len(values) - values.count(IGNORED)
+                    stats.target_tokens += int((np.frombuffer(values, np.int32) != IGNORED).sum())
             stats.examples += [_example(e, tokenizer) for e in kept[: 3 - len(stats.examples)]]
             if kept:
                 arrays = [
@@ -235,13 +256,6 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
                 others = [pa.array([e[one.name] for e in kept], one.type) for one in list(schema)[len(lists) :]]
                 writer.write_batch(pa.RecordBatch.from_arrays([*columns, *others], schema=schema))
     return stats
-
-
-def _as_arrow(numbers: array) -> Any:
-    """An array of 32-bit numbers as Arrow's, without a copy."""
-    import pyarrow as pa
-
-    return pa.Array.from_buffers(pa.int32(), len(numbers), [None, pa.py_buffer(numbers)])
 
 
 def _concatenated(lists: list[list[int]]) -> tuple[array, array]:
@@ -270,35 +284,47 @@ def _tokenise_near(rendered: list[Rendered], tokenizer, limit: int) -> list[Any]
     return encodings
 
 
-def _tokenise(rows, index: list[int], render, encode, finish, faults: Faults) -> Iterator[dict]:
-    """Entries of the rows of `index`, with their numbers. One batch is rendered while the one before is tokenised."""
-    waiting: Any = None
+def _tokenise(index: list[int], render, encode, finish, faults: Faults) -> Iterator[dict]:
+    """Entries of the rows of `index`, with their numbers; `faults` has the table and gets the rows that cannot be rendered.
+
+    The next batches are rendered while one is tokenised.
+    """
+
+    def entries(rendered: list[Rendered], numbers: list[int], encodings: Future) -> Iterator[dict]:
+        for i, row, entry in zip(numbers, rendered, finish(rendered, encodings.result()), strict=True):
+            entry |= {"answers": max(1, len(row.spans), row.ends), "row": i + 1}
+            yield entry
+
+    waiting: deque = deque()
     with ThreadPoolExecutor(1) as pool:
-        for at in [*range(0, len(index), BATCH), None]:
-            coming = None
-            if at is not None:
-                rendered, numbers = [], []
-                with limits.seconds_limited() as begin_row:
-                    for i in index[at : at + BATCH]:
-                        begin_row()
-                        try:
-                            # The first row tells what the template takes; later the tokenizer's threads work beside this one.
-                            with contextlib.nullcontext() if waiting or rendered else limits.memory_limited():
-                                samples = render(rows[i])
-                            rendered += samples
-                            numbers += [i] * len(samples)
-                        except limits.OverLimit as error:
-                            fix = "model.chat_template=chatml   or remove the row"
-                            raise refuse(f"row {i + 1} of the data: its chat template", str(error), fix) from error
-                        except Refusal as refusal:
-                            faults.add(i + 1, refusal)
-                coming = rendered, pool.submit(encode, rendered), numbers
-            if waiting:
-                rendered, encodings, numbers = waiting
-                entries = finish(rendered, encodings.result())
-                for i, row, entry in zip(numbers, rendered, entries, strict=True):
-                    yield {**entry, "answers": max(1, len(row.spans), row.ends), "row": i + 1}
-            waiting = coming
+        for at in range(0, len(index), BATCH):
+            rendered, numbers = _render_batch(index[at : at + BATCH], render, at == 0, faults)
+            waiting.append((rendered, numbers, pool.submit(encode, rendered)))
+            if len(waiting) > AHEAD:
+                yield from entries(*waiting.popleft())
+        while waiting:
+            yield from entries(*waiting.popleft())
+
+
+def _render_batch(index: list[int], render, first: bool, faults: Faults) -> tuple[list[Rendered], list[int]]:
+    """The samples of some rows, and the row of each. The `first` row of all tells what the template takes; later other threads
+    work beside this one, and the memory it takes cannot be told.
+    """
+    rendered, numbers = [], []
+    with limits.seconds_limited() as begin_row:
+        for i in index:
+            begin_row()
+            try:
+                with limits.memory_limited() if first and not rendered else contextlib.nullcontext():
+                    samples = render(faults.table[i])
+                rendered += samples
+                numbers += [i] * len(samples)
+            except limits.OverLimit as error:
+                fix = "model.chat_template=chatml   or remove the row"
+                raise refuse(f"{faults.name(i + 1)}: its chat template", str(error), fix) from error
+            except Refusal as refusal:
+                faults.add(i + 1, refusal)
+    return rendered, numbers
 
 
 def _last_answer(render, row: dict) -> list[Rendered]:
@@ -371,7 +397,7 @@ def _fit_length(entries: list[dict], settings: Settings, counts: dict) -> list[d
         if cut:
             entry |= {name: entry[name][:limit] for name in lists}
             entry["prompt_length"] = min(entry["prompt_length"], limit)
-        if not all(count_target_tokens(entry[name]) for name in lists if name.endswith("labels")):
+        if not all(holds_targets(entry[name]) for name in lists if name.endswith("labels")):
             counts["rows_without_labels"] = counts.get("rows_without_labels", 0) + 1
             continue
         if cut:

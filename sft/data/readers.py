@@ -64,8 +64,8 @@ class FileRows(Sequence):
 class JoinedRows(Sequence):
     """The rows of several files one after the other, numbered over all."""
 
-    def __init__(self, parts: list[Sequence[dict]]):
-        self.parts = parts
+    def __init__(self, parts: list[Sequence[dict]], files: list[Path]):
+        self.parts, self.files = parts, files
         self.ends = list(itertools.accumulate(map(len, parts)))
         names = (getattr(part, "column_names", None) or itertools.chain.from_iterable(part) for part in parts)
         self.column_names = dict.fromkeys(itertools.chain.from_iterable(names))
@@ -74,8 +74,18 @@ class JoinedRows(Sequence):
         return self.ends[-1]
 
     def __getitem__(self, i: int) -> dict:
+        part, at = self._place(i)
+        return self.parts[part][at]
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """(the part, the index in it) of a row."""
         part = bisect_right(self.ends, i)  # a part without rows is stepped over
-        return self.parts[part][i - (self.ends[part - 1] if part else 0)]
+        return part, i - (self.ends[part - 1] if part else 0)
+
+    def place_of(self, i: int) -> str:
+        """The file of a row and its number there."""
+        part, at = self._place(i)
+        return f"row {at + 1} of {self.files[part]}"
 
 
 class NamedRows(Sequence):
@@ -102,7 +112,7 @@ def read_files(files: list[Path], split: str) -> Sequence[dict]:
             raise
         why = f"This system lets a process open {resource.getrlimit(resource.RLIMIT_NOFILE)[1]} files at most."
         raise refuse(f"{len(files)} files", why, "write the rows into fewer files") from error
-    return parts[0] if len(parts) == 1 else JoinedRows(parts)
+    return parts[0] if len(parts) == 1 else JoinedRows(parts, files)
 
 
 def _allow_open_files(count: int) -> None:
@@ -470,9 +480,10 @@ def _decode(raw: bytes, path: Path, line: int = 1) -> str:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line += raw[: error.start].count(b"\n")
-        fix = f"iconv -f GB18030 -t UTF-8 {path} > utf8{path.suffix}   if it was written on a Chinese Windows"
-        with open(path, "rb") as file:
-            first = file.read(2)
+        file = shlex.quote(str(path))
+        fix = f"iconv -f GB18030 -t UTF-8 {file} > utf8{path.suffix}   if it was written on a Chinese Windows"
+        with open(path, "rb") as opened:
+            first = opened.read(2)
         if first in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            fix = f"iconv -f UTF-16 -t UTF-8 {path} > utf8{path.suffix}"
+            fix = f"iconv -f UTF-16 -t UTF-8 {file} > utf8{path.suffix}"
         raise refuse(f"{path}, line {line}", "The file is not UTF-8 text.", fix) from error

@@ -16,9 +16,9 @@ from sft.config import schema
 from sft.config.data_files import SAVED, find_files, find_splits, kind_of, shown_files
 from sft.config.schema import DatasetSettings
 from sft.data.columns import as_text
-from sft.data.readers import hash_file, read_files, with_names
+from sft.data.readers import JoinedRows, hash_file, read_files, with_names
 from sft.environment import hub_unreachable
-from sft.errors import first_line, is_page, refuse
+from sft.errors import Refusal, first_line, is_page, refuse
 
 
 def held_out_data(data: DatasetSettings) -> DatasetSettings | None:
@@ -119,8 +119,22 @@ def select(rows: Sequence[dict], data: DatasetSettings, seed: int, counts: dict)
     return index[:cut], index[cut:]
 
 
-def choose_indices(rows: Sequence[dict], data: DatasetSettings, seed: int) -> Sequence[int]:
-    """Indices of the rows that pass the filters, shuffled by `seed` where `dataset.shuffle` says so; 8 bytes a row."""
+def name_rows(rows: Sequence[dict], held_out_in: str | None, *numbers: int) -> str:
+    """`rows 1 and 2 of the data`, `held-out row 3 of val.jsonl`; of several files with the one of the first row.
+
+    `held_out_in` says where held-out rows are; None for rows to train on.
+    """
+    *first, last = map(str, numbers)
+    listed = f"rows {', '.join(first)} and {last}" if first else f"row {last}"
+    text = f"held-out {listed} of {held_out_in}" if held_out_in else f"{listed} of the data"
+    return f"{text}, {'the first is ' * bool(first)}{rows.place_of(numbers[0] - 1)}" if isinstance(rows, JoinedRows) else text
+
+
+def choose_indices(rows: Sequence[dict], data: DatasetSettings, seed: int, held_out_in: str | None = None) -> Sequence[int]:
+    """Indices of the rows that pass the filters, shuffled by `seed` where `dataset.shuffle` says so; 8 bytes a row.
+
+    `held_out_in` as in `name_rows`.
+    """
     index = array("q", range(len(rows)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of brackets in brackets
@@ -128,24 +142,35 @@ def choose_indices(rows: Sequence[dict], data: DatasetSettings, seed: int) -> Se
         rules += [(column, re.compile(pattern, re.S), False) for column, pattern in data.drop.items()]
     if rules:
         with limits.seconds_limited() as begin_row:
-            index = array("q", (i for i in index if _passes(rows[i], i, rules, begin_row)))
+            index = array("q", (i for i in index if _passes(rows, i, rules, begin_row, held_out_in)))
     if data.shuffle:
         random.Random(seed).shuffle(index)
     return index
 
 
-def _passes(row: dict, i: int, rules: list[tuple[str, re.Pattern, bool]], begin_row: Callable[[], None]) -> bool:
+def _passes(
+    rows: Sequence[dict],
+    i: int,
+    rules: list[tuple[str, re.Pattern, bool]],
+    begin_row: Callable[[], None],
+    held_out_in: str | None,
+) -> bool:
     begin_row()
+    try:
+        row = rows[i]
+    except Refusal as refusal:
+        raise Refusal([replace(problem, what=name_rows(rows, held_out_in, i + 1)) for problem in refusal.problems]) from refusal
     for column, pattern, wanted in rules:
         try:
             if bool(pattern.search(as_text(row.get(column)))) != wanted:
                 return False
         except ValueError as error:
             why = f"It cannot be filtered: {first_line(error)}."
-            raise refuse(f"row {i + 1} of the data", why, "mend or remove the row") from error
+            raise refuse(name_rows(rows, held_out_in, i + 1), why, "mend or remove the row") from error
         except limits.OverLimit as error:
             group = "keep" if wanted else "drop"
             why = f"{error} A repetition inside a repetition, as in (a+)+, tries every way to share a text out."
             fix = f"dataset.{group}={{}}   or a pattern without it"
-            raise refuse(f"dataset.{group}.{column}={pattern.pattern} at row {i + 1} of the data", why, fix) from error
+            where = name_rows(rows, held_out_in, i + 1)
+            raise refuse(f"dataset.{group}.{column}={pattern.pattern} at {where}", why, fix) from error
     return True

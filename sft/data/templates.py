@@ -285,15 +285,16 @@ def _frame(turns: list[Turn], heads: list[str], tokenizer, tools: list[dict] | N
     marks = ["" if i in silent else f"\ue000{i}\ue001" for i in range(len(turns))]
     given = [json.dumps(turn.extra) if turn.extra else "{}" for turn in turns]
     parts = zip(turns, heads, marks, given, strict=True)
-    marked = _marked_text(tuple((t.role, head + mark, t.reasoning, extra, t.is_null) for t, head, mark, extra in parts),
-                          json.dumps(tools) if tools else "", tokenizer, tokenizer.chat_template)  # fmt: skip
-    if len(marked) > MOST_TEMPLATE + len(json.dumps(tools)) + sum(map(len, (*heads, *given, *(t.reasoning for t in turns)))):
-        why = f"It writes {len(marked):,} characters around what the turns say."
-        raise refuse(f"the chat template of {_model_of(tokenizer)}", why, "model.chat_template=chatml")
-    order = [int(m) for m in re.findall("\ue000(\\d+)\ue001", marked)]  # some templates move the system prompt
+    marked = tuple((t.role, head + mark, t.reasoning, extra, t.is_null) for t, head, mark, extra in parts)
+    pieces, order, length = _marked_pieces(marked, json.dumps(tools) if tools else "", tokenizer, tokenizer.chat_template)
+    if length > MOST_TEMPLATE:
+        room = MOST_TEMPLATE + len(json.dumps(tools)) + sum(map(len, (*heads, *given, *(t.reasoning for t in turns))))
+        if length > room:
+            why = f"It writes {length:,} characters around what the turns say."
+            raise refuse(f"the chat template of {_model_of(tokenizer)}", why, "model.chat_template=chatml")
     if sorted(order) != [i for i in range(len(turns)) if i not in silent]:
         raise _unfit_template(turns, [turn for i, turn in enumerate(turns) if order.count(i) != (i not in silent)])
-    return re.split("\ue000\\d+\ue001", marked), order, silent
+    return pieces, order, silent
 
 
 def _as_written(turn: Turn, content: str) -> list[str]:
@@ -435,10 +436,16 @@ def _apply_template(turns: list[Turn], tokenizer, tools: list[dict] | None = Non
 
 
 @functools.lru_cache(maxsize=256)
-def _marked_text(turns: tuple[tuple[str, str, str, str, bool], ...], tools: str, tokenizer, chat_template: str) -> str:
-    """The template's text with markers for contents: the same for all rows with the same roles and tools."""
+def _marked_pieces(
+    turns: tuple[tuple[str, str, str, str, bool], ...], tools: str, tokenizer, chat_template: str
+) -> tuple[list[str], list[int], int]:
+    """(the template's text around markers for contents, the turns of the markers, the length with them), which are the same
+    for all rows with the same roles and tools. Some templates move the system prompt.
+    """
     rebuilt = [Turn(role, content, thought, True, json.loads(extra), null) for role, content, thought, extra, null in turns]
-    return _apply_template(rebuilt, tokenizer, json.loads(tools) if tools else None)
+    marked = _apply_template(rebuilt, tokenizer, json.loads(tools) if tools else None)
+    pieces = re.split("\ue000(\\d+)\ue001", marked)
+    return pieces[::2], [int(number) for number in pieces[1::2]], len(marked)
 
 
 def _no_system_role(tokenizer, reason: str):

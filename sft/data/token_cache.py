@@ -29,14 +29,25 @@ class Prepared:
     """What was found and what was cut: the contents of preflight.json."""
 
 
-def token_counts(rows: Any, columns: tuple[str, ...] = ("input_ids", "rejected_ids")) -> Any:
-    """The tokens of each row of `Prepared.train` or `Prepared.eval`, of a pair those of both answers, as a numpy array; no row
-    is read for it.
+def token_counts(rows: Any, padded: bool = False) -> Any:
+    """The tokens of each row of `Prepared.train` or `Prepared.eval`, as a numpy array; no row is read for it.
+
+    Of a pair those of the prompt once and of both answers; where it is `padded`, twice those of its longer row.
     """
+    counts = row_lengths(rows)
+    if len(counts) == 1:
+        return counts[0]
+    if padded:
+        return 2 * counts[0].clip(min=counts[1])
+    return counts[0] + counts[1] - rows.data.column("shared_length").to_numpy()
+
+
+def row_lengths(rows: Any) -> list[Any]:
+    """The tokens of each row: of `input_ids` and, of pairs, of `rejected_ids`, each a numpy array."""
     import pyarrow.compute as pc
 
-    counts = [pc.list_value_length(rows.data.column(name)).to_numpy() for name in columns if name in rows.column_names]
-    return sum(counts[1:], counts[0])
+    names = [name for name in ("input_ids", "rejected_ids") if name in rows.column_names]
+    return [pc.list_value_length(rows.data.column(name)).to_numpy() for name in names]
 
 
 def only_one(folder: Path) -> FileLock:
@@ -55,7 +66,7 @@ def cache_folder(settings: Settings, tokenizer, stop_ids: set[int], sources: lis
         [source and source["hash"] for source in sources],
         {k: str(v) for k, v in asdict(settings.dataset).items() if k not in ("path", "eval_path", "name", "seed")},
         settings.model.max_seq_length,
-        *([settings.method.name.value] if settings.method.name != MethodName.sft else []),
+        *([f"{settings.method.name.value} 2"] if settings.method.name != MethodName.sft else []),
         row_seed(settings),
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,

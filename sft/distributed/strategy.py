@@ -20,7 +20,9 @@ def check_checkpoint(checkpoint: Path | None, settings: Settings) -> None:
     if checkpoint is not None and shared != shards(settings):
         was, now = ("fsdp", "ddp") if shared else ("ddp", "fsdp")
         why = f"{checkpoint.name.replace('-', ' ')} was written with distributed.strategy={was}, in another form."
-        fix = "distributed.strategy=fsdp distributed.num_processes=2" if shared else "distributed.strategy=ddp"
+        fix = "distributed.num_processes=2" if shared else "distributed.strategy=ddp"
+        if shared and settings.distributed.strategy != Strategy.fsdp:
+            fix = f"distributed.strategy=fsdp {fix}"
         raise refuse(f"distributed.strategy={now}" if world_size() > 1 else "one process", why, fix)
 
 

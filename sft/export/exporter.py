@@ -6,6 +6,7 @@ One model is in memory at a time. Whatever fails, the trained weights and the ex
 import functools
 import logging
 import os
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -136,7 +137,8 @@ def push_run(folder: Path, settings: Settings) -> dict[str, Any]:
         if any(n.split("/")[0] == f for n in report.get("artifacts") or {}) and (folder / "export" / f).is_dir()
     ]
     if not made:
-        raise Refusal([Problem(f"run={folder} push=true", "It has no exports yet.", f"run={folder} export=merged_16bit")])
+        fix = f"python scripts/export.py {shlex.quote(f'run={folder}')} export=merged_16bit   makes one"
+        raise Refusal([Problem(f"run={folder} push=true", "It has no exports yet.", fix)])
     settings.export.formats = [f for f in settings.export.formats if f in made] or made
     wanted = settings.export
     problems = hub.check_access(wanted.hub.repo, wanted.formats, wanted.hub.private)

@@ -5,18 +5,23 @@ The reference's log probabilities are computed once, before anything is trained:
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sft.config.method import DPO
 from sft.config.schema import MethodSettings, PreferenceLoss
 from sft.data.collators import PaddingFreeCollator, cut
-from sft.data.token_cache import token_counts
+from sft.data.shared_prompt import SharedPromptCollator, cut_shared
+from sft.data.token_cache import row_lengths, token_counts
 from sft.data.tokenize import IGNORED
 from sft.distributed import strategy
 from sft.methods import sft
 from sft.methods.arguments import training_arguments
 from sft.model import warm_cache
+from sft.model.backend import torch_dtype
+from sft.model.padding_free import ATTENTION
+from sft.model.structure import attention_of, base_of
+from sft.plan.plan import Plan
 from sft.training import acceleration, metrics, samplers
 from sft.training.context import RunContext
 from sft.training.trainer import Loop, ResumableTrainer
@@ -25,6 +30,13 @@ log = logging.getLogger(__name__)
 
 SHOWN = ("accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 """What is logged of pairs: means over pairs. `accuracy` counts a tie half; `margin` and `reward_*` are times `beta`."""
+
+
+CHECKED = 64
+"""Tokens of a prompt and of an answer by which shared prompts are tried."""
+
+NOT_PASSED = ("labels", "target_positions", "targets", "target_counts", "reference")
+"""What the loss takes of a micro-batch, and not the layers."""
 
 
 # ------------------------------------------------------------------------------------------------------- the loss
@@ -70,20 +82,23 @@ def pair_facts(policy: Any, reference: Any, losses: Any, beta: float) -> Any:
 
 @dataclass
 class PairCollator:
-    """A micro-batch of pairs: the two answers of each as rows one after the other, by another collator."""
+    """A micro-batch of pairs by another collator, with what the reference says of them."""
 
-    rows: Any
-    """PaddingFreeCollator, or `padded`."""
+    layout: Any
+    """SharedPromptCollator; or PaddingFreeCollator or `padded`, for which the two answers of a pair are two rows."""
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-        """`pairs` hold DPO's columns and, but for the reference pass, `reference`: two numbers. Adds to the rows' batch
-        `target_counts`, the targets of each row, and `reference` [pairs, 2].
+        """`pairs` hold DPO's columns, `shared_length` and, but for the reference pass, `reference`: two numbers. Adds to the
+        micro-batch `target_counts`, the targets of each answer, and `reference` [pairs, 2].
         """
         import torch
 
-        rows = [row for pair in pairs for row in _answers(pair)]
-        batch = self.rows(rows)
-        batch["target_counts"] = [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
+        if isinstance(self.layout, SharedPromptCollator):
+            batch = self.layout(pairs)
+        else:
+            rows = [row for pair in pairs for row in _answers(pair)]
+            batch = self.layout(rows)
+            batch["target_counts"] = [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
         if "reference" in pairs[0]:
             batch["reference"] = torch.tensor([pair["reference"] for pair in pairs], dtype=torch.float32)
         return batch
@@ -128,6 +143,10 @@ def log_probs(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
     return sums, torch.tensor(counts, device=sums.device, dtype=sums.dtype).view(-1, 2)
 
 
+def _on_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
+    return {key: x.to(model.device) if hasattr(x, "to") else x for key, x in batch.items()}
+
+
 def reference_log_probs(ctx: RunContext, trainer: Any, dataset: Any) -> list[list[float]]:
     """The summed log probabilities of both answers of each pair by the weights that the run begins with, [pairs, 2].
 
@@ -137,7 +156,7 @@ def reference_log_probs(ctx: RunContext, trainer: Any, dataset: Any) -> list[lis
 
     import torch
 
-    model, collate, found = trainer.model, trainer.data_collator, []
+    model, collate, found = trainer.model, trainer.eval_collator, []
     rows = ctx.settings.trainer.per_device_train_batch_size
     was_training = model.training
     model.eval()
@@ -145,8 +164,7 @@ def reference_log_probs(ctx: RunContext, trainer: Any, dataset: Any) -> list[lis
         for at in range(0, len(dataset), rows):
             ctx.stop.check()
             batch = collate(list(dataset.select(range(at, min(at + rows, len(dataset))))))
-            batch = {key: x.to(model.device) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
-            found += log_probs(model, batch)[0].tolist()
+            found += log_probs(model, _on_device(batch, model))[0].tolist()
     model.train(was_training)
     return found
 
@@ -163,12 +181,14 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     import transformers
 
     settings, data, tokenizer, method = ctx.settings, ctx.prepared, ctx.tokenizer, ctx.settings.method
-    plan = acceleration.settle(model, settings, data, tokenizer.pad_token_id, ctx.plan)
+    plan = acceleration.settle(model, settings, data, tokenizer.pad_token_id, ctx.plan, segments=2)
 
     class Trainer(ResumableTrainer, transformers.Trainer):
         """Counts pairs, where transformers counts target tokens, and evaluates to means over pairs."""
 
         shown, cut = SHOWN, staticmethod(cut_pairs)
+        eval_collator: Any = None
+        """The collator of held-out pairs, whose micro-batches are not captured."""
         pairs_seen, facts_seen = 0, 0.0
         """Pairs since the last log line, and their `pair_facts`."""
 
@@ -193,6 +213,13 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
 
         def floating_point_ops(self, inputs):
             return 0
+
+        def get_eval_dataloader(self, *args, **kwargs):
+            usual, self.data_collator = self.data_collator, self.eval_collator
+            try:
+                return super().get_eval_dataloader(*args, **kwargs)
+            finally:
+                self.data_collator = usual
 
         def prediction_step(self, model, inputs, *args, **kwargs):
             inputs = self._prepare_inputs(inputs)
@@ -236,22 +263,70 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     args = training_arguments(settings, loop.folder, data.eval is not None, plan)
     strategy.settle_device(args)
     splits = {"train": data.train} | ({"eval": data.eval} if data.eval is not None else {})
-    splits = {name: split.select_columns(list(DPO.columns)) for name, split in splits.items()}
-    longest = int(max(max(len(row["input_ids"]), len(row["rejected_ids"])) for split in splits.values() for row in split))
+    splits = {name: split.select_columns([*DPO.columns, "shared_length"]) for name, split in splits.items()}
+    longest = int(max(lengths.max() for split in splits.values() for lengths in row_lengths(split)))
     rows = PaddingFreeCollator(tokenizer.pad_token_id, longest) if plan.padding_free else padded(tokenizer.pad_token_id)
-    trainer = Trainer(model=model, args=args, data_collator=PairCollator(rows), train_dataset=splits["train"],
+    layout, captured = rows, rows
+    if plan.padding_free:
+        count = settings.trainer.per_device_train_batch_size
+        shared = SharedPromptCollator(tokenizer.pad_token_id, longest)
+        first = [splits["train"][i] for i in range(min(3, len(splits["train"])))]
+        why_not = _difference(model, plan, first, rows, shared)
+        if why_not:
+            log.info("Speed  each answer has its prompt to itself: %s", why_not)
+            captured = replace(rows, lengths=plan.capture_sizes, rows=2 * count)
+        else:
+            layout, captured = shared, replace(shared, lengths=plan.capture_sizes, pairs=count)
+    trainer = Trainer(model=model, args=args, data_collator=PairCollator(captured), train_dataset=splits["train"],
                       eval_dataset=splits.get("eval"), processing_class=tokenizer)  # fmt: skip
+    trainer.eval_collator = PairCollator(layout)
     strategy.settle_accelerator(trainer.accelerator)
     trainer.plan, trainer.padding_free_collator = plan, rows if plan.padding_free else None
     trainer.model_accepts_loss_kwargs = True  # so that transformers does not divide by the micro-batches once more
     sft.watch(trainer, ctx, loop)
-    what = [data.facts["data_hash"], {name: len(split) for name, split in splits.items()}, plan.padding_free]
+    what = [data.facts["data_hash"], {name: len(split) for name, split in splits.items()}, type(layout).__name__]
     with ctx.record.timed("reference"):
         known = warm_cache.of_base("reference", model, settings, what, lambda: {
             name: reference_log_probs(ctx, trainer, split) for name, split in splits.items()})  # fmt: skip
     splits = {name: split.add_column("reference", known[name]) for name, split in splits.items()}
     trainer.train_dataset, trainer.eval_dataset = splits["train"], splits.get("eval")
     return trainer
+
+
+def _difference(model: Any, plan: Plan, pairs: list[dict[str, Any]], rows: Any, shared: Any) -> str:
+    """Compare the last hidden states of the answers of a few pairs that share their prompts with those of rows of their own, as
+    `acceleration.settle` does with rows; empty if they agree.
+    """
+    import torch
+
+    dtype, base, states, training = torch_dtype(plan.dtype), base_of(model), [], model.training
+    pairs = [_short(pair) for pair in pairs]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype.itemsize == 2), \
+                acceleration.evaluating(model, plan), attention_of(base, ATTENTION):  # fmt: skip
+            for layout in (shared, rows):
+                batch = _on_device(PairCollator(layout)(pairs), model)
+                passed = {key: x for key, x in batch.items() if key not in NOT_PASSED}
+                hidden = base.base_model(**passed, use_cache=False).last_hidden_state[0].float()
+                states.append(hidden.index_select(0, batch["target_positions"]).split(batch["target_counts"]))
+    except Exception as error:  # whatever the model's code raises for arguments that it does not know
+        log.debug("shared prompts", exc_info=True)
+        return f"the model's forward pass does not take shared prompts ({type(error).__name__})"
+    finally:
+        model.train(training)
+    away = max(float((one - alone).norm() / alone.norm()) for one, alone in zip(*states, strict=True))
+    if not away <= acceleration.HIDDEN[dtype.itemsize]:
+        return f"an answer would not be what it is alone: its hidden states differ by {100 * away:.2f} %"
+    return ""
+
+
+def _short(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair with the last tokens of its prompt and the first ones of its answers: enough to compare."""
+    shared = pair["shared_length"]
+    begin = max(0, shared - CHECKED)
+    cut_down = {name: pair[name][begin : shared + CHECKED] for name in DPO.columns}
+    return cut_down | {"shared_length": shared - begin}
 
 
 class _PairsSeen:
@@ -276,11 +351,15 @@ class _PairsSeen:
 
 def cut_pairs(inputs: dict[str, Any]) -> list[dict[str, Any]]:
     """The pairs of a micro-batch, each with its reference: what PairCollator makes one of."""
-    rows, pairs = cut(inputs), []
-    for chosen, rejected, reference in zip(rows[::2], rows[1::2], inputs["reference"].tolist(), strict=True):
-        pair = {"rejected_ids": rejected["input_ids"], "rejected_labels": rejected["labels"], "reference": reference}
-        pairs.append(chosen | pair)
-    return pairs
+    if "key_index" in inputs:
+        pairs = cut_shared(inputs)
+    else:
+        rows = cut(inputs)
+        pairs = [
+            chosen | {"rejected_ids": rejected["input_ids"], "rejected_labels": rejected["labels"]}
+            for chosen, rejected in zip(rows[::2], rows[1::2], strict=True)
+        ]
+    return [pair | {"reference": reference} for pair, reference in zip(pairs, inputs["reference"].tolist(), strict=True)]
 
 
 held_out_loss = sft.held_out_loss

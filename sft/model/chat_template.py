@@ -120,4 +120,5 @@ def _read_template(value: str, names: list[str]) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise refuse(f"model.chat_template={value}", f"The file cannot be read: {first_line(error)}") from error
+        why = f"The file cannot be read: {first_line(error)}"
+        raise refuse(f"model.chat_template={value}", why, "model.chat_template=chatml") from error

@@ -22,10 +22,16 @@ log = logging.getLogger(__name__)
 SPARE = 2 * 2**30
 """Free bytes below which the GPU gets unused memory back before a capture."""
 
-TENSORS = ("input_ids", "position_ids", "cu_seq_lens_q")
-
-TAKEN = (*TENSORS, "max_length_q", "max_length_k")
+TAKEN = ("input_ids", "position_ids", "cu_seq_lens_q", "max_length_q", "max_length_k")
 """What the layers take of a micro-batch."""
+
+SHARED = ("cu_seq_lens_k", "key_index", "key_uses")
+"""And of one in which two answers share a prompt."""
+
+
+def taken(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What the layers take of a micro-batch."""
+    return {key: inputs[key] for key in (TAKEN + SHARED if "key_index" in inputs else TAKEN)}
 
 
 class GraphPool:
@@ -95,7 +101,7 @@ class GraphPool:
         half = {"dtype": torch.get_autocast_dtype("cuda"), "enabled": torch.is_autocast_enabled("cuda")}
         with torch.autocast("cuda", cache_enabled=False, **half):  # a cast weight kept from here would be stale in a replay
             ends = {"cu_seq_lens_k": inputs["cu_seq_lens_q"]}
-            return self.base.base_model(**{k: inputs[k] for k in TAKEN}, **ends, use_cache=False).last_hidden_state
+            return self.base.base_model(**{**ends, **taken(inputs)}, use_cache=False).last_hidden_state
 
     def forget(self) -> bool:
         """Free the memory and capture nothing more; whether there was something to free."""
@@ -115,7 +121,7 @@ class CapturedStep:
         import torch
 
         self.grads = graphs.grads
-        self.inputs = {key: inputs[key].clone() if torch.is_tensor(inputs[key]) else inputs[key] for key in TAKEN}
+        self.inputs = {key: x.clone() if torch.is_tensor(x) else x for key, x in taken(inputs).items()}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.autograd.set_multithreading_enabled(False), fresh_leaves(graphs.base.base_model) as leaves:
             with _capturing(self.forward, graphs):
@@ -172,8 +178,9 @@ def _replay() -> Any:
         @staticmethod
         def forward(ctx, step, inputs, *weights):
             ctx.step = step
-            for key in TENSORS:
-                step.inputs[key].copy_(inputs[key])
+            for key, x in step.inputs.items():
+                if torch.is_tensor(x):
+                    x.copy_(inputs[key])
             step.forward.replay()
             return step.hidden.clone()  # the next replay writes over it
 
@@ -196,7 +203,12 @@ def of_length(inputs: dict[str, Any], length: int, count: int) -> dict[str, Any]
     longest, ends = inputs["max_length_q"], inputs["cu_seq_lens_q"]
     places = torch.arange(length, device=ends.device)[None]
     starts = (torch.arange(count, device=ends.device, dtype=ends.dtype) * longest).clamp(max=length)
-    return {**inputs, "input_ids": torch.zeros_like(places), "position_ids": places % longest, "cu_seq_lens_q": starts}
+    made = {**inputs, "input_ids": torch.zeros_like(places), "position_ids": places % longest, "cu_seq_lens_q": starts}
+    if "key_index" not in inputs:
+        return made
+    unused = torch.full_like(places, 2 * length)
+    return {**made, "cu_seq_lens_k": starts.clone(), "key_index": torch.cat([places[0], places[0]]),
+            "key_uses": torch.cat([places, unused])}  # fmt: skip
 
 
 def launch_bound_tokens(layer: Any) -> int:

@@ -89,26 +89,37 @@ def attend(
     """Causal attention inside each row, in the form of transformers' attention functions.
 
     query: [1, heads, tokens, width]; key and value may have fewer heads. Returns [1, tokens, heads, width].
+    With `key_index` a segment's keys are more than its queries, and aligned at their end (sft/data/shared_prompt.py).
     On a GPU in 16 bits it is one call of the variable-length flash attention that comes with torch; elsewhere torch's usual
     attention, row by row.
     """
-    ends, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    ends, longest, index = kwargs["cu_seq_lens_q"], kwargs["max_length_q"], kwargs.get("key_index")
+    key_ends = ends
+    if index is not None:
+        from sft.model.shared_keys import gather_keys
+
+        key_ends = kwargs["cu_seq_lens_k"]
     # Under autocast rotated queries and keys may be float32 again, which the kernels do not take; values are not rotated.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if query.is_cuda:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        if index is not None:
+            k, v = (gather_keys(x, index, kwargs["key_uses"]) for x in (k, v))
         # The operator under torch.nn.attention.varlen: called directly it costs the host a tenth of that, and it compiles.
         window = (sliding_window - 1, 0) if sliding_window else (-1, 0)
-        out = _flash(q, k, v, ends, longest, scaling, window)
+        out = _flash(q, k, v, (ends, key_ends), longest, scaling, window)
         return out.unsqueeze(0), None
     import torch
 
+    if index is not None:
+        key, value = (gather_keys(x.transpose(0, 2), index, kwargs["key_uses"]).transpose(0, 2) for x in (key, value))
     pieces = []
-    for a, b in pairs(ends):
-        q, k, v = (x[:, :, a:b] for x in (query, key, value))
-        mask = None
-        if sliding_window and b - a > sliding_window:
-            mask = torch.ones(b - a, b - a, dtype=torch.bool).tril().triu(1 - sliding_window)
+    for (a, b), (c, d) in zip(pairs(ends), pairs(key_ends), strict=True):
+        q, k, v = query[:, :, a:b], key[:, :, c:d], value[:, :, c:d]
+        mask, before = None, d - c - (b - a)
+        if before or (sliding_window and d - c > sliding_window):
+            mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(before)
+            mask = mask.triu(before + 1 - sliding_window) if sliding_window else mask
         pieces.append(
             torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
@@ -117,10 +128,10 @@ def attend(
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 
-def _flash(q: Any, k: Any, v: Any, ends: Any, longest: int, scaling: float | None, window: tuple[int, int]) -> Any:
+def _flash(q: Any, k: Any, v: Any, ends: tuple[Any, Any], longest: int, scaling: float | None, window: tuple[int, int]) -> Any:
     import torch
 
     return torch.ops.aten._flash_attention_forward(
-        q, k, v, ends, ends, longest, longest, 0.0, window == (-1, 0), False, scale=scaling,
+        q, k, v, *ends, longest, longest, 0.0, window == (-1, 0), False, scale=scaling,
         window_size_left=window[0], window_size_right=window[1],
     )[0]  # fmt: skip

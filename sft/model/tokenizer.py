@@ -32,11 +32,18 @@ def load_tokenizer(model: ModelSettings, chat_template_kwargs: dict[str, Any] | 
     with _refusing_damage(f"model.name={model.name}", fix), refusing_failures(model):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     if not tokenizer.is_fast:
-        raise refuse(f"model.name={model.name}", "Its tokenizer is a slow one, which cannot say which token stands where.")
+        why, fix = (
+            "Its tokenizer is a slow one, which cannot say which token stands where.",
+            "take a model with a tokenizer.json",
+        )
+        raise refuse(f"model.name={model.name}", why, fix)
     template = chat_template.choose_template(tokenizer.chat_template, model.chat_template, model.name)
     tokenizer.chat_template = chat_template.set_variables(template, chat_template_kwargs or {}, model.name)
     if tokenizer.eos_token_id is None:
-        raise refuse(f"model.name={model.name}", "Its tokenizer has no end-of-text token, so the model could never stop.")
+        why = "Its tokenizer has no end-of-text token, so the model could never stop."
+        raise refuse(
+            f"model.name={model.name}", why, "in a local copy of the model, name one as eos_token in tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         known = tokenizer.get_vocab()
         tokenizer.pad_token = next((t for t in UNUSED_TOKENS if t in known and t != tokenizer.eos_token), tokenizer.eos_token)

@@ -27,7 +27,7 @@ from sft.config.batching import (
 from sft.config.eligibility import is_compiled, why_eager, why_padded
 from sft.config.hardware import processes_of, resolve_backend
 from sft.config.schedule import with_eval_schedule
-from sft.config.schema import Backend, Dtype, MethodName, Settings, Strategy
+from sft.config.schema import Backend, Dtype, Settings, Strategy
 from sft.plan import memory
 from sft.plan.machine import Machine, look
 
@@ -181,8 +181,7 @@ def plan_training(
     if not why and machine.gpu and plan.dtype == "float32":
         why = "attention over rows of various lengths needs 16 bits on a GPU"
     tokens = facts["train_tokens"] * steps * effective_batch_size(trainer) / rows if facts else 0
-    own = settings.method.name == MethodName.dpo  # whose micro-batches nothing is compiled for yet
-    compiled = not why and not own and bool(trainer.torch_compile or (machine.gpu and is_compiled(trainer, tokens)))
+    compiled = not why and bool(trainer.torch_compile or (machine.gpu and is_compiled(trainer, tokens)))
     captured = not why and machine.gpu and trainer.cuda_graphs is not False and not why_eager(settings)
     plan = replace(plan, steps=steps, padding_free=not why, why_padded=why, compiled=compiled, captured=captured)
     reused = _reusable(began, plan)

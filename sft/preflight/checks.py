@@ -60,7 +60,8 @@ def examine(
         found.tokenizer, found.stop_ids = warm_cache.load_tokenizer(settings)
         found.prepared = warm_cache.prepare_data(settings, found.tokenizer, found.stop_ids)
         splits = {"train": found.prepared.train, "eval": found.prepared.eval}
-        found.lengths = {name: token_counts(rows).tolist() for name, rows in splits.items() if rows is not None}
+        padded = not machine.varlen
+        found.lengths = {name: token_counts(rows, padded).tolist() for name, rows in splits.items() if rows is not None}
         check_data(found, settings)
         check_ids(found, settings)
     dims = read_dims(found, settings) if whole or machine.gpu else None
@@ -144,7 +145,9 @@ def check_ids(found: Found, settings: Settings) -> None:
         highest = pc.max(pc.list_flatten(split.data.column("input_ids"))).as_py()
         if highest >= rows:
             row = next(r for r in split if max(r["input_ids"]) == highest)["row"]
-            what = f"row {row} of the data: the token {tokenizer.convert_ids_to_tokens(highest)!r}, id {highest}"
+            where = f"held-out row {row} of {found.prepared.facts.get('eval_source', 'the data')}"
+            where = f"row {row} of the data" if split is found.prepared.train else where
+            what = f"{where}: the token {tokenizer.convert_ids_to_tokens(highest)!r}, id {highest}"
             found.refuse("Data", [Problem(what, f"The model's embeddings have no row for it: {config}.", fix)])
             return
     beyond = sorted(i for i in tokenizer.get_vocab().values() if i >= rows)
@@ -275,9 +278,7 @@ def check_disk(found: Found, settings: Settings, folder: Path, dims: memory.Mode
     free = shutil.disk_usage(place).free
     found.facts["disk"] = {"needed_gib": round(need / 2**30, 3), "free_gib": round(free / 2**30, 1)}
     text = f"about {shown_size(need)}: " + ", ".join(f"{name} {shown_size(size)}" for name, size in sizes.items())
-    fix = "hydra.run.dir=<a folder on another disk>\ntrainer.save_total_limit=1"
-    if settings.export.formats:
-        fix += "\nexport=none   and later: python scripts/export.py run=<run folder> export=..."
+    fix = "\n".join(["hydra.run.dir=<a folder on another disk>", *_ways_to_save_space(settings, [*sizes.values()], free)])
     if need > free:
         why = f"The run writes {text}; {shown_size(free)} are free there."
         found.refuse("Disk", [Problem(f"the disk of {os.path.relpath(place)}", why, fix)])
@@ -285,6 +286,17 @@ def check_disk(found: Found, settings: Settings, folder: Path, dims: memory.Mode
         found.warn("Disk", f"{text}; only {shown_size(free)} are free.", fix)
     else:
         found.ok("Disk", f"{text}; {shown_size(free)} free")
+
+
+def _ways_to_save_space(settings: Settings, sizes: list[float], free: float) -> list[str]:
+    """The overrides that make a run fit into what is free; `sizes` are those of its checkpoints, of the weights, of exports."""
+    limit, (checkpoints, *_), exports = settings.trainer.save_total_limit, sizes, sum(sizes[2:])
+    fewer, later = "trainer.save_total_limit=1", "export=none"
+    explained = "   and later: python scripts/export.py run=<run folder> export=..."
+    ways = {fewer: checkpoints * (limit - 1) / (limit + 1), later + explained: exports}
+    ways |= {f"{fewer} {later}{explained}": sum(ways.values())} if all(ways.values()) else {}
+    fitting = [way for way, less in ways.items() if less and sum(sizes) - less <= free]
+    return fitting[:2]
 
 
 def check_tracking(found: Found, settings: Settings) -> None:

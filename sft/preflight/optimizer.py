@@ -92,6 +92,6 @@ def _check_schedule(settings: Settings, optimizer: Any, steps: int) -> list[Prob
         elif "num_decay_steps" in taken and "num_decay_steps" not in given:
             needed = f"num_decay_steps:{max(1, steps // 10)}"
         if needed:
-            return [Problem(what, why, f"'trainer.extra.lr_scheduler_kwargs={{{needed}}}'   for example")]
+            return [Problem(what, why, f"'trainer.extra.lr_scheduler_kwargs={{{needed}}}'   or another number")]
         return [Problem(what, why, f"{leave_out}, or set of: {', '.join(taken)}" if taken else leave_out)]
     return []

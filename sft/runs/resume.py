@@ -18,6 +18,7 @@ from sft.config.batching import BatchPlan
 from sft.config.consent import check_consent
 from sft.config.fingerprint import AROUND, config_hash
 from sft.config.keys import flatten
+from sft.config.keys import typed as as_typed
 from sft.config.lora_rules import other_settings
 from sft.config.schema import Settings
 from sft.errors import Problem, Refusal, refuse
@@ -71,7 +72,8 @@ def check_folder(folder: Path, settings: Settings, locked: bool = False) -> list
     record = read_record(folder)
     if record is None:
         return []
-    fix = f"hydra.run.dir={str(folder).rstrip('/')}_2\nleave hydra.run.dir out   for a new folder under outputs/"
+    other = as_typed("hydra.run.dir", f"{str(folder).rstrip('/')}_2")
+    fix = f"{other}\nleave hydra.run.dir out   for a new folder under outputs/"
     what = f"hydra.run.dir={folder}"
     if record.get("status") == "finished":
         return [Problem(what, f"The folder {folder} holds a run already, and it is finished.", fix)]
@@ -81,7 +83,7 @@ def check_folder(folder: Path, settings: Settings, locked: bool = False) -> list
         if others:  # else another version of this project wrote the hash, over the same settings
             why = f"The folder {folder} holds a run already, and its settings are others: {others}."
             if record.get("settings") is not None:
-                fix = f"resume={folder}   resumes that run with its own settings\n{fix}"
+                fix = f"{shlex.quote(f'resume={folder}')}   resumes that run with its own settings\n{fix}"
             return [Problem(what, why, fix)]
     return [] if locked else _check_lock(folder)
 
@@ -102,7 +104,8 @@ def recorded_run(folder: Path, consent: bool = False, processes: str | None = No
         raise refuse(what, "This is the folder of a sweep.", f"name one of its runs: resume={folder}/<run>")
     if record is None or record.get("settings") is None:
         near = next((p for p in (folder.parent, folder.parent.parent) if (p / "run.json").is_file()), None)
-        fix = f"resume={near}" if near else "name a folder with a run.json in it, or start the run again: nothing was trained"
+        begin = "name a folder with a run.json in it, or start the run again: nothing was trained"
+        fix = shlex.quote(f"resume={near}") if near else begin
         raise refuse(what, "It holds no run.json with the settings of a run.", fix)
     if record.get("status") == "finished":
         raise refuse(what, "This run is finished.", further(folder, record))
@@ -127,11 +130,11 @@ def further(folder: Path, record: dict[str, Any], typed: Sequence[str] = ()) -> 
     words = [*(w for w in words if w.partition("=")[0] not in names), *typed]
     if (folder / "adapter").is_dir():
         words = [w for w in words if not w.startswith("lora.extra.init_lora_weights=")] + _as_saved(folder, record)
-        words.append(f"lora.start_from={os.path.relpath(folder)}")
+        words += shlex.split(as_typed("lora.start_from", os.path.relpath(folder)))
     elif (folder / "model").is_dir():
         words = [
             *(w for w in words if not w.startswith(("model=", "model.name="))),
-            f"model.name={os.path.relpath(folder)}/model",
+            *shlex.split(as_typed("model.name", f"{os.path.relpath(folder)}/model")),
         ]
     else:
         return "python train.py ...   starts a new one"

@@ -115,7 +115,8 @@ def _check_search(means: DictConfig | None, overrides: list[Override]) -> list[P
         line = override.input_line
         if override.key_or_group == "sweep.paired" and override.value():
             why = "A search draws each setting by itself."
-            problems.append(Problem(line, why, "lora.lora_alpha='${lora.r}'   lets one setting follow another"))
+            fix = "sweep.paired=[]   one setting may follow another instead: lora.lora_alpha='${lora.r}'"
+            problems.append(Problem(line, why, fix))
         none = override.key_or_group == "dataset.eval_fraction" and not override.is_sweep_override() and override.value() == 0
         if none and not set_apart:
             why = "A search is for the lowest held-out loss, and nothing would be held out."

@@ -116,9 +116,8 @@ def best_run(sweep: Path | str | None = None) -> Path:
         sweep = sweeps[0]
     board = read_leaderboard(Path(sweep))
     if board.best is None:
-        raise refuse(
-            f"run={sweep}", "None of its jobs finished with a held-out loss.", f"python scripts/leaderboard.py run={sweep}"
-        )
+        fix = f"python scripts/leaderboard.py {shlex.quote(f'run={sweep}')}"
+        raise refuse(f"run={sweep}", "None of its jobs finished with a held-out loss.", fix)
     return board.index.folder / board.best.job.folder
 
 

@@ -4,7 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from sft.config.schema import Settings, TrackerName
+from sft.config.schema import Settings
+from sft.config.tracking_rules import trackers_of
 from sft.sweep.leaderboard import COLUMNS, Leaderboard, read_leaderboard, write_csv
 from sft.tracking.wandb import UPLOAD_SECONDS, choose_mode, place, wandb_settings
 
@@ -17,7 +18,7 @@ def track_summary(folder: Path, settings: Settings) -> None:
     A repeated command resumes that run where W&B can be reached; where it then cannot, the run is an offline one. What goes
     wrong in the tracker ends nothing.
     """
-    if settings.tracking.tracker != TrackerName.wandb:
+    if "wandb" not in trackers_of(settings.tracking):
         return
     try:
         mode = choose_mode(settings.tracking.mode)[0]

@@ -1,7 +1,8 @@
 """Trackers: where curves and samples of a run go beside its folder. None of them ever ends a run, or another tracker.
 
-A tracker is a file `sft/tracking/<name>.py`, an entry of `TrackerName` in config/schema.py and conf/tracking/<name>.yaml. The
-file has `make_tracker()` and `check(tracking)`, which says for the preflight where a run will be tracked.
+A tracker is a file `sft/tracking/<name>.py`, an entry of `TrackerName` in config/schema.py and of `TAKES` in
+config/tracking_rules.py, conf/tracking/<name>.yaml, and an extra of that name in setup.cfg if it needs a package. The file has
+`make_tracker()` and `check(tracking)`, which says for the preflight where a run will be tracked.
 """
 
 import importlib
@@ -11,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from sft.config.schema import Settings, TrackerName
+from sft.config.schema import Settings
+from sft.config.tracking_rules import trackers_of
 from sft.errors import first_line
 
 log = logging.getLogger(__name__)
@@ -133,17 +135,15 @@ def tags_to_track(record: dict[str, Any], backend: str) -> list[str]:
 
 def make_trackers(settings: Settings) -> Trackers:
     """What a run with these settings is tracked with; empty with `tracking=none`."""
-    module = module_of(settings)
-    return Trackers([module.make_tracker()] if module else ())
+    return Trackers(_module_of(name).make_tracker() for name in trackers_of(settings.tracking))
 
 
 def check_tracking(settings: Settings) -> str:
     """Where a run with these settings will be tracked, in words. Raises Refusal where it cannot be as set."""
-    module = module_of(settings)
-    return module.check(settings.tracking) if module else "the run folder alone"
+    names = trackers_of(settings.tracking)
+    return "; ".join(_module_of(name).check(settings.tracking) for name in names) or "the run folder alone"
 
 
-def module_of(settings: Settings) -> ModuleType | None:
-    """The file of the tracker that is set; None without one."""
-    name = settings.tracking.tracker
-    return None if name == TrackerName.none else importlib.import_module(f"sft.tracking.{name.value}")
+def _module_of(name: str) -> ModuleType:
+    """The file of a tracker."""
+    return importlib.import_module(f"sft.tracking.{name}")

@@ -3,9 +3,6 @@
 import contextlib
 import logging
 import os
-import socket
-import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,19 +11,14 @@ from urllib.parse import urlsplit
 from sft.config.method import facts_of
 from sft.config.schema import Settings, TrackingMode, TrackingSettings
 from sft.errors import first_line, refuse
-from sft.storage.jsonio import jsonable, read_lines
-from sft.tracking.wandb_names import AXIS, SAMPLES, TOKENS, define_metrics, name_metrics
+from sft.storage.jsonio import jsonable
+from sft.tracking.names import AXIS, PROJECT, SAMPLES, TOKENS, Tokens, define_metrics, name_metrics, sample_rows
+from sft.tracking.server import takes_connection
 
 log = logging.getLogger(__name__)
 
-PROJECT = "sft"
-"""Where neither `tracking.project` nor W&B's own settings name one."""
-
 UPLOAD_SECONDS = 300
 """How long the end of a run waits for W&B to take the rest, unless WANDB_FINISH_TIMEOUT says otherwise."""
-
-SILENT_SECONDS = 60
-"""How long a server that took no connection is not asked again: the jobs of a sweep do not each wait for it."""
 
 
 def make_tracker() -> "WandbTracker":
@@ -65,14 +57,12 @@ class WandbTracker:
         self.facts: dict[str, Any] = {}
         self.known: dict[str, Any] = {}
         """What `describe` told: W&B's config beside the settings."""
-        self.tokens: int | None = None
-        """Tokens trained on so far; None until that was looked up."""
         self.lines = 0
         """The number of the next line, W&B's own step. W&B takes none twice: a resumed run goes on above those it has."""
         self._open: Callable[[str], None] | None = None
         """Begins the W&B run again in a mode; None once that was done."""
         self._table: Any = None
-        self._settings, self._folder = Settings(), Path()
+        self._settings, self._folder, self._tokens = Settings(), Path(), Tokens(Path())
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Add facts of the run to W&B's config."""
@@ -95,7 +85,7 @@ class WandbTracker:
             self.facts["mode"] = mode
             log.info("W&B    switched off (%s)", why)
             return
-        self._settings, self._folder = settings, folder
+        self._settings, self._folder, self._tokens = settings, folder, Tokens(folder)
         if mode == "offline" and asks_online(settings.tracking.mode):
             log.warning("tracking.mode=online cannot be had (%s): W&B is offline.", why)
         before = dict(before) if before.get("id") else {}
@@ -159,34 +149,23 @@ class WandbTracker:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Add one line of metrics; `step` is among them."""
-        self._log(lambda: name_metrics(metrics, self._tokens_at(metrics)))
+        self._log(lambda: name_metrics(metrics, self._tokens.at(metrics)))
 
     def log_samples(self, lines: list[dict], earlier: list[dict]) -> None:
         """Add generations to the sample table; the first of each prompt among all of the run stands beside the later ones."""
-        at = {AXIS: lines[0]["step"], TOKENS: self._tokens_at({})}
+        at = {AXIS: lines[0]["step"], TOKENS: self._tokens.at({})}
         self._log(lambda: {**at, "samples": self._fill(lines, earlier)})
-
-    def _tokens_at(self, metrics: dict[str, Any]) -> int:
-        """Tokens so far; those of before a resume stand in metrics.jsonl, which ends at the checkpoint by the first line."""
-        if self.tokens is None:
-            path = self._folder / "metrics.jsonl"
-            logged = [line["tokens"] for line in (read_lines(path) if path.is_file() else ()) if "tokens" in line]
-            self.tokens = logged[-1] if logged else 0
-        self.tokens = metrics.get("tokens", self.tokens)
-        return self.tokens
 
     def _fill(self, lines: list[dict], earlier: list[dict]) -> Any:
         """The table with `lines` in it: a new one has the earlier ones too, where W&B does not bring them itself."""
         import wandb
 
-        base: dict[int, str] = {}
-        for line in [*earlier, *lines]:
-            base.setdefault(line["index"], line["completion"])
+        missing = []
         if self._table is None:
             self._table = wandb.Table(columns=[*SAMPLES], log_mode="INCREMENTAL")
-            lines = lines if self.run.resumed else [*earlier, *lines]
-        for line in lines:
-            self._table.add_data(*(cell(line, base[line["index"]]) for cell in SAMPLES.values()))
+            missing = [] if self.run.resumed else earlier
+        for row in sample_rows([*missing, *lines], earlier):
+            self._table.add_data(*row)
         return self._table
 
     def _log(self, make: Callable[[], dict[str, Any]]) -> None:
@@ -367,25 +346,9 @@ def ask_server(timeout: float = 5.0) -> str | None:
     return f"{own.base_url} does not know the API key" if refused else f"{own.base_url} answers {answer.status_code}"
 
 
-def _reachable(server: str, timeout: float = 3.0) -> bool:
-    """Whether the server, or the proxy before it, takes a connection."""
-    url, own = urlsplit(server), wandb_settings()
-    proxy = getattr(own, f"{url.scheme}_proxy") or urllib.request.getproxies().get(url.scheme)
-    if proxy and not urllib.request.proxy_bypass(url.hostname):
-        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    address = url.hostname, url.port or (443 if url.scheme == "https" else 80)
-    if time.monotonic() - _silent.get(address, -SILENT_SECONDS) < SILENT_SECONDS:
-        return False
-    try:
-        with socket.create_connection(address, timeout):
-            return True
-    except OSError:
-        _silent[address] = time.monotonic()
-        return False
-
-
-_silent: dict[tuple[str | None, int], float] = {}
-"""Addresses that took no connection, and when."""
+def _reachable(server: str) -> bool:
+    """Whether the server takes a connection, or the proxy that W&B has for it."""
+    return takes_connection(server, getattr(wandb_settings(), f"{urlsplit(server).scheme}_proxy"))
 
 
 def _lines_in(folder: Path) -> int:

@@ -23,7 +23,7 @@ def count_tokens(inputs: dict[str, Any]) -> Any:
     mask = inputs.get("attention_mask")  # batches that Unsloth makes padding-free have none, and no padding either
     if world_size() == 1:
         if is_padding_free(inputs):
-            return inputs["cu_seq_lens_q"][-2]
+            return inputs["cu_seq_lens_k"][-2]  # a prompt that a pair shares counts twice
         return inputs["input_ids"].numel() if mask is None else mask.sum()
     if mask is not None:
         lengths = mask.sum(-1)

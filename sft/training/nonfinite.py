@@ -10,7 +10,7 @@ import statistics
 from typing import Any
 
 from sft.data.collators import cut
-from sft.data.token_cache import token_counts
+from sft.data.token_cache import row_lengths
 from sft.distributed.group import any_of, gathered
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class NonFiniteSteps:
 
     def _names(self, batches: list[Any]) -> str:
         """The rows of a step by their number in the data, found by their tokens."""
-        column, lengths = self.rows.data.column("input_ids"), token_counts(self.rows, ("input_ids",))
+        column, lengths = self.rows.data.column("input_ids"), row_lengths(self.rows)[0]
         names = []
         for row in (row["input_ids"] for batch in batches for row in cut(batch)):
             same = [i for i in (lengths == len(row)).nonzero()[0] if column[i].as_py() == row]

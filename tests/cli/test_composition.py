@@ -3,12 +3,16 @@
 import json
 import logging
 import pickle
+import re
 import shlex
 import sys
 from types import SimpleNamespace
 
 import hydra
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.bash_completion import BashCompletion
+from hydra._internal.utils import create_config_search_path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
@@ -21,6 +25,7 @@ from sft.errors import Problem, Refusal
 from sft.sweep import checks, leaderboard, runner
 from sft.sweep.index import SweepIndex
 from tests.conftest import ROOT
+from tests.hints import hints_of
 
 CONF = ROOT / "conf"
 
@@ -246,6 +251,8 @@ def test_a_name_that_is_no_folder_of_one_job_is_refused(monkeypatch, capsys, sub
         ours(monkeypatch, "-m", "lora.r=4", "seed=1,2", "hydra.sweep.dir=s", f"hydra.sweep.subdir={subdir}")
     told = capsys.readouterr().err
     assert end.value.code == 2 and f"hint: {fix}" in told and all(word in told for word in words)
+    for hint in hints_of(Problem("", "", fix)):
+        assert len(ours(monkeypatch, "-m", "lora.r=4", "seed=1,2", "hydra.sweep.dir=t", *hint)) == 2
 
 
 def test_the_names_that_a_sweep_has_by_itself_are_those_of_the_shipped_config():
@@ -266,6 +273,31 @@ def test_a_search_hands_texts_to_its_jobs_as_a_grid_does(monkeypatch):
     assert [job.settings["dataset.system_prompt"] for job in sweeps[0].index.jobs] == texts
     assert [job.folder for job in sweeps[0].index.jobs] == labels
     sweeps[0].planned.clear()
+
+
+def test_lists_are_choices_of_a_search(monkeypatch):
+    monkeypatch.setattr(checks, "_installed", lambda plugin: True)
+    word = "lora.target_modules=choice([q_proj],[q_proj,v_proj])"
+    check_command_line(CONF, ["sweep=tpe", word], hardware=False)
+    assert [job.lora.target_modules for job in ours(monkeypatch, "-m", word)] == [["q_proj"], ["q_proj", "v_proj"]]
+
+
+def test_long_texts_slashes_and_lists_make_short_plain_folders_and_keep_their_values(monkeypatch, tmp_path):
+    long = "Think. " * 60
+    texts = ours(monkeypatch, "-m", f'dataset.system_prompt="{long}","b/c: =x"', "hydra.sweep.dir=s")
+    assert [job.dataset.system_prompt for job in texts] == [long, "b/c: =x"]
+    lists = ours(monkeypatch, "-m", 'samples.prompts=["Hi, there?"],["a=b","c"]', "hydra.sweep.dir=t")
+    assert [job.samples.prompts for job in lists] == [["Hi, there?"], ["a=b", "c"]]
+    for job in [job for s in "st" for job in json.loads((tmp_path / s / "sweep.json").read_text())["jobs"]]:
+        assert re.fullmatch(r"\d_[\w.,=-]{1,60}", job["folder"], re.ASCII), job["folder"]
+
+
+def test_groups_options_and_keys_complete_in_a_shell():
+    completion = BashCompletion(ConfigLoaderImpl(create_config_search_path(str(CONF))))
+    assert {"model=", "lora=", "trainer=", "lora.", "seed="} <= {*completion._query("config", "")}
+    assert completion._query("config", "model=tiny") == ["model=tiny_random"]
+    assert completion._query("config", "lora.lora_al") == ["lora.lora_alpha="]
+    check_command_line(CONF, ["-sc", "install=bash"])  # which is left to Hydra
 
 
 def test_optunas_import_tells_of_no_plugins():

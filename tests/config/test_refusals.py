@@ -151,6 +151,11 @@ def test_a_word_without_a_value(text):
     assert problem_of(text).fix == f"{text}=<value>"
 
 
+def test_what_an_agent_of_a_sweep_types_is_taken_or_mended():
+    accepted("lora.target_modules=['q_proj', 'v_proj']", "lora.use_rslora=True")
+    assert problem_of("--lora.r=4").fix == "lora.r=4"
+
+
 def test_the_plus_sign_is_not_needed():
     assert problem_of("+lora.r=8").fix == "lora.r=8"
     assert problem_of("+experiment=chat").fix == "experiment=chat"
@@ -273,7 +278,7 @@ def test_interpolations_are_judged_by_what_they_come_to():
     [
         "dataset.template=Q: {instruction}\nA: {output}", "dataset.system_prompt=你是助手", "dataset.path=数据.jsonl",
         'dataset.system_prompt=Say "hi"', "dataset.system_prompt=It's (a) {b}", "dataset.keep.output=(",
-        "dataset.system_prompt='open",
+        "dataset.system_prompt='open", "model.name=/x/epoch=1-step=5", "dataset.system_prompt=Be brief, please.",
         "dataset.system_prompt=Be kind, be brief",
     ],
 )  # fmt: skip
@@ -833,6 +838,8 @@ def test_liger_with_another_loss_is_refused_where_it_is_installed(monkeypatch):
 
 @pytest.mark.parametrize(("kind", "other"), [("iq2_xxs", "q2_k"), ("IQ3_XS", "iq3_s"), ("q2_k_s", "q2_k"), ("iq2_m", "q2_k")])
 def test_a_gguf_type_that_needs_an_importance_matrix_is_refused_and_not_offered(kind, other):
+    assert problem_of("export=gguf", "export.gguf.quantizations=[Q4_K_M]").fix == "export.gguf.quantizations=[q4_k_m]"
+
     problem = problem_of("export=gguf", f"export.gguf.quantizations=[q8_0,{kind}]")
     assert "importance matrix" in problem.why and problem.fix == f"export.gguf.quantizations=[q8_0,{other}]"
     offered = problem.why.partition("It can be: ")[2].rstrip(".").split(", ")

@@ -422,6 +422,8 @@ def test_a_number_of_no_label_is_refused_with_its_row(loaded_tokenizer):
     settings = Settings(dataset=DatasetSettings(path="x.parquet", eval_fraction=0.0, shuffle=False))
     with pytest.raises(Refusal, match="7 is the number of no label of the column 'output'"):
         prepare(settings, *loaded_tokenizer)
+    (problem,) = faults(loaded_tokenizer, path="x.parquet", drop={"output": "yes"})
+    assert problem.what == "row 2 of the data", "a filter reads it before it is rendered"
 
 
 # ---------------------------------------------------------------------------------------------------- held-out rows
@@ -459,13 +461,65 @@ def test_held_out_rows_go_through_the_filters_and_need_the_columns(loaded_tokeni
     assert "hint: dataset.columns" not in str(refusal.value), "which would miss the rows to train on"
 
 
+GOOD, BAD = {"instruction": "q", "output": "a"}, {"instruction": "q", "output": ["a"]}
+
+
+def faults(loaded_tokenizer, **options) -> list[Problem]:
+    with pytest.raises(Refusal) as refusal:
+        prepared(loaded_tokenizer, **{"template": "chat", "shuffle": False, "eval_fraction": 0.0, **options})
+    return refusal.value.problems
+
+
+def test_a_fault_in_a_held_out_row_names_it_as_one_with_its_file_and_number(loaded_tokenizer):
+    write(Path("train.jsonl"), [GOOD, BAD, GOOD, GOOD])
+    write(Path("val.jsonl"), [GOOD, GOOD, BAD, BAD])
+    both = faults(loaded_tokenizer, path="train.jsonl", eval_path="val.jsonl")
+    assert [p.what for p in both] == ["row 2 of the data", "held-out rows 3 and 4 of val.jsonl (2 of 4 rows)"]
+    assert both[1].fix.endswith("dataset.skip_bad_rows=true   leaves 3 of 8 rows out") and "skip" not in both[0].fix
+    write(Path("more/a.jsonl"), [GOOD, GOOD])
+    write(Path("more/b.jsonl"), [GOOD, BAD])
+    write(Path("good.jsonl"), [GOOD])
+    (shard,) = faults(loaded_tokenizer, path="good.jsonl", eval_path="more")
+    assert shard.what == "held-out row 4 of more (2 files), row 2 of more/b.jsonl"
+    assert faults(loaded_tokenizer, path="more")[0].what == "row 4 of the data, row 2 of more/b.jsonl"
+
+
+def test_a_fault_in_a_row_of_the_held_out_fraction_says_that_it_is_held_out(loaded_tokenizer):
+    write(Path("rows.jsonl"), [GOOD, GOOD, BAD, GOOD])
+    (problem,) = faults(loaded_tokenizer, path="rows.jsonl", eval_fraction=0.5)
+    assert problem.what == "held-out row 3 of the data" and "leaves 1 of 4 rows out" in problem.fix
+    assert prepared(loaded_tokenizer, path="rows.jsonl", eval_fraction=0.5, shuffle=False, skip_bad_rows=True,
+                    template="chat").facts["rows"]["eval"] == 1  # fmt: skip
+
+
+def test_rows_of_which_skipping_leaves_none_are_refused_and_skipping_is_not_hinted_at(loaded_tokenizer):
+    write(Path("train.jsonl"), [GOOD, GOOD])
+    write(Path("val.jsonl"), [BAD])
+    for skip in (False, True):
+        (problem,) = faults(loaded_tokenizer, path="train.jsonl", eval_path="val.jsonl", skip_bad_rows=skip)
+        assert problem.what == "held-out row 1 of val.jsonl" and "holds a list" in problem.why and "skip" not in problem.fix
+
+
+def test_a_held_out_file_that_cannot_be_read_or_filtered_is_said_to_be_the_held_out_one(loaded_tokenizer, monkeypatch):
+    write(Path("train.jsonl"), [GOOD, GOOD])
+    Path("val.jsonl").write_text('{"instruction": "q"}\n{torn\n')
+    options = {"path": "train.jsonl", "eval_path": "val.jsonl"}
+    assert faults(loaded_tokenizer, **options)[0].what == "the held-out rows: val.jsonl, line 2"
+    Path("val.jsonl").write_text("\n")
+    assert faults(loaded_tokenizer, **options)[0].what == "dataset.eval_path=val.jsonl"
+    write(Path("val.jsonl"), [GOOD, {"instruction": "a" * 40 + "!", "output": "a"}])
+    monkeypatch.setattr("sft.limits.SECONDS", 0.2)
+    (endless,) = faults(loaded_tokenizer, **options, drop={"instruction": "^(a+)+$"})
+    assert endless.what == "dataset.drop.instruction=^(a+)+$ at held-out row 2 of val.jsonl"
+
+
 def test_a_column_of_the_held_out_rows_alone_does_not_vanish(loaded_tokenizer, shards):
     write(Path("val.jsonl"), [row | {"context": "c", "id": 1} for row in rows_of(20)])
     options = {"path": "shards", "eval_path": "val.jsonl", "template": "chat"}
     with pytest.raises(Refusal, match="Its column 'context' carries meaning and is not used"):
         prepared(loaded_tokenizer, **options)
     found = prepared(loaded_tokenizer, **options, ignore_columns=["context"])
-    assert found.facts["notes"]["column id"] == {"count": 1, "first": 1}
+    assert found.facts["notes"]["column id"] == {"count": 1, "first": 1, "held_out": True}
     write(Path("more.jsonl"), [row | {"context": "c"} for row in rows_of(5, 6)])
     others = {"path": "more.jsonl", "eval_path": "shards", "template": "chat"}
     assert len(prepared(loaded_tokenizer, **others, ignore_columns=["context"]).eval) == 4

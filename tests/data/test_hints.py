@@ -102,6 +102,14 @@ CASES = {
         [ROW], ["dataset.chat_template_kwargs.x=1", "dataset.template=alpaca"], "{% if x %}{% endif %}" + CHATML, "none is"),
     "reasoning of a template text": ([ROW], ["dataset.reasoning=split", "dataset.template=alpaca"], CHATML, "none is used"),
     "a chat template of no file": ([ROW], ["model.chat_template=chatmll"], CHATML, "Neither chatml"),
+    "a chat template that is no text": ([ROW], ["model.chat_template=latin.jinja"], CHATML, "file cannot be read"),
+    "chat templates without a default": ([ROW], [], {"rag": CHATML, "plain": CHATML}, "none of them is called default"),
+    "a variable that is no text": (
+        [ROW], ["dataset.chat_template_kwargs.x=inf"], "{% if x %}{% endif %}" + CHATML, "takes texts, numbers"),
+    "a pair without its prompt": (
+        [{"question": "q", "chosen": "a", "rejected": "b"}], ["method=dpo"], CHATML, "no column for the prompt"),
+    "a pair without its rejected answer": (
+        [{"prompt": "q", "chosen": "a", "reject": "b"}], ["method=dpo"], CHATML, "needs two answers"),
     "half an emoji": ([ROW, {**ROW, "output": "\ud83d"}], [], CHATML, "half of a character"),
     "an infinite number": ([ROW, {**ROW, "output": float("inf")}], [], CHATML, "infinite number"),
     "rows that are too long": ([ROW, LONG], ["model.max_seq_length=64"], CHATML, "are longer"),
@@ -151,6 +159,7 @@ def problems_of(tmp_path, monkeypatch, make_tokenizer, loaded_tokenizer):
 def test_every_hint_about_data_gets_the_command_further(problems_of, tmp_path, case):
     rows, overrides, template, words = CASES[case]
     (tmp_path / "rows.json").write_text(json.dumps(rows * 2))
+    (tmp_path / "latin.jinja").write_bytes(b"\xff")
     argv = ["dataset=local", "dataset.path=rows.json", "dataset.eval_fraction=0", *overrides]
     problems = problems_of(argv, template)
     assert any(words in problem.why for problem in problems), problems

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -82,8 +83,14 @@ def test_chinese_windows_encoding_is_refused_with_its_line_and_the_cure(tmp_path
     assert f"rows{suffix}, line {line}" in text and "not UTF-8" in text and "iconv -f GB18030" in text
 
 
-def test_utf16_is_refused_with_its_own_cure(tmp_path):
-    assert "iconv -f UTF-16" in refusal_of(write(tmp_path / "x.csv", "q,a\n1,2\n".encode("utf-16")))
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="needs iconv, which the hint names")
+@pytest.mark.parametrize("encoding", ["utf-16", "gb18030"])
+def test_another_encoding_is_refused_with_a_command_that_mends_it(tmp_path, monkeypatch, encoding):
+    monkeypatch.chdir(tmp_path)
+    refusal = refusal_of(write(Path("my data.csv"), "问,a\n一,2\n".encode(encoding)))
+    (hint,) = [line.partition("hint: ")[2] for line in refusal.splitlines() if "hint: iconv" in line]
+    subprocess.run(hint.partition("   ")[0], shell=True, check=True)
+    assert read(Path("utf8.csv")) == [{"问": "一", "a": "2"}]
 
 
 def test_the_source_names_the_file_and_its_contents(tmp_path):

@@ -46,8 +46,12 @@ def test_backends_agree_on_a_gpu(small_llama, tmp_path, load_in_4bit):
     assert all(abs(a - b) < 2e-2 for a, b in zip(losses["unsloth"], losses["transformers"], strict=True))
 
 
-@pytest.mark.parametrize("load_in_4bit", ["true", "false"])
-def test_captured_and_compiled_steps_train_as_padded_rows_do(small_llama, tmp_path, load_in_4bit):
+@pytest.mark.parametrize(
+    "load_in_4bit, method",
+    [("true", ()), ("false", ()), ("false", ("method=dpo", "trainer.learning_rate=1e-3"))],
+    ids=["4-bit", "bf16", "pairs"],
+)
+def test_captured_and_compiled_steps_train_as_padded_rows_do(small_llama, tmp_path, load_in_4bit, method):
     """Forty steps of the same rows in five ways: losses within bfloat16's rounding, and no drift in one direction."""
     ways = {
         "padded": ("trainer.padding_free=false",),
@@ -60,8 +64,9 @@ def test_captured_and_compiled_steps_train_as_padded_rows_do(small_llama, tmp_pa
     for way, options in ways.items():
         command = [sys.executable, str(ROOT / "train.py"), f"model.name={small_llama}", "model.backend=transformers",
                    f"model.load_in_4bit={load_in_4bit}", "trainer.max_steps=40", "dataset.max_rows=64", "tracking=none",
-                   "trainer.per_device_train_batch_size=4", "samples.num_held_out=0", f"hydra.run.dir={tmp_path / way}",
-                   *(options if way == "again" else ("trainer.gradient_checkpointing=false", *options))]  # fmt: skip
+                   "trainer.per_device_train_batch_size=4", "samples.num_held_out=0", *method,
+                   *(() if way == "again" else ("trainer.gradient_checkpointing=false",)), *options,
+                   f"hydra.run.dir={tmp_path / way}"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "not captured" not in done.stderr

@@ -7,6 +7,7 @@ import pytest
 
 from sft.config.rules import check_settings
 from sft.config.schema import GROUPS
+from sft.config.tracking_rules import check_packages
 from sft.run import run
 from tests.conftest import ROOT, SMALL, make_settings
 
@@ -56,10 +57,15 @@ def test_every_trainer_preset_trains(option, tmp_path):
     assert run(make_settings(f"trainer={option}", *TINY), tmp_path).status == "finished"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what trackers themselves use
 @pytest.mark.parametrize("option", [o for g, o in OPTIONS if g == "tracking"])
-def test_every_tracking_preset_runs(option, tmp_path):
+def test_every_tracking_preset_runs(option, tmp_path, monkeypatch, caplog):
+    if missing := check_packages(make_settings(f"tracking={option}")):
+        pytest.skip(f"{missing[0].why} {missing[0].fix}")
+    monkeypatch.chdir(tmp_path)
     words = ["tracking.mode=offline"] if option == "wandb_agent" else []  # it asks for a server
     assert run(make_settings(*TINY, f"tracking={option}", *words), tmp_path).status == "finished"
+    assert "could not" not in caplog.text, "the tracker was not left out"
 
 
 @pytest.mark.parametrize("option", [o for g, o in OPTIONS if g == "dataset"])

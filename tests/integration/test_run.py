@@ -14,7 +14,7 @@ import torch
 from sft.run import run
 from sft.runs.record import Context
 from sft.signals import StopRequest
-from sft.tracking.wandb_names import name_metric
+from sft.tracking.names import name_metric
 from sft.training import checkpoint as training_checkpoint
 
 QUICK = ("trainer.max_steps=4", "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2",

@@ -12,15 +12,20 @@ from trl import DPOConfig, DPOTrainer
 from sft.config.schema import MethodSettings, PreferenceLoss, Settings
 from sft.data.collators import PaddingFreeCollator
 from sft.data.prepare import prepare
+from sft.data.shared_prompt import SharedPromptCollator, shared_length
 from sft.data.tokenize import IGNORED
 from sft.errors import Refusal
-from sft.methods.dpo import PairCollator, cut_pairs, log_probs, padded, pair_facts, pair_losses
+from sft.methods.dpo import PairCollator, _difference, cut_pairs, log_probs, padded, pair_facts, pair_losses
 from sft.model import builtin
-from sft.model.padding_free import install
+from sft.model.padding_free import attend, install
+from sft.plan.plan import Plan
 from tests.conftest import make_settings
 from tests.data.miniatures import assistant, user
 
 PAD = 0
+
+
+LAYOUTS = (SharedPromptCollator(PAD, 64), PaddingFreeCollator(PAD, 64), padded(PAD))
 
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -51,7 +56,8 @@ def make_pairs(count: int = 4, seed: int = 0) -> list[dict]:
         prompt = torch.randint(1, 4000, (3 + n,), generator=draw).tolist()
         answers = [torch.randint(1, 4000, (2 + 3 * n % 5 + k,), generator=draw).tolist() for k in (0, 2)]
         rows = [(prompt + answer, [IGNORED] * len(prompt) + answer) for answer in answers]
-        pairs.append({"input_ids": rows[0][0], "labels": rows[0][1], "rejected_ids": rows[1][0], "rejected_labels": rows[1][1]})
+        pair = {"input_ids": rows[0][0], "labels": rows[0][1], "rejected_ids": rows[1][0], "rejected_labels": rows[1][1]}
+        pairs.append(pair | {"shared_length": shared_length(pair)})
     return pairs
 
 
@@ -94,7 +100,7 @@ def test_the_loss_of_each_kind_is_trls_through_training(model, tokenizer, tmp_pa
     steps = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (theirs, ours)]
     for _ in range(5):
         found = trainer.compute_loss(theirs, trl_batch(pairs))
-        loss = our_loss(ours, pairs, method, PaddingFreeCollator(PAD, 64))
+        loss = our_loss(ours, pairs, method, SharedPromptCollator(PAD, 64))
         assert loss.item() == pytest.approx(found.item(), abs=1e-5, rel=1e-6)
         for one, value in zip(steps, (found, loss), strict=True):
             one.zero_grad()
@@ -117,7 +123,7 @@ def test_before_the_first_step_a_pair_is_a_tie(model):
 def test_padded_rows_and_any_split_into_micro_batches_have_the_same_loss_and_gradients():
     model = make_model(moved=True)
     pairs, found = with_reference(model, make_pairs(6)), []
-    for rows in (PaddingFreeCollator(PAD, 64), padded(PAD)):
+    for rows in LAYOUTS:
         for size in (6, 2, 1):
             model.zero_grad()
             total = 0.0
@@ -135,9 +141,76 @@ def test_padded_rows_and_any_split_into_micro_batches_have_the_same_loss_and_gra
 
 def test_a_micro_batch_is_taken_apart_into_its_pairs(model):
     pairs = with_reference(model, make_pairs(3))
-    for rows in (PaddingFreeCollator(PAD, 64), padded(PAD)):
+    for rows in LAYOUTS:
         for pair, again in zip(pairs, cut_pairs(PairCollator(rows)(pairs)), strict=True):
-            assert again == pair | {"reference": pytest.approx(pair["reference"], rel=1e-6)}
+            assert again == {key: pair[key] for key in again} | {"reference": pytest.approx(pair["reference"], rel=1e-6)}
+
+
+def plain_pair(prompt: list[int], chosen: list[int], rejected: list[int]) -> dict:
+    rows = [(prompt + answer, [IGNORED] * len(prompt) + answer) for answer in (chosen, rejected)]
+    pair = {"input_ids": rows[0][0], "labels": rows[0][1], "rejected_ids": rows[1][0], "rejected_labels": rows[1][1]}
+    return pair | {"shared_length": shared_length(pair)}
+
+
+def test_a_prompt_stands_once_and_positions_go_on_from_it():
+    pairs = [plain_pair([5, 6], [7], [8, 9]), plain_pair([1], [2, 3], [2])]
+    batch = SharedPromptCollator(PAD, 64)(pairs)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 2, 3, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 1]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 8, 9, 9] and batch["cu_seq_lens_k"].tolist() == [0, 3, 7, 10, 12, 12]
+    assert batch["key_index"].tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 5, 8]
+    assert batch["target_positions"].tolist() == [1, 1, 3, 5, 6, 5] and batch["targets"].tolist() == [7, 8, 9, 2, 3, 2]
+    assert batch["target_counts"] == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("pair", [
+    pytest.param(plain_pair([5, 6, 7], [8, 9], [8, 10, 11]), id="answers that begin alike"),
+    pytest.param(plain_pair([5], [6], [6, 7, 8]), id="one answer begins with the other"),
+    pytest.param(plain_pair([], [6, 7, 8], [9, 7]), id="no prompt at all"),
+    pytest.param(plain_pair([5, 6], [7], [8]) | {"rejected_ids": [5, 9, 8], "shared_length": 1}, id="prompts that differ"),
+])  # fmt: skip
+def test_a_pair_that_shares_its_prompt_is_what_it_is_alone(pair):
+    model = make_model(moved=True)
+    others = make_pairs(2)
+    found = []
+    for layout in (padded(PAD), SharedPromptCollator(PAD, 64), SharedPromptCollator(PAD, 64, (32, 64, 96), 4)):
+        model.zero_grad()
+        sums, counts = log_probs(model, PairCollator(layout)([others[0], pair, others[1]]))
+        (sums * torch.tensor([0.3, -0.7])).sum().backward()
+        found.append((sums.detach(), counts, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    for some in found[1:]:
+        assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-5) for a, b in zip(some, found[0], strict=True))
+
+
+def test_a_leak_from_one_answer_to_the_other_is_found_when_the_model_is_loaded(model, monkeypatch):
+    """The same check that lets a model share prompts: with the tokens of the chosen answer among the rejected one's keys."""
+    pairs, plan = make_pairs(3), Plan(backend="transformers", dtype="float32", padding_free=True)
+    rows, shared = PaddingFreeCollator(PAD, 64), SharedPromptCollator(PAD, 64)
+    assert _difference(model, plan, pairs, rows, shared) == ""
+    make = SharedPromptCollator.__call__
+
+    def leaking(self, pairs):
+        batch = make(self, pairs)
+        at = int(batch["cu_seq_lens_k"][1])  # where the prompt's keys begin for the rejected answer
+        batch["key_index"][at] = int(batch["cu_seq_lens_q"][1]) - 1  # the last token of the chosen one
+        return batch
+
+    monkeypatch.setattr(SharedPromptCollator, "__call__", leaking)
+    assert "would not be what it is alone" in _difference(model, plan, pairs, rows, shared)
+
+
+def test_a_sliding_window_counts_from_the_end_of_the_keys():
+    """Attention over shared prompts with a window, against rows of their own."""
+    torch.manual_seed(0)
+    pair = plain_pair([5, 6, 7, 8, 9], [1, 2], [3, 4, 5, 6])
+    batch = SharedPromptCollator(PAD, 64)([pair])
+    tokens = batch["input_ids"].shape[1]
+    query, key, value = (torch.randn(1, heads, tokens, 8) for heads in (4, 2, 2))
+    shared, _ = attend(None, query, key, value, None, sliding_window=3, **batch)
+    places = [*range(5), *range(7, 11)]  # the prompt and the rejected answer
+    ends = {"cu_seq_lens_q": torch.tensor([0, 9]), "max_length_q": 64}
+    alone, _ = attend(None, *(x[:, :, places] for x in (query, key, value)), None, sliding_window=3, **ends)
+    assert torch.allclose(shared[:, 7:], alone[:, 5:], atol=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------- the data

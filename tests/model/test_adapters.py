@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig
 from sft.cli.check import check_command_line
 from sft.config.schema import LoraSettings
 from sft.errors import Refusal
+from sft.export import merge
 from sft.methods import sft
 from sft.model import adapters, dims, hub, loading, targets
 from sft.plan.plan import Plan
@@ -129,6 +130,19 @@ def test_gpt2s_layers_which_are_no_torch_linear_are_targets():
     assert adapters.check_modules(model, LoraSettings(target_modules=["c_attn"])) == ([], [])
     fix = adapters.check_modules(model, LoraSettings(target_modules=["attn"]))[0][0].fix
     assert fix == "'lora.target_modules=[c_attn,c_proj]'"
+
+
+def test_a_trained_head_of_tied_embeddings_is_merged_and_stays_tied():
+    settings = make_settings("model=tiny_random", "lora.modules_to_save=[lm_head]")
+    model = adapters.attach(loading.load_model(settings, Plan())[0], settings, Plan()).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight += 0.1 * torch.randn_like(weight) if "modules_to_save" in name else 0
+    rows = torch.arange(1, 9)[None]
+    trained = model(rows).logits
+    merged = merge.merge(model).float()
+    assert merged.config.tie_word_embeddings and merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    assert torch.allclose(merged(rows).logits, trained, atol=0.05) and trained.abs().max() > 1
 
 
 def test_targets_inside_of_what_is_trained_whole_are_told_or_refused(tiny):

@@ -117,6 +117,8 @@ def test_all_that_is_wrong_is_said_at_once(machine):
         (["sweep=tpe", "trainer.learning_rate=interval(-1,1e-3)"], "trainer.learning_rate"),
         (["sweep=tpe", "lora.r=interval(4,64)"], "lora.r=int(interval(4,64))"),
         (["hydra/launcher=ray"], "python train.py -m hydra/launcher=ray"),
+        (["-m", "hydra/launcher=basic", "lora.r=4,8"], "hydra/launcher=ray "),
+        (["sweep=tpe", "sweep.paired=[lora.r]"], "sweep.paired=[]"),
     ],
 )
 def test_what_cannot_work_is_refused(machine, argv, fix):

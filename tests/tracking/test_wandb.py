@@ -99,9 +99,9 @@ def test_name_and_tags_of_the_environment_reach_the_run(home, monkeypatch):
     for name, value in {"WANDB_NAME": "mine", "WANDB_TAGS": "a,b", "WANDB_PROJECT": "faq", "WANDB_MODE": "offline"}.items():
         monkeypatch.setenv(name, value)
     tracker = make_trackers(tracked())
-    tracker.start(tracked(tags=["c"]), home, "ours", ["tiny"])
+    tracker.start(tracked(tags=["c"]), home, "ours", ["tiny", "x" * 72])
     run = tracker.trackers[0].run
-    assert run.name == "mine" and set(run.tags) == {"tiny", "a", "b", "c"}
+    assert run.name == "mine" and set(run.tags) == {"tiny", "a", "b", "c", "x" * 64}, "W&B takes no tag over 64 characters"
     assert run.project == tracker.state()["project"] == "faq"
     tracker.finish("finished", {})
 

@@ -12,7 +12,7 @@ from sft.config.method import MethodFacts
 from sft.run import run
 from sft.runs.record import Context
 from sft.tracking.base import make_trackers, tags_to_track
-from sft.tracking.wandb_names import define_metrics, name_metric, name_metrics
+from sft.tracking.names import define_metrics, name_metric, name_metrics
 from tests.conftest import SMALL, make_settings
 
 TRACKED = (*SMALL, "trainer=debug", "tracking=wandb", "tracking.mode=offline")
