@@ -18,6 +18,7 @@ from sft.config.schema import (
     Reference,
     Settings,
     Shape,
+    Strategy,
 )
 from sft.errors import Problem
 
@@ -69,8 +70,9 @@ def _check_others(settings: Settings) -> list[Problem]:
          "dataset.reasoning=template   or   dataset.reasoning=strip"),
         (lora.enabled and lora.lora_dropout > 0, f"lora.lora_dropout={lora.lora_dropout:g}",
          "The reference has no dropout: the pairs would not begin as ties.", "lora.lora_dropout=0"),
-        (is_process_count(settings) and processes_of(settings) > 1, "distributed",
-         "Pairs are trained on in one process.", one_process(settings)),
+        (settings.distributed.strategy == Strategy.fsdp and is_process_count(settings) and processes_of(settings) > 1,
+         "distributed.strategy=fsdp", "The weights of pairs are not shared out: each process has all of them.",
+         f"distributed.strategy=ddp   or   {one_process(settings)}"),
     ]  # fmt: skip
     problems = [Problem(f"method=dpo {what}", why, fix) for holds, what, why, fix in rules if holds]
     if method.reference == Reference.base and (why := _why_no_base(lora)):

@@ -6,7 +6,7 @@ The reference's log probabilities are computed once, before anything is trained:
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from sft.data.collators import PaddingFreeCollator, cut
 from sft.data.shared_prompt import SharedPromptCollator, cut_shared
 from sft.data.token_cache import row_lengths, token_counts
 from sft.data.tokenize import IGNORED
-from sft.distributed import strategy
+from sft.distributed import group, strategy
 from sft.methods import sft
 from sft.methods.arguments import training_arguments
 from sft.methods.reference import computed_once, reference_hash
@@ -129,6 +129,12 @@ def padded(pad_token_id: int) -> Any:
     return collate
 
 
+def _real(batch: dict[str, Any]) -> list[int]:
+    """Which pairs of a micro-batch are none that fill up the share of a process: those have no target."""
+    counts = batch["target_counts"]
+    return [at for at, both in enumerate(zip(counts[::2], counts[1::2], strict=True)) if any(both)]
+
+
 def log_probs(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
     """(summed log probability, target tokens) of each answer of a micro-batch, both [pairs, 2], with gradients."""
     import torch
@@ -151,27 +157,47 @@ def _on_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def reference_log_probs(ctx: RunContext, trainer: Any, dataset: Any) -> list[list[float]]:
-    """The summed log probabilities of both answers of each pair by the reference, [pairs, 2].
+    """`summed_log_probs` of a data set's pairs by the reference, a share in each process. Raises Interrupted if it is to stop.
 
     It is called before anything is trained or a checkpoint is read: a fresh adapter adds nothing, one of `lora.start_from` is
     part of what the run begins with. With `method.reference=base` no adapter takes part.
+    """
+    rows, ranks = ctx.settings.trainer.per_device_train_batch_size, group.world_size()
+    shares = [[i for i in range(len(dataset)) if i // rows % ranks == rank] for rank in range(ranks)]  # whole micro-batches
+    mine, checks = shares[group.rank()], -(-len(shares[0]) // rows)
+
+    def pairs_at(begin: int, end: int) -> list[dict[str, Any]]:
+        ctx.stop.check()
+        return list(dataset.select(mine[begin:end]))
+
+    base = ctx.settings.method.reference == Reference.base
+    with _without_adapter(trainer.model) if base else contextlib.nullcontext():
+        found = summed_log_probs(ctx, trainer, len(mine), pairs_at)
+    for _ in range(checks - -(-len(mine) // rows)):
+        ctx.stop.check()  # which all processes have to ask equally often
+    by_row = {i: pair for share, pairs in zip(shares, group.gathered(found), strict=True)
+              for i, pair in zip(share, pairs, strict=True)}  # fmt: skip
+    return [by_row[i] for i in range(len(dataset))]
+
+
+def summed_log_probs(ctx: RunContext, trainer: Any, count: int, pairs_at: Callable[[int, int], list]) -> list[list[float]]:
+    """The summed log probabilities of both answers of `count` pairs by the weights in memory, [pairs, 2].
+
+    `pairs_at(begin, end)` gives some of them.
     """
     import torch
 
     model, collate, found = trainer.model, trainer.eval_collator, []
     rows = ctx.settings.trainer.per_device_train_batch_size
     was_training = model.training
-    base = ctx.settings.method.reference == Reference.base
 
     def predict(batch):
         return log_probs(model, _on_device(batch, model))[0].tolist()
 
     model.eval()
-    with _without_adapter(model) if base else contextlib.nullcontext(), torch.no_grad(), \
-            trainer.compute_loss_context_manager(), acceleration.evaluating(model, trainer.plan):  # fmt: skip
-        for at in range(0, len(dataset), rows):
-            ctx.stop.check()
-            batch = collate(list(dataset.select(range(at, min(at + rows, len(dataset))))))
+    with torch.no_grad(), trainer.compute_loss_context_manager(), acceleration.evaluating(model, trainer.plan):
+        for at in range(0, count, rows):
+            batch = collate(pairs_at(at, min(at + rows, count)))
             found += [pair for some, _ in trainer.oom_retry.evaluate(predict, batch) for pair in some]
     model.train(was_training)
     return found
@@ -199,6 +225,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     """
     import torch
     import transformers
+    from transformers.trainer_pt_utils import nested_gather
 
     settings, data, tokenizer, method = ctx.settings, ctx.prepared, ctx.tokenizer, ctx.settings.method
     plan = acceleration.settle(model, settings, data, tokenizer.pad_token_id, ctx.plan, segments=2)
@@ -218,18 +245,22 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
 
         def get_batch_samples(self, *args, **kwargs):
             batches, _ = super().get_batch_samples(*args, **kwargs)
-            return batches, sum(len(batch["target_counts"]) // 2 for batch in batches)
+            return batches, group.total(sum(len(_real(batch)) for batch in batches))
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             policy, lengths = log_probs(model, inputs)
-            losses = pair_losses(policy, inputs["reference"], lengths, method)
+            reference, real = inputs["reference"], _real(inputs)
+            if len(real) < len(policy):
+                policy, lengths, reference = policy[real], lengths[real], reference[real]
+            losses = pair_losses(policy, reference, lengths, method)
             if method.sft_weight:
                 losses = losses - method.sft_weight * policy[:, 0] / lengths[:, 0]
-            facts = pair_facts(policy, inputs["reference"], losses, method.beta)
+            facts = pair_facts(policy, reference, losses, method.beta)
             if not model.training:
                 return losses.sum(), facts
             self.pairs_seen, self.facts_seen = self.pairs_seen + len(losses), self.facts_seen + facts
-            return losses.sum() / (num_items_in_batch or len(losses))
+            # The gradients of several processes are averaged.
+            return losses.sum() / (num_items_in_batch / group.world_size() if num_items_in_batch else len(losses))
 
         def floating_point_ops(self, inputs):
             return 0
@@ -244,24 +275,27 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
         def prediction_step(self, model, inputs, *args, **kwargs):
             def predict(batch):
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    return len(batch["reference"]), *self.compute_loss(model, self._prepare_inputs(batch))
+                    return len(_real(batch)), *self.compute_loss(model, self._prepare_inputs(batch))
 
             found = [one for one, _ in self.oom_retry.evaluate(predict, inputs)]
             pairs, loss, facts = (sum(parts) for parts in zip(*found, strict=True))
             self.eval_facts, self.eval_pairs = self.eval_facts + facts, self.eval_pairs + pairs
-            return loss / pairs, None, None
+            return loss / max(1, pairs), None, None
 
         def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
             self.eval_facts, self.eval_pairs = 0.0, 0
             with acceleration.evaluating(self.model, plan):
                 output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            names, means = ("loss", *SHOWN), (self.eval_facts / self.eval_pairs).tolist()
+            pairs = group.total(self.eval_pairs)
+            facts = zip(*group.gathered(self.eval_facts.tolist()), strict=True)
+            names, means = ("loss", *SHOWN), [sum(parts) / pairs for parts in facts]
             output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in zip(names, means, strict=True)})
             return output
 
         def take_line(self, *args, **kwargs):
             super().take_line(*args, **kwargs)
-            self.line.numbers["facts"] = (self.facts_seen / self.pairs_seen).to("cpu", non_blocking=True)
+            facts = nested_gather(self.facts_seen, self.args.parallel_mode).view(-1, 1 + len(SHOWN)).sum(0)
+            self.line.numbers["facts"] = (facts / group.total(self.pairs_seen)).to("cpu", non_blocking=True)
             self.pairs_seen, self.facts_seen = 0, 0.0
 
         def log(self, logs, *args, **kwargs):
@@ -275,13 +309,16 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
 
         def _get_train_sampler(self, train_dataset=None):
             sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
-            if not plan.padding_free or settings.trainer.gradient_accumulation_steps == 1:
-                return sampler
-            ordered, micro_batches = (
-                samplers.settle_order(sampler, len(data.train)),
-                settings.trainer.gradient_accumulation_steps,
-            )
-            return samplers.TokenBalancedSampler(ordered, token_counts(data.train).tolist(), rows, micro_batches)
+            micro_batches = settings.trainer.gradient_accumulation_steps
+            if not plan.padding_free or micro_batches == 1:
+                return samplers.share_rows(sampler, len(data.train), rows)
+            ordered = samplers.share_rows(samplers.settle_order(sampler, len(data.train)), len(data.train), rows)
+            lengths = [*token_counts(data.train).tolist(), 2]  # the last one is the filler's
+            return samplers.TokenBalancedSampler(ordered, lengths, rows, micro_batches)
+
+        def _get_eval_sampler(self, eval_dataset):
+            sampler = super()._get_eval_sampler(eval_dataset)
+            return samplers.share_rows(sampler, len(data.eval), self.args.per_device_eval_batch_size)
 
     args = training_arguments(settings, loop.folder, data.eval is not None, plan)
     strategy.settle_device(args)
@@ -294,7 +331,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
         count = settings.trainer.per_device_train_batch_size
         shared = SharedPromptCollator(tokenizer.pad_token_id, longest)
         first = [splits["train"][i] for i in range(min(3, len(splits["train"])))]
-        why_not = _difference(model, plan, first, rows, shared)
+        why_not = next(filter(None, group.gathered(_difference(model, plan, first, rows, shared))), "")
         if why_not:
             log.info("Speed  each answer has its prompt to itself: %s", why_not)
             captured = replace(rows, lengths=plan.capture_sizes, rows=2 * count)
@@ -308,7 +345,11 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     trainer.model_accepts_loss_kwargs = True  # so that transformers does not divide by the micro-batches once more
     sft.watch(trainer, ctx, loop)
     known = _reference(ctx, trainer, splits, type(layout).__name__)
-    splits = {name: split.add_column("reference", known[name]) for name, split in splits.items()}
+    pad = tokenizer.pad_token_id
+    filler = {"rejected_ids": [pad], "rejected_labels": [IGNORED], "shared_length": 0, "reference": [0.0, 0.0]}
+    splits = {
+        name: samplers.with_filler(split.add_column("reference", known[name]), pad, **filler) for name, split in splits.items()
+    }
     trainer.train_dataset, trainer.eval_dataset = splits["train"], splits.get("eval")
     return trainer
 
@@ -316,7 +357,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
 def _reference(ctx: RunContext, trainer: Any, splits: dict[str, Any], layout: str) -> dict[str, list[list[float]]]:
     """`reference_log_probs` of each split: as an earlier run of this process or of this machine found them, or found now."""
     data, sizes = ctx.prepared, {name: len(split) for name, split in splits.items()}
-    key, origin = reference_hash(ctx, trainer.model, splits, layout), "sweep"
+    key, origin = group.broadcast(reference_hash(ctx, trainer.model, splits, layout)), "sweep"
 
     def compute():
         return {name: reference_log_probs(ctx, trainer, split) for name, split in splits.items()}
@@ -377,13 +418,18 @@ class _PairsSeen:
         self.trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
-        """Pairs and the sums of their facts."""
+        """Pairs and the sums of their facts, over all ranks."""
         facts = self.trainer.facts_seen
-        return {"pairs": self.trainer.pairs_seen, "facts": facts if isinstance(facts, float) else facts.tolist()}
+        parts = [part for part in group.gathered(facts if isinstance(facts, float) else facts.tolist()) if part]
+        sums = [sum(some) for some in zip(*parts, strict=True)]
+        return {"pairs": int(group.total(self.trainer.pairs_seen)), "facts": sums or 0.0}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on summing from a checkpoint."""
         import torch
+
+        if not group.is_first():
+            return
 
         device, facts = self.trainer.args.device, state["facts"]
         self.trainer.pairs_seen = state["pairs"]

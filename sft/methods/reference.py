@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
@@ -14,6 +15,7 @@ from filelock import Timeout
 from sft.config.method import DPO
 from sft.config.schema import Reference, Settings
 from sft.data import token_cache
+from sft.distributed import group
 from sft.errors import first_line
 from sft.model.hub import weights_identity
 from sft.model.start import FILES, find_adapter
@@ -61,32 +63,46 @@ def reference_hash(ctx: RunContext, model: Any, splits: dict[str, Any], layout: 
 def computed_once(key: str, make: Callable[[], LogProbs], stop: Any) -> tuple[LogProbs, str]:
     """(what is kept under `key`, `cache`), or (what `make` gives, which is kept from now on, `computed`).
 
-    Of several processes one makes it, the others wait for it. Raises Interrupted where `stop` does.
+    Of several runs one computes it, the others wait for it. Raises Interrupted where `stop` does.
     """
     folder = cache.cache_dir() / "references" / key
-    if (found := _read(folder)) is not None:
+    if (found := _read_together(folder)) is not None:
         return found, "cache"
     with contextlib.ExitStack() as held:
-        lock = token_cache.only_one(folder)
-        while not lock.is_locked:
-            stop.check()
-            with contextlib.suppress(Timeout):
-                held.enter_context(lock.acquire(timeout=1))
-        if (found := _read(folder)) is not None:
+        group.alone(_wait)(folder, held, stop)
+        if (found := _read_together(folder)) is not None:
             return found, "cache"
         found = make()
-        if all(math.isfinite(n) for pairs in found.values() for pair in pairs for n in pair):
-            try:
-                atomic.remove_leftovers(folder.parent, folder.name)
-                atomic.remove_folder(folder)  # whatever is there could not be read
-                with atomic.new_folder(folder, replace=False) as work:
-                    (work / FILE).write_text(json.dumps(found), encoding="utf-8")
-            except OSError as error:  # the run has what it needs
-                log.warning("The reference's log probabilities could not be kept: %s", first_line(error))
+        if group.is_first() and all(math.isfinite(n) for pairs in found.values() for pair in pairs for n in pair):
+            _keep(folder, found)
     return found, "computed"
 
 
-def _read(folder: Any) -> LogProbs | None:
+def _wait(folder: Path, held: contextlib.ExitStack, stop: Any) -> None:
+    """Lock what will be `folder` until `held` is left."""
+    lock = token_cache.only_one(folder)
+    while not lock.is_locked:
+        stop.check_here()
+        with contextlib.suppress(Timeout):
+            held.enter_context(lock.acquire(timeout=1))
+
+
+def _keep(folder: Path, found: LogProbs) -> None:
+    try:
+        atomic.remove_leftovers(folder.parent, folder.name)
+        atomic.remove_folder(folder)  # whatever is there could not be read
+        with atomic.new_folder(folder, replace=False) as work:
+            (work / FILE).write_text(json.dumps(found), encoding="utf-8")
+    except OSError as error:  # the run has what it needs
+        log.warning("The reference's log probabilities could not be kept: %s", first_line(error))
+
+
+def _read_together(folder: Path) -> LogProbs | None:
+    """What the first process can read."""
+    return group.broadcast(_read(folder) if group.is_first() else None)
+
+
+def _read(folder: Path) -> LogProbs | None:
     """What is kept; None where it is missing or damaged."""
     if atomic.find_damage(folder):
         return None

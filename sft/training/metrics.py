@@ -28,7 +28,7 @@ def count_tokens(inputs: dict[str, Any]) -> Any:
     if mask is not None:
         lengths = mask.sum(-1)
     elif is_padding_free(inputs):
-        lengths = inputs["cu_seq_lens_q"][:-1].diff()
+        lengths = inputs["cu_seq_lens_k"][:-1].diff()
     else:
         starts = inputs["position_ids"].flatten() == 0
         fillers = starts & torch.cat([starts[1:], starts.new_ones(1)])

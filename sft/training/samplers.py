@@ -103,13 +103,14 @@ def share_rows(sampler: Any, rows: int, micro_batch_size: int) -> Any:
     return PaddedDistributedSampler(range(rows) if sampler is None else sampler, rows, micro_batch_size * group.world_size())
 
 
-def with_filler(dataset: Any, token: int) -> Any:
-    """The rows, and behind them one of a single token with nothing to learn."""
+def with_filler(dataset: Any, token: int, **others: Any) -> Any:
+    """The rows, and behind them one of a single token with nothing to learn; `others` are what it has in other columns."""
     if group.world_size() == 1 or dataset is None:
         return dataset
     from datasets import Dataset, concatenate_datasets
 
-    filler = Dataset.from_dict({"input_ids": [[token]], "labels": [[-100]]}, features=dataset.features)
+    row = {"input_ids": [token], "labels": [-100], **others}
+    filler = Dataset.from_dict({name: [row[name]] for name in dataset.column_names}, features=dataset.features)
     return concatenate_datasets([dataset, filler])
 
 

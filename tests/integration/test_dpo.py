@@ -5,13 +5,17 @@ import shutil
 
 import pytest
 import torch
+from safetensors.numpy import load_file
 
+from sft.launch.ranks import launch
 from sft.methods import dpo
 from sft.model import builtin, hub
 from sft.run import run
+from sft.runs.record import Context
 from sft.signals import StopRequest
+from sft.storage.cache import cache_dir
 from tests.conftest import make_settings
-from tests.faults.fault_campaign import compare, weights_hash
+from tests.faults.fault_campaign import MEASURED, compare, weights_hash
 
 PAIRS = [{"prompt": f"Say {n}.", "chosen": f"{n} it is.", "rejected": f"No to {n}!"} for n in range(20)]
 
@@ -198,6 +202,49 @@ def test_the_adapter_trains_on_after_it_was_switched_off_for_the_reference(setti
         shutil.rmtree(tmp_path / "cache" / "references")
     assert len(passes) == 4
     assert weights_hash(tmp_path / "start") == weights_hash(tmp_path / "base")
+
+
+def near(one, other) -> bool:
+    """Whether two runs are one but for the order of sums in float32."""
+    ours, theirs = lines(one), lines(other)
+    assert [line.keys() - MEASURED for line in ours] == [line.keys() - MEASURED for line in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        keys = a.keys() - MEASURED
+        assert {key: b[key] for key in keys} == pytest.approx({key: a[key] for key in keys}, rel=1e-4, abs=1e-5)
+    weights = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, other)]
+    return max(float(abs(weights[0][name] - weights[1][name]).max()) for name in weights[0]) < 1e-5
+
+
+SPREAD = ("trainer.gradient_accumulation_steps=null", "trainer.effective_batch_size=6", "trainer.learning_rate=1e-3",
+          "trainer.per_device_eval_batch_size=4")  # fmt: skip
+"""16 pairs in steps of 6, so that the last step of an epoch has 4 and shares have to be filled up; 4 held-out pairs, all in one
+micro-batch: one process of two has none.
+"""
+
+
+def test_two_processes_are_the_run_of_one_and_go_on_from_each_other(settings, tmp_path, forked_children):
+    chosen = settings(*SPREAD, "trainer.per_device_train_batch_size=3", "trainer.logging_steps=3")
+    two = settings(*SPREAD, "trainer.per_device_train_batch_size=3", "trainer.logging_steps=3", "distributed.num_processes=2")
+    assert run(chosen, tmp_path / "one").status == "finished"
+    shutil.rmtree(cache_dir() / "references", ignore_errors=True)
+    assert launch(two, tmp_path / "two", Context()).status == "finished"
+    assert near(tmp_path / "one", tmp_path / "two") and reference_of(tmp_path / "two")["from"] == "computed"
+    for name in ("one", "two"):  # as if killed after step 4, with a step that no line has yet
+        shutil.copytree(tmp_path / name, tmp_path / f"from {name}")
+        shutil.rmtree(tmp_path / f"from {name}" / "checkpoints" / "checkpoint-6")
+        place = tmp_path / f"from {name}" / "run.json"
+        place.write_text(json.dumps(json.loads(place.read_text()) | {"status": "running"}))
+    assert launch(two, tmp_path / "from one", Context()).status == "finished"
+    assert run(chosen, tmp_path / "from two").status == "finished"
+    assert near(tmp_path / "one", tmp_path / "from one") and near(tmp_path / "one", tmp_path / "from two")
+
+
+@pytest.mark.parametrize("more", [("trainer.padding_free=false", "method.loss_type=ipo"), ("method.sft_weight=0.5",)])
+def test_micro_batches_of_fillers_alone_change_nothing(settings, tmp_path, forked_children, more):
+    chosen = (*SPREAD, "trainer.per_device_train_batch_size=1", "trainer.max_steps=4", *more)
+    assert run(settings(*chosen), tmp_path / "one").status == "finished"
+    assert launch(settings(*chosen, "distributed.num_processes=2"), tmp_path / "two", Context()).status == "finished"
+    assert near(tmp_path / "one", tmp_path / "two")
 
 
 def test_preferences_on_an_adapter_begin_as_ties_with_what_it_says(settings, tmp_path):
