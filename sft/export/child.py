@@ -53,7 +53,7 @@ def export_run_apart(folder: Path, record: RunRecord, stop: StopRequest) -> tupl
 
 
 def proof_of(folder: Path) -> dict[str, Any]:
-    """What trackers are found of a run's exports: of each its loss on the held-out rows and whether it is what was trained."""
+    """What trackers are told of a run's exports: of each its loss on the held-out rows and whether it is what was trained."""
     found: dict[str, Any] = {}
     for name, facts in (read_json(folder / "export" / "verify.json").get("artifacts") or {}).items():
         if facts:
