@@ -195,6 +195,9 @@ def test_pairs_that_do_not_fit_are_evaluated_in_halves_and_by_the_reference_too(
 @pytest.mark.parametrize("reference", ["start", "base"])
 def test_the_reference_is_the_start_or_the_base_as_is_set(settings, tmp_path, passes, reference):
     assert run(settings(), tmp_path / "first").status == "finished"
+    (kept,) = (tmp_path / "cache" / "references").glob("*/log_probs.json")
+    of_base = json.loads(kept.read_text())
+    shutil.rmtree(kept.parent)
     more = (f"lora.start_from={tmp_path / 'first'}", f"method.reference={reference}", "trainer.max_steps=1")
     for name in ("second", "third"):
         assert run(settings(*more), tmp_path / name).status == "finished"
@@ -204,7 +207,9 @@ def test_the_reference_is_the_start_or_the_base_as_is_set(settings, tmp_path, pa
     assert [reference_of(tmp_path / name)["weights"] for name in ("first", "second")] == ["start", reference]
     same = reference_of(tmp_path / "first")["hash"] == reference_of(tmp_path / "second")["hash"]
     assert same == (reference == "base"), "a fresh adapter adds nothing: the base is what the first run began with"
-    assert len(passes) == (2 if same else 4) and reference_of(tmp_path / "third")["from"] == "cache"
+    (kept,) = (tmp_path / "cache" / "references").glob("*/log_probs.json")
+    assert (json.loads(kept.read_text()) == of_base) == same
+    assert len(passes) == 4 and reference_of(tmp_path / "third")["from"] == "cache"
 
 
 def test_the_adapter_trains_on_after_it_was_switched_off_for_the_reference(settings, tmp_path, passes):
