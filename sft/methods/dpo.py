@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 SHOWN = ("accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 """What is logged of pairs: means over pairs. `accuracy` counts a tie half; `margin` and `reward_*` are times `beta`."""
 
+FALL, LEAST_FALL = 0.2, 10.0
+"""The chosen answers have become unlikely when their mean log probability is down by this share and by so many nats: a fifth is
+beyond the noise of rounding, and 10 nats are more than the wording of a short answer."""
 
 CHECKED = 64
 """Tokens of a prompt and of an answer by which shared prompts are tried."""
@@ -75,6 +78,15 @@ def pair_facts(policy: Any, reference: Any, losses: Any, beta: float) -> Any:
     right = (margin > 0).double() + 0.5 * (margin == 0).double()
     columns = [losses, right, margin, rewards[:, 0], rewards[:, 1], policy[:, 0], policy[:, 1]]
     return torch.stack([column.detach().double().sum() for column in columns])
+
+
+def fell_far(logp_chosen: float, reward_chosen: float, margin: float, beta: float) -> bool:
+    """Whether the chosen answers have become far less likely than the reference finds them, while the margin grew from 0. All
+    are means over the same pairs: what the reference says of them is where they began.
+    """
+    fall = -reward_chosen / beta
+    began = logp_chosen + fall
+    return margin > 0 and fall > max(LEAST_FALL, FALL * abs(began))
 
 
 # ---------------------------------------------------------------------------------------------------- micro-batches
@@ -246,6 +258,21 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
                 _, *means = self.written.numbers["facts"].tolist()
                 logs |= dict(zip(SHOWN, means, strict=True))
             super().log(logs, *args, **kwargs)
+            self.watch_chosen(logs)
+
+        def watch_chosen(self, logs):
+            """Say it once a run, of held-out pairs if there are any, where the chosen answers have become unlikely."""
+            prefix, final = "" if self.eval_dataset is None else "eval_", self.loop.recorder.final
+            if f"{prefix}logp_chosen" not in logs or "chosen_fell_at" in final:
+                return
+            logp, reward, margin = (logs[prefix + name] for name in ("logp_chosen", "reward_chosen", "margin"))
+            if fell_far(logp, reward, margin, method.beta):
+                final["chosen_fell_at"] = self.state.global_step
+                log.warning(
+                    "Step %d: the chosen answers' log probability fell from %.1f to %.1f while the margin grew: the model "
+                    "forgets how to answer. hint: method.sft_weight=%g, or a lower trainer.learning_rate",
+                    self.state.global_step, logp - reward / method.beta, logp, 2 * method.sft_weight or 0.1,
+                )  # fmt: skip
 
         def components(self):
             return super().components() | {"pairs": _PairsSeen(self)}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sft.methods import dpo
 from sft.run import run
 from sft.signals import StopRequest
 from tests.conftest import make_settings
@@ -69,6 +70,29 @@ def test_a_sweep_over_beta_computes_its_reference_once(settings, tmp_path, monke
         assert warm_cache.loads["reference"] == before + 1
     finally:
         warm_cache.keep(False)
+
+
+@pytest.mark.parametrize("held_out", [0, 0.2])
+def test_a_run_whose_chosen_answers_become_unlikely_says_so_once(settings, tmp_path, caplog, monkeypatch, held_out):
+    """The rejected answer is the chosen one and more: both fall. The bar is low, for a run of 12 steps."""
+    monkeypatch.setattr(dpo, "FALL", 0.03)
+    monkeypatch.setattr(dpo, "LEAST_FALL", 5.0)
+    pairs = [{"prompt": f"Say {n}.", "chosen": "it is so " * 4, "rejected": "it is so " * 5} for n in range(20)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    more = (f"dataset.eval_fraction={held_out}", "trainer.learning_rate=0.03", "trainer.max_steps=12", "method.beta=0.01")
+    assert run(settings(*more), tmp_path / "run").status == "finished"
+    told = [entry.getMessage() for entry in caplog.records if "chosen answers' log probability fell" in entry.getMessage()]
+    assert len(told) == 1 and "hint: method.sft_weight=0.1" in told[0]
+    step = json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]["chosen_fell_at"]
+    prefix = "eval_" if held_out else ""
+    line = next(one for one in lines(tmp_path / "run") if one["step"] == step and f"{prefix}logp_chosen" in one)
+    assert line[f"{prefix}reward_chosen"] / 0.01 < -5 and line[f"{prefix}margin"] > 0
+
+
+def test_a_run_whose_chosen_answers_stay_likely_says_nothing(settings, tmp_path, caplog):
+    assert run(settings(), tmp_path / "run").status == "finished"
+    assert "log probability fell" not in caplog.text
+    assert "chosen_fell_at" not in json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]
 
 
 def test_preferences_on_an_adapter_begin_as_ties_with_what_it_says(settings, tmp_path):

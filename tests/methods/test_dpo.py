@@ -15,7 +15,7 @@ from sft.data.prepare import prepare
 from sft.data.shared_prompt import SharedPromptCollator, shared_length
 from sft.data.tokenize import IGNORED
 from sft.errors import Refusal
-from sft.methods.dpo import PairCollator, _difference, cut_pairs, log_probs, padded, pair_facts, pair_losses
+from sft.methods.dpo import PairCollator, _difference, cut_pairs, fell_far, log_probs, padded, pair_facts, pair_losses
 from sft.model import builtin
 from sft.model.padding_free import attend, install
 from sft.plan.plan import Plan
@@ -211,6 +211,21 @@ def test_a_sliding_window_counts_from_the_end_of_the_keys():
     ends = {"cu_seq_lens_q": torch.tensor([0, 9]), "max_length_q": 64}
     alone, _ = attend(None, *(x[:, :, places] for x in (query, key, value)), None, sliding_window=3, **ends)
     assert torch.allclose(shared[:, 7:], alone[:, 5:], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("began", "now", "margin", "told"),
+    [
+        (-100, -125, 0.1, True),
+        (-100, -115, 0.1, False),
+        (-20, -28, 0.1, False),
+        (-20, -31, 0.1, True),
+        (-100, -125, -0.1, False),
+        (-100, -50, 0.1, False),
+    ],
+)
+def test_chosen_answers_fell_far_by_a_fifth_and_ten_nats_while_the_margin_grew(began, now, margin, told):
+    assert fell_far(now, 0.3 * (now - began), margin, 0.3) == told
 
 
 # -------------------------------------------------------------------------------------------------------- the data
