@@ -5,16 +5,18 @@ The reference's log probabilities are computed once, before anything is trained:
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sft.config.method import DPO
 from sft.config.schema import MethodSettings, PreferenceLoss
 from sft.data.collators import PaddingFreeCollator, cut
-from sft.data.shared_prompt import SharedPromptCollator, cut_shared
+from sft.data.shared_prompt import SharedPromptCollator, cut_shared, shared_length
 from sft.data.token_cache import row_lengths, token_counts
 from sft.data.tokenize import IGNORED
 from sft.distributed import strategy
+from sft.export import measure
 from sft.methods import sft
 from sft.methods.arguments import training_arguments
 from sft.model import warm_cache
@@ -160,12 +162,24 @@ def _on_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def reference_log_probs(ctx: RunContext, trainer: Any, dataset: Any) -> list[list[float]]:
-    """The summed log probabilities of both answers of each pair by the weights that the run begins with, [pairs, 2].
+    """`summed_log_probs` of a data set's pairs by the weights that the run begins with. Raises Interrupted if it is to stop.
 
     It is called before anything is trained or a checkpoint is read: a fresh adapter adds nothing, one of `lora.start_from` is
     part of what the run begins with.
     """
 
+    def pairs_at(begin: int, end: int) -> list[dict[str, Any]]:
+        ctx.stop.check()
+        return list(dataset.select(range(begin, end)))
+
+    return summed_log_probs(ctx, trainer, len(dataset), pairs_at)
+
+
+def summed_log_probs(ctx: RunContext, trainer: Any, count: int, pairs_at: Callable[[int, int], list]) -> list[list[float]]:
+    """The summed log probabilities of both answers of `count` pairs by the weights in memory, [pairs, 2].
+
+    `pairs_at(begin, end)` gives some of them.
+    """
     import torch
 
     model, collate, found = trainer.model, trainer.eval_collator, []
@@ -173,9 +187,8 @@ def reference_log_probs(ctx: RunContext, trainer: Any, dataset: Any) -> list[lis
     was_training = model.training
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager(), acceleration.evaluating(model, trainer.plan):
-        for at in range(0, len(dataset), rows):
-            ctx.stop.check()
-            batch = collate(list(dataset.select(range(at, min(at + rows, len(dataset))))))
+        for at in range(0, count, rows):
+            batch = collate(pairs_at(at, min(at + rows, count)))
             found += log_probs(model, _on_device(batch, model))[0].tolist()
     model.train(was_training)
     return found
@@ -315,6 +328,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     with ctx.record.timed("reference"):
         known = warm_cache.of_base("reference", model, settings, what, lambda: {
             name: reference_log_probs(ctx, trainer, split) for name, split in splits.items()})  # fmt: skip
+    measure.note_log_probs(ctx.folder, "reference_log_probs", known["train" if data.eval is None else "eval"])
     splits = {name: split.add_column("reference", known[name]) for name, split in splits.items()}
     trainer.train_dataset, trainer.eval_dataset = splits["train"], splits.get("eval")
     return trainer
@@ -389,5 +403,13 @@ def cut_pairs(inputs: dict[str, Any]) -> list[dict[str, Any]]:
     return [pair | {"reference": reference} for pair, reference in zip(pairs, inputs["reference"].tolist(), strict=True)]
 
 
-held_out_loss = sft.held_out_loss
-"""Exports are compared on the chosen answers of the held-out pairs."""
+def held_out_loss(ctx: RunContext, trainer: Any) -> float:
+    """The mean loss of the chosen answers of held_out.jsonl by the weights in memory; what these find of both answers is kept
+    there.
+    """
+    rows = measure.read_rows(ctx.folder)
+    pairs = [{name: getattr(row, name) for name in DPO.columns} for row in rows]
+    pairs = [pair | {"shared_length": shared_length(pair)} for pair in pairs]
+    found = summed_log_probs(ctx, trainer, len(pairs), lambda begin, end: pairs[begin:end])
+    measure.note_log_probs(ctx.folder, "trained_log_probs", found)
+    return -sum(chosen for chosen, _ in found) / sum(row.targets[0] for row in rows)

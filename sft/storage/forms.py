@@ -61,6 +61,7 @@ ARTIFACT = {
     **dict.fromkeys(("status", "path", "error"), TEXT),
     **dict.fromkeys(("loss", "loss_increase", "limit", "answers", "answers_equal", "near_ties", "widest_tie"), NUMBER),
     **dict.fromkeys(("as_merged", "eos_share", "gain_kept", "size_bytes", "seconds", "peak_memory_gib"), NUMBER),
+    **dict.fromkeys(("margins", "margins_kept", "margins_in_noise"), NUMBER),
     "checks": [{"name": TEXT, "ok": FLAG}],
     "failed": [TEXT],
 }

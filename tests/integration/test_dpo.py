@@ -3,12 +3,16 @@
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from sft.export import exporter, gguf
 from sft.methods import dpo
 from sft.run import run
 from sft.signals import StopRequest
 from tests.conftest import make_settings
 from tests.faults.fault_campaign import compare
+
+needs_gguf = pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's parts are not installed: {gguf.INSTALL}")
 
 PAIRS = [{"prompt": f"Say {n}.", "chosen": f"{n} it is.", "rejected": f"No to {n}!"} for n in range(20)]
 
@@ -41,6 +45,25 @@ def test_pairs_begin_as_ties_and_come_apart(settings, tmp_path):
     assert record["settings"]["method"]["name"] == "dpo" and record["metrics"]["eval_accuracy"] == last["eval_accuracy"]
     artifacts = json.loads((tmp_path / "run" / "export" / "verify.json").read_text())["artifacts"]
     assert {name: found["status"] for name, found in artifacts.items()} == dict.fromkeys(("adapter", "merged_16bit"), "ok")
+
+
+@needs_gguf
+def test_exports_keep_the_signs_of_the_margins_and_a_lost_adapter_does_not(settings, tmp_path, monkeypatch, all_tokens):
+    formats = ("export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[f16,q8_0]")
+    chosen, folder = settings(*formats, "dataset.eval_fraction=0.4"), tmp_path / "run"
+    assert run(chosen, folder).status == "finished"
+    found = json.loads((folder / "export" / "verify.json").read_text())["artifacts"]
+    for name in ("adapter", "merged_16bit", "gguf/f16", "gguf/q8_0"):
+        facts = found[name]
+        assert facts["status"] == "ok" and facts["margins_kept"] == facts["margins"] >= 4, name
+        assert facts["margins"] + facts["margins_in_noise"] == 8
+        assert ("margins" in [check["name"] for check in facts["checks"]]) == (name != "gguf/q8_0")  # which is not judged
+    file = folder / "adapter" / "adapter_model.safetensors"
+    lost = {name: w * (0.0 if "lora_B" in name else 1.0) for name, w in load_file(file).items()}
+    save_file(lost, file, metadata={"format": "pt"})
+    chosen.export.formats = ["adapter"]
+    report = exporter.export_run(folder, chosen)
+    assert "margins" in report["artifacts"]["adapter"]["failed"]
 
 
 @pytest.mark.parametrize("more", [(), ("lora=none", "trainer.learning_rate=1e-3"), ("trainer.padding_free=false",)])
