@@ -43,16 +43,16 @@ class HeldOutRow:
     question: str
     reference: str
     rejected_ids: list[int] = field(default_factory=list)
-    """Of a pair, whose chosen answer `input_ids` has: the prompt with the rejected one."""
+    """Of a pair, whose chosen row is `input_ids`: the rejected row."""
     rejected_labels: list[int] = field(default_factory=list)
     reference_log_probs: list[float] = field(default_factory=list)
-    """Of a pair: the summed log probability of the chosen and of the rejected answer by the weights that the run began with."""
+    """Of a pair: the summed log probabilities of the chosen and of the rejected row by the weights that the run began with."""
     trained_log_probs: list[float] = field(default_factory=list)
     """The same by the weights that the run keeps, as they were in its memory."""
 
     @property
     def targets(self) -> list[int]:
-        """Target tokens of the answer; of a pair those of the chosen and of the rejected one."""
+        """Target tokens of the row; of a pair those of the chosen and of the rejected one."""
         both = [self.labels, self.rejected_labels] if self.rejected_labels else [self.labels]
         return [sum(label != IGNORED for label in labels[1:]) for labels in both]
 
@@ -76,7 +76,7 @@ class EvalResult:
     tops: list[list[dict[int, float]]] = field(default_factory=list)
     """For each completion and each of its tokens: the likeliest tokens and their log probabilities."""
     rejected_losses: list[float] = field(default_factory=list)
-    """Of pairs: the mean over the target tokens of each rejected answer."""
+    """Of pairs: the loss of each rejected row."""
 
     @property
     def eos_share(self) -> float:
@@ -93,7 +93,7 @@ def write_rows(folder: Path, prepared: Prepared) -> None:
 
 
 def note_log_probs(folder: Path, name: str, log_probs: list[list[float]]) -> None:
-    """Keep the log probabilities of both answers of the first pairs, [pairs, 2], beside them: `reference_log_probs`, or
+    """Keep the log probabilities of both rows of the first pairs, [pairs, 2], beside them: `reference_log_probs`, or
     `trained_log_probs`.
     """
     rows = read_rows(folder)
@@ -117,20 +117,20 @@ def prompt_of(row: HeldOutRow) -> list[int]:
 
 
 def rejected_rows(rows: list[HeldOutRow]) -> list[HeldOutRow]:
-    """The rejected answers of pairs as rows of their own; empty where a row is none."""
+    """The rejected rows of pairs; empty where there are none."""
     if not all(row.rejected_ids for row in rows):
         return []
     return [HeldOutRow(row.source, row.rejected_ids, row.rejected_labels, 0, row.question, "") for row in rows]
 
 
 def log_probs_of(rows: list[HeldOutRow], found: EvalResult) -> list[list[float]]:
-    """The summed log probabilities of both answers of each pair by what a model does, [pairs, 2]; empty without pairs."""
+    """The summed log probabilities of both rows of each pair by what a model does, [pairs, 2]; empty without pairs."""
     both = zip(rows, found.row_losses, found.rejected_losses, strict=False)
     return [[-loss * count for loss, count in zip(losses, row.targets, strict=True)] for row, *losses in both]
 
 
 def margins(rows: list[HeldOutRow], log_probs: list[list[float]]) -> list[float]:
-    """How much more the chosen answer of each pair gained than the rejected one, in nats, since the run began; empty where that
+    """How much more the chosen row of each pair gained than the rejected one, in nats, since the run began; empty where that
     is not known of each.
     """
     if not log_probs or not all(row.reference_log_probs and both for row, both in zip(rows, log_probs, strict=True)):
