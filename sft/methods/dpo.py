@@ -7,6 +7,7 @@ The reference's log probabilities are computed once, before anything is trained:
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sft.config.method import DPO
@@ -24,6 +25,7 @@ from sft.model.backend import torch_dtype
 from sft.model.padding_free import ATTENTION
 from sft.model.structure import attention_of, base_of
 from sft.plan.plan import Plan
+from sft.storage.jsonio import append_jsonl
 from sft.training import acceleration, metrics, samplers
 from sft.training.context import RunContext
 from sft.training.trainer import Loop, ResumableTrainer
@@ -36,6 +38,9 @@ SHOWN = ("accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen"
 FALL, LEAST_FALL = 0.2, 10.0
 """The chosen answers have become unlikely when their mean log probability is down by this share and by so many nats: a fifth is
 beyond the noise of rounding, and 10 nats are more than the wording of a short answer."""
+
+SHORT = 300
+"""Characters of a text in margins.jsonl."""
 
 CHECKED = 64
 """Tokens of a prompt and of an answer by which shared prompts are tried."""
@@ -194,6 +199,34 @@ def summed_log_probs(ctx: RunContext, trainer: Any, count: int, pairs_at: Callab
     return found
 
 
+def write_margins(folder: Path, step: int, policy: Any, reference: Any, beta: float, texts: Callable[[], list[dict]]) -> None:
+    """Add what an evaluation finds of each held-out pair to margins.jsonl: its margin, and how much likelier the chosen answer
+    is than the rejected one. The first line has the `texts` of the pairs as well.
+    """
+    ratios, before = policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1]
+    found = {"margins": beta * (ratios - before), "log_ratios": ratios}
+    line = {"step": step} | {name: [round(one, 6) for one in numbers.tolist()] for name, numbers in found.items()}
+    path = folder / "margins.jsonl"
+    append_jsonl(path, line if path.exists() else line | {"pairs": texts()})
+
+
+def _texts_of(pairs: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """The row, the prompt and both answers of each pair, cut to SHORT."""
+
+    def short(text: str) -> str:
+        return text if len(text) <= SHORT else text[: SHORT - 1] + "…"
+
+    def answer(labels: list[int]) -> str:
+        targets = [label for label in labels if label != IGNORED]
+        return short(tokenizer.decode(targets[:SHORT], skip_special_tokens=True))
+
+    return [
+        {"row": pair["row"], "prompt": short(pair["question"]), "chosen": answer(pair["labels"]),
+         "rejected": answer(pair["rejected_labels"])}
+        for pair in pairs
+    ]  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------- the trainer
 
 
@@ -232,7 +265,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
                 losses = losses - method.sft_weight * policy[:, 0] / lengths[:, 0]
             facts = pair_facts(policy, inputs["reference"], losses, method.beta)
             if not model.training:
-                return losses.sum(), facts
+                return losses.sum(), facts, policy
             self.pairs_seen, self.facts_seen = self.pairs_seen + len(losses), self.facts_seen + facts
             return losses.sum() / (num_items_in_batch or len(losses))
 
@@ -249,16 +282,20 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
         def prediction_step(self, model, inputs, *args, **kwargs):
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss, facts = self.compute_loss(model, inputs)
+                loss, facts, policy = self.compute_loss(model, inputs)
+            self.eval_policy.append(policy.double())
             self.eval_facts, self.eval_pairs = self.eval_facts + facts, self.eval_pairs + len(inputs["reference"])
             return loss / len(inputs["reference"]), None, None
 
         def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-            self.eval_facts, self.eval_pairs = 0.0, 0
+            self.eval_facts, self.eval_pairs, self.eval_policy = 0.0, 0, []
             with acceleration.evaluating(self.model, plan):
                 output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             names, means = ("loss", *SHOWN), (self.eval_facts / self.eval_pairs).tolist()
             output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in zip(names, means, strict=True)})
+            reference = torch.tensor(self.eval_dataset["reference"][:], dtype=torch.float64)
+            write_margins(loop.folder, self.state.global_step, torch.cat(self.eval_policy).cpu(), reference, method.beta,
+                          lambda: _texts_of(data.eval, tokenizer))  # fmt: skip
             return output
 
         def take_line(self, *args, **kwargs):
@@ -289,6 +326,9 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
 
         def components(self):
             return super().components() | {"pairs": _PairsSeen(self)}
+
+        def _get_eval_sampler(self, eval_dataset):
+            return torch.utils.data.SequentialSampler(eval_dataset)  # margins.jsonl has the pairs in their order
 
         def _get_train_sampler(self, train_dataset=None):
             sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size

@@ -83,7 +83,14 @@ SAMPLE = {
     "completion_ids": [NUMBER],
 }
 
-FORMS = {"run.json": RUN, "preflight.json": PREFLIGHT, "verify.json": VERIFY, "samples.jsonl": SAMPLE}
+MARGINS = {
+    "step": NUMBER,
+    "margins": [NUMBER],
+    "log_ratios": [NUMBER],
+    "pairs": [{"row": NUMBER, "prompt": TEXT, "chosen": TEXT, "rejected": TEXT}],
+}
+
+FORMS = {"run.json": RUN, "preflight.json": PREFLIGHT, "verify.json": VERIFY, "samples.jsonl": SAMPLE, "margins.jsonl": MARGINS}
 
 
 def fit(value: Any, form: Any, odd: list[str], key: str = "") -> Any:

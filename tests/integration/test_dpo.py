@@ -9,6 +9,7 @@ from sft.export import exporter, gguf
 from sft.methods import dpo
 from sft.run import run
 from sft.signals import StopRequest
+from sft.training.metrics import Recorder
 from tests.conftest import make_settings
 from tests.faults.fault_campaign import compare
 
@@ -79,6 +80,39 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(settings, tmp_path, m
         assert run(chosen, tmp_path / "cut").status == "stopped"
     assert run(chosen, tmp_path / "cut").status == "finished"
     assert compare(tmp_path / "whole", tmp_path / "cut") == []
+
+
+def test_the_margins_of_each_held_out_pair_are_kept_and_shown(settings, tmp_path):
+    folder = tmp_path / "run"
+    assert run(settings(), folder).status == "finished"
+    first, *_, last = [json.loads(line) for line in (folder / "margins.jsonl").read_text().splitlines()]
+    assert (first["step"], last["step"]) == (0, 6) and "pairs" not in last
+    assert first["margins"] == pytest.approx([0] * 4, abs=1e-6)
+    end = [line for line in lines(folder) if "eval_loss" in line][-1]
+    assert sum(last["margins"]) / 4 == pytest.approx(end["eval_margin"], abs=1e-5)
+    assert sum(last["log_ratios"]) / 4 == pytest.approx(end["eval_logp_chosen"] - end["eval_logp_rejected"], abs=1e-4)
+    for margin, ratio, begun in zip(last["margins"], last["log_ratios"], first["log_ratios"], strict=True):
+        assert margin == pytest.approx(0.1 * (ratio - begun), abs=1e-5)
+    for pair in first["pairs"]:
+        row = PAIRS[pair["row"] - 1]
+        assert {name: pair[name] for name in row} == row
+    assert "Margins: above 0 in" in (folder / "report.html").read_text()
+
+
+def test_margins_of_an_evaluation_after_the_checkpoint_are_written_again(settings, tmp_path, monkeypatch):
+    def add_and_fail(self, metrics, add=Recorder.add):
+        add(self, metrics)
+        if metrics["step"] == 3 and "eval_loss" in metrics:
+            raise RuntimeError("cut")
+
+    assert run(settings(), tmp_path / "whole").status == "finished"
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "add", add_and_fail)
+        assert run(settings(), tmp_path / "cut").status == "failed"
+    assert '"step": 3' in (tmp_path / "cut" / "margins.jsonl").read_text()
+    assert run(settings(), tmp_path / "cut").status == "finished"
+    kept = [(tmp_path / name / "margins.jsonl").read_text() for name in ("whole", "cut")]
+    assert kept[0] == kept[1]
 
 
 def test_a_sweep_over_beta_computes_its_reference_once(settings, tmp_path, monkeypatch):
