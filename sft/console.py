@@ -15,6 +15,12 @@ def safe(text: str) -> str:
     return without_passwords(shown(text))
 
 
+def say(text: object) -> None:
+    """Print to stderr. A terminal that is gone must not change how a program ends."""
+    with contextlib.suppress(ValueError, OSError):
+        print(safe(str(text)), file=sys.stderr, flush=True)
+
+
 class ConsoleHandler(logging.StreamHandler):
     """Writes to stderr through tqdm, so that a line does not tear the progress bar."""
 

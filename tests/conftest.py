@@ -27,17 +27,42 @@ for name in ("HF_TOKEN", "WANDB_API_KEY", "HF_ENDPOINT"):
     os.environ.pop(name, None)
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from omegaconf._utils import get_yaml_loader
 
 from sft.config.compose import register, to_settings
 from sft.config.schema import Settings
 from sft.environment import prepare_environment
-from sft.model import builtin
+from sft.model import builtin, warm_cache
 from sft.model import tokenizer as model_tokenizer
 from sft.storage.cache import cache_dir, made_once
 
 prepare_environment()
 register()
+os.fsync = lambda descriptor: None  # that a disk has it is seen after a power cut alone; a tiny run waits sixty times for it
+
+
+@functools.cache
+def _parsed(text: str) -> object:
+    return yaml.load(text, Loader=get_yaml_loader())
+
+
+def _load_yaml(file, load=OmegaConf.load):
+    """As OmegaConf.load; Hydra reads the same files a thousand times, a sixth of what composing takes."""
+    if hasattr(file, "read"):
+        try:
+            plain = _parsed(file.read())
+        except (yaml.YAMLError, ValueError):
+            plain = None
+        if isinstance(plain, dict):
+            return OmegaConf.create(plain)
+        file.seek(0)  # what is no table, or wrong, is its own
+    return load(file)
+
+
+OmegaConf.load = staticmethod(_load_yaml)
 
 TOKENS = 4096
 
@@ -87,16 +112,48 @@ SMALL = ("model=tiny_random", "dataset.max_rows=24", "samples.num_held_out=2", "
 
 def make_settings(*overrides: str) -> Settings:
     """Settings composed as train.py composes them."""
+    return copy.deepcopy((_compose.__wrapped__ if "${" in str(overrides) else _compose)(*overrides))
+
+
+@functools.cache  # composing takes a tenth of a second
+def _compose(*overrides: str) -> Settings:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return to_settings(compose("config", overrides=list(overrides)))
 
 
-@pytest.fixture(autouse=True)
-def frozen_libraries():
-    """What the libraries hold is not looked through again by the garbage collection of each run, a sixth of a tiny one."""
-    if "trl.trainer.sft_trainer" in sys.modules and gc.get_freeze_count() < 100_000:
+def freeze_libraries() -> None:
+    """The garbage collector looks no more through what the libraries and the collected tests hold: half of a tiny run."""
+    if len(sys.modules) > _frozen["modules"] + 100:
         gc.collect()
         gc.freeze()
+        _frozen["modules"] = len(sys.modules)
+
+
+_frozen = {"modules": 0}
+"""How many modules were loaded when what they hold was frozen. gc.get_freeze_count() would take a tenth of a second a test."""
+
+
+def _unfreeze(unfreeze=gc.unfreeze) -> None:
+    _frozen["modules"] = 0
+    unfreeze()
+
+
+gc.unfreeze = _unfreeze
+
+
+@pytest.fixture(autouse=True)
+def frozen_libraries(monkeypatch):
+    """What a test before this one has loaded is frozen too, and a run that ends leaves it so."""
+    freeze_libraries()
+    monkeypatch.setattr(warm_cache, "_frozen", True)
+
+
+@pytest.fixture
+def forked_children(monkeypatch):
+    """What a test in this process starts of the project (ranks, jobs, exports) is forked: tests/forked.py."""
+    from tests import forked
+
+    monkeypatch.setattr("subprocess.Popen", forked.popen)
 
 
 @pytest.fixture(autouse=True)
@@ -159,10 +216,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Two workers that take a file at a time end together if those of a minute and more come first.
-LONG_FILES = ("export_gguf", "integration/test_distributed", "padding_free", "test_resume", "backends", "integration/test_chat",
-              "test_command", "integration/test_safety", "integration/test_export", "integration/test_sweep", "warm_cache",
-              "test_notebook", "integration/test_run", "test_folders", "integration/test_hub")  # fmt: skip
+# Two workers that take a file at a time end together if those of half a minute and more come first.
+LONG_FILES = ("export_gguf", "config/test_refusals", "integration/test_distributed", "padding_free", "test_command",
+              "integration/test_safety", "data/test_properties", "cli/test_composition", "backends", "integration/test_sweep",
+              "test_resume", "test_notebook", "start_from", "integration/test_export", "data/test_hints", "data/test_files",
+              "warm_cache", "integration/test_run", "test_folders", "test_presets", "integration/test_hub",
+              "integration/test_chat")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,7 @@
 A process that imports them itself takes eight seconds for it, several times what a tiny run takes. All else is that of a
 process: its folder, environment, signals, exit code and what it prints. Variables that are read where a library is imported
 are those of the tests; a test of them, or of the imports, starts a real process. What such a program starts of this project
-itself (ranks, jobs, exports) is forked too.
+itself (ranks, jobs, exports, llama.cpp's converter) is forked too.
 """
 
 import atexit
@@ -11,6 +11,7 @@ import functools
 import gc
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import psutil
 
+from sft.export.gguf import CONVERTER
+from sft.model import warm_cache
 from tests.conftest import ROOT
 
 PRELOADED = ("sft.run", "sft.cli.job", "sft.cli.chat", "sft.export.exporter", "sft.methods.arguments", "sft.methods.sft",
@@ -41,15 +44,20 @@ def _server() -> multiprocessing.context.ForkServerContext:
 
 
 def _become(
-    program: str, argv: list[str], place: str, environment: dict[str, str], before: str, files: list[str], parent: int
-) -> None:
-    """Be `python program *argv`, after the file `before`, with standard input, output and errors from and to `files`."""
+    program: str, argv: list[str], place: str, environment: dict[str, str], before: str, files: list[str], parent: int,
+    limits: tuple[int, int],
+) -> None:  # fmt: skip
+    """Be `python program *argv`, after the file `before`, with standard input, output and errors from and to `files`.
+
+    `limits` are those of a file's size, as on a full disk.
+    """
     forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None  # a child's child asks the same one
     subprocess.Popen = functools.partial(popen, before=before)
     if parent:  # of a child whose parent may watch over it
         os.getppid = lambda: parent if psutil.pid_exists(parent) else 1
     atexit._clear()  # what was to be done at the end of the process that this one was forked from
     gc.freeze()  # what the libraries hold is not looked through by each garbage collection
+    warm_cache._frozen = True  # and a run that ends leaves it so
     tempfile.tempdir = None  # of this environment
     for descriptor, (file, flags) in enumerate(zip(files, (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)):
         opened = os.open(file, flags | os.O_APPEND)
@@ -60,6 +68,11 @@ def _become(
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [program, *argv]
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if program.startswith(str(CONVERTER)):  # it brings a package `gguf` of its own
+        sys.path.insert(0, str(CONVERTER))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "gguf"]:
+            del sys.modules[name]
     if before:
         runpy.run_path(before)
     try:
@@ -76,6 +89,7 @@ class Process:
     def __init__(self, program, *argv, cwd, env=None, before="", files=(os.devnull, os.devnull, os.devnull), parent=0):
         files, argv = [str(file) for file in files], [str(word) for word in argv]
         words = str(ROOT / program), argv, str(cwd), dict(os.environ if env is None else env), str(before), files, parent
+        words = *words, resource.getrlimit(resource.RLIMIT_FSIZE)
         self._process = _server().Process(target=_become, args=words)
         self._process.start()
         self.pid = self._process.pid
@@ -104,8 +118,31 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
+class Converter(Process):
+    """What subprocess.run starts as llama.cpp's converter, and reads the output of."""
+
+    def __init__(self, command: list[str], env: dict[str, str]):
+        self.args, self.folder = command, tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name) / name for name in ("out", "err")]
+        for file in self.files:
+            file.touch()
+        super().__init__(*command[2:], cwd=os.getcwd(), env=env, files=(os.devnull, *self.files), parent=os.getpid())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.folder.cleanup()
+
+    def communicate(self, input=None, timeout=None) -> tuple[str, str]:
+        self.wait(timeout)
+        return tuple(file.read_text(encoding="utf-8", errors="replace") for file in self.files)
+
+
 def popen(command, *args, before="", **options) -> subprocess.Popen | Process:
     """In place of subprocess.Popen: ranks, jobs and exports are forked, with the standard files of this process."""
+    if len(command) > 2 and str(command[2]).startswith(str(CONVERTER)):
+        return Converter(command, options["env"])
     program = MODULES.get(command[3]) if command[:3] == [sys.executable, "-P", "-m"] else None
     if not program:
         return started(command, *args, **options)

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,16 +27,18 @@ from sft.console import ConsoleHandler, LogFile
 from sft.data.prepare import prepare
 from sft.errors import Problem, Refusal, first_line, last_line, refuse
 from sft.export import merge
+from sft.launch import ranks
 from sft.model import loading, tokenizer
 from sft.model.builtin import local_model
 from sft.plan.plan import Plan
 from sft.preflight import checks, findings, show
 from sft.report import page as report_page
 from sft.runs.failures import log_failure, reason_of
+from sft.runs.record import Context
 from sft.sanitize import shown, without_passwords
 from sft.sweep import leaderboard
 from sft.sweep.report import write_sweep_report
-from tests.conftest import make_settings
+from tests.conftest import ROOT, make_settings
 from tests.report.test_page import Page
 from tests.sweep.test_sweep import sweep  # noqa: F401
 
@@ -294,3 +297,21 @@ def test_addresses_are_shown_without_their_password():
 @pytest.mark.parametrize("text", ["Why?", "你好\t😀👩‍👩‍👧\n", "עברית", "a\u3000b\u200db"])
 def test_plain_texts_of_all_languages_stay_as_they_are(text):
     assert shown(text) == text
+
+
+class Gone:
+    """The stderr of a terminal that was closed."""
+
+    def write(self, text):
+        raise OSError(5, "Input/output error")
+
+    flush = write
+
+
+def test_a_terminal_that_is_gone_changes_no_ending(monkeypatch, tmp_path):
+    """Whatever is said at the end of a run, of its ranks or its jobs is said by `console.say`."""
+    monkeypatch.setattr(sys, "stderr", Gone())
+    console.say("Failed: rank 1")
+    assert ranks._failed(tmp_path, Context(name="run"), 1, -9).exit_code == 1
+    said = [p for p in (ROOT / "sft").rglob("*.py") if "file=sys.stderr" in p.read_text(encoding="utf-8")]
+    assert [p.name for p in said] == ["console.py"]

@@ -29,6 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from sft import console
 from sft.cli.overrides import check_override, is_known, looks_secret, needs_sweep, one_line, parse_overrides, secret, takes_one
 from sft.config import schema
 from sft.config.compose import PROCESSES, register, to_settings
@@ -64,7 +65,7 @@ def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: b
             place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
             sys.argv[1:] = [f"resume='{place}'", f"hydra.run.dir='{place}'", "hydra.output_subdir=null", *others]
     except Refusal as refusal:
-        print(refusal, file=sys.stderr)
+        console.say(refusal)
         raise SystemExit(2) from None
 
 

@@ -24,8 +24,9 @@ SECRET_NAME = re.compile(r"SECRET|PASSW|APIKEY|CREDENTIAL|TOKEN(?![A-Z])|(^|_)KE
 """Environment variables, in capitals, of which no setting is filled in."""
 
 
+@functools.cache
 def register() -> None:
-    """Store the schema for Hydra as `schema` and register the resolvers that the YAML files use. Safe to call twice."""
+    """Store the schema for Hydra as `schema` and register the resolvers that the YAML files use, once in a process."""
     schema = OmegaConf.structured(Settings)
     # Free-form mappings accept new keys without Hydra's `+`: `trainer.extra.neftune_noise_alpha=5`.
     free = (

@@ -12,7 +12,6 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -157,7 +156,7 @@ def _hear_rank(group: Group, rank: int, reader: Any) -> None:
         if group.record:
             with contextlib.suppress(OSError):
                 group.record.close("failed", str(group.lost))
-        print(console.safe(f"Failed: {group.lost}"), file=sys.stderr, flush=True)
+        console.say(f"Failed: {group.lost}")
         os._exit(1)
 
 

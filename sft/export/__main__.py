@@ -28,7 +28,7 @@ def main(folder: Path, consent: bool = False) -> int:
     try:
         report = exporter.export_run(folder, settings_of(folder, consent)[0])
     except Refusal as refusal:
-        print(refusal, file=sys.stderr)
+        console.say(refusal)
         return 2
     except ExportError as error:
         logging.error("%s", error)

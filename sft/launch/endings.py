@@ -2,11 +2,10 @@
 
 import contextlib
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from sft import environment
+from sft import console, environment
 from sft.config.schema import Settings
 from sft.errors import Refusal
 from sft.model import warm_cache
@@ -45,14 +44,14 @@ def guarded(start: Callable[[], RunResult], folder: Path, context: Context, swee
     try:
         return start()
     except Refusal as refusal:
-        print(refusal, file=sys.stderr, flush=True)
+        console.say(refusal)
         if sweeping and not (folder / "run.json").exists():  # else it is that of another run
             record.RunRecord(folder, name=context.name, overrides=overrides).close("failed", reason_of(refusal))
         else:
             _remove_unused(folder)
         return RunResult("refused", 2, folder)
     except KeyboardInterrupt:
-        print("Interrupted; nothing was lost that had been saved before.", file=sys.stderr)
+        console.say("Interrupted; nothing was lost that had been saved before.")
         _remove_unused(folder)
         return RunResult("stopped", 130, folder)
     except Exception as error:  # a full disk or a bug outside of training; run() records those inside

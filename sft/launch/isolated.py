@@ -55,7 +55,7 @@ def _result(folder: Path, context: Any, code: int) -> Any:
         return RunResult("stopped", code, folder)
     killer = killer_of(code)
     reason = f"killed by {killer}" if killer else f"the process ended with exit code {code}"
-    print(console.safe(f"Failed: {reason}"), file=sys.stderr, flush=True)
+    console.say(f"Failed: {reason}")
     facts = {"name": context.name, "overrides": list(context.overrides), **run}
     facts |= {"status": "failed", "reason": reason, "ended_at": jsonio.now()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         code = 130
     except Exception as error:  # before the run, which tells its own; Python's own way out would abort at the waiting thread
-        print(console.safe(f"Failed: the job could not begin: {type(error).__name__}: {first_line(error)}"), file=sys.stderr)
+        console.say(f"Failed: the job could not begin: {type(error).__name__}: {first_line(error)}")
         code = 1
     logging.shutdown()
     sys.stdout.flush()

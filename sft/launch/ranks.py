@@ -150,7 +150,7 @@ def _failed(folder: Path, context: Any, rank: int, code: int) -> Any:
     if code < 0 or record.get("status") != "failed":
         killer = killer_of(code)
         reason = f"rank {rank} was killed by {killer}" if killer else f"rank {rank} ended with exit code {code}"
-        print(console.safe(f"Failed: {reason}"), file=sys.stderr, flush=True)
+        console.say(f"Failed: {reason}")
     facts = {"name": context.name, "overrides": list(context.overrides), **record}
     folder.mkdir(parents=True, exist_ok=True)
     jsonio.write_json(folder / "run.json", {**facts, "status": "failed", "reason": reason, "ended_at": jsonio.now()})

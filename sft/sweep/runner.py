@@ -8,7 +8,6 @@ import math
 import os
 import pickle
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -316,12 +315,12 @@ def _result(job: Job, folder: Path) -> JobReturn:
 
 
 def _exit_with(refusal: Refusal) -> NoReturn:
-    print(refusal, file=sys.stderr)
+    console.say(refusal)
     raise SystemExit(2)
 
 
 def _say(text: str) -> None:
-    print(console.safe(text), file=sys.stderr, flush=True)
+    console.say(text)
 
 
 def _short(path: Path) -> str:

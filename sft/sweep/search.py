@@ -4,10 +4,11 @@ The sampler has a fixed seed and hears the same losses, so the same command prop
 finished is found by them. Nothing is stored besides.
 """
 
-import sys
 from typing import Any
 
 from omegaconf import DictConfig
+
+from sft import console
 
 
 def make_search(sampler: Any, n_trials: int, n_jobs: int, params: DictConfig | None) -> Any:
@@ -40,4 +41,4 @@ def search(sweeper: Any, arguments: list[str]) -> None:
     except ValueError as error:  # Optuna's, asked for the best of none
         if "No trials are completed" not in str(error):
             raise
-        print("Search no job has a held-out loss, so there are no best settings.", file=sys.stderr, flush=True)
+        console.say("Search no job has a held-out loss, so there are no best settings.")

@@ -201,11 +201,11 @@ def test_a_folder_of_ones_own_adds_options(tmp_path):
     assert "no such folder" in problem_of("--config-dir", "elsewhere").why
 
 
-def test_flags_that_do_not_fit():
+def test_flags_that_do_not_fit(tmp_path):
     assert problem_of("--model=llama3_8b").fix == "model=llama3_8b"
     assert problem_of("--verbose").fix == "verbose=<value>"
     assert "put the flags first" in problem_of("lora.r=8", "-m", "seed=1,2").fix
-    assert "--config-dir /tmp" in problem_of("--config-path", "/tmp").fix
+    assert f"--config-dir {tmp_path}" in problem_of("--config-path", str(tmp_path)).fix
     assert "Cannot find primary config 'foo'" in problem_of("--config-name", "foo").why
 
 

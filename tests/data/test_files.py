@@ -23,6 +23,7 @@ from sft.data.prepare import prepare
 from sft.data.sources import held_out_data, read_rows, source_of
 from sft.errors import Problem, Refusal
 from sft.export.card import _public_command
+from sft.model import builtin
 from sft.runs.record import Context
 from tests.conftest import ROOT, make_settings
 from tests.hints import problems_of, type_hints
@@ -82,6 +83,8 @@ def refusal_of(path, **options) -> str:
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     """A working folder and a cache of the test's own."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "models").symlink_to(builtin.local_model(builtin.TINY_RANDOM).parent)  # made once
     monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "work"
     folder.mkdir()

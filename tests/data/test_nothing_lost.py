@@ -17,6 +17,7 @@ from sft.model.chat_template import CHATML
 from sft.model.tokenizer import load_tokenizer
 from sft.plan.plan import Plan
 from sft.preflight.checks import examine
+from tests.conftest import USERS_CACHE
 from tests.data.miniatures import PLAIN_MARKS, REASONING, TOOL, assistant, refusal_of, user
 
 
@@ -182,7 +183,9 @@ def model(tmp_path):
 
     def made(change) -> str:
         folder = tmp_path / "model"
-        shutil.copytree(builtin.local_model(builtin.TINY_RANDOM), folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SFT_CACHE", str(USERS_CACHE))  # where it was made before, with all its tokens
+            shutil.copytree(builtin.local_model(builtin.TINY_RANDOM), folder)
         config = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps(change(config)))
         return str(folder)

@@ -29,7 +29,7 @@ import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from sft import run as sft_run
+from sft.export import child as export_child
 from sft.report import page
 from sft.threads import spin_briefly
 
@@ -104,7 +104,7 @@ def prepare(work: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401
 
     page.bundled_charts = lambda: ""  # two of a run's seven seconds, and the same each time
-    sft_run.subprocess = types.SimpleNamespace(Popen=ForkedExport, TimeoutExpired=subprocess.TimeoutExpired)
+    export_child.subprocess = types.SimpleNamespace(Popen=ForkedExport, TimeoutExpired=subprocess.TimeoutExpired)
 
     write_rows(work)
 

@@ -33,11 +33,6 @@ TWO = "distributed.num_processes=2"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-@pytest.fixture
-def forked_ranks(monkeypatch):
-    monkeypatch.setattr(subprocess, "Popen", forked.popen)
-
-
 def differences(one: Path, two: Path) -> list[str]:
     """What differs between two finished runs by more than the order of a sum in float32 makes."""
     found, (ours, theirs) = [], (lines_of(one), lines_of(two))
@@ -104,7 +99,7 @@ def test_two_processes_are_the_run_of_one(work, whole, torchrun):
     assert not (work / "outputs").exists()
 
 
-def test_a_loss_that_each_process_divides_by_its_own_tokens_is_found_different(work, whole, forked_ranks):
+def test_a_loss_that_each_process_divides_by_its_own_tokens_is_found_different(work, whole, forked_children):
     fault = "trainer.extra.average_tokens_across_devices=false"  # refused on the command line
     launch(make_settings(*JOB, f"dataset.path={work / 'rows.jsonl'}", TWO, fault), work / "fault", Context())
     assert any("step 1" in line for line in differences(whole, work / "fault"))
@@ -118,7 +113,7 @@ def cut_back(finished: Path, folder: Path) -> None:
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
 
 
-def test_a_run_goes_on_in_another_number_of_processes(work, whole, forked_ranks):
+def test_a_run_goes_on_in_another_number_of_processes(work, whole, forked_children):
     """From one to two processes with the command typed again, and from two to one with `resume=`."""
     cut_back(whole, work / "from one")
     assert (
@@ -137,24 +132,35 @@ def test_a_run_goes_on_in_another_number_of_processes(work, whole, forked_ranks)
     assert differences(whole, work / "from two") == [] and record_of(work / "from two")["processes"] == 1
 
 
-def start_and_wait(cwd: Path, folder: str, *overrides: str, torchrun: bool = False) -> tuple[subprocess.Popen, dict]:
-    """A long run, as from a shell, that has made its second step, and its ranks' processes by their number."""
+def start_and_wait(
+    cwd: Path, folder: str, *overrides: str, torchrun: bool = False, fork: bool = False
+) -> tuple[subprocess.Popen | forked.Process, dict]:
+    """A long run, as from a shell or forked, that has made its second step, and its ranks' processes by their number."""
     job = (*JOB, "dataset.path=rows.jsonl", "trainer.num_train_epochs=99", "trainer.eval_steps=90", "trainer.save_steps=90")
-    command = command_of(*job, f"hydra.run.dir={folder}", *overrides, torchrun=torchrun)
+    words = (*job, f"hydra.run.dir={folder}", *overrides)
     with open(cwd / f"{folder}.err", "w", encoding="utf-8") as errors:
-        process = subprocess.Popen(command, cwd=cwd, stderr=errors)
+        if fork:
+            note = cwd / f"{folder}.py"
+            note.write_text(
+                "import os, pathlib\n"
+                f'pathlib.Path({str(cwd)!r}, f\'{folder}.rank{{os.environ.get("RANK", "s")}}\').write_text(str(os.getpid()))\n'
+            )
+            process = forked.Process("train.py", *words, cwd=cwd, before=note, files=(os.devnull, os.devnull, errors.name))
+        else:
+            process = subprocess.Popen(command_of(*words, torchrun=torchrun), cwd=cwd, stderr=errors)
     lines, limit = cwd / folder / "metrics.jsonl", time.monotonic() + 100
     while time.monotonic() < limit and not (lines.exists() and '"step": 2' in lines.read_text(encoding="utf-8")):
         assert process.poll() is None, (cwd / f"{folder}.err").read_text(encoding="utf-8")[-3000:]
         time.sleep(0.05)
-    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
-    return process, ranks
+    if fork:
+        return process, {rank: psutil.Process(int((cwd / f"{folder}.rank{rank}").read_text())) for rank in "01"}
+    return process, {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
 
 
 @pytest.mark.parametrize(("torchrun", "rank"), [(False, "1"), (True, "0")])
 def test_a_rank_that_is_killed_ends_the_run_with_its_reason(work, torchrun, rank):
     name = f"killed-{rank}"
-    process, ranks = start_and_wait(work, name, *(() if torchrun else (TWO,)), torchrun=torchrun)
+    process, ranks = start_and_wait(work, name, *(() if torchrun else (TWO,)), torchrun=torchrun, fork=not torchrun)
     ranks[rank].kill()
     assert process.wait(60) == 1
     record = record_of(work / name)
@@ -207,7 +213,7 @@ def test_several_processes_listen_on_loopback_alone_and_to_no_client_of_a_store(
 
 
 def test_ctrl_c_stops_all_processes_after_the_step_and_saves(work):
-    process, _ = start_and_wait(work, "stopped", TWO)
+    process, _ = start_and_wait(work, "stopped", TWO, fork=True)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     record, errors = record_of(work / "stopped"), (work / "stopped.err").read_text(encoding="utf-8")
@@ -226,7 +232,7 @@ def test_one_process_refuses_for_all(work):
     assert not (work / "refused").exists()
 
 
-def test_processes_with_a_share_of_the_weights_each_are_the_run_of_one(work, monkeypatch, forked_ranks):
+def test_processes_with_a_share_of_the_weights_each_are_the_run_of_one(work, monkeypatch, forked_children):
     """Full fine-tuning through FSDP2, cut back to its second epoch and gone on with; one process cannot read its checkpoint."""
     monkeypatch.setattr("sft.report.page.bundled_charts", lambda: "")
     full = (*JOB, "lora=none", "trainer.learning_rate=1e-3", f"dataset.path={work / 'rows.jsonl'}")

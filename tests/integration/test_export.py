@@ -42,12 +42,6 @@ def copied(trained, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.fixture
-def forked_export(monkeypatch):
-    """The process of a run's export, forked from one that has imported the libraries."""
-    monkeypatch.setattr(subprocess, "Popen", forked.popen)
-
-
 def read(folder: Path) -> dict:
     return json.loads((folder / "export" / "verify.json").read_text(encoding="utf-8"))
 
@@ -227,7 +221,7 @@ def test_mistakes_are_refused_before_anything_is_loaded(trained, options, told, 
     assert told in capsys.readouterr().err
 
 
-def test_a_failed_export_shows_in_the_exit_code_and_keeps_the_run(tmp_path, forked_export):
+def test_a_failed_export_shows_in_the_exit_code_and_keeps_the_run(tmp_path, forked_children):
     """With a limit that nothing keeps: on random weights rounding costs next to nothing."""
     settings = make_settings(*SMALL, "trainer=debug", "export=merged_4bit")
     settings.export.max_loss_increase = -1.0
@@ -238,7 +232,7 @@ def test_a_failed_export_shows_in_the_exit_code_and_keeps_the_run(tmp_path, fork
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_a_run_that_is_interrupted_in_its_export_makes_it_when_it_goes_on(tmp_path, monkeypatch, forked_export):
+def test_a_run_that_is_interrupted_in_its_export_makes_it_when_it_goes_on(tmp_path, monkeypatch, forked_children):
     class Exporting:
         """An export that is at work when the signal comes."""
 

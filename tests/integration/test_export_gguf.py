@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from tests.conftest import ROOT, SMALL, make_settings
 from tests.faults.fault_campaign import export_hashes
 from tests.integration.test_export import LEARNT, copied, read  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("all_tokens")
+pytestmark = pytest.mark.usefixtures("all_tokens", "forked_children")  # the converter of `trained` is a process of its own
 needs_gguf = pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's parts are not installed: {gguf.INSTALL}")
 
 
@@ -120,37 +121,30 @@ def test_a_fault_in_a_gguf_file_is_caught(copied, monkeypatch, converted, key, v
 
     monkeypatch.setattr(gguf, "convert", convert)
     settings, _ = settings_of(copied)
-    settings.export.formats, settings.export.gguf.quantizations = ["gguf"], ["f16"]
+    settings.export.formats, settings.export.gguf.quantizations, settings.export.gguf.adapter = ["gguf"], ["f16"], False
     facts = exporter.export_run(copied, settings)["artifacts"]["gguf/f16"]
     assert facts["status"] == "failed" and caught in facts["failed"], facts["checks"]
 
 
 def rewrite(file: Path, key: str, value) -> None:
-    """Set one field of a GGUF file: every other field and every tensor is copied."""
-    from gguf import GGUFReader, GGUFValueType, GGUFWriter
-
-    reader = GGUFReader(file)
-    writer = GGUFWriter(file.with_suffix(".new"), reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture" or name == key:
-            continue
-        kinds = field.types
-        writer.add_key_value(name, field.contents(), kinds[0], kinds[-1] if kinds[0] == GGUFValueType.ARRAY else None)
-    kind = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, str: GGUFValueType.STRING}[type(value)]
-    writer.add_key_value(key, value, kind)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    file.with_suffix(".new").replace(file)
+    """Set one field of a GGUF file where it stands; a text that is shorter than the one there gets a comment for the rest."""
+    content = bytearray(file.read_bytes())
+    name = struct.pack("<Q", len(key)) + key.encode()
+    assert content.count(name) == 1
+    at = content.index(name) + len(name) + 4  # the number of its type
+    new = bytes([value]) if isinstance(value, bool) else struct.pack("<I", value) if isinstance(value, int) else b""
+    if isinstance(value, str):
+        at, length = at + 8, struct.unpack_from("<Q", content, at)[0]
+        new = value.encode() + b"{#" + b" " * (length - len(value.encode()) - 4) + b"#}"
+        assert len(new) == length
+    content[at : at + len(new)] = new
+    file.write_bytes(content)
 
 
 @needs_gguf
 def test_a_quantisation_that_costs_too_much_fails(copied, converted):  # noqa: F811
     settings, _ = settings_of(copied)
-    settings.export.formats, settings.export.gguf.quantizations = ["gguf"], ["q2_k"]
+    settings.export.formats, settings.export.gguf.quantizations, settings.export.gguf.adapter = ["gguf"], ["q2_k"], False
     settings.export.max_loss_increase = -1.0  # a limit that nothing keeps; on random weights rounding costs next to nothing
     report = exporter.export_run(copied, settings)
     facts = report["artifacts"]["gguf/q2_k"]
@@ -181,6 +175,9 @@ def test_an_adapter_on_one_end_of_tied_embeddings_is_merged_into_that_end(tmp_pa
     assert away > 0.1 * weights["lm_head.weight"].float().norm()
 
 
+ALONE = "export.gguf.adapter=false"
+
+
 @contextlib.contextmanager
 def full_disk():
     """No file grows beyond 100 kB in this process and those that it starts: every write of weights fails, as on a full disk."""
@@ -198,8 +195,8 @@ def full_disk():
     [
         (merge, "save", ["export=merged_16bit"]),
         (merge, "save_4bit", ["export=merged_4bit"]),
-        (gguf, "convert", ["export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[f16]"]),
-        (gguf, "quantise", ["export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[q8_0]"]),
+        (gguf, "convert", ["export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[f16]", ALONE]),
+        (gguf, "quantise", ["export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[q8_0]", ALONE]),
         (
             gguf,
             "write_adapter",

@@ -91,6 +91,24 @@ def test_what_it_would_type_in_colab_with_a_gpu(tmp_path, monkeypatch):
             assert read_settings(ROOT / "conf", [w for w in words if not w.startswith("hydra.")], hardware=False)
 
 
+FORKED = f"""
+import os, shlex, sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests import forked
+
+def system(line, shell=get_ipython().system):
+    words = shlex.split(get_ipython().var_expand(line, depth=1))
+    if words[0] != sys.executable or "preflight.mode=only" in words:
+        return shell(" ".join(words))
+    done = forked.run(os.path.abspath(words[1]), *words[2:], cwd=os.getcwd())
+    print(done.stdout, done.stderr)
+    get_ipython().user_ns["_exit_code"] = done.returncode
+
+get_ipython().system = system
+"""
+"""Before the first cell: the first command that takes a model's libraries goes to the shell, the others are forked."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
@@ -105,7 +123,10 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     notebook = nbformat.read(ROOT / "notebooks" / "colab.ipynb", as_version=4)
     place = {"metadata": {"path": tmp_path / "notebooks"}}
     client = nbclient.NotebookClient(notebook, kernel_name="python3", timeout=240, resources=place)
-    client.execute(env={**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"})
+    started = tmp_path / "ipython" / "profile_default" / "startup"
+    started.mkdir(parents=True)
+    (started / "forked.py").write_text(FORKED, encoding="utf-8")
+    client.execute(env={**os.environ, "IPYTHONDIR": str(tmp_path / "ipython"), "PYDEVD_DISABLE_FILE_VALIDATION": "1"})
     if folder := os.environ.get("SFT_KEEP_NOTEBOOK"):  # to look at it
         nbformat.write(notebook, f"{folder}/colab.ipynb")
 

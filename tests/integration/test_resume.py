@@ -160,8 +160,7 @@ def test_a_run_of_an_older_version_is_the_same_run_if_only_settings_are_new(tmp_
 
 def test_runs_killed_at_random_moments_end_as_if_they_never_were(tmp_path):
     """A part of the fault campaign with a fixed seed; tests/faults/fault_campaign.py has the long form."""
-    command = [sys.executable, str(ROOT / "tests" / "faults" / "fault_campaign.py"), "kills=4", "seed=5", "shapes=epochs"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+    done = forked.run("tests/faults/fault_campaign.py", "kills=4", "seed=5", "shapes=epochs", cwd=tmp_path)
     assert done.returncode == 0 and "0 lost or different" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 

@@ -81,6 +81,10 @@ def test_no_secret_of_the_machine_reaches_anything_that_a_run_writes_or_prints(t
         assert (tmp_path / made).exists(), made
     assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
     assert find_planted(tmp_path, done.stdout, done.stderr) == []
+    for file in (tmp_path / "run").rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert PLANTED["HF_TOKEN"].encode() not in content and PLANTED["WANDB_API_KEY"].encode() not in content, file
     (tmp_path / "run" / "leak.txt").write_text(PLANTED["proxy"])
     assert find_planted(tmp_path) == [f"proxy in {tmp_path / 'run' / 'leak.txt'}"], "what is looked for would be found"
 

@@ -178,7 +178,8 @@ def test_two_sweeps_started_together_do_not_meet(place):
 @pytest.mark.parametrize("isolation", ["shared", "process"])
 def test_ctrl_c_ends_the_sweep_and_it_can_be_repeated(place, isolation):
     steps = [word for word in QUICK if not word.startswith("trainer.")]
-    long = ("trainer.max_steps=120", "trainer.eval_steps=60", "trainer.save_steps=60")
+    long = ("trainer.max_steps=120", "trainer.eval_steps=60", "trainer.save_steps=60",
+            "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=1")  # fmt: skip
     command = ("-m", *steps, *long, "lora.r=4,8", f"sweep.isolation={isolation}", "hydra.sweep.dir=s")
     process, metrics = start(place, *command), place / "s" / "0_r=4" / "metrics.jsonl"
     limit = time.monotonic() + 120

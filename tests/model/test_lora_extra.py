@@ -21,6 +21,7 @@ from sft.run import run
 from sft.storage.jsonio import read_json, read_lines
 from tests.conftest import SMALL, make_settings
 
+pytestmark = pytest.mark.usefixtures("forked_children")
 QUICK = ("trainer=debug", "trainer.max_steps=4", "trainer.warmup_steps=0", "trainer.learning_rate=0.01")
 
 
@@ -211,21 +212,12 @@ def test_an_adapter_that_began_with_the_models_weights_loads_in_plain_peft_on_th
     assert metrics["proof_loss"] < untrained - 0.01
 
 
-def test_a_pissa_run_that_was_cut_ends_as_the_whole_one(tmp_path, monkeypatch):
+def test_a_pissa_run_that_was_cut_ends_as_the_whole_one(tmp_path, cut_at_first_save):
     overrides = ("lora.extra.init_lora_weights=pissa", "trainer.save_steps=2")
     whole = train(tmp_path / "whole", *overrides)
     from sft.training.checkpoint import place_of
-    from sft.training.trainer import ResumableTrainer
 
-    save = ResumableTrainer._save_checkpoint
-
-    def save_and_fail(self, *args):
-        save(self, *args)
-        raise RuntimeError("cut")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ResumableTrainer, "_save_checkpoint", save_and_fail)
-        assert run(make_settings(*SMALL, *QUICK, *overrides), tmp_path / "cut").status == "failed"
+    assert cut_at_first_save(make_settings(*SMALL, *QUICK, *overrides), tmp_path / "cut").status == "failed"
     assert place_of(tmp_path / "cut", 2).is_dir()
     cut = train(tmp_path / "cut", *overrides)
     one, other = (load_file(f / "adapter/adapter_model.safetensors") for f in (whole, cut))

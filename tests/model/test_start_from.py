@@ -17,6 +17,7 @@ from sft.plan.plan import Plan
 from sft.run import run
 from sft.runs.resume import recorded_run
 from sft.storage.jsonio import read_json, read_lines
+from tests import forked
 from tests.conftest import ROOT, SMALL, make_settings
 
 QUICK = ("trainer=debug", "trainer.max_steps=3", "trainer.warmup_steps=0", "trainer.learning_rate=0.01", "lora.r=4",
@@ -41,7 +42,9 @@ def chain(tmp_path_factory, all_tokens):
     second = train(place / "second", f"lora.start_from={first}")
     formats = (f"export.formats=[{','.join(['merged_16bit', *CONVERTED])}]", "export.gguf.quantizations=[q8_0]",
                f"export.gguf.adapter={str(bool(CONVERTED)).lower()}")  # fmt: skip
-    third = train(place / "third", f"lora.start_from={second}/adapter", "seed=7", "dataset.seed=3407", *formats)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("subprocess.Popen", forked.popen)
+        third = train(place / "third", f"lora.start_from={second}/adapter", "seed=7", "dataset.seed=3407", *formats)
     return first, second, third
 
 
@@ -78,22 +81,12 @@ def test_a_run_that_starts_from_an_adapter_is_another_run_than_one_that_does_not
     assert read_json(chain[0] / "run.json")["config_hash"] == plain != read_json(chain[1] / "run.json")["config_hash"]
 
 
-def test_a_chain_that_was_cut_goes_on_from_its_checkpoint(chain, tmp_path, monkeypatch):
+def test_a_chain_that_was_cut_goes_on_from_its_checkpoint(chain, tmp_path, cut_at_first_save):
     import torch
     from safetensors.torch import load_file
 
-    from sft.training.trainer import ResumableTrainer
-
     overrides = (f"lora.start_from={chain[0]}", "trainer.save_steps=1")
-    save = ResumableTrainer._save_checkpoint
-
-    def save_and_fail(self, *args):
-        save(self, *args)
-        raise RuntimeError("cut")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ResumableTrainer, "_save_checkpoint", save_and_fail)
-        assert run(make_settings(*SMALL, *QUICK, *overrides), tmp_path / "cut").status == "failed"
+    assert cut_at_first_save(make_settings(*SMALL, *QUICK, *overrides), tmp_path / "cut").status == "failed"
     cut = train(tmp_path / "cut", *overrides)
     one, other = (load_file(f / "adapter/adapter_model.safetensors") for f in (chain[1], cut))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,8 +1,6 @@
 """What is looked at before a weight is loaded, and what is said of it."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from sft.preflight.checks import examine
 from sft.preflight.findings import Found
 from sft.preflight.optimizer import check_optimizer
 from sft.runs import record
+from tests import forked
 from tests.conftest import ROOT, SMALL, make_settings
 from tests.hints import hints_of, problems_of, type_hints
 
@@ -55,8 +54,7 @@ def lines_of(found: Found, part: str) -> str:
 
 
 def test_mode_only_shows_every_part_and_leaves_nothing(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "preflight.mode=only", *SMALL]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = forked.run("train.py", "preflight.mode=only", *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for part in ("Settings", "Versions", "Data", "Memory", "Length", "Disk", "Tracking", "Export"):
         assert f"\n{part}\n" in done.stdout
