@@ -1,7 +1,6 @@
 """Where Hydra looks for sweepers and launchers. What these do is in sft/sweep/runner.py."""
 
 import logging
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +10,6 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
-
-# It comes with Optuna, which Hydra imports for the sampler before it makes the sweeper, and names each of its plugins.
-logging.getLogger("alembic").setLevel(logging.WARNING)
 
 # It comes with Optuna, which Hydra imports for the sampler before it makes the sweeper, and names each of its plugins.
 logging.getLogger("alembic").setLevel(logging.WARNING)

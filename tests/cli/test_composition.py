@@ -304,10 +304,6 @@ def test_optunas_import_tells_of_no_plugins():
     assert not logging.getLogger("alembic.runtime.plugins.setup").isEnabledFor(logging.INFO)
 
 
-def test_optunas_import_tells_of_no_plugins():
-    assert not logging.getLogger("alembic.runtime.plugins.setup").isEnabledFor(logging.INFO)
-
-
 def test_dictionaries_in_a_grid_are_checked_key_by_key():
     assert "dataset.columns.outptu" in problem_of("-m", "dataset.columns={instruction:a},{outptu:b}").what
     assert problem_of("-m", "dataset.keep={a:x},{b:[1,2]}").what.startswith("dataset.keep")
