@@ -15,7 +15,7 @@ from sft.distributed.stop import stop_request
 from sft.environment import prepare_environment, quiet_libraries, seed_everything
 from sft.errors import Refusal
 from sft.export import measure, requirements
-from sft.export.child import export_run_apart
+from sft.export.child import export_run_apart, proof_of
 from sft.model import structure, warm_cache
 from sft.model.backend import import_backend, limit_memory
 from sft.model.hub import read_config
@@ -115,8 +115,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
             status, reason = "failed", reason_of(error)
             record.facts["error"] = error_facts(error)
             log_failure(error, folder)
-        recorder.tracking.finish(status, recorder.final, reason)
-        record.facts |= {"metrics": recorder.final, "tracking": recorder.tracking.state()}
+        record.facts["metrics"] = recorder.final
         return _finish(ctx, status, reason)
 
 
@@ -174,7 +173,7 @@ def train(ctx: RunContext) -> tuple[str, str | None]:
 
 
 def _finish(ctx: RunContext, status: str, reason: str | None) -> RunResult:
-    """Export, write the report, then the final status, last of all; say how it went."""
+    """Export, end the tracking, write the report, then the final status, last of all; say how it went."""
     folder, record, stop, metrics = ctx.folder, ctx.record, ctx.stop, ctx.recorder.final
     # A run that the clock stopped kept the time for its exports: a borrowed GPU may not come back.
     complete = status == "finished" or (status == "stopped" and stop.out_of_time and not stop.signal)
@@ -183,6 +182,8 @@ def _finish(ctx: RunContext, status: str, reason: str | None) -> RunResult:
         reason = "; ".join([*([reason] if reason else []), "trained, but not every export holds: " + " | ".join(failures)])
     if cut:  # to be made when the run goes on
         status, reason = "stopped", "; ".join([*([reason] if reason else []), f"trained; {cut} ended the export"])
+    ctx.recorder.tracking.finish(status, {**metrics, **proof_of(folder)}, reason)
+    record.facts["tracking"] = ctx.recorder.tracking.state()
     code = 1 if failures else {"finished": 0, "failed": 1, "stopped": 130 if stop.signal else 0}[status]
     artifacts = {**(record.facts.get("artifacts") or {}), "report": "report.html"}
     ending = {"status": status, "reason": reason, "artifacts": artifacts, "ended_at": jsonio.now()}

@@ -5,10 +5,12 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
+import sft.run
 from sft.export import exporter, gguf
 from sft.methods import dpo
 from sft.run import run
 from sft.signals import StopRequest
+from sft.tracking.base import Trackers
 from sft.training.metrics import Recorder
 from tests.conftest import make_settings
 from tests.faults.fault_campaign import compare
@@ -33,7 +35,14 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_pairs_begin_as_ties_and_come_apart(settings, tmp_path):
+def test_pairs_begin_as_ties_and_come_apart(settings, tmp_path, monkeypatch):
+    told = {}
+
+    class Told(Trackers):
+        def finish(self, status, metrics, reason=None):
+            told.update(metrics, status=status)
+
+    monkeypatch.setattr(sft.run, "make_trackers", lambda settings: Told())
     result = run(settings("export.formats=[merged_16bit]"), tmp_path / "run")
     assert (result.status, result.exit_code) == ("finished", 0)
     found = lines(tmp_path / "run")
@@ -46,6 +55,9 @@ def test_pairs_begin_as_ties_and_come_apart(settings, tmp_path):
     assert record["settings"]["method"]["name"] == "dpo" and record["metrics"]["eval_accuracy"] == last["eval_accuracy"]
     artifacts = json.loads((tmp_path / "run" / "export" / "verify.json").read_text())["artifacts"]
     assert {name: found["status"] for name, found in artifacts.items()} == dict.fromkeys(("adapter", "merged_16bit"), "ok")
+    assert told["status"] == "finished" and told["eval_loss"] == last["eval_loss"], "the tracker hears of the exports as well"
+    assert told["export/merged_16bit/holds"] is True
+    assert told["export/merged_16bit/loss"] == artifacts["merged_16bit"]["loss"]
 
 
 @needs_gguf
