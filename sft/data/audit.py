@@ -29,6 +29,10 @@ class SplitStats:
     """A hash of the tokens of each row kept."""
     numbers: array = field(default_factory=lambda: array("q"))
     """Its number in the data."""
+    swapped: array = field(default_factory=lambda: array("Q"))
+    """The digest of each pair kept, had its answers changed places; empty for rows of one answer."""
+    prompts: array = field(default_factory=lambda: array("Q"))
+    """A hash of the prompt's tokens of each pair kept."""
     tokens: int = 0
     """Of the rows kept."""
     target_tokens: int = 0

@@ -6,6 +6,7 @@ from typing import Any
 
 from sft.config.keys import typed
 from sft.config.schema import DatasetSettings, Shape
+from sft.data.audit import SplitStats
 from sft.data.columns import Turn, check_columns, column_names, holds_turns, likeliest, row_to_turns
 from sft.data.shared_prompt import shared_length
 from sft.data.templates import Rendered, choose_template, render_row
@@ -16,6 +17,9 @@ COUNTED = ("pairs", "equal_pairs", "chosen_longer")
 
 LONGER = 0.75
 """Share of pairs whose chosen answer is the longer one from which on the model is trained on length."""
+
+SHOWN = 5
+"""Rows that a warning names."""
 
 
 def find_form(rows: Sequence[dict], data: DatasetSettings, source: str) -> tuple[Shape, DatasetSettings, DatasetSettings]:
@@ -109,3 +113,39 @@ def pair_warnings(counts: dict[str, int]) -> list[str]:
     if share > LONGER:
         found.append(f"In {share:.0%} of the pairs the chosen answer is the longer one: the model would learn length.")
     return found
+
+
+def compare_pairs(train: SplitStats, held_out: SplitStats | None) -> tuple[dict[str, int], list[str]]:
+    """(counts, warnings) of pairs beside the others: of `contradicting` ones the answers change places in another pair of the
+    same prompt; the prompt of `held_out_prompts` is one that is trained on as well.
+    """
+    splits = [(train, ""), *([(held_out, "held-out ")] if held_out else [])]
+    placed = {
+        digest: f"{kind}row {row}" for split, kind in splits for digest, row in zip(split.digests, split.numbers, strict=True)
+    }
+    opposed = [
+        (f"{kind}row {row}", placed[digest])
+        for split, kind in splits
+        for digest, row in zip(split.swapped, split.numbers, strict=True)
+        if digest in placed
+    ]
+    trained = dict(zip(train.prompts, train.numbers, strict=True))
+    shared = [
+        (row, trained[prompt])
+        for prompt, row in (zip(held_out.prompts, held_out.numbers, strict=True) if held_out else ())
+        if prompt in trained
+    ]
+    found = []
+    if opposed:
+        rows = ", ".join(list(dict.fromkeys(" and ".join(sorted(two)) for two in opposed))[:SHOWN])
+        found.append(
+            f"{len(opposed)} pairs contradict another: the same prompt with the same two answers the other way round ({rows}). "
+            "They cancel each other out. Remove one of each two."
+        )
+    if shared:
+        rows = ", ".join(f"row {row} has that of row {other}" for row, other in shared[:SHOWN])
+        found.append(
+            f"{len(shared)} held-out pairs have a prompt that is trained on as well ({rows}): the held-out numbers look better "
+            "than they are. Hold out all pairs of a prompt, in a file of their own."
+        )
+    return {"contradicting": len(opposed), "held_out_prompts": len(shared)}, found

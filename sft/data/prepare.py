@@ -37,7 +37,7 @@ from sft.data.audit import (
     room_for,
 )
 from sft.data.columns import RowFault, check_columns, column_names, find_shape, holds_something, sort_columns
-from sft.data.pairs import find_form, pair_up, pair_warnings, render_pair, take_pair_counts
+from sft.data.pairs import compare_pairs, find_form, pair_up, pair_warnings, render_pair, take_pair_counts
 from sft.data.sources import choose_indices, held_out_data, read_rows, select, source_of
 from sft.data.templates import ALPACA, Rendered, choose_template, render_samples
 from sft.data.token_cache import Prepared, cache_folder, only_one, read_cache
@@ -184,8 +184,9 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     facts["notes"] = notes = notes_of(splits)
     facts["warnings"] = data_warnings(counts, blank, facts["duplicates"], notes, settings)
     if pairs:
-        facts["pairs"] = pair_facts
-        facts["warnings"] += pair_warnings(pair_facts)
+        compared, more = compare_pairs(splits["train"], splits.get("eval"))
+        facts["pairs"] = pair_facts | compared
+        facts["warnings"] += pair_warnings(pair_facts) + more
     if not_restored:
         found = f"The tokens of {not_restored} of the first {len(splits['train'].texts)} rows do not give their text back: "
         facts["warnings"].append(found + "the tokenizer does not know some of their characters.")
@@ -240,7 +241,10 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
                 tokens = [
                     memoryview(joined[name][0])[slice(*joined[name][1][e : e + 2])] for name in lists if name.endswith("ids")
                 ]
-                stats.digests.append(int.from_bytes(hashlib.blake2b(b"".join(tokens), digest_size=8).digest()))
+                stats.digests.append(_digest(tokens))
+                if pairs:
+                    stats.swapped.append(_digest(tokens[::-1]))
+                    stats.prompts.append(_digest([tokens[0][: kept[e]["shared_length"]]]))
             stats.numbers.extend(e["row"] for e in kept)
             for name, (values, _) in joined.items():
                 if name.endswith("ids"):
@@ -256,6 +260,10 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
                 others = [pa.array([e[one.name] for e in kept], one.type) for one in list(schema)[len(lists) :]]
                 writer.write_batch(pa.RecordBatch.from_arrays([*columns, *others], schema=schema))
     return stats
+
+
+def _digest(tokens: list[memoryview]) -> int:
+    return int.from_bytes(hashlib.blake2b(b"".join(tokens), digest_size=8).digest())
 
 
 def _concatenated(lists: list[list[int]]) -> tuple[array, array]:
@@ -399,6 +407,9 @@ def _fit_length(entries: list[dict], settings: Settings, counts: dict) -> list[d
             entry["prompt_length"] = min(entry["prompt_length"], limit)
         if not all(holds_targets(entry[name]) for name in lists if name.endswith("labels")):
             counts["rows_without_labels"] = counts.get("rows_without_labels", 0) + 1
+            continue
+        if cut and entry["input_ids"] == entry.get("rejected_ids"):
+            counts["equal_pairs"] = counts.get("equal_pairs", 0) + 1
             continue
         if cut:
             counts["truncated_rows"] = counts.get("truncated_rows", 0) + 1

@@ -66,7 +66,7 @@ def cache_folder(settings: Settings, tokenizer, stop_ids: set[int], sources: lis
         [source and source["hash"] for source in sources],
         {k: str(v) for k, v in asdict(settings.dataset).items() if k not in ("path", "eval_path", "name", "seed")},
         settings.model.max_seq_length,
-        *([f"{settings.method.name.value} 2"] if settings.method.name != MethodName.sft else []),
+        *([f"{settings.method.name.value} 3"] if settings.method.name != MethodName.sft else []),
         row_seed(settings),
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,

@@ -20,7 +20,7 @@ from typing import Any
 
 from sft.errors import ExportError, Problem
 from sft.export import lora_gguf
-from sft.export.measure import EvalResult, HeldOutRow, prompt_of
+from sft.export.measure import EvalResult, HeldOutRow, prompt_of, rejected_rows
 from sft.paths import PACKAGE
 from sft.processes import child_environment
 from sft.storage import atomic
@@ -89,6 +89,7 @@ def measure(
         "do": "measure",
         "gguf": str(gguf),
         "rows": [[row.input_ids, row.labels] for row in rows],
+        "rejected": [[row.input_ids, row.labels] for row in rejected_rows(rows)],
         "prompts": [prompt_of(row) for row in rows[:prompts]],
         "max_new_tokens": max_new_tokens,
         "stop_ids": stop_ids,

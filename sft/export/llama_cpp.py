@@ -95,15 +95,17 @@ def measure(job: dict[str, Any]) -> dict:
     """Losses, greedy completions, and what the file has of its tokens: see sft.export.gguf.measure."""
     model = load(job["gguf"])
     vocab = model.get_vocab()
-    longest = max([len(ids) for ids, _ in job["rows"]] + [len(p) + job["max_new_tokens"] for p in job["prompts"]])
+    both = job["rows"] + job["rejected"]
+    longest = max([len(ids) for ids, _ in both] + [len(p) + job["max_new_tokens"] for p in job["prompts"]])
     reader = Reader(model, longest + 1)
     sums, counts = [], []
-    for ids, labels in job["rows"]:
+    for ids, labels in both:
         targets = [k for k in range(1, len(ids)) if labels[k] != IGNORED]
         reader.restart()
         reader.read(ids, {k - 1 for k in targets})
         sums.append(sum(_nll(reader.logits(k - 1), labels[k]) for k in targets))
         counts.append(len(targets))
+    rows, means = len(job["rows"]), [s / n for s, n in zip(sums, counts, strict=True)]
     completions, finished = [], []
     for prompt in job["prompts"]:
         reader.restart()
@@ -118,8 +120,9 @@ def measure(job: dict[str, Any]) -> dict:
         completions.append(completion)
         finished.append(bool(completion) and completion[-1] in job["stop_ids"])
     measured = {
-        "loss": sum(sums) / sum(counts),
-        "row_losses": [s / n for s, n in zip(sums, counts, strict=True)],
+        "loss": sum(sums[:rows]) / sum(counts[:rows]),
+        "row_losses": means[:rows],
+        "rejected_losses": means[rows:],
         "completions": completions,
         "finished": finished,
     }

@@ -7,7 +7,7 @@ import itertools
 import json
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,23 @@ class HeldOutRow:
     """Tokens before the last answer: the prompt that is completed."""
     question: str
     reference: str
+    rejected_ids: list[int] = field(default_factory=list)
+    """Of a pair, whose chosen row is `input_ids`: the rejected row."""
+    rejected_labels: list[int] = field(default_factory=list)
+    reference_log_probs: list[float] = field(default_factory=list)
+    """Of a pair: the summed log probabilities of the chosen and of the rejected row by the weights that the run began with."""
+    trained_log_probs: list[float] = field(default_factory=list)
+    """The same by the weights that the run keeps, as they were in its memory."""
+
+    @property
+    def targets(self) -> list[int]:
+        """Target tokens of the row; of a pair those of the chosen and of the rejected one."""
+        both = [self.labels, self.rejected_labels] if self.rejected_labels else [self.labels]
+        return [sum(label != IGNORED for label in labels[1:]) for labels in both]
+
+
+OF_PAIRS = ("rejected_ids", "rejected_labels", "reference_log_probs", "trained_log_probs")
+"""What only pairs have of a HeldOutRow."""
 
 
 @dataclass
@@ -58,6 +75,8 @@ class EvalResult:
     """Whether each completion ended by itself."""
     tops: list[list[dict[int, float]]] = field(default_factory=list)
     """For each completion and each of its tokens: the likeliest tokens and their log probabilities."""
+    rejected_losses: list[float] = field(default_factory=list)
+    """Of pairs: the loss of each rejected row."""
 
     @property
     def eos_share(self) -> float:
@@ -68,12 +87,22 @@ class EvalResult:
 def write_rows(folder: Path, prepared: Prepared) -> None:
     """Keep the first ROWS held-out rows (training rows where nothing is held out) in held_out.jsonl."""
     rows, source = (prepared.eval, "held_out") if prepared.eval is not None else (prepared.train, "train")
-    names = [f.name for f in fields(HeldOutRow) if f.name != "source"]
-    lines = [
-        json.dumps({"source": source, **{name: row[name] for name in names}}, ensure_ascii=False)
-        for row in rows.select(range(min(ROWS, len(rows))))
-    ]
-    write_text(folder / "held_out.jsonl", "\n".join(lines) + "\n")
+    names = [f.name for f in fields(HeldOutRow) if f.name in rows.column_names]
+    kept = rows.select(range(min(ROWS, len(rows))))
+    _write(folder, [HeldOutRow(source, **{name: row[name] for name in names}) for row in kept])
+
+
+def note_log_probs(folder: Path, name: str, log_probs: list[list[float]]) -> None:
+    """Keep the log probabilities of both rows of the first pairs, [pairs, 2], beside them: `reference_log_probs`, or
+    `trained_log_probs`.
+    """
+    rows = read_rows(folder)
+    _write(folder, [replace(row, **{name: both}) for row, both in zip(rows, log_probs, strict=False)])
+
+
+def _write(folder: Path, rows: list[HeldOutRow]) -> None:
+    found = [{name: value for name, value in vars(row).items() if value or name not in OF_PAIRS} for row in rows]
+    write_text(folder / "held_out.jsonl", "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found))
 
 
 def read_rows(folder: Path) -> list[HeldOutRow]:
@@ -85,6 +114,29 @@ def read_rows(folder: Path) -> list[HeldOutRow]:
 def prompt_of(row: HeldOutRow) -> list[int]:
     """The ids that are completed; a text without a question is continued from its first half, as in samples.jsonl."""
     return row.input_ids[: row.prompt_length if row.question else max(1, len(row.input_ids) // 2)]
+
+
+def rejected_rows(rows: list[HeldOutRow]) -> list[HeldOutRow]:
+    """The rejected rows of pairs; empty where there are none."""
+    if not all(row.rejected_ids for row in rows):
+        return []
+    return [HeldOutRow(row.source, row.rejected_ids, row.rejected_labels, 0, row.question, "") for row in rows]
+
+
+def log_probs_of(rows: list[HeldOutRow], found: EvalResult) -> list[list[float]]:
+    """The summed log probabilities of both rows of each pair by what a model does, [pairs, 2]; empty without pairs."""
+    both = zip(rows, found.row_losses, found.rejected_losses, strict=False)
+    return [[-loss * count for loss, count in zip(losses, row.targets, strict=True)] for row, *losses in both]
+
+
+def margins(rows: list[HeldOutRow], log_probs: list[list[float]]) -> list[float]:
+    """How much more the chosen row of each pair gained than the rejected one, in nats, since the run began; empty where that
+    is not known of each.
+    """
+    if not log_probs or not all(row.reference_log_probs and both for row, both in zip(rows, log_probs, strict=True)):
+        return []
+    before = [row.reference_log_probs for row in rows]
+    return [now[0] - now[1] - (then[0] - then[1]) for now, then in zip(log_probs, before, strict=True)]
 
 
 def row_losses(model: Any, rows: list[HeldOutRow]) -> tuple[float, list[float]]:
@@ -146,6 +198,8 @@ def measure_torch(
     """Losses on all rows and greedy completions of the prompts of the first `prompts` of them, up to AT_ONCE at a time."""
     loss, losses = row_losses(model, rows)
     result = EvalResult(loss, losses, [], [])
+    if rejected := rejected_rows(rows):
+        result.rejected_losses = row_losses(model, rejected)[1]
     model.eval()
     wanted = [prompt_of(row) for row in rows[:prompts]]
     for part in batching.grouped(wanted, max_new_tokens, AT_ONCE):

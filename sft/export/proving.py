@@ -107,11 +107,15 @@ def compare_with_training(trained: Trained, reference: measure.EvalResult) -> tu
     judged, completions = verify.compare_completions("answers", reference, sampled, verify.TIE[trained.dtype])
     if sampled.completions and trained.dtype == "float32":
         checks.append(judged)
+    in_memory_pairs = [row.trained_log_probs for row in trained.rows]
+    signs, of_pairs = verify.compare_margins(trained.rows, in_memory_pairs, reference, trained.dtype, judged=True)
+    checks += signs
     facts = {
         "loss": round(reference.loss, 6),
         "loss_increase": round(reference.loss - in_memory, 6),
         "limit": allowed,
         **completions,
+        **of_pairs,
         "eos_share": round(reference.eos_share, 4),
     }
     return checks, facts
@@ -156,8 +160,9 @@ def prove_folder(
         del model
         environment.release_memory()
         numbers, compared = verify.compare_numbers(reference, found, trained.dtype, limit)
-        facts |= compared
-        note_result(trained, report, name, place, [*checks, *numbers], facts, begun)
+        signs, of_pairs = _compare_margins(trained, reference, found, trained.dtype, limit)
+        facts |= compared | of_pairs
+        note_result(trained, report, name, place, [*checks, *numbers, *signs], facts, begun)
 
     attempt(report, name, prove)
     return measured[0] if measured else None
@@ -200,12 +205,21 @@ def prove_gguf(trained, report, reference, rounded, name: str, file: Path, kind:
     limit = None if kind in gguf.HIGH_PRECISION else wanted.max_loss_increase
     # llama.cpp rounds what it multiplies f16 weights with to 16 bits, so that it is as exact as a 16-bit type of torch's.
     numbers, facts = verify.compare_numbers(reference, found["measurement"], "float16", limit)
+    signs, of_pairs = _compare_margins(trained, reference, found["measurement"], "float16", limit)
+    numbers, facts = numbers + signs, facts | of_pairs
     if limit is None and rounded is not None:
         tie = verify.TIE[trained.dtype]
         check, completions = verify.compare_completions("answers_of_merged", rounded, found["measurement"], tie)
         numbers.append(check)
         facts |= {"as_merged": completions["answers_equal"], "partings_from_merged": completions["partings"]}
     note_result(trained, report, name, file, [*checks, *numbers], facts, begun)
+
+
+def _compare_margins(trained, reference, found, dtype: str, limit: float | None) -> tuple[list[verify.Check], dict[str, Any]]:
+    """The margins of pairs against those of the trained model, judged where `limit` says that the format is lossless."""
+    return verify.compare_margins(
+        trained.rows, measure.log_probs_of(trained.rows, reference), found, dtype, judged=limit is None
+    )
 
 
 def note_result(
@@ -226,6 +240,7 @@ def note_result(
     }
     increase = f" ({facts['loss_increase']:+.4f})" if "loss_increase" in facts else ""
     same = f", {facts['answers_equal']} of {facts['answers']} completions the same" if facts.get("answers") else ""
+    same += f", {facts['margins_kept']} of {facts['margins']} margins keep their sign" if facts.get("margins") else ""
     loss = f"  loss {facts['loss']:.4f}" if "loss" in facts else ""
     log.info("       %-13s %s%s%s%s", name, "FAILED" if failed else "ok    ", loss, increase, same)
     for check in checks:

@@ -1,16 +1,17 @@
 """Is an export still the model that was trained? Each is loaded afresh and compared on the same rows and prompts.
 
 Two kinds of limits. A lossless format (adapter, merged 16-bit, GGUF f16) holds the trained weights up to the rounding of
-16 bits: its loss may differ by LOSSLESS, and its greedy completions are the same, but for ties. A quantised format
-changes the weights on purpose: its loss may rise by `export.max_loss_increase`, and how many completions stay the same
-is reported, not judged. What ends a completion, what pads, the chat template and the tokens of a prompt survive
-in every format.
+16 bits: its loss may differ by LOSSLESS, its greedy completions are the same, but for ties, and the margins of pairs keep
+their signs. A quantised format changes the weights on purpose: its loss may rise by `export.max_loss_increase`, and how many
+completions stay the same and margins keep their sign is reported, not judged. What ends a completion, what pads, the chat
+template and the tokens of a prompt survive in every format.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from sft.export.measure import EvalResult
+from sft.export import measure
+from sft.export.measure import EvalResult, HeldOutRow
 
 LOSSLESS = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2}
 """Largest difference in loss, in nats a token, by the type that the model computes in.
@@ -101,6 +102,25 @@ def compare_numbers(
         "eos_share": round(found.eos_share, 4),
     }
     return checks, facts
+
+
+def compare_margins(
+    rows: list[HeldOutRow], trained: list[list[float]], found: EvalResult, dtype: str, judged: bool
+) -> tuple[list[Check], dict[str, Any]]:
+    """(checks, facts) of pairs: each margin has the sign it has by the `trained` log probabilities. Nothing where these, or
+    those of the reference, are not known.
+
+    A margin that LOSSLESS a token could turn is noise: it is counted and not compared.
+    """
+    wanted, margins = (measure.margins(rows, one) for one in (trained, measure.log_probs_of(rows, found)))
+    if not wanted or not margins:
+        return [], {}
+    noise = [LOSSLESS[dtype] * sum(row.targets) for row in rows]
+    clear = [(a, b) for a, b, least in zip(wanted, margins, noise, strict=True) if abs(a) > least]
+    kept = sum(a * b > 0 for a, b in clear)
+    check = Check("margins", kept == len(clear), f"{len(clear)} keep their sign", f"{kept} keep their sign")
+    facts = {"margins": len(clear), "margins_kept": kept, "margins_in_noise": len(wanted) - len(clear)}
+    return [check] if judged else [], facts
 
 
 def compare_completions(name: str, reference: EvalResult, found: EvalResult, tie: float) -> tuple[Check, dict[str, Any]]:

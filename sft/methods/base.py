@@ -20,4 +20,7 @@ class Method(Protocol):
         """
 
     def held_out_loss(self, ctx: RunContext, trainer: Any) -> float:
-        """The loss of the weights in memory that exports are compared on, by the rows of held_out.jsonl."""
+        """The loss of the weights in memory that exports are compared on, by the rows of held_out.jsonl.
+
+        It may keep there what else an export is compared with.
+        """

@@ -8,15 +8,17 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sft.config.method import DPO
 from sft.config.schema import MethodSettings, PreferenceLoss, Reference
 from sft.data.collators import PaddingFreeCollator, cut
-from sft.data.shared_prompt import SharedPromptCollator, cut_shared
+from sft.data.shared_prompt import SharedPromptCollator, cut_shared, shared_length
 from sft.data.token_cache import row_lengths, token_counts
 from sft.data.tokenize import IGNORED
 from sft.distributed import group, strategy
+from sft.export import measure
 from sft.methods import sft
 from sft.methods.arguments import training_arguments
 from sft.methods.reference import computed_once, reference_hash
@@ -25,6 +27,7 @@ from sft.model.backend import torch_dtype
 from sft.model.padding_free import ATTENTION
 from sft.model.structure import attention_of, base_of
 from sft.plan.plan import Plan
+from sft.storage.jsonio import append_jsonl
 from sft.training import acceleration, metrics, samplers
 from sft.training.context import RunContext
 from sft.training.trainer import Loop, ResumableTrainer
@@ -34,6 +37,12 @@ log = logging.getLogger(__name__)
 SHOWN = ("accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 """What is logged of pairs: means over pairs. `accuracy` counts a tie half; `margin` and `reward_*` are times `beta`."""
 
+FALL, LEAST_FALL = 0.2, 10.0
+"""The chosen answers have become unlikely when their mean log probability is down by this share and by so many nats: a fifth is
+beyond the noise of rounding, and 10 nats are more than the wording of a short answer."""
+
+SHORT = 300
+"""Characters of a text in margins.jsonl."""
 
 CHECKED = 64
 """Tokens of a prompt and of an answer by which shared prompts are tried."""
@@ -78,6 +87,15 @@ def pair_facts(policy: Any, reference: Any, losses: Any, beta: float) -> Any:
     right = (margin > 0).double() + 0.5 * (margin == 0).double()
     columns = [losses, right, margin, rewards[:, 0], rewards[:, 1], policy[:, 0], policy[:, 1]]
     return torch.stack([column.detach().double().sum() for column in columns])
+
+
+def fell_far(logp_chosen: float, reward_chosen: float, margin: float, beta: float) -> bool:
+    """Whether the chosen answers have become far less likely than the reference finds them, while the margin grew from 0. All
+    are means over the same pairs: what the reference says of them is where they began.
+    """
+    fall = -reward_chosen / beta
+    began = logp_chosen + fall
+    return margin > 0 and fall > max(LEAST_FALL, FALL * abs(began))
 
 
 # ---------------------------------------------------------------------------------------------------- micro-batches
@@ -215,6 +233,34 @@ def _without_adapter(model: Any) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def write_margins(folder: Path, step: int, policy: Any, reference: Any, beta: float, texts: Callable[[], list[dict]]) -> None:
+    """Add what an evaluation finds of each held-out pair to margins.jsonl: its margin, and how much likelier the chosen answer
+    is than the rejected one. The first line has the `texts` of the pairs as well.
+    """
+    ratios, before = policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1]
+    found = {"margins": beta * (ratios - before), "log_ratios": ratios}
+    line = {"step": step} | {name: [round(one, 6) for one in numbers.tolist()] for name, numbers in found.items()}
+    path = folder / "margins.jsonl"
+    append_jsonl(path, line if path.exists() else line | {"pairs": texts()})
+
+
+def _texts_of(pairs: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """The row, the prompt and both answers of each pair, cut to SHORT."""
+
+    def short(text: str) -> str:
+        return text if len(text) <= SHORT else text[: SHORT - 1] + "…"
+
+    def answer(labels: list[int]) -> str:
+        targets = [label for label in labels if label != IGNORED]
+        return short(tokenizer.decode(targets[:SHORT], skip_special_tokens=True))
+
+    return [
+        {"row": pair["row"], "prompt": short(pair["question"]), "chosen": answer(pair["labels"]),
+         "rejected": answer(pair["rejected_labels"])}
+        for pair in pairs
+    ]  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------- the trainer
 
 
@@ -257,7 +303,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
                 losses = losses - method.sft_weight * policy[:, 0] / lengths[:, 0]
             facts = pair_facts(policy, reference, losses, method.beta)
             if not model.training:
-                return losses.sum(), facts
+                return losses.sum(), facts, policy
             self.pairs_seen, self.facts_seen = self.pairs_seen + len(losses), self.facts_seen + facts
             # The gradients of several processes are averaged.
             return losses.sum() / (num_items_in_batch / group.world_size() if num_items_in_batch else len(losses))
@@ -278,18 +324,25 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
                     return len(_real(batch)), *self.compute_loss(model, self._prepare_inputs(batch))
 
             found = [one for one, _ in self.oom_retry.evaluate(predict, inputs)]
-            pairs, loss, facts = (sum(parts) for parts in zip(*found, strict=True))
+            pairs, loss, facts = (sum(parts) for parts in zip(*(one[:3] for one in found), strict=True))
             self.eval_facts, self.eval_pairs = self.eval_facts + facts, self.eval_pairs + pairs
+            self.eval_policy.append(torch.cat([policy for *_, policy in found]).double())
             return loss / max(1, pairs), None, None
 
         def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-            self.eval_facts, self.eval_pairs = 0.0, 0
+            self.eval_facts, self.eval_pairs, self.eval_policy = 0.0, 0, []
             with acceleration.evaluating(self.model, plan):
                 output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             pairs = group.total(self.eval_pairs)
             facts = zip(*group.gathered(self.eval_facts.tolist()), strict=True)
             names, means = ("loss", *SHOWN), [sum(parts) / pairs for parts in facts]
             output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in zip(names, means, strict=True)})
+            dealt = zip(*group.gathered([policy.tolist() for policy in self.eval_policy]), strict=True)
+            policy = torch.tensor([pair for turn in dealt for some in turn for pair in some], dtype=torch.float64)
+            if group.is_first():
+                reference = torch.tensor(self.eval_dataset["reference"][: len(data.eval)], dtype=torch.float64)
+                write_margins(loop.folder, self.state.global_step, policy, reference, method.beta,
+                              lambda: _texts_of(data.eval, tokenizer))  # fmt: skip
             return output
 
         def take_line(self, *args, **kwargs):
@@ -303,6 +356,21 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
                 _, *means = self.written.numbers["facts"].tolist()
                 logs |= dict(zip(SHOWN, means, strict=True))
             super().log(logs, *args, **kwargs)
+            self.watch_chosen(logs)
+
+        def watch_chosen(self, logs):
+            """Say it once a run, of held-out pairs if there are any, where the chosen answers have become unlikely."""
+            prefix, final = "" if self.eval_dataset is None else "eval_", self.loop.recorder.final
+            if f"{prefix}logp_chosen" not in logs or "chosen_fell_at" in final:
+                return
+            logp, reward, margin = (logs[prefix + name] for name in ("logp_chosen", "reward_chosen", "margin"))
+            if fell_far(logp, reward, margin, method.beta):
+                final["chosen_fell_at"] = self.state.global_step
+                log.warning(
+                    "Step %d: the chosen answers' log probability fell from %.1f to %.1f while the margin grew: the model "
+                    "forgets how to answer. hint: method.sft_weight=%g, or a lower trainer.learning_rate",
+                    self.state.global_step, logp - reward / method.beta, logp, 2 * method.sft_weight or 0.1,
+                )  # fmt: skip
 
         def components(self):
             return super().components() | {"pairs": _PairsSeen(self)}
@@ -317,7 +385,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
             return samplers.TokenBalancedSampler(ordered, lengths, rows, micro_batches)
 
         def _get_eval_sampler(self, eval_dataset):
-            sampler = super()._get_eval_sampler(eval_dataset)
+            sampler = torch.utils.data.SequentialSampler(range(len(data.eval)))  # margins.jsonl has the pairs in their order
             return samplers.share_rows(sampler, len(data.eval), self.args.per_device_eval_batch_size)
 
     args = training_arguments(settings, loop.folder, data.eval is not None, plan)
@@ -345,6 +413,8 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     trainer.model_accepts_loss_kwargs = True  # so that transformers does not divide by the micro-batches once more
     sft.watch(trainer, ctx, loop)
     known = _reference(ctx, trainer, splits, type(layout).__name__)
+    if group.is_first():
+        measure.note_log_probs(ctx.folder, "reference_log_probs", known["train" if data.eval is None else "eval"])
     pad = tokenizer.pad_token_id
     filler = {"rejected_ids": [pad], "rejected_labels": [IGNORED], "shared_length": 0, "reference": [0.0, 0.0]}
     splits = {
@@ -451,5 +521,13 @@ def cut_pairs(inputs: dict[str, Any]) -> list[dict[str, Any]]:
     return [pair | {"reference": reference} for pair, reference in zip(pairs, inputs["reference"].tolist(), strict=True)]
 
 
-held_out_loss = sft.held_out_loss
-"""Exports are compared on the chosen answers of the held-out pairs."""
+def held_out_loss(ctx: RunContext, trainer: Any) -> float:
+    """The mean loss of the chosen answers of held_out.jsonl by the weights in memory; what these find of both answers is kept
+    there.
+    """
+    rows = measure.read_rows(ctx.folder)
+    pairs = [{name: getattr(row, name) for name in DPO.columns} for row in rows]
+    pairs = [pair | {"shared_length": shared_length(pair)} for pair in pairs]
+    found = summed_log_probs(ctx, trainer, len(pairs), lambda begin, end: pairs[begin:end])
+    measure.note_log_probs(ctx.folder, "trained_log_probs", found)
+    return -sum(chosen for chosen, _ in found) / sum(row.targets[0] for row in rows)

@@ -20,6 +20,7 @@ import vl_convert
 from markupsafe import Markup, escape
 
 from sft.paths import ASSETS
+from sft.report.pairs import summarise_pairs
 from sft.report.summary import merge_steps, summarise
 from sft.storage.cache import made_once
 from sft.storage.jsonio import number, read_json, read_lines
@@ -59,12 +60,14 @@ def write_report(run_folder: Path, run: dict | None = None) -> Path:
     run = {k: v for k, v in run.items() if v is not None} if run else read_json(run_folder / "run.json")
     preflight = read_json(run_folder / "preflight.json")
     rows = merge_steps(read_lines(run_folder / "metrics.jsonl"))
+    charts, pairs = [make_chart(rows, *chart) for chart in CHARTS], summarise_pairs(read_lines(run_folder / "margins.jsonl"))
     page = render(
         {
             "run": run,
             "name": run.get("name") or run_folder.resolve().name,
             "metrics": summarise(run, rows),
-            "charts": [make_chart(rows, *chart) for chart in CHARTS],
+            "charts": charts,
+            "pairs": pairs,
             "broken": find_broken(rows),
             "samples": group_samples(read_lines(run_folder / "samples.jsonl")),
             "preflight": preflight,

@@ -62,6 +62,7 @@ ARTIFACT = {
     **dict.fromkeys(("status", "path", "error"), TEXT),
     **dict.fromkeys(("loss", "loss_increase", "limit", "answers", "answers_equal", "near_ties", "widest_tie"), NUMBER),
     **dict.fromkeys(("as_merged", "eos_share", "gain_kept", "size_bytes", "seconds", "peak_memory_gib"), NUMBER),
+    **dict.fromkeys(("margins", "margins_kept", "margins_in_noise"), NUMBER),
     "checks": [{"name": TEXT, "ok": FLAG}],
     "failed": [TEXT],
 }
@@ -83,7 +84,14 @@ SAMPLE = {
     "completion_ids": [NUMBER],
 }
 
-FORMS = {"run.json": RUN, "preflight.json": PREFLIGHT, "verify.json": VERIFY, "samples.jsonl": SAMPLE}
+MARGINS = {
+    "step": NUMBER,
+    "margins": [NUMBER],
+    "log_ratios": [NUMBER],
+    "pairs": [{"row": NUMBER, "prompt": TEXT, "chosen": TEXT, "rejected": TEXT}],
+}
+
+FORMS = {"run.json": RUN, "preflight.json": PREFLIGHT, "verify.json": VERIFY, "samples.jsonl": SAMPLE, "margins.jsonl": MARGINS}
 
 
 def fit(value: Any, form: Any, odd: list[str], key: str = "") -> Any:

@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 STATE = "run_state.json"
 
+LINES = ("metrics.jsonl", "samples.jsonl", "margins.jsonl")
+"""Files of a run that grow by lines."""
+
 FLAT = {
     "log": ("tokens", "loss_since_log", "last_log"),
     "clock": ("seconds", "logged"),
@@ -114,7 +117,7 @@ def writing(folder: Path, step: int, state: dict[str, Any]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _writing(folder: Path, step: int, state: dict[str, Any]) -> Iterator[Path]:
-    lines = {name: folder / name for name in ("metrics.jsonl", "samples.jsonl")}
+    lines = {name: folder / name for name in LINES}
     for path in lines.values():
         atomic.sync_file(path)
     sizes = {name: path.stat().st_size if path.is_file() else 0 for name, path in lines.items()}
@@ -145,13 +148,13 @@ def find_last(folder: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `writing` was given, with `bytes`: how long metrics.jsonl and samples.jsonl were."""
+    """What `writing` was given, with `bytes`: how long the files of LINES were."""
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
 def cut_back(folder: Path, sizes: dict[str, int]) -> None:
-    """Cut metrics.jsonl and samples.jsonl to the length they had at the checkpoint: later lines are written again."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    """Cut the files of LINES to the length they had at the checkpoint: later lines are written again."""
+    for name in LINES:
         path, size = folder / name, sizes.get(name, 0)
         atomic.drop_link(path)
         if not path.is_file():

@@ -1,13 +1,16 @@
-"""Where two completions diverge, and when that is a tie."""
+"""Where two completions diverge, and when that is a tie; the margins of pairs and their signs."""
 
 import json
 import types
 
 import pytest
+from datasets import Dataset
 
-from sft.export.measure import EvalResult
+from sft.data.token_cache import Prepared
+from sft.export import measure
+from sft.export.measure import EvalResult, HeldOutRow
 from sft.export.proving import _last_samples
-from sft.export.verify import compare_completions, find_divergences
+from sft.export.verify import compare_completions, compare_margins, find_divergences
 
 
 def measured(*completions, tops=()):
@@ -57,3 +60,51 @@ def test_a_saved_adapter_is_held_against_answers_of_the_same_weights(tmp_path, r
         lines.append({"step": step, "index": 2, "source": "config", "completion_ids": [0]})
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert _last_samples(types.SimpleNamespace(folder=tmp_path, record=run)) == expected
+
+
+LABELS = [-100, 5, 6]
+
+
+def pair(*reference):
+    return HeldOutRow("held_out", [1, 5, 6], LABELS, 1, "?", "", [1, 5, 6], LABELS, list(reference))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "failed"),
+    [
+        ([-3.0, -3.0, -3.0], [-4.0, -4.0, -4.0], 0),  # each margin is 1 nat more than 0
+        ([-3.0, -3.0, -3.0], [-4.0, -2.0, -4.0], 1),
+        ([-3.0, -3.0, -3.0], [-3.0, -3.0, -2.0], 2),  # 0 is no sign; the last pair is noise
+    ],
+)
+def test_margins_of_pairs_keep_their_signs_but_for_noise(chosen, rejected, failed):
+    rows = [pair(-10.0, -10.0), pair(-20.0, -20.0), pair(-30.0, -30.0)]
+    trained = [[-3.0, -4.0], [-3.0, -4.0], [-3.0, -3.003]]  # of four target tokens, in float32: 0.004 nats are noise
+    losses = [[-one / 2 for one in both] for both in (chosen, rejected)]
+    found = EvalResult(0.0, losses[0], [], [], [], losses[1])
+    (check,), facts = compare_margins(rows, trained, found, "float32", judged=True)
+    assert (check.name, check.ok) == ("margins", not failed)
+    assert facts == {"margins": 2, "margins_kept": 2 - failed, "margins_in_noise": 1}
+    assert compare_margins(rows, trained, found, "float32", judged=False) == ([], facts)
+
+
+def test_a_margin_is_what_was_gained_since_the_run_began():
+    rows = [pair(-2.0, -10.0)]  # the chosen answer was likelier from the start, and lost
+    found = EvalResult(0.0, [1.5], [], [], [], [5.0])
+    (check,), _ = compare_margins(rows, [[-3.0, -12.0]], found, "float32", judged=True)
+    assert not check.ok and measure.margins(rows, [[-3.0, -12.0]]) == [1.0] and measure.margins(rows, [[-3.0, -10.0]]) == [-1.0]
+
+
+def test_rows_without_a_reference_have_no_margins():
+    row = HeldOutRow("held_out", [1, 5, 6], LABELS, 1, "?", "")
+    assert compare_margins([row], [[]], EvalResult(0.0, [1.0], [], []), "float32", judged=True) == ([], {})
+    assert compare_margins([pair()], [[-3.0, -4.0]], EvalResult(0.0, [1.0], [], [], [], [1.0]), "float32", True) == ([], {})
+
+
+def test_held_out_rows_that_are_no_pairs_are_kept_as_ever(tmp_path):
+    row = {"input_ids": [1, 5], "labels": [-100, 5], "prompt_length": 1, "question": "", "reference": "", "row": 3}
+    measure.write_rows(tmp_path, Prepared(None, Dataset.from_list([row, row]), {}))
+    line = (
+        '{"source": "held_out", "input_ids": [1, 5], "labels": [-100, 5], "prompt_length": 1, "question": "", "reference": ""}'
+    )
+    assert (tmp_path / "held_out.jsonl").read_text(encoding="utf-8") == f"{line}\n{line}\n"

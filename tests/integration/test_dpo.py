@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.torch import load_file, save_file
 
 import sft.run
+from sft.export import exporter, gguf
 from sft.launch.ranks import launch
 from sft.methods import dpo
 from sft.model import builtin, hub
@@ -16,8 +17,11 @@ from sft.runs.record import Context
 from sft.signals import StopRequest
 from sft.storage.cache import cache_dir
 from sft.tracking.base import Trackers
+from sft.training.metrics import Recorder
 from tests.conftest import make_settings
 from tests.faults.fault_campaign import MEASURED, compare, weights_hash
+
+needs_gguf = pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's parts are not installed: {gguf.INSTALL}")
 
 PAIRS = [{"prompt": f"Say {n}.", "chosen": f"{n} it is.", "rejected": f"No to {n}!"} for n in range(20)]
 
@@ -62,6 +66,25 @@ def test_pairs_begin_as_ties_and_come_apart(settings, tmp_path, monkeypatch):
     assert told["export/merged_16bit/loss"] == artifacts["merged_16bit"]["loss"]
 
 
+@needs_gguf
+def test_exports_keep_the_signs_of_the_margins_and_a_lost_adapter_does_not(settings, tmp_path, monkeypatch, all_tokens):
+    formats = ("export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[f16,q8_0]")
+    chosen, folder = settings(*formats, "dataset.eval_fraction=0.4"), tmp_path / "run"
+    assert run(chosen, folder).status == "finished"
+    found = json.loads((folder / "export" / "verify.json").read_text())["artifacts"]
+    for name in ("adapter", "merged_16bit", "gguf/f16", "gguf/q8_0"):
+        facts = found[name]
+        assert facts["status"] == "ok" and facts["margins_kept"] == facts["margins"] >= 4, name
+        assert facts["margins"] + facts["margins_in_noise"] == 8
+        assert ("margins" in [check["name"] for check in facts["checks"]]) == (name != "gguf/q8_0")  # which is not judged
+    file = folder / "adapter" / "adapter_model.safetensors"
+    lost = {name: w * (0.0 if "lora_B" in name else 1.0) for name, w in load_file(file).items()}
+    save_file(lost, file, metadata={"format": "pt"})
+    chosen.export.formats = ["adapter"]
+    report = exporter.export_run(folder, chosen)
+    assert "margins" in report["artifacts"]["adapter"]["failed"]
+
+
 @pytest.mark.parametrize("more", [(), ("lora=none", "trainer.learning_rate=1e-3"), ("trainer.padding_free=false",)])
 def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(settings, tmp_path, monkeypatch, more):
     chosen = settings("trainer.logging_steps=4", *more)  # a line that takes in steps from before and after the cut
@@ -75,6 +98,39 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(settings, tmp_path, m
         assert run(chosen, tmp_path / "cut").status == "stopped"
     assert run(chosen, tmp_path / "cut").status == "finished"
     assert compare(tmp_path / "whole", tmp_path / "cut") == []
+
+
+def test_the_margins_of_each_held_out_pair_are_kept_and_shown(settings, tmp_path):
+    folder = tmp_path / "run"
+    assert run(settings(), folder).status == "finished"
+    first, *_, last = [json.loads(line) for line in (folder / "margins.jsonl").read_text().splitlines()]
+    assert (first["step"], last["step"]) == (0, 6) and "pairs" not in last
+    assert first["margins"] == pytest.approx([0] * 4, abs=1e-6)
+    end = [line for line in lines(folder) if "eval_loss" in line][-1]
+    assert sum(last["margins"]) / 4 == pytest.approx(end["eval_margin"], abs=1e-5)
+    assert sum(last["log_ratios"]) / 4 == pytest.approx(end["eval_logp_chosen"] - end["eval_logp_rejected"], abs=1e-4)
+    for margin, ratio, begun in zip(last["margins"], last["log_ratios"], first["log_ratios"], strict=True):
+        assert margin == pytest.approx(0.1 * (ratio - begun), abs=1e-5)
+    for pair in first["pairs"]:
+        row = PAIRS[pair["row"] - 1]
+        assert {name: pair[name] for name in row} == row
+    assert "Margins: above 0 in" in (folder / "report.html").read_text()
+
+
+def test_margins_of_an_evaluation_after_the_checkpoint_are_written_again(settings, tmp_path, monkeypatch):
+    def add_and_fail(self, metrics, add=Recorder.add):
+        add(self, metrics)
+        if metrics["step"] == 3 and "eval_loss" in metrics:
+            raise RuntimeError("cut")
+
+    assert run(settings(), tmp_path / "whole").status == "finished"
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "add", add_and_fail)
+        assert run(settings(), tmp_path / "cut").status == "failed"
+    assert '"step": 3' in (tmp_path / "cut" / "margins.jsonl").read_text()
+    assert run(settings(), tmp_path / "cut").status == "finished"
+    kept = [(tmp_path / name / "margins.jsonl").read_text() for name in ("whole", "cut")]
+    assert kept[0] == kept[1]
 
 
 def test_a_sweep_over_beta_computes_its_reference_once(settings, tmp_path, monkeypatch):
@@ -228,6 +284,10 @@ def near(one, other) -> bool:
     for a, b in zip(ours, theirs, strict=True):
         keys = a.keys() - MEASURED
         assert {key: b[key] for key in keys} == pytest.approx({key: a[key] for key in keys}, rel=1e-4, abs=1e-5)
+    ours, theirs = ([json.loads(line) for line in (f / "margins.jsonl").read_text().splitlines()] for f in (one, other))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.get("pairs") == b.get("pairs") and a["step"] == b["step"]
+        assert b["margins"] == pytest.approx(a["margins"], abs=1e-4) and len(a["margins"]) == 4
     weights = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, other)]
     return max(float(abs(weights[0][name] - weights[1][name]).max()) for name in weights[0]) < 1e-5
 
@@ -262,6 +322,29 @@ def test_micro_batches_of_fillers_alone_change_nothing(settings, tmp_path, forke
     assert run(settings(*chosen), tmp_path / "one").status == "finished"
     assert launch(settings(*chosen, "distributed.num_processes=2"), tmp_path / "two", Context()).status == "finished"
     assert near(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("held_out", [0, 0.2])
+def test_a_run_whose_chosen_answers_become_unlikely_says_so_once(settings, tmp_path, caplog, monkeypatch, held_out):
+    """The rejected answer is the chosen one and more: both fall. The bar is low, for a run of 12 steps."""
+    monkeypatch.setattr(dpo, "FALL", 0.03)
+    monkeypatch.setattr(dpo, "LEAST_FALL", 5.0)
+    pairs = [{"prompt": f"Say {n}.", "chosen": "it is so " * 4, "rejected": "it is so " * 5} for n in range(20)]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    more = (f"dataset.eval_fraction={held_out}", "trainer.learning_rate=0.03", "trainer.max_steps=12", "method.beta=0.01")
+    assert run(settings(*more), tmp_path / "run").status == "finished"
+    told = [entry.getMessage() for entry in caplog.records if "chosen answers' log probability fell" in entry.getMessage()]
+    assert len(told) == 1 and "hint: method.sft_weight=0.1" in told[0]
+    step = json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]["chosen_fell_at"]
+    prefix = "eval_" if held_out else ""
+    line = next(one for one in lines(tmp_path / "run") if one["step"] == step and f"{prefix}logp_chosen" in one)
+    assert line[f"{prefix}reward_chosen"] / 0.01 < -5 and line[f"{prefix}margin"] > 0
+
+
+def test_a_run_whose_chosen_answers_stay_likely_says_nothing(settings, tmp_path, caplog):
+    assert run(settings(), tmp_path / "run").status == "finished"
+    assert "log probability fell" not in caplog.text
+    assert "chosen_fell_at" not in json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]
 
 
 def test_preferences_on_an_adapter_begin_as_ties_with_what_it_says(settings, tmp_path):

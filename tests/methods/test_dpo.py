@@ -15,7 +15,7 @@ from sft.data.prepare import prepare
 from sft.data.shared_prompt import SharedPromptCollator, shared_length
 from sft.data.tokenize import IGNORED
 from sft.errors import Refusal
-from sft.methods.dpo import PairCollator, _difference, cut_pairs, log_probs, padded, pair_facts, pair_losses
+from sft.methods.dpo import PairCollator, _difference, cut_pairs, fell_far, log_probs, padded, pair_facts, pair_losses
 from sft.model import builtin
 from sft.model.padding_free import attend, install
 from sft.plan.plan import Plan
@@ -213,6 +213,21 @@ def test_a_sliding_window_counts_from_the_end_of_the_keys():
     assert torch.allclose(shared[:, 7:], alone[:, 5:], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("began", "now", "margin", "told"),
+    [
+        (-100, -125, 0.1, True),
+        (-100, -115, 0.1, False),
+        (-20, -28, 0.1, False),
+        (-20, -31, 0.1, True),
+        (-100, -125, -0.1, False),
+        (-100, -50, 0.1, False),
+    ],
+)
+def test_chosen_answers_fell_far_by_a_fifth_and_ten_nats_while_the_margin_grew(began, now, margin, told):
+    assert fell_far(now, 0.3 * (now - began), margin, 0.3) == told
+
+
 # -------------------------------------------------------------------------------------------------------- the data
 
 
@@ -252,9 +267,32 @@ def test_a_pair_in_any_form_is_its_prompt_with_each_answer(tokens, tokenizer, ro
 def test_equal_pairs_are_left_out_and_length_is_told(tokens):
     longer = [{"prompt": f"q{n}", "chosen": "a b c d e f", "rejected": "a"} for n in range(4)]
     found = tokens([*longer, {"prompt": "q", "chosen": "a", "rejected": "a"}])
-    assert found.facts["pairs"] == {"pairs": 4, "equal_pairs": 1, "chosen_longer": 4} and len(found.train) == 4
+    counts = {"pairs": 4, "equal_pairs": 1, "chosen_longer": 4, "contradicting": 0, "held_out_prompts": 0}
+    assert found.facts["pairs"] == counts and len(found.train) == 4
     assert any("two equal answers" in text for text in found.facts["warnings"])
     assert any("In 100% of the pairs the chosen answer is the longer one" in text for text in found.facts["warnings"])
+
+
+def test_pairs_that_a_cut_makes_equal_are_left_out(tokens):
+    rows = [EXPLICIT, {"prompt": "q", "chosen": "word " * 80 + "a", "rejected": "word " * 80 + "b"}]
+    found = tokens(rows, "model.max_seq_length=64", "dataset.overlong=truncate")
+    assert [pair["row"] for pair in found.train] == [1] and found.facts["pairs"]["equal_pairs"] == 1
+
+
+def test_pairs_that_contradict_each_other_are_told_with_their_rows(tokens):
+    opposed = {"prompt": "Hi?", "chosen": "No.", "rejected": "Yes."}
+    found = tokens([EXPLICIT, EXPLICIT | {"prompt": "Well?"}, opposed, opposed | {"prompt": "Other?"}])
+    assert found.facts["pairs"]["contradicting"] == 2
+    assert [text for text in found.facts["warnings"] if "(row 1 and row 3)" in text and text.startswith("2 pairs contradict")]
+
+
+def test_held_out_prompts_that_are_trained_on_are_told_with_their_rows(tokens, tmp_path):
+    held_out = [{"prompt": "New?", "chosen": "Yes.", "rejected": "No."}, EXPLICIT | {"chosen": "Sure."}]
+    (tmp_path / "held_out.json").write_text(json.dumps(held_out), encoding="utf-8")
+    rows = [EXPLICIT | {"prompt": "Well?"}, EXPLICIT]
+    found = tokens(rows, f"dataset.eval_path={tmp_path / 'held_out.json'}")
+    assert (found.facts["pairs"]["held_out_prompts"], found.facts["pairs"]["contradicting"]) == (1, 0)
+    assert any("1 held-out pairs have a prompt" in w and "(row 2 has that of row 2)" in w for w in found.facts["warnings"])
 
 
 @pytest.mark.parametrize(
