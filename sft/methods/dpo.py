@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.method import DPO
-from sft.config.schema import MethodSettings, PreferenceLoss, Reference
+from sft.config.schema import MethodSettings, PreferenceLoss, Reference, Settings
 from sft.data.collators import PaddingFreeCollator, cut
 from sft.data.shared_prompt import SharedPromptCollator, cut_shared, shared_length
 from sft.data.token_cache import row_lengths, token_counts
@@ -392,19 +392,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     strategy.settle_device(args)
     splits = {"train": data.train} | ({"eval": data.eval} if data.eval is not None else {})
     splits = {name: split.select_columns([*DPO.columns, "shared_length"]) for name, split in splits.items()}
-    longest = int(max(lengths.max() for split in splits.values() for lengths in row_lengths(split)))
-    rows = PaddingFreeCollator(tokenizer.pad_token_id, longest) if plan.padding_free else padded(tokenizer.pad_token_id)
-    layout, captured = rows, rows
-    if plan.padding_free:
-        count = settings.trainer.per_device_train_batch_size
-        shared = SharedPromptCollator(tokenizer.pad_token_id, longest)
-        first = [splits["train"][i] for i in range(min(3, len(splits["train"])))]
-        why_not = next(filter(None, group.gathered(_difference(model, plan, first, rows, shared))), "")
-        if why_not:
-            log.info("Speed  each answer has its prompt to itself: %s", why_not)
-            captured = replace(rows, lengths=plan.capture_sizes, rows=2 * count)
-        else:
-            layout, captured = shared, replace(shared, lengths=plan.capture_sizes, pairs=count)
+    rows, layout, captured = _choose_layout(model, settings, plan, splits, tokenizer.pad_token_id)
     trainer = Trainer(model=model, args=args, data_collator=PairCollator(captured), train_dataset=splits["train"],
                       eval_dataset=splits.get("eval"), processing_class=tokenizer)  # fmt: skip
     trainer.eval_collator = PairCollator(layout)
@@ -422,6 +410,24 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     }
     trainer.train_dataset, trainer.eval_dataset = splits["train"], splits.get("eval")
     return trainer
+
+
+def _choose_layout(
+    model: Any, settings: Settings, plan: Plan, splits: dict[str, Any], pad_token_id: int
+) -> tuple[Any, Any, Any]:
+    """(collator of rows, collator of pairs, the same for micro-batches that are captured): prompts are shared where the model
+    is seen to take that."""
+    if not plan.padding_free:
+        return (padded(pad_token_id),) * 3
+    longest = int(max(lengths.max() for split in splits.values() for lengths in row_lengths(split)))
+    count = settings.trainer.per_device_train_batch_size
+    rows, shared = PaddingFreeCollator(pad_token_id, longest), SharedPromptCollator(pad_token_id, longest)
+    first = [splits["train"][i] for i in range(min(3, len(splits["train"])))]
+    why_not = next(filter(None, group.gathered(_difference(model, plan, first, rows, shared))), "")
+    if why_not:
+        log.info("Speed  each answer has its prompt to itself: %s", why_not)
+        return rows, rows, replace(rows, lengths=plan.capture_sizes, rows=2 * count)
+    return rows, shared, replace(shared, lengths=plan.capture_sizes, pairs=count)
 
 
 def _reference(ctx: RunContext, trainer: Any, splits: dict[str, Any], layout: str) -> dict[str, list[list[float]]]:
