@@ -6,8 +6,8 @@
 `ours` trains as train.py does; `ours_unshared` with the prompt before each of the two answers; `trl` is TRL's DPOTrainer as its
 documentation has it, `trl_fast` with its precomputed reference and liger's loss, `unsloth` the same trainer after Unsloth's
 patch. LoRA r 16 on seven projections, bf16, no checkpointing. Every measurement is a process of its own. A step is timed from
-the end of one to the end of the next; pairs a second are those of all steps after `--warm-up`, and the median step stands beside
-them. The pass over the reference is not in it where it is made beforehand. Writes preference_speed.json and prints a table.
+the end of one to the end of the next; pairs a second are those of all steps after `--warm-up`. The pass over the
+reference is not in it where it is made beforehand. Writes preference_speed.json and prints a table.
 """
 
 import argparse
