@@ -76,14 +76,14 @@ def generate(
     fits = count > 1 and not strategy.shards(settings) and decoding.fits(base_of(model))
 
     def complete(part: list[list[int]]) -> list[list[int]]:
-        ids, mask = batching.padded(part, tokenizer.pad_token_id, model.device)
         if fits:
             try:
-                return decoding.greedy(base_of(model), ids, mask, stop_ids, config.max_new_tokens, check_stop)
+                return decoding.greedy(base_of(model), part, stop_ids, config.max_new_tokens, check_stop)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # what CUDA says where a step cannot be captured
                 log.debug("completions are not captured: %s", first_line(error))
+        ids, mask = batching.padded(part, tokenizer.pad_token_id, model.device)
         return model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[check]
         )[:, ids.shape[1] :].tolist()  # fmt: skip

@@ -20,6 +20,7 @@ from sft.data.tokenize import IGNORED
 from sft.distributed import group, strategy
 from sft.export import measure
 from sft.methods import sft
+from sft.methods.answers import on_device, padded, token_log_probs
 from sft.methods.arguments import training_arguments
 from sft.methods.reference import computed_once, reference_hash
 from sft.model import warm_cache
@@ -130,23 +131,6 @@ def _answers(pair: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"input_ids": pair["input_ids"], "labels": pair["labels"]}, rejected]
 
 
-def padded(pad_token_id: int) -> Any:
-    """A collator that pads rows on the right."""
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        import torch
-
-        longest = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), longest), pad_token_id)
-        labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            n = len(row["input_ids"])
-            ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), 1
-        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
-
-    return collate
-
-
 def _real(batch: dict[str, Any]) -> list[int]:
     """Which pairs of a micro-batch are none that fill up the share of a process: those have no target."""
     counts = batch["target_counts"]
@@ -159,19 +143,9 @@ def log_probs(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
 
     counts = batch["target_counts"]
     inputs = {key: value for key, value in batch.items() if key not in ("target_counts", "reference")}
-    if "target_positions" in inputs:
-        found = model(**inputs, log_probs=True).logits
-    else:
-        labels = inputs.pop("labels")[:, 1:]
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        wanted = labels != IGNORED
-        found = torch.log_softmax(logits[wanted].float(), -1).gather(1, labels[wanted][:, None])[:, 0]
+    found = token_log_probs(model, inputs)
     sums = torch.stack([part.sum() for part in torch.split(found, counts)]).view(-1, 2)
     return sums, torch.tensor(counts, device=sums.device, dtype=sums.dtype).view(-1, 2)
-
-
-def _on_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
-    return {key: x.to(model.device) if hasattr(x, "to") else x for key, x in batch.items()}
 
 
 def reference_log_probs(ctx: RunContext, trainer: Any, dataset: Any) -> list[list[float]]:
@@ -210,7 +184,7 @@ def summed_log_probs(ctx: RunContext, trainer: Any, count: int, pairs_at: Callab
     was_training = model.training
 
     def predict(batch):
-        return log_probs(model, _on_device(batch, model))[0].tolist()
+        return log_probs(model, on_device(batch, model))[0].tolist()
 
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager(), acceleration.evaluating(model, trainer.plan):
@@ -464,7 +438,7 @@ def _difference(model: Any, plan: Plan, pairs: list[dict[str, Any]], rows: Any, 
         with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype.itemsize == 2), \
                 acceleration.evaluating(model, plan), attention_of(base, ATTENTION):  # fmt: skip
             for layout in (shared, rows):
-                batch = _on_device(PairCollator(layout)(pairs), model)
+                batch = on_device(PairCollator(layout)(pairs), model)
                 passed = {key: x for key, x in batch.items() if key not in NOT_PASSED}
                 hidden = base.base_model(**passed, use_cache=False).last_hidden_state[0].float()
                 states.append(hidden.index_select(0, batch["target_positions"]).split(batch["target_counts"]))
