@@ -88,7 +88,7 @@ def generate(
             input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[check]
         )[:, ids.shape[1] :].tolist()  # fmt: skip
 
-    with _generating(model, settings), batching.plain(model):
+    with inference_mode(model, settings), batching.plain(model):
         parts = batching.grouped([prompt.input_ids for prompt in prompts], config.max_new_tokens, count)
         completions = [completion for part in parts for completion in complete(part)]
     if torch.cuda.is_available():
@@ -123,7 +123,7 @@ def eos_share(lines: list[dict]) -> float | None:
 
 
 @contextlib.contextmanager
-def _generating(model: Any, settings: Settings) -> Iterator[None]:
+def inference_mode(model: Any, settings: Settings) -> Iterator[None]:
     """Inference mode inside the block; afterwards the mode and the random state are what they were before."""
     import torch
 

@@ -6,7 +6,7 @@ The reference's log probabilities are computed once, before anything is trained:
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,11 @@ from sft.data.tokenize import IGNORED
 from sft.distributed import group, strategy
 from sft.export import measure
 from sft.methods import sft
-from sft.methods.answers import on_device, padded, token_log_probs
+from sft.methods.answers import TAKEN, difference, on_device, padded, token_log_probs
 from sft.methods.arguments import training_arguments
 from sft.methods.reference import computed_once, reference_hash
 from sft.model import warm_cache
-from sft.model.backend import torch_dtype
-from sft.model.padding_free import ATTENTION
-from sft.model.structure import attention_of, base_of
+from sft.model.adapters import without_adapter
 from sft.plan.plan import Plan
 from sft.storage.jsonio import append_jsonl
 from sft.training import acceleration, metrics, samplers
@@ -47,10 +45,6 @@ SHORT = 300
 
 CHECKED = 64
 """Tokens of a prompt and of an answer by which shared prompts are tried."""
-
-NOT_PASSED = ("labels", "target_positions", "targets", "target_counts", "reference")
-"""What the loss takes of a micro-batch, and not the layers."""
-
 
 # ------------------------------------------------------------------------------------------------------- the loss
 
@@ -163,7 +157,7 @@ def reference_log_probs(ctx: RunContext, trainer: Any, dataset: Any) -> list[lis
         return list(dataset.select(mine[begin:end]))
 
     base = ctx.settings.method.reference == Reference.base
-    with _without_adapter(trainer.model) if base else contextlib.nullcontext():
+    with without_adapter(trainer.model) if base else contextlib.nullcontext():
         found = summed_log_probs(ctx, trainer, len(mine), pairs_at)
     for _ in range(checks - -(-len(mine) // rows)):
         ctx.stop.check()  # which all processes have to ask equally often
@@ -193,18 +187,6 @@ def summed_log_probs(ctx: RunContext, trainer: Any, count: int, pairs_at: Callab
             found += [pair for some, _ in trainer.oom_retry.evaluate(predict, batch) for pair in some]
     model.train(was_training)
     return found
-
-
-@contextlib.contextmanager
-def _without_adapter(model: Any) -> Iterator[None]:
-    """Switch the adapter off inside the block."""
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, requires_grad in trained:  # PEFT makes all of an adapter trainable as it comes back
-            parameter.requires_grad_(requires_grad)
 
 
 def write_margins(folder: Path, step: int, policy: Any, reference: Any, beta: float, texts: Callable[[], list[dict]]) -> None:
@@ -426,31 +408,11 @@ def _reference(ctx: RunContext, trainer: Any, splits: dict[str, Any], layout: st
 
 
 def _difference(model: Any, plan: Plan, pairs: list[dict[str, Any]], rows: Any, shared: Any) -> str:
-    """Compare the last hidden states of the answers of a few pairs that share their prompts with those of rows of their own, as
-    `acceleration.settle` does with rows; empty if they agree.
-    """
-    import torch
-
-    dtype, base, states, training = torch_dtype(plan.dtype), base_of(model), [], model.training
+    """Why a few pairs would not be the same where they share their prompts; empty if they are."""
     pairs = [_short(pair) for pair in pairs]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype.itemsize == 2), \
-                acceleration.evaluating(model, plan), attention_of(base, ATTENTION):  # fmt: skip
-            for layout in (shared, rows):
-                batch = on_device(PairCollator(layout)(pairs), model)
-                passed = {key: x for key, x in batch.items() if key not in NOT_PASSED}
-                hidden = base.base_model(**passed, use_cache=False).last_hidden_state[0].float()
-                states.append(hidden.index_select(0, batch["target_positions"]).split(batch["target_counts"]))
-    except Exception as error:  # whatever the model's code raises for arguments that it does not know
-        log.debug("shared prompts", exc_info=True)
-        return f"the model's forward pass does not take shared prompts ({type(error).__name__})"
-    finally:
-        model.train(training)
-    away = max(float((one - alone).norm() / alone.norm()) for one, alone in zip(*states, strict=True))
-    if not away <= acceleration.HIDDEN[dtype.itemsize]:
-        return f"an answer would not be what it is alone: its hidden states differ by {100 * away:.2f} %"
-    return ""
+    one, other = (PairCollator(layout)(pairs) for layout in (shared, rows))
+    counts = one["target_counts"]
+    return difference(model, plan, *({k: x for k, x in batch.items() if k in TAKEN} for batch in (one, other)), counts)
 
 
 def _short(pair: dict[str, Any]) -> dict[str, Any]:

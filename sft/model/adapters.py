@@ -118,3 +118,15 @@ def _freeze_quantized(model: Any, checkpointing: bool) -> None:
     model.requires_grad_(False)
     if checkpointing:
         model.enable_input_require_grads()
+
+
+@contextlib.contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """Switch the adapter off inside the block."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in trained:  # PEFT makes all of an adapter trainable as it comes back
+            parameter.requires_grad_(requires_grad)
