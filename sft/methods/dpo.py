@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.method import DPO
-from sft.config.schema import MethodSettings, PreferenceLoss, Reference, Settings
+from sft.config.schema import MethodLoss, MethodSettings, Reference, Settings
 from sft.data.collators import PaddingFreeCollator, cut
 from sft.data.shared_prompt import SharedPromptCollator, cut_shared, shared_length
 from sft.data.token_cache import row_lengths, token_counts
@@ -58,16 +58,16 @@ def pair_losses(policy: Any, reference: Any, lengths: Any, method: MethodSetting
 
     beta, smoothing, kind = method.beta, method.label_smoothing, method.loss_type
     ratios = policy - reference
-    if kind in (PreferenceLoss.ipo, PreferenceLoss.sigmoid_norm):
+    if kind in (MethodLoss.ipo, MethodLoss.sigmoid_norm):
         ratios = ratios / lengths
     delta = ratios[:, 0] - ratios[:, 1]
-    if kind in (PreferenceLoss.sigmoid, PreferenceLoss.sigmoid_norm):
+    if kind in (MethodLoss.sigmoid, MethodLoss.sigmoid_norm):
         return -logsigmoid(beta * delta)
-    if kind == PreferenceLoss.hinge:
+    if kind == MethodLoss.hinge:
         return torch.relu(1 - beta * delta)
-    if kind == PreferenceLoss.ipo:
+    if kind == MethodLoss.ipo:
         return (delta - 1 / (2 * beta)) ** 2
-    if kind == PreferenceLoss.robust:
+    if kind == MethodLoss.robust:
         flipped = smoothing * logsigmoid(-beta * delta)
         return (-(1 - smoothing) * logsigmoid(beta * delta) + flipped) / (1 - 2 * smoothing)
     return 1 - torch.sigmoid(beta * ratios[:, 0]) + torch.sigmoid(beta * ratios[:, 1])
