@@ -190,7 +190,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
             lengths = [len(some[0].prompt_ids) + sum(len(item.scored.ids) for item in some) for some in items]
             rows = settings.trainer.per_device_train_batch_size
             parts = samplers.balance_micro_batches(range(len(items)), lengths, rows)
-            filler = [Item(-1, [pad], Scored([pad], [0.0], False, "", reference=[0.0]), 0.0)]  # nothing to learn: a gradient of 0
+            filler = [Item(-1, [pad], Scored([pad], [0.0], False, "", reference=[0.0]), 0.0)]  # its gradient is 0
             parts = [[item for at in part for item in items[at]] for part in parts] + [filler] * (count - len(parts))
             return [self.data_collator(part) for part in parts]
 
@@ -280,7 +280,8 @@ def _add_reference(trainer: Any, settings: Settings, groups: list[Group]) -> Non
     import torch
 
     model, rows = trainer.model, settings.trainer.per_device_train_batch_size
-    items = [[Item(at, group.prompt_ids, one, 0.0) for one in group.completions] for at, group in enumerate(groups) if group.std]
+    varied = [group for group in groups if group.std]
+    items = [[Item(at, group.prompt_ids, one, 0.0) for one in group.completions] for at, group in enumerate(varied)]
     was_training = model.training
 
     def predict(batch: dict[str, Any]) -> None:
@@ -292,7 +293,8 @@ def _add_reference(trainer: Any, settings: Settings, groups: list[Group]) -> Non
     with torch.no_grad(), trainer.compute_loss_context_manager(), without_adapter(model), \
             acceleration.evaluating(model, trainer.plan):  # fmt: skip
         for at in range(0, len(items), rows):
-            trainer.oom_retry.evaluate(predict, trainer.data_collator([item for some in items[at : at + rows] for item in some]))
+            batch = trainer.data_collator([item for some in items[at : at + rows] for item in some])
+            trainer.oom_retry.evaluate(predict, batch)
     model.train(was_training)
 
 

@@ -116,7 +116,9 @@ class Generator:
         return self.tokenizer.decode(completion.ids[:-1] if completion.ended else completion.ids)
 
 
-def score(entries: list[dict[str, Any]], completions: list[list[Completion]], generator: Generator, rewards: list[Reward]) -> list[Group]:
+def score(
+    entries: list[dict[str, Any]], completions: list[list[Completion]], generator: Generator, rewards: list[Reward]
+) -> list[Group]:
     """Groups of completions with their rewards. `entries` are the prompts' rows of the prepared data.
 
     Raises RewardFault where a reward function fails.
