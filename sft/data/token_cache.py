@@ -9,7 +9,7 @@ from typing import Any
 from filelock import FileLock
 
 from sft.config.fingerprint import row_seed
-from sft.config.schema import MethodName, Settings
+from sft.config.schema import MethodName, MethodSettings, Settings
 from sft.storage import atomic, cache
 
 TOKENS_VERSION = 2
@@ -41,6 +41,16 @@ def token_counts(rows: Any, padded: bool = False) -> Any:
     if padded:
         return 2 * counts[0].clip(min=counts[1])
     return counts[0] + counts[1] - rows.data.column("shared_length").to_numpy()
+
+
+def trained_lengths(counts: Any, method: MethodSettings, padded: bool = False) -> Any:
+    """The tokens that are trained on for each row, from `token_counts`, at most: of a prompt with its completions, each of them
+    with a prompt to itself where they are `padded`.
+    """
+    if method.name != MethodName.grpo:
+        return counts
+    completions = method.num_generations * method.max_completion_length
+    return counts * (method.num_generations if padded else 1) + completions
 
 
 def row_lengths(rows: Any) -> list[Any]:

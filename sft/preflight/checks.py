@@ -18,7 +18,7 @@ from sft.config.keys import shown
 from sft.config.rules import warnings_for
 from sft.config.schema import PreflightMode, Settings
 from sft.data.audit import unused_columns
-from sft.data.token_cache import token_counts
+from sft.data.token_cache import token_counts, trained_lengths
 from sft.errors import Problem, first_line
 from sft.export import gguf, requirements
 from sft.export.hub import check_access, repo_for
@@ -61,7 +61,11 @@ def examine(
         found.prepared = warm_cache.prepare_data(settings, found.tokenizer, found.stop_ids)
         splits = {"train": found.prepared.train, "eval": found.prepared.eval}
         padded = not machine.varlen
-        found.lengths = {name: token_counts(rows, padded).tolist() for name, rows in splits.items() if rows is not None}
+        found.lengths = {
+            name: trained_lengths(token_counts(rows, padded), settings.method, padded).tolist()
+            for name, rows in splits.items()
+            if rows is not None
+        }
         check_data(found, settings)
         check_ids(found, settings)
     dims = read_dims(found, settings) if whole or machine.gpu else None

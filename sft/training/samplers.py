@@ -83,6 +83,27 @@ class PaddedDistributedSampler:
             self.sampler.set_epoch(epoch)
 
 
+class RepeatedSteps:
+    """A sampler that gives the rows of each step of another one several times, for as many updates by one rollout."""
+
+    def __init__(self, sampler: Any, rows: int, times: int):
+        """`rows` are those of a step."""
+        self.sampler, self.rows, self.times = sampler, rows, times
+
+    def __len__(self) -> int:
+        return len(self.sampler) * self.times
+
+    def __iter__(self) -> Iterator[int]:
+        rows = iter(self.sampler)
+        while step := list(itertools.islice(rows, self.rows)):
+            yield from step * self.times
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle as of this epoch."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+
 def settle_order(sampler: Any, rows: int) -> Any:
     """A trainer's sampler of `rows` rows as accelerate makes it in a run of one process; where it is wrapped, it does not."""
     from accelerate.data_loader import SeedableRandomSampler
