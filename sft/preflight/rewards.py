@@ -61,7 +61,7 @@ def check_rewards(found: Found, settings: Settings) -> None:
         _judge(found, reward, name, tried, compares)
         if compares and prompts["references"] < total:
             text = f"{total - prompts['references']} of {total} rows have no reference answer: {name} gives each of their "
-            found.warn("Rewards", text + "completions 0, and nothing is learnt from them.")
+            found.warn("Rewards", text + "completions 0, so that they teach nothing.")
     _check_room(found, settings)
 
 
