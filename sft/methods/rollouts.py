@@ -307,7 +307,7 @@ class Rollout:
             )
 
     def _judge_first(self, groups: list[Group]) -> None:
-        """Say what the first rollout shows, or further prompts where it shows nothing. Raises Refusal if these do not either."""
+        """Say what the first rollout shows, or further prompts where it shows nothing. Raises Refusal if there is nothing."""
         data, rank = self.ctx.prepared.train, processes.rank()
         more = [data[i] for i in range(min(len(data), JUDGED))][rank :: processes.world_size()]
         if any(processes.gathered(any(group.std for group in groups))):
