@@ -22,6 +22,8 @@ SHIPPED: dict[str, dict[str, Any]] = {
 NEEDED = {"regex": "pattern"}
 """The option without which a reward says nothing."""
 
+JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+
 COMPARING = ("number", "exact", "contains")
 """Rewards that compare with the reference answer; `contains` only without its option."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.keys import shown, typed
-from sft.config.reward_names import NEEDED, SHIPPED, OwnReward, own_reward, short_name
+from sft.config.reward_names import JSON_TYPES, NEEDED, SHIPPED, OwnReward, own_reward, short_name
 from sft.config.schema import MethodSettings
 from sft.errors import Problem
 
@@ -132,6 +132,9 @@ def _check_options(method: MethodSettings) -> list[Problem]:
 
 def _check_given(name: str, given: dict[str, Any], options: dict[str, Any]) -> list[Problem]:
     problems, known = [], SHIPPED[name]
+    if name == "json_schema" and given.keys() <= known.keys() and (fault := _schema_fault(given, "The schema")):
+        example = {"type": "object", "required": ["name"]}
+        return [Problem(f"method.reward_options.{name}={given}", fault, _with(name, example, options) + "   for example")]
     for option, value in given.items():
         what = f"method.reward_options.{name}.{option}={shown(value)}"
         rest = {key: one for key, one in given.items() if key != option}
@@ -154,6 +157,26 @@ def _check_given(name: str, given: dict[str, Any], options: dict[str, Any]) -> l
         elif name == "contains" and not value.strip():
             problems.append(Problem(what, "A blank text stands in every completion.", _with(name, rest, options)))
     return problems
+
+
+def _schema_fault(schema: Any, path: str) -> str:
+    """What in a schema for `json_schema` is not known; empty if nothing is."""
+    known = SHIPPED["json_schema"]
+    if not isinstance(schema, dict):
+        return f"{path} has to be a table."
+    for key, value in schema.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1, 0.5)
+            return f"{path} has {key!r}; what is known is {', '.join(known)}." + f" Did you mean {close[0]}?" * bool(close)
+        if not isinstance(value, known[key]):
+            return f"{path}.{key} has the wrong type."
+        if key == "type" and value not in JSON_TYPES:
+            return f"{path}.type={value} is none of {', '.join(JSON_TYPES)}."
+        if key == "required" and not all(isinstance(one, str) for one in value):
+            return f"{path}.required has to be a list of names."
+    parts = {f"{path}.{name}": part for name, part in schema.get("properties", {}).items()}
+    parts |= {f"{path}.items": schema["items"]} if "items" in schema else {}
+    return next((fault for inner, part in parts.items() if (fault := _schema_fault(part, inner))), "")
 
 
 def _with(name: str, given: dict[str, Any], options: dict[str, Any]) -> str:

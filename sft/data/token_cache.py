@@ -22,7 +22,8 @@ class Prepared:
 
     train: Any
     """`datasets.Dataset` with `input_ids`, `labels`, `prompt_length`, `question`, `reference`, and `row`, its number in the
-    data counted from 1; one entry a row."""
+    data counted from 1; one entry a row. For rewards `input_ids` are the prompt's, and in place of labels there is `columns`,
+    the raw row as JSON."""
     eval: Any | None
     """The held-out rows in the same form, or None."""
     facts: dict[str, Any]
@@ -77,6 +78,7 @@ def cache_folder(settings: Settings, tokenizer, stop_ids: set[int], sources: lis
         {k: str(v) for k, v in asdict(settings.dataset).items() if k not in ("path", "eval_path", "name", "seed")},
         settings.model.max_seq_length,
         *([f"{settings.method.name.value} 3"] if settings.method.name != MethodName.sft else []),
+        *([settings.method.max_completion_length] if settings.method.name == MethodName.grpo else []),
         row_seed(settings),
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,

@@ -66,6 +66,7 @@ CASES = [
     ([GRPO, "method.reward_funcs=[length]", "method.reward_options={length:{words:0}}"], "at least 1"),
     ([GRPO, "method.reward_funcs=[length]", "method.reward_options={length:3}"], "a table"),
     ([GRPO, "method.reward_funcs=[regex]", "method.reward_options={regex:{pattern:'(x'}}"], "regular expression"),
+    ([GRPO, "method.reward_funcs=[json_schema]", "method.reward_options={json_schema:{typ:object}}"], "no such option"),
     ([GRPO, "method.reward_funcs=[contains]", "method.reward_options={contains:{text:' '}}"], "every completion"),
     ([GRPO, "trainer.extra.num_generations=4"], "setting of its own"),
     ([GRPO, "trainer.extra.loss_type=dapo"], "setting of its own"),
@@ -124,6 +125,22 @@ EXTRA = [
 def test_an_option_of_trls_grpo_without_a_place_here_is_refused_with_its_reason(option, words):
     (problem,) = problems_of([GRPO, f"trainer.extra.{option}"])
     assert words in problem.why and problem.fix == f"leave trainer.extra.{option.partition('=')[0]} out"
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ("{type:objekt}", "none of object, array"),
+        ("{properties:{a:{typ:string}}}", "The schema.a has 'typ'; what is known is type"),
+        ("{items:{properties:{a:3}}}", "The schema.items.a has to be a table"),
+        ("{required:[1]}", "list of names"),
+        ("{items:{enum:3}}", "The schema.items.enum has the wrong type"),
+    ],
+)
+def test_a_schema_with_what_is_not_known_is_refused(schema, words):
+    argv = [GRPO, "method.reward_funcs=[ends,json_schema]", f"method.reward_options={{json_schema:{schema}}}"]
+    (problem,) = problems_of(argv)
+    assert words in problem.why
 
 
 OWN = [
