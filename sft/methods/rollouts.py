@@ -26,6 +26,9 @@ from sft.training.oom import free_memory
 
 log = logging.getLogger(__name__)
 
+JUDGED = 16
+"""Further prompts that are completed before a run is refused: the few of a small step may all be too hard."""
+
 STD_FLOOR = 1e-4
 """Added to the standard deviation that advantages are divided by, as TRL's GRPOTrainer has it."""
 
@@ -254,7 +257,9 @@ class Rollout:
             said = self.generator.complete(prompts, self.check_stop, keys) if prompts else []
             groups = score(entries, said, self.generator, self.rewards)
             self._try_rewards(entries[:1], said[:1], groups[:1])
-            self._compare(groups, first=step == 0)
+            self._compare(groups)
+            if step == 0:
+                self._judge_first(groups)
             if self.add_reference:
                 self.add_reference(groups)
         self.number, self.groups = number, groups
@@ -285,18 +290,15 @@ class Rollout:
                 if first != second:
                     raise RewardFault(f"reward {name} gave {first:g} and then {second:g} for the same completion")
 
-    def _compare(self, groups: list[Group], first: bool) -> None:
+    def _compare(self, groups: list[Group]) -> None:
         """Set the advantages, and count what the loss of the step is a mean over, in all processes."""
         mine = [(one.reward, len(one.ids), one.ended) for group in groups for one in group.completions]
-        found = processes.gathered((mine, sum(1 for group in groups if group.std), len(groups)))
-        everyone = [one for some, *_ in found for one in some]
-        varied, count = sum(one[1] for one in found), sum(one[2] for one in found)
+        found = processes.gathered((mine, sum(1 for group in groups if group.std)))
+        everyone, varied = [one for some, _ in found for one in some], sum(count for _, count in found)
         compare(groups, self.method, [reward for reward, *_ in everyone])
         self.completions = len(everyone)
         self.tokens = sum(n for _, n, ended in everyone if ended or not self.method.mask_truncated_completions)
         self.idle = 0 if varied else self.idle + 1
-        if first:
-            self._tell_first(everyone, varied, count)
         if self.idle >= self.method.max_idle_steps:
             stop = self.ctx.stop
             stop.failure = stop.failure or (
@@ -304,15 +306,23 @@ class Rollout:
                 f"(method.max_idle_steps={self.method.max_idle_steps})"
             )
 
-    def _tell_first(self, everyone: list[tuple[float, int, bool]], varied: int, count: int) -> None:
-        """Say what the first rollout shows. Raises Refusal if nothing can be learnt from such ones."""
-        ended = sum(end for *_, end in everyone) / len(everyone)
-        mean, limit = statistics.fmean(reward for reward, *_ in everyone), self.method.max_completion_length
+    def _judge_first(self, groups: list[Group]) -> None:
+        """Say what the first rollout shows, or further prompts where it shows nothing. Raises Refusal if there is nothing."""
+        data, rank = self.ctx.prepared.train, processes.rank()
+        more = [data[i] for i in range(min(len(data), JUDGED))][rank :: processes.world_size()]
+        if any(processes.gathered(any(group.std for group in groups))):
+            more = []
+        prompts, keys = [entry["input_ids"] for entry in more], keys_of(self.ctx.settings, -1, more)
+        said = self.generator.complete(prompts, self.check_stop, keys) if more else []
+        judged = [*groups, *score(more, said, self.generator, self.rewards)]
+        facts = processes.gathered(facts_of(judged, self.names))
+        count, completions, _, reward, ended, _, zero, *_ = (sum(parts) for parts in zip(*facts, strict=True))
+        mean, limit = reward / completions, self.method.max_completion_length
         log.info(
             "Rollout  mean reward %.3f; %d of %d prompts have completions of different rewards; %.0f %% of the completions "
-            "ended by themselves", mean, varied, count, 100 * ended,
+            "ended by themselves", mean, count - zero, count, 100 * ended / completions,
         )  # fmt: skip
-        if varied:
+        if zero < count:
             return
         if ended:
             log.warning(
@@ -323,8 +333,8 @@ class Rollout:
         if not processes.is_first():
             watchdog.wait_for_end()  # all found the same; the first process refuses for all
         why = (
-            f"The first rollout has nothing to learn from: all {len(everyone)} completions were cut at {limit} tokens, and "
-            f"those of each prompt have the same reward (mean {mean:.3f}). Nothing was trained."
+            f"The first rollout has nothing to learn from: all {completions:.0f} completions of {count:.0f} prompts were cut "
+            f"at {limit} tokens, and those of each prompt have the same reward (mean {mean:.3f}). Nothing was trained."
         )
         fix = f"method.max_completion_length={4 * limit}\nlora.start_from=<an SFT run>   or other rewards"
         raise refuse(f"method.max_completion_length={limit}", why, fix)
