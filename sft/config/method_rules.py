@@ -218,7 +218,8 @@ def _why_no_base(lora: LoraSettings) -> str:
 def _other_losses(settings: Settings) -> list[Problem]:
     """Options of supervised fine-tuning that change its loss or what a batch is."""
     method, extra = settings.method.name, settings.trainer.extra
-    refused = [name for name in OWN_LOSS if method == MethodName.grpo and (why_not_grpo(name) or hasattr(settings.method, name))]
+    grpo = method == MethodName.grpo
+    refused = [name for name in OWN_LOSS if grpo and (why_not_grpo(name) or hasattr(settings.method, name))]
     return [
         Problem(f"method={method.value} trainer.extra.{name}={shown(extra[name])}", "It belongs to supervised fine-tuning.",
                 f"leave trainer.extra.{name} out")
