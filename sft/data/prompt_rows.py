@@ -135,7 +135,7 @@ def cut_to_prompts(entries: Iterator[dict], table: Sequence[dict], counts: dict[
         counts["references"] += bool(entry["reference"].strip())
         ids = entry["input_ids"][: entry["prompt_length"]]
         raw = json.dumps(table[entry["row"] - 1], ensure_ascii=False, default=str)
-        yield entry | {"input_ids": ids, "labels": [], "columns": raw, "boundary_merge": False}
+        yield entry | {"input_ids": ids, "labels": [], "columns": raw}
 
 
 def fit_prompts(entries: list[dict], settings: Settings, counts: dict[str, int]) -> list[dict]:
@@ -188,6 +188,11 @@ def prompt_warnings(counts: dict[str, int], facts: dict[str, Any], settings: Set
         f"model.max_seq_length={limit}.",
     }
     found = [f"{counts[key]} {text}" for key, text in texts.items() if counts.get(key)]
+    if counts.get("rows_with_boundary_merge") and settings.dataset.template not in ("auto", "chat", "alpaca"):
+        found.append(
+            f"In {counts['rows_with_boundary_merge']} rows a token joins the prompt to the answer, and the prompt ends before "
+            "it; put a line break before the answer, not a space."
+        )
     duplicates = facts["duplicates"]
     if duplicates["held_out"]:
         held_out, trained = duplicates["rows"][0]
