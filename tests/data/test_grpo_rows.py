@@ -209,3 +209,9 @@ def test_the_shipped_sums_are_prompts_with_their_answers(loaded_tokenizer):
     for row in found.train.select(range(20)):
         first, second = (int(word.strip("?")) for word in row["question"].removeprefix("What is ").split(" + "))
         assert row["reference"] == str(first + second)
+
+
+def test_a_token_that_joins_prompt_and_answer_is_told(tmp_path, loaded_tokenizer):
+    words = ("dataset.template='Q: {instruction} A: {output}'",)
+    found = prepared("grpo", INSTRUCTION, tmp_path, loaded_tokenizer, *words)
+    assert any("In 4 rows a token joins the prompt to the answer" in warning for warning in found.facts["warnings"])
