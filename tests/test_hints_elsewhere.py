@@ -485,6 +485,7 @@ ELSEWHERE = {
     "sft.preflight.fit.": "tests/preflight/test_checks.py",
     "sft.preflight.optimizer.": "tests/preflight/test_checks.py",
     "sft.preflight.rewards.": "tests/preflight/test_rewards.py",
+    "sft.methods.rollouts.": "tests/integration/test_grpo.py",
 }
 """Where the hints of other modules are typed."""
 

@@ -94,9 +94,9 @@ def write_rows(folder: Path, prepared: Prepared) -> None:
 
 
 def write_completions(folder: Path, source: str, completions: list[tuple[list[int], list[int], str, str]]) -> None:
-    """Keep (prompt, completion, question, reference answer) of some rows in held_out.jsonl, to measure the completions on."""
-    rows = [HeldOutRow(source, prompt + said, [IGNORED] * len(prompt) + said, len(prompt), question, reference)
-            for prompt, said, question, reference in completions]  # fmt: skip
+    """Keep some completions in held_out.jsonl, to be measured: (ids of the prompt, of the completion, question, reference)."""
+    rows = [HeldOutRow(source, prompt + completion, [IGNORED] * len(prompt) + completion, len(prompt), question, reference)
+            for prompt, completion, question, reference in completions]  # fmt: skip
     _write(folder, rows)
 
 
