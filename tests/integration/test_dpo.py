@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sft.run
-from sft.export import exporter, gguf
+from sft.export import exporter, gguf, measure
 from sft.launch.ranks import launch
 from sft.methods import dpo
 from sft.model import builtin, hub
@@ -204,6 +204,34 @@ def test_other_weights_types_pairs_and_layouts_have_a_reference_of_their_own(set
     assert run(settings(*short), tmp_path / "again").status == "finished" and len(passes) == 2 * len(jobs) + 2
 
 
+@pytest.mark.parametrize(
+    ("more", "pairs"),
+    [
+        ((), [10, 4]),  # a micro-batch is made ahead
+        (("trainer.padding_free=false",), [10, 4]),
+        (("trainer.effective_batch_size=2", "trainer.per_device_train_batch_size=2"), [6, 4]),  # accelerate makes the order
+        (("trainer.max_steps=-1", "trainer.num_train_epochs=0.5"), [10, 4]),
+        (("trainer.extra.data_seed=5",), [16, 4]),
+        (("trainer.extra.train_sampling_strategy=sequential",), [16, 4]),
+        (("trainer.max_steps=4",), [16, 4]),
+    ],
+)
+def test_the_pairs_that_no_step_comes_to_need_no_reference(settings, tmp_path, passes, monkeypatch, more, pairs):
+    chosen = settings("trainer.max_steps=2", *more)
+    assert run(chosen, tmp_path / "some").status == "finished" and passes == pairs
+    monkeypatch.setattr(dpo, "_reached", lambda trainer, settings, count, kept: list(range(count)))
+    shutil.rmtree(tmp_path / "cache" / "references")
+    assert run(chosen, tmp_path / "all").status == "finished" and passes[2:] == [16, 4]
+    assert near(tmp_path / "some", tmp_path / "all")
+
+
+def test_what_is_kept_of_the_training_pairs_has_its_reference_as_well(settings, tmp_path, passes, monkeypatch):
+    monkeypatch.setattr(measure, "ROWS", 3)
+    assert run(settings("dataset.eval_fraction=0", "trainer.max_steps=2"), tmp_path / "run").status == "finished"
+    rows = measure.read_rows(tmp_path / "run")
+    assert len(rows) == 3 and all(len(row.reference_log_probs) == 2 for row in rows) and 10 <= passes[0] <= 13
+
+
 def test_a_damaged_file_is_made_anew_and_weights_without_a_name_are_not_kept(settings, tmp_path, passes, monkeypatch):
     short = settings("trainer.max_steps=1")
     assert run(short, tmp_path / "first").status == "finished"
@@ -320,6 +348,14 @@ def test_two_processes_are_the_run_of_one_and_go_on_from_each_other(settings, tm
 def test_micro_batches_of_fillers_alone_change_nothing(settings, tmp_path, forked_children, more):
     chosen = (*SPREAD, "trainer.per_device_train_batch_size=1", "trainer.max_steps=4", *more)
     assert run(settings(*chosen), tmp_path / "one").status == "finished"
+    assert launch(settings(*chosen, "distributed.num_processes=2"), tmp_path / "two", Context()).status == "finished"
+    assert near(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_processes_have_the_reference_of_all_pairs_that_their_steps_come_to(settings, tmp_path, forked_children):
+    chosen = (*SPREAD, "trainer.per_device_train_batch_size=1", "trainer.max_steps=2")
+    assert run(settings(*chosen), tmp_path / "one").status == "finished"
+    shutil.rmtree(cache_dir() / "references", ignore_errors=True)
     assert launch(settings(*chosen, "distributed.num_processes=2"), tmp_path / "two", Context()).status == "finished"
     assert near(tmp_path / "one", tmp_path / "two")
 
