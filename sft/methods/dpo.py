@@ -289,12 +289,18 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
         """The collator of held-out pairs, whose micro-batches are not captured."""
         pairs_seen, facts_seen = 0, 0.0
         """Pairs since the last log line, and their `pair_facts`."""
+        before_step: Any = (0, 0.0)
+        """Both as they were before this step."""
 
         def training_step(self, model, inputs, *args, **kwargs):
             self.tokens_seen = self.tokens_seen + metrics.count_tokens(inputs)
             return super().training_step(model, inputs, *args, **kwargs)
 
+        def repeat_step(self):
+            self.pairs_seen, self.facts_seen = self.before_step
+
         def get_batch_samples(self, *args, **kwargs):
+            self.before_step = self.pairs_seen, self.facts_seen
             batches, _ = super().get_batch_samples(*args, **kwargs)
             return batches, group.total(sum(len(_real(batch)) for batch in batches))
 

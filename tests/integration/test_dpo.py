@@ -276,6 +276,28 @@ def test_pairs_that_do_not_fit_are_evaluated_in_halves_and_by_the_reference_too(
     assert caplog.text.count("Evaluation: ") == 2, "from 4 pairs to 2, and to 1, once and for all"
 
 
+@pytest.mark.parametrize("padding_free", ["true", "false"])
+def test_a_step_that_is_repeated_counts_its_pairs_once(settings, tmp_path, monkeypatch, caplog, padding_free):
+    chosen = settings("trainer.per_device_train_batch_size=4", "trainer.effective_batch_size=8", "trainer.max_steps=3",
+                      "trainer.logging_steps=3", "trainer.eval_steps=3", f"trainer.padding_free={padding_free}")  # fmt: skip
+    assert run(chosen, tmp_path / "whole").status == "finished"
+    original, passes = dpo.log_probs, []
+
+    def too_large(model, batch):
+        if model.training:
+            passes.append(len(batch["target_counts"]) // 2)
+            if len(passes) == 4:  # the last micro-batch of the second step
+                raise torch.OutOfMemoryError("planted")
+        return original(model, batch)
+
+    monkeypatch.setattr(dpo, "log_probs", too_large)
+    assert run(chosen, tmp_path / "repeated").status == "finished"
+    assert passes == [4, 4, 4, 4, *[2] * 8] and "it is repeated with 2" in caplog.text
+    whole, repeated = ([line for line in lines(tmp_path / n) if "loss" in line] for n in ("whole", "repeated"))
+    keys = ("loss", *dpo.SHOWN)
+    assert [repeated[0][key] for key in keys] == pytest.approx([whole[0][key] for key in keys], rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize("reference", ["start", "base"])
 def test_the_reference_is_the_start_or_the_base_as_is_set(settings, tmp_path, passes, reference):
     assert run(settings(), tmp_path / "first").status == "finished"
