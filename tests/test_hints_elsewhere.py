@@ -514,7 +514,8 @@ UNTYPED = {
         sft.model.files._check_weights 6, sft.model.start.check_start 1, sft.model.tokenizer.load_tokenizer 1,
         sft.model.tokenizer.load_tokenizer 2, sft.model.tokenizer.read_tokenizer, sft.model.tokenizer._refusing_damage,
         sft.preflight.checks.check_ids, sft.runs.saved.prompt_form, sft.sweep.index.load_index,
-        sft.training.checkpoint.find_checkpoint 1, sft.training.checkpoint.find_checkpoint 2""",
+        sft.training.checkpoint.find_checkpoint 1, sft.training.checkpoint.find_checkpoint 2,
+        sft.training.checkpoint.find_checkpoint 3""",
     "it passes on what another site made": """
         sft.errors.refuse, sft.model.files.check_model_files 2, sft.model.files.check_adapter_files 3""",
 }

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sft.run
+from sft.errors import Refusal
 from sft.export import exporter, gguf, measure
 from sft.launch.ranks import launch
 from sft.methods import dpo
@@ -316,6 +317,25 @@ def test_the_reference_is_the_start_or_the_base_as_is_set(settings, tmp_path, pa
     (kept,) = (tmp_path / "cache" / "references").glob("*/log_probs.json")
     assert (json.loads(kept.read_text()) == of_base) == same
     assert len(passes) == 4 and reference_of(tmp_path / "third")["from"] == "cache"
+
+
+def test_a_reference_that_is_another_adapter_by_now_is_refused(settings, tmp_path, monkeypatch):
+    start, weights = tmp_path / "first", tmp_path / "first" / "adapter" / "adapter_model.safetensors"
+    assert run(settings("trainer.max_steps=2"), start).status == "finished"
+    chosen, before = settings(f"lora.start_from={start}"), weights.read_bytes()
+
+    def stop_at_2(self):
+        self.signal = self.signal or ("SIGTERM" if (tmp_path / "cut" / "checkpoints" / "checkpoint-2").exists() else None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "agree", stop_at_2)
+        assert run(chosen, tmp_path / "cut").status == "stopped"
+    save_file({name: 2 * w for name, w in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with monkeypatch.context() as patch, pytest.raises(Refusal, match="the reference of its pairs, is another by now"):
+        patch.setattr("sft.model.loading.load_model", lambda *args: pytest.fail("the weights were loaded"))
+        run(chosen, tmp_path / "cut")
+    weights.write_bytes(before)
+    assert run(chosen, tmp_path / "cut").status == "finished"
 
 
 def test_the_adapter_trains_on_after_it_was_switched_off_for_the_reference(settings, tmp_path, passes):
