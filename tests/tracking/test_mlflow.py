@@ -67,7 +67,8 @@ def test_a_run_of_a_sweep_is_in_the_local_store_with_its_lines_samples_settings_
     assert run.data.tags["group"] == "sweep1" and run.data.tags["mlflow.note.content"] == "python train.py"
     assert run.data.tags["tags"] == "transformers, mine" and run.data.tags["reason"] == "SIGINT at step 1"
     assert curve(client, facts["id"], "train/loss") == [(1, 2.5)] and curve(client, facts["id"], "eval/loss") == [(1, 2.25)]
-    assert curve(client, facts["id"], "train/num_tokens") == [(1, 40), (1, 40)] and run.data.metrics["final/eval_loss"] == 2.25
+    assert {*curve(client, facts["id"], "train/num_tokens")} == {(1, 40)}, "MLflow keeps one of two in one millisecond"
+    assert run.data.metrics["final/eval_loss"] == 2.25
     table = read_json(Path(client.download_artifacts(facts["id"], "samples.json", str(tmp_path))))
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert [(row["step"], row["base answer"], row["answer"]) for row in rows] == [(0, "base", "base"), (1, "base", "later")]
