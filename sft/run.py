@@ -168,7 +168,7 @@ def train(ctx: RunContext) -> tuple[str, str | None]:
     if stop.wanted:
         return "stopped", f"{stop.signal or 'time limit'} at step {trainer.state.global_step}"
     if trainer.state.global_step < trainer.state.max_steps:
-        return "finished", f"stopped early at step {trainer.state.global_step}: the held-out loss no longer fell"
+        return "finished", f"stopped early at step {trainer.state.global_step}: the held-out rows got no better"
     return "finished", None
 
 

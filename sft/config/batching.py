@@ -70,9 +70,11 @@ def eval_rows(trainer: TrainerSettings, lengths: Any = None, processes: int = 1)
     return next(fits, 1)
 
 
-def planned_steps(trainer: TrainerSettings, rows: int) -> int:
-    """Optimiser steps that a run over `rows` training rows takes, if nothing stops it."""
-    each = -(-rows // effective_batch_size(trainer))
+def planned_steps(trainer: TrainerSettings, rows: int, updates: int = 1) -> int:
+    """Optimiser steps that a run over `rows` training rows takes, if nothing stops it; each batch is good for so many
+    `updates`.
+    """
+    each = -(-rows // effective_batch_size(trainer)) * updates
     return trainer.max_steps if trainer.max_steps > 0 else -int(-trainer.num_train_epochs * each // 1)
 
 

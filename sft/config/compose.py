@@ -35,6 +35,7 @@ def register() -> None:
         schema.dataset.keep,
         schema.dataset.drop,
         schema.dataset.chat_template_kwargs,
+        schema.method.reward_options,
     )
     for node in free:
         OmegaConf.set_struct(node, False)
@@ -54,6 +55,9 @@ def register() -> None:
     warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     OmegaConf.register_new_resolver("pick", _pick, replace=True)
     OmegaConf.register_new_resolver("dpo_learning_rate", _dpo_learning_rate, replace=True)
+    OmegaConf.register_new_resolver("grpo_learning_rate", _grpo_learning_rate, replace=True)
+    OmegaConf.register_new_resolver("is_sums", _is_sums, replace=True)
+    OmegaConf.register_new_resolver("sums_weights", _sums_weights, replace=True)
     OmegaConf.register_new_resolver("job_label", _job_label, replace=True)
     OmegaConf.register_new_resolver("one_name", lambda option: str(option).replace("/", "-"), replace=True)
     OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
@@ -76,6 +80,21 @@ def _pick(condition: bool, if_true: Any, if_false: Any) -> Any:
 def _dpo_learning_rate(model: str) -> float:
     """The rate of method=dpo: that of models of billions, as recipes for LoRA have it, or of the built-in models, as tried."""
     return 1e-4 if model in BUILT_IN else 5e-6
+
+
+def _grpo_learning_rate(model: str) -> float:
+    """The rate of method=grpo: that of models of billions, or of the built-in models, as tried."""
+    return 3e-4 if model in BUILT_IN else 5e-6
+
+
+def _is_sums(dataset: str | None, path: Any, model: str | None = None) -> bool:
+    """Whether the rows are the shipped sums, and the model, where one is given, a built-in one."""
+    return dataset == "sums" and path is None and (model is None or model in BUILT_IN)
+
+
+def _sums_weights(rewards: list[str]) -> list[float]:
+    """The weights of the rewards of the shipped sums; those of others are the user's."""
+    return [0.8, 0.2] if list(rewards) == ["number", "ends"] else []
 
 
 def _job_label(overrides: list[str]) -> str:

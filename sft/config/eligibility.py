@@ -1,6 +1,6 @@
 """What keeps a run from padding-free batches, compiled layers or CUDA graphs. Imports nothing heavy."""
 
-from sft.config.schema import Backend, Settings, Strategy, TrainerSettings
+from sft.config.schema import Backend, MethodName, Settings, Strategy, TrainerSettings
 from sft.errors import Problem
 
 OWN_LOSS = ("loss_type", "label_smoothing_factor", "use_liger_kernel", "neftune_noise_alpha", "packing", "padding_free",
@@ -57,6 +57,8 @@ def check_speed(settings: Settings, backend: str, gpu: bool) -> list[Problem]:
 
 def why_eager(settings: Settings) -> str:
     """What in the settings keeps micro-batches from being captured as CUDA graphs; empty if nothing does."""
+    if settings.method.name == MethodName.grpo:
+        return "method=grpo has other completions in every micro-batch"
     if settings.lora.enabled and settings.lora.lora_dropout:
         return f"lora.lora_dropout={settings.lora.lora_dropout:g} draws anew in every micro-batch"
     return ""

@@ -3,8 +3,10 @@
 import hashlib
 import json
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
+from sft.config.reward_names import reward_files
 from sft.config.schema import Settings
 from sft.storage.jsonio import jsonable
 
@@ -27,7 +29,20 @@ ADDED: tuple[str, ...] = (
     "dataset.columns.reasoning",
     "dataset.columns.chosen",
     "dataset.columns.rejected",
+    "dataset.columns.answer",
     "method.reference",
+    "method.num_generations",
+    "method.max_completion_length",
+    "method.temperature",
+    "method.reward_funcs",
+    "method.reward_weights",
+    "method.reward_options",
+    "method.scale_rewards",
+    "method.epsilon",
+    "method.epsilon_high",
+    "method.num_iterations",
+    "method.mask_truncated_completions",
+    "method.max_idle_steps",
     "method",
     "dataset.reasoning",
     "dataset.chat_template_kwargs",
@@ -44,12 +59,27 @@ ADDED: tuple[str, ...] = (
 def config_hash(settings: Settings) -> str:
     """Hash of the resolved settings that shape the result: not tracking, limits, exports, checks, sweeps, processes.
 
-    A setting of `ADDED` at its default is left out, so that jobs that finished before it was there are not run again.
+    A setting of `ADDED` at its default is left out, so that jobs that finished before it was there are not run again. Files of
+    the user's own rewards count by their contents.
     """
     shaping = {k: v for k, v in jsonable(settings).items() if k not in AROUND}
     shaping["dataset"]["seed"] = row_seed(settings)
     shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in LIMITS}
+    if files := reward_hashes(settings):
+        shaping["reward_files"] = files
     return hashlib.sha256(json.dumps(without_added(shaping), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def reward_hashes(settings: Settings) -> dict[str, str | None]:
+    """The hash of the file of each reward of the user's own; None where it cannot be read."""
+    return {name: _contents_hash(file) for name, file in reward_files(settings.method.reward_funcs).items()}
+
+
+def _contents_hash(file: Path) -> str | None:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    except OSError:
+        return None
 
 
 def without_added(settings: dict[str, Any]) -> dict[str, Any]:

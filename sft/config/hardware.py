@@ -30,7 +30,7 @@ def resolve_backend(settings: Settings) -> str:
     """`unsloth` or `transformers`: what `model.backend` comes to on this machine."""
     if settings.model.backend != Backend.auto:
         return settings.model.backend.value
-    if settings.distributed.strategy == Strategy.fsdp or settings.method.name == MethodName.dpo:
+    if settings.distributed.strategy == Strategy.fsdp or settings.method.name != MethodName.sft:
         return "transformers"
     plain = not (settings.lora.use_dora or settings.lora.extra)  # Unsloth has no more than plain LoRA
     if settings.preflight.gpu:  # on another machine, which has what is advised for it

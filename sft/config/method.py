@@ -13,14 +13,21 @@ class MethodFacts:
     """Columns of numbers of a tokenised row that it trains on."""
     metric: str = "eval_loss"
     """The number of metrics.jsonl and run.json that its runs are ranked by: best checkpoint, early stopping, sweeps, report."""
+    title: str = "held-out loss"
+    """What a reader calls it."""
     greater_is_better: bool = False
     sequences: int = 1
     """Sequences that a row puts through the model."""
+    losses: tuple[str, ...] = ()
+    """What `method.loss_type` can be."""
 
 
 SFT = MethodFacts("sft", ("input_ids", "labels"))
-DPO = MethodFacts("dpo", ("input_ids", "labels", "rejected_ids", "rejected_labels"), sequences=2)
-METHODS = {method.name: method for method in (SFT, DPO)}
+DPO = MethodFacts("dpo", ("input_ids", "labels", "rejected_ids", "rejected_labels"), sequences=2,
+                  losses=("sigmoid", "hinge", "ipo", "robust", "apo_zero", "sigmoid_norm"))  # fmt: skip
+GRPO = MethodFacts("grpo", ("input_ids",), "eval_reward", "held-out reward", greater_is_better=True,
+                   losses=("dapo", "dr_grpo", "grpo", "bnpo"))  # fmt: skip
+METHODS = {method.name: method for method in (SFT, DPO, GRPO)}
 
 
 def facts_of(run: dict[str, Any]) -> MethodFacts:

@@ -20,13 +20,14 @@ from sft.config.eligibility import check_speed
 from sft.config.hardware import gpu_count, gpu_present, is_process_count, one_process, processes_of, resolve_backend
 from sft.config.keys import shown, typed
 from sft.config.lora_rules import check_lora, model_problem
-from sft.config.method_rules import check_method
+from sft.config.method_rules import check_method, why_not_grpo
 from sft.config.schema import (
     BUILT_IN,
     Backend,
     Dtype,
     GgufSettings,
     MethodName,
+    MethodSettings,
     PreflightMode,
     Settings,
     Strategy,
@@ -141,7 +142,7 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *check_batch_plan(settings.trainer, processes_of(settings) if is_process_count(settings) else 1),
         *_check_distributed(settings),
         *_check_preflight(settings),
-        *_check_extra(settings.trainer.extra),
+        *_check_extra(settings),
         *_check_export(settings),
         *_check_hub_repo(settings.export.hub.repo),
         *check_tracking(settings),
@@ -208,6 +209,8 @@ def warnings_for(settings: Settings) -> list[str]:
         found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high: LoRA runs at 3e-3 mostly diverge; try 2e-4.")
     if settings.method.name == MethodName.dpo and trainer.learning_rate > 5e-5 and settings.model.name not in BUILT_IN:
         found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high for method=dpo; try 5e-6.")
+    if settings.method.name == MethodName.grpo:
+        found += _warn_of_grpo(settings)
     if not settings.lora.enabled and trainer.learning_rate > 5e-5:
         found.append(f"trainer.learning_rate={trainer.learning_rate:g} is high for full fine-tuning; try 2e-5.")
     if not settings.lora.enabled and settings.model.dtype == Dtype.bfloat16:
@@ -225,6 +228,19 @@ def warnings_for(settings: Settings) -> list[str]:
     if Path(settings.model.name).expanduser().is_dir() and settings.model.revision:
         found.append("model.revision is ignored: model.name is a local folder.")
     found += warn_of_tracking(settings.tracking)
+    return found
+
+
+def _warn_of_grpo(settings: Settings) -> list[str]:
+    """What of method=grpo is ignored, or rarely goes well."""
+    method, rate, found = settings.method, settings.trainer.learning_rate, []
+    if rate > 2e-5 and settings.model.name not in BUILT_IN:
+        found.append(f"trainer.learning_rate={rate:g} is high for method=grpo; try 5e-6.")
+    if method.num_iterations == 1:
+        ignored = [key for key in ("epsilon", "epsilon_high") if getattr(method, key) != getattr(MethodSettings(), key)]
+        found += [
+            f"method.{key} is ignored: with method.num_iterations=1 no ratio of probabilities leaves 1." for key in ignored
+        ]
     return found
 
 
@@ -406,16 +422,21 @@ def _check_loss(extra: dict[str, Any]) -> list[Problem]:
     return problems
 
 
-def _check_extra(extra: dict[str, Any]) -> list[Problem]:
-    problems = []
+def _check_extra(settings: Settings) -> list[Problem]:
+    extra, problems = settings.trainer.extra, []
     if not extra:
         return problems
+    grpo = settings.method.name == MethodName.grpo
     known = sft_config_options()
     ours = {f.name for f in fields(schema.TrainerSettings)}
     for name, value in extra.items():
         what = f"trainer.extra.{name}={shown(value)}"
         if name in ours:
             problems.append(Problem(what, "It has a setting of its own.", f"trainer.{name}={shown(value)}"))
+        elif grpo and name != "name" and hasattr(settings.method, name):
+            problems.append(Problem(what, "It has a setting of its own.", typed(f"method.{name}", value)))
+        elif grpo and (why := why_not_grpo(name)):
+            problems.append(Problem(f"method=grpo {what}", why, f"leave trainer.extra.{name} out"))
         elif name in DECIDED_ELSEWHERE:
             problems.append(Problem(what, "Another setting decides this.", f"set {DECIDED_ELSEWHERE[name]} instead"))
         elif name in WITHOUT_EFFECT:

@@ -30,7 +30,7 @@ def with_eval_schedule(settings: Settings, facts: dict[str, Any]) -> Settings:
     `facts` are those of the prepared data: `rows`, `train_tokens` and, where rows are held out, `eval_tokens`.
     """
     trainer, samples, rows = settings.trainer, settings.samples, facts["rows"]["train"]
-    steps = planned_steps(trainer, rows)
+    steps = planned_steps(trainer, rows, settings.method.num_iterations)
     if samples.every_steps is None:
         often = steps >= STEPS_A_TOKEN * samples.max_new_tokens
         samples = replace(samples, every_steps=0.5 if often else float(steps))

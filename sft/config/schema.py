@@ -95,10 +95,11 @@ class MethodName(Enum):
 
     sft = "sft"
     dpo = "dpo"
+    grpo = "grpo"
 
 
-class PreferenceLoss(Enum):
-    """The loss of a pair of answers, under TRL's names."""
+class MethodLoss(Enum):
+    """The loss of a pair of answers (dpo), or of a group of completions (grpo), under TRL's names."""
 
     sigmoid = "sigmoid"
     hinge = "hinge"
@@ -106,6 +107,18 @@ class PreferenceLoss(Enum):
     robust = "robust"
     apo_zero = "apo_zero"
     sigmoid_norm = "sigmoid_norm"
+    dapo = "dapo"
+    dr_grpo = "dr_grpo"
+    grpo = "grpo"
+    bnpo = "bnpo"
+
+
+class ScaleRewards(Enum):
+    """What the advantages of completions are divided by, under TRL's names."""
+
+    group = "group"
+    batch = "batch"
+    none = "none"
 
 
 class Reference(Enum):
@@ -230,6 +243,8 @@ class ColumnSettings:
     """The better answer, for `method=dpo`: a text, turns, or the whole conversation."""
     rejected: str | None = "rejected"
     """The worse answer, in the same form."""
+    answer: str | None = "answer"
+    """The reference answer that rewards compare with, for `method=grpo` and rows without an answer to learn; may be missing."""
     reasoning: str | None = "reasoning_content"
     """What was thought before the answer, where it has a column of its own; may be missing."""
 
@@ -331,21 +346,49 @@ class LoraSettings:
 
 @dataclass
 class MethodSettings:
-    """What the model is trained on: answers (`sft`), or preferences between two answers (`dpo`). Names are TRL's."""
+    """What the model is trained on: answers (`sft`), preferences between two answers (`dpo`), or rewards of its own answers
+    (`grpo`). Names are TRL's."""
 
     name: MethodName = MethodName.sft
-    """`sft` or `dpo`; chosen by `method=dpo`, which also chooses a data set and a learning rate."""
+    """`sft`, `dpo` or `grpo`; chosen by `method=dpo` or `method=grpo`, which also choose a data set and a learning rate."""
     beta: float = 0.1
-    """DPO: how strongly the model is held to the reference; larger stays closer."""
-    loss_type: PreferenceLoss = PreferenceLoss.sigmoid
-    """DPO: the loss of a pair."""
+    """DPO: how strongly the model is held to the reference; larger stays closer. GRPO: weight of the KL divergence from the
+    reference; `method=grpo` has 0, which needs none."""
+    loss_type: MethodLoss = MethodLoss.sigmoid
+    """DPO: the loss of a pair, the first six. GRPO: that of a step's completions, the last four; `method=grpo` has `dapo`."""
     label_smoothing: float = 0.0
     """DPO with `loss_type=robust`: share of the pairs that may be labelled the wrong way round, 0 to 0.5."""
     sft_weight: float = 0.0
     """DPO: adds the chosen answers' own loss, a mean over their tokens, times this."""
     reference: Reference = Reference.start
-    """DPO: the model that pairs are measured against. `start`: the one that the run begins with, with the adapter of
-    `lora.start_from`; `base`: the one without any adapter."""
+    """The model that pairs (DPO) or completions (GRPO with `beta` above 0) are measured against. `start`: the one that the run
+    begins with, with the adapter of `lora.start_from`; `base`: the one without any adapter."""
+    num_generations: int = 8
+    """GRPO: completions of each prompt, a group; at least 2. Batch sizes count prompts."""
+    max_completion_length: int = 256
+    """GRPO: longest completion in tokens. Prompt and completion have room in `model.max_seq_length`."""
+    temperature: float = 1.0
+    """GRPO: temperature that completions are sampled with; above 0."""
+    reward_funcs: list[str] = field(default_factory=list)
+    """GRPO: what a completion is rewarded for: `number`, `exact`, `contains`, `regex`, `json_schema`, `ends`, `length`,
+    `repetition`, `format`, or a function of your own, `file.py:function`."""
+    reward_weights: list[float] = field(default_factory=list)
+    """GRPO: weight of each reward, in the order of `reward_funcs`; empty: 1 each."""
+    reward_options: dict[str, Any] = field(default_factory=dict)
+    """GRPO: options of shipped rewards by name: `{length: {words: 40}}`."""
+    scale_rewards: ScaleRewards = ScaleRewards.group
+    """GRPO: the standard deviation that advantages are divided by: that of the completions of a prompt (`group`), of a step
+    (`batch`), or `none`."""
+    epsilon: float = 0.2
+    """GRPO: a token's ratio of probabilities counts down to 1 - epsilon. Has no effect with one update a rollout."""
+    epsilon_high: float | None = None
+    """GRPO: and up to 1 + this; null: `epsilon`."""
+    num_iterations: int = 1
+    """GRPO: updates with the completions of a rollout."""
+    mask_truncated_completions: bool = False
+    """GRPO: leave completions that did not end within `max_completion_length` out of the loss."""
+    max_idle_steps: int = 20
+    """GRPO: after so many steps in a row in which no group's rewards differ, the run ends as failed."""
 
 
 @dataclass
@@ -587,4 +630,4 @@ def field_docs(cls: type) -> dict[str, str]:
 BUILT_IN = ("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny_random")
 """Names of the models that ship with the project."""
 
-DATASETS = {"twists": ASSETS / "twists.jsonl", "twist_pairs": ASSETS / "twist_pairs.jsonl"}
+DATASETS = {name: ASSETS / f"{name}.jsonl" for name in ("twists", "twist_pairs", "sums")}

@@ -219,10 +219,10 @@ def data_warnings(counts: dict, blank: int, duplicates: dict[str, Any], notes: d
             f"{duplicates['held_out']} held-out rows are trained on as well, word for word (row {held_out} is row {trained}): "
             "the held-out loss looks better than it is. Remove the copies from the data."
         )
-    return found + _note_warnings(notes, settings)
+    return found + note_warnings(notes, settings)
 
 
-def _note_warnings(notes: dict[str, dict[str, int]], settings: Settings) -> list[str]:
+def note_warnings(notes: dict[str, dict[str, int]], settings: Settings) -> list[str]:
     """What was left out of rows or changed in them, counted."""
     found = []
     count = {note: one["count"] for note, one in notes.items()}

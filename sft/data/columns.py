@@ -121,11 +121,11 @@ def find_shape(rows: Sequence[dict], data: DatasetSettings) -> Shape:
             return shape
     if columns.output in names or columns.instruction in names:
         return Shape.instruction  # check_columns says what is missing
-    fix = _guess_shape(rows, names, data) or "dataset.shape=text dataset.columns.text=<column>"
+    fix = guess_shape(rows, names, data) or "dataset.shape=text dataset.columns.text=<column>"
     raise refuse("dataset.shape=auto", f"The columns {', '.join(sorted(names))} fit no known shape.", fix)
 
 
-def _guess_shape(rows: Sequence[dict], names: set[str], data: DatasetSettings) -> str:
+def guess_shape(rows: Sequence[dict], names: set[str], data: DatasetSettings) -> str:
     """The overrides that read these rows, tried on the first of them; blank if none do."""
     guesses = [(Shape.messages, {"messages": name}) for name in sorted(names)]
     question, answer = likeliest("instruction", "instruction", names), likeliest("output", "output", names)
@@ -162,11 +162,15 @@ def _reads(row: dict, data: DatasetSettings, shape: Shape) -> bool:
         return False
 
 
-def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, source: str) -> None:
-    """Refuse, all at once, roles whose column is not in the data, with the likeliest match."""
+def check_columns(rows: Sequence[dict], data: DatasetSettings, shape: Shape, source: str, answered: bool = True) -> None:
+    """Refuse, all at once, roles whose column is not in the data, with the likeliest match. The answer's needs none where no
+    row is `answered`.
+    """
     names, columns = column_names(rows), data.columns
     problems = []
     for role in (_role_of(roles, columns) for roles in SHAPES[shape].needed):
+        if role == SHAPES[shape].answer and not answered:
+            continue
         column = getattr(columns, role)
         if column is None:
             match = likeliest(role, role, {name for name in names if _suits(rows, name, SHAPES[shape].turns)})
@@ -391,6 +395,11 @@ def _column(role: str, name: str | None) -> str:
 def _prompt_is_turns(row: dict, data: DatasetSettings, shape: Shape) -> bool:
     """Whether a prompt/completion row has turns for a prompt, as TRL's conversational form has."""
     return shape == Shape.prompt_completion and isinstance(row.get(data.columns.prompt), list)
+
+
+def read_raw_turns(value: Any) -> list[dict]:
+    """The turns of a cell that `row_to_turns` reads, as they stand: of a transcript, of JSON text, or of a list."""
+    return (read_transcript(value) or json.loads(value)) if isinstance(value, str) else value
 
 
 def _read_turns(value: Any, column: str) -> list[Turn]:

@@ -30,6 +30,7 @@ from sft.data.audit import (
     data_warnings,
     find_duplicates,
     holds_targets,
+    note_warnings,
     notes_of,
     quantiles,
     refuse_faults,
@@ -38,8 +39,20 @@ from sft.data.audit import (
 )
 from sft.data.columns import RowFault, check_columns, column_names, find_shape, holds_something, sort_columns
 from sft.data.pairs import compare_pairs, find_form, pair_up, pair_warnings, render_pair, take_pair_counts
+from sft.data.prompt_rows import (
+    cut_to_prompts,
+    find_prompts,
+    fit_prompts,
+    has_answers,
+    prompt_warnings,
+    refuse_no_prompts,
+    render_prompt,
+    take_prompt_counts,
+    too_long,
+    without_reasoning,
+)
 from sft.data.sources import choose_indices, held_out_data, read_rows, select, source_of
-from sft.data.templates import ALPACA, Rendered, choose_template, render_samples
+from sft.data.templates import ALPACA, Rendered, choose_template, opens_answers, render_samples
 from sft.data.token_cache import Prepared, cache_folder, only_one, read_cache
 from sft.data.tokenize import IGNORED, count_not_restored, label, starts_with_bos, tokenise
 from sft.errors import Refusal, first_line, refuse
@@ -107,10 +120,14 @@ def _held_out() -> Iterator[None]:
 
 
 def _hash_rows(rows) -> str:
-    """Hash of tokens and labels, by which two held-out losses are known to be of the same rows."""
+    """Hash of tokens and labels, by which two held-out losses are known to be of the same rows; of prompts and what rewards
+    are given, by which held-out rewards are.
+    """
     digest = hashlib.sha256()
-    for batch in rows.select_columns(["input_ids", "labels"]).iter(BATCH):
-        digest.update(json.dumps([batch["input_ids"], batch["labels"]]).encode())
+    names = [name for name in ("input_ids", "labels", "reference", "columns") if name in rows.column_names]
+    names = names[:2] if "labels" in names else names
+    for batch in rows.select_columns(names).iter(BATCH):
+        digest.update(json.dumps([batch[name] for name in names]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -120,13 +137,16 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     `tables` and `sources` are the rows and where they come from, then those of held-out rows of their own, or None.
     """
     data, (rows, eval_rows), (source, eval_source) = settings.dataset, tables, sources
-    pairs = settings.method.name == MethodName.dpo
+    pairs, prompts, answered = settings.method.name == MethodName.dpo, settings.method.name == MethodName.grpo, True
     if pairs:
         shape, data, rejected = find_form(rows, data, source["name"])
+    elif prompts:
+        shape, data = find_prompts(rows, data, source["name"])
+        answered = has_answers(data, shape)
     else:
         shape = find_shape(rows, data)
     names = column_names(rows) | (set() if eval_rows is None else column_names(eval_rows))
-    check_columns(rows, _asked_of(rows, data, names), shape, source["name"])
+    check_columns(rows, _asked_of(rows, data, names), shape, source["name"], answered)
     template = choose_template(data, shape, tokenizer)
     counts = {"read": len(rows)}
     train_index, eval_index = select(rows, data, row_seed(settings), counts)
@@ -136,7 +156,7 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     else:
         eval_index = choose_indices(eval_rows, data, row_seed(settings), held_out_in)[: data.max_eval_rows]
         counts["read_eval"] = len(eval_rows)
-        _check_held_out(eval_rows, _asked_of(eval_rows, data, names), shape, eval_source["name"])
+        _check_held_out(eval_rows, _asked_of(eval_rows, data, names), shape, eval_source["name"], answered)
         if not eval_index:
             fix = "dataset.keep={} dataset.drop={}   to filter nothing"
             raise refuse("dataset.keep / dataset.drop", f"None of the {len(eval_rows)} held-out rows passes the filters.", fix)
@@ -146,11 +166,16 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     if pairs:
         render = functools.partial(render_pair, chosen=data, rejected=rejected, shape=shape, tokenizer=tokenizer)
         names = names - {data.columns.rejected}
+    elif prompts:
+        render = functools.partial(render_prompt, data=data, shape=shape, template=template, tokenizer=tokenizer)
     else:
         render = functools.partial(render_samples, data=data, shape=shape, template=template, tokenizer=tokenizer)
         if data.loss_on == LossOn.last:
             render = functools.partial(_last_answer, render)
-    render = functools.partial(_render, render, *sort_columns(names, data, shape, template))
+    unused, meant = sort_columns(names, data, shape, template)
+    if prompts:  # rewards are given all columns
+        unused, meant = [], without_reasoning(meant)
+    render = functools.partial(_render, render, unused, meant)
     encode = functools.partial(_tokenise_near, tokenizer=tokenizer, limit=settings.model.max_seq_length)
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
     finish = functools.partial(label, bos=bos, eos=tokenizer.eos_token_id, stop_ids=stop_ids)
@@ -160,6 +185,7 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
             faults.append(Faults(table, len(index), held_out_in if name == "eval" else None))
             entries = _tokenise(index, render, encode, finish, faults[-1])
             entries = pair_up(entries, counts) if pairs else entries
+            entries = cut_to_prompts(entries, table, counts) if prompts else entries
             splits[name] = _write_split(entries, work / f"{name}.arrow", settings, tokenizer, stop_ids)
     refuse_faults(faults, data.skip_bad_rows)
     if data.skip_bad_rows:
@@ -168,12 +194,17 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     longer = [f"{s.too_long} of {s.read} {name} rows" for name, s in splits.items() if s.too_long]
     if longer and data.overlong == Overlong.error:
         whole = not any(s.notes["not counted"] for s in splits.values())
-        raise _too_long(longer, max(max(s.lengths) for s in splits.values()), whole, settings)
+        say = too_long if prompts else _too_long
+        raise say(longer, max(max(s.lengths) for s in splits.values()), whole, settings)
     for s in splits.values():
         for key, count in s.counts.items():
             counts[key] = counts.get(key, 0) + count
     counts |= {name: len(s.digests) for name, s in splits.items()}
-    refuse_nothing_to_learn(splits, counts, shape, settings)
+    if prompts:
+        refuse_no_prompts(splits, counts, settings)
+    else:
+        refuse_nothing_to_learn(splits, counts, shape, settings)
+    prompt_facts = take_prompt_counts(counts) if prompts else {}
     pair_facts = take_pair_counts(counts) if pairs else {}
     blank = counts.pop("blank", 0)
     blank = 0 if shape == Shape.text else blank
@@ -182,7 +213,17 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     facts["trained_tokens"] = splits["train"].target_tokens
     facts["duplicates"] = find_duplicates(splits["train"], splits.get("eval"))
     facts["notes"] = notes = notes_of(splits)
-    facts["warnings"] = data_warnings(counts, blank, facts["duplicates"], notes, settings)
+    if prompts:
+        facts["prompts"] = prompt_facts
+        facts["warnings"] = prompt_warnings(counts | prompt_facts, facts, settings)
+        facts["warnings"] += note_warnings(notes, settings)
+        if template == "chat" and not opens_answers(tokenizer):
+            facts["warnings"].append(
+                "The chat template adds nothing where the model is to speak (add_generation_prompt): prompts end where the "
+                "data's answers begin, and who serves the model by the template alone may end them elsewhere."
+            )
+    else:
+        facts["warnings"] = data_warnings(counts, blank, facts["duplicates"], notes, settings)
     if pairs:
         compared, more = compare_pairs(splits["train"], splits.get("eval"))
         facts["pairs"] = pair_facts | compared
@@ -205,10 +246,10 @@ def _asked_of(rows, data, names: set[str]):
     return replace(data, ignore_columns=[one for one in data.ignore_columns if one in own or one not in names])
 
 
-def _check_held_out(rows, data, shape: Shape, source: str) -> None:
+def _check_held_out(rows, data, shape: Shape, source: str, answered: bool) -> None:
     """`check_columns` of held-out rows; another column in the settings would not be that of the rows to train on."""
     try:
-        check_columns(rows, data, shape, source)
+        check_columns(rows, data, shape, source, answered)
     except Refusal as refusal:
         fix = "the held-out rows need the columns of the rows to train on: rename them in that file"
         raise Refusal([replace(problem, fix=fix) for problem in refusal.problems]) from refusal
@@ -221,9 +262,11 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
 
     stats, limit = SplitStats(), settings.model.max_seq_length
     numbers, lists = pa.list_(pa.int32()), METHODS[settings.method.name.value].columns
-    pairs = [("shared_length", pa.int32())] if settings.method.name == MethodName.dpo else []
-    schema = pa.schema([*((name, numbers) for name in lists), *pairs, ("prompt_length", pa.int32()),
+    pairs, prompts = settings.method.name == MethodName.dpo, settings.method.name == MethodName.grpo
+    own = [("shared_length", pa.int32())] * pairs + [("columns", pa.large_string())] * prompts
+    schema = pa.schema([*((name, numbers) for name in lists), *own, ("prompt_length", pa.int32()),
                         ("question", pa.string()), ("reference", pa.string()), ("row", pa.int64())])  # fmt: skip
+    limit -= settings.method.max_completion_length * prompts
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while batch := list(itertools.islice(entries, BATCH)):
             stats.lengths.extend(map(_length, batch))
@@ -234,7 +277,7 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
                 stats.notes.update(notes)
                 for note in notes:
                     stats.first.setdefault(note, entry["row"])
-            kept = _fit_length(batch, settings, stats.counts)
+            kept = (fit_prompts if prompts else _fit_length)(batch, settings, stats.counts)
             audit(kept, stats.counts, tokenizer.bos_token_id, stop_ids)
             joined = {name: _concatenated([e[name] for e in kept]) for name in lists}
             for e in range(len(kept)):
@@ -421,7 +464,9 @@ def _fit_length(entries: list[dict], settings: Settings, counts: dict) -> list[d
 
 
 def _example(entry: dict, tokenizer) -> dict[str, Any]:
-    shown = _shown(entry["input_ids"], entry["labels"], tokenizer)
+    shown = _shown(entry["input_ids"], entry["labels"] or [IGNORED] * len(entry["input_ids"]), tokenizer)
+    if "columns" in entry:
+        shown["reference"] = entry["reference"]
     if "rejected_ids" in entry:
         shown["rejected"] = _shown(entry["rejected_ids"], entry["rejected_labels"], tokenizer)
     return shown

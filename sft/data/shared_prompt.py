@@ -1,8 +1,8 @@
-"""Micro-batches of pairs in which a prompt stands once, with its two answers behind it.
+"""Micro-batches in which a prompt stands once, with its answers behind it: the two of a pair, or the completions of a group.
 
-    tokens    prompt | chosen | rejected             positions go on from the prompt in both answers
-    queries  [prompt   chosen] [rejected]            segments of attention, as `cu_seq_lens_q` ends them
-    keys     [prompt   chosen] [prompt   rejected]   `key_index` and `cu_seq_lens_k`
+    tokens    prompt | first answer | second answer              positions go on from the prompt in each answer
+    queries  [prompt   first answer] [second answer]            segments of attention, as `cu_seq_lens_q` ends them
+    keys     [prompt   first answer] [prompt   second answer]   `key_index` and `cu_seq_lens_k`
 
 A query attends to the keys of its segment, causally and aligned at the end, as flash attention does where there are fewer
 queries than keys. So an answer sees the prompt and itself. (Sharing the prefix: arXiv 2410.20305.)
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft.data.tokenize import IGNORED
+
+Row = tuple[list[int], list[int]]
+"""Ids and labels of a prompt with one of its answers."""
 
 
 def shared_length(pair: dict[str, Any]) -> int:
@@ -35,17 +38,26 @@ class SharedPromptCollator:
     """Pairs of a whole micro-batch. The ends of fewer are filled up to as many."""
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-        """A micro-batch of `pairs`: DPO's columns and `shared_length`. What PaddingFreeCollator gives, and
+        """A micro-batch of `pairs`: DPO's columns and `shared_length`. `lay_out` says what is in it: the chosen answer of the
+        first pair, its rejected one, the chosen one of the next pair...
+        """
+        return self.lay_out([(_rows(pair), pair["shared_length"]) for pair in pairs])
+
+    def lay_out(self, groups: list[tuple[list[Row], int]]) -> dict[str, Any]:
+        """A micro-batch of groups: the rows of each, ids and labels, and the tokens of the prompt with which all of them begin.
+        What PaddingFreeCollator gives, and
 
         key_index: [keys], the token of each key; twice the tokens where the micro-batch is padded.
-        key_uses: [2, tokens], which keys a token is: the first one, and the second or the number of keys.
-        target_positions, targets: of the chosen answer of the first pair, of its rejected one, of the next pair's chosen one...
+        key_uses: [rows of the largest group, tokens], which keys a token is; the number of keys where it is no further one.
+        target_positions, targets: of the first answer, of the second...
         target_counts: targets of each answer.
         """
         import numpy as np
         import torch
 
-        segments = [part for pair in pairs for part in _segments(pair)]
+        segments = [part for rows, shared in groups for part in _segments(rows, shared)]
+        sizes = [len(rows) for rows, _ in groups]
+        firsts = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
         counts = [len(ids) for ids, *_ in segments]
         total = sum(counts)
         filling = next((n - total for n in self.lengths if n >= total), 0)
@@ -57,7 +69,7 @@ class SharedPromptCollator:
         positions = np.zeros(total + filling, dtype=np.int64)
         positions[total:] = np.arange(filling)
         keys, key_ends, target_positions, target_counts = [], [0], [], []
-        for (tokens, marks, before), begin, prompt_at in zip(segments, starts, np.repeat(starts[:-1:2], 2), strict=False):
+        for (tokens, marks, before), begin, prompt_at in zip(segments, starts, starts[firsts], strict=False):
             end = begin + len(tokens)
             ids[begin:end], labels[begin:end] = tokens, marks
             positions[begin:end] = np.arange(before, before + len(tokens))
@@ -73,12 +85,11 @@ class SharedPromptCollator:
         if filling or (self.lengths and total in self.lengths):
             key_index = np.pad(key_index, (0, 2 * len(ids) - len(key_index)))  # the rest belongs to no segment
         used = key_ends[-1] + filling
-        key_uses = np.full((2, len(ids)), len(key_index))
-        order = np.arange(used)
-        key_uses[1][key_index[:used]] = order  # the last use of each token
-        key_uses[0][key_index[:used][::-1]] = order[::-1]  # and the first
-        key_uses[1][key_uses[0] == key_uses[1]] = len(key_index)
-        more = 2 * max(0, self.pairs - len(pairs))
+        key_uses = np.full((max(sizes), len(ids)), len(key_index))
+        order = np.argsort(key_index[:used], kind="stable")  # the keys by their token, and of one token as they come
+        of_token = key_index[order]
+        key_uses[np.arange(used) - np.searchsorted(of_token, of_token), of_token] = order
+        more = 2 * max(0, self.pairs - len(groups))
         ends = [[*some, *[some[-1]] * more, some[-1] + filling] for some in (starts.tolist(), key_ends)]
         at = np.concatenate(target_positions)
         targets = np.concatenate([labels[a:b][labels[a:b] != IGNORED] for a, b in itertools.pairwise(starts)])
@@ -98,10 +109,13 @@ class SharedPromptCollator:
         }
 
 
-def _segments(pair: dict[str, Any]) -> list[tuple[list[int], list[int], int]]:
-    """(tokens, labels, tokens of the prompt that stand elsewhere) of the prompt with the chosen answer, and of the rejected."""
-    shared = pair["shared_length"]
-    return [(pair["input_ids"], pair["labels"], 0), (pair["rejected_ids"][shared:], pair["rejected_labels"][shared:], shared)]
+def _rows(pair: dict[str, Any]) -> list[Row]:
+    return [(pair["input_ids"], pair["labels"]), (pair["rejected_ids"], pair["rejected_labels"])]
+
+
+def _segments(rows: list[Row], shared: int) -> list[tuple[list[int], list[int], int]]:
+    """(tokens, labels, tokens of the prompt that stand elsewhere) of the prompt with the first answer, and of the others."""
+    return [(*rows[0], 0), *((ids[shared:], labels[shared:], shared) for ids, labels in rows[1:])]
 
 
 def cut_shared(inputs: dict[str, Any]) -> list[dict[str, Any]]:

@@ -494,6 +494,11 @@ def _end_marks(tokenizer, opening: str) -> list[str]:
     return sorted(special, key=len, reverse=True)
 
 
+def opens_answers(tokenizer) -> bool:
+    """Whether the chat template adds something where the model is to speak."""
+    return bool(_generation_prompt(tokenizer, tokenizer.chat_template))
+
+
 @functools.lru_cache(maxsize=4)
 def _generation_prompt(tokenizer, chat_template: str) -> str:
     """What the chat template adds where the model is to speak, such as `<|im_start|>assistant\\n`."""

@@ -9,7 +9,7 @@ from typing import Any
 from filelock import FileLock
 
 from sft.config.fingerprint import row_seed
-from sft.config.schema import MethodName, Settings
+from sft.config.schema import MethodName, MethodSettings, Settings
 from sft.storage import atomic, cache
 
 TOKENS_VERSION = 2
@@ -22,7 +22,8 @@ class Prepared:
 
     train: Any
     """`datasets.Dataset` with `input_ids`, `labels`, `prompt_length`, `question`, `reference`, and `row`, its number in the
-    data counted from 1; one entry a row."""
+    data counted from 1; one entry a row. For rewards `input_ids` are the prompt's, and in place of labels there is `columns`,
+    the raw row as JSON."""
     eval: Any | None
     """The held-out rows in the same form, or None."""
     facts: dict[str, Any]
@@ -40,6 +41,16 @@ def token_counts(rows: Any, padded: bool = False) -> Any:
     if padded:
         return 2 * counts[0].clip(min=counts[1])
     return counts[0] + counts[1] - rows.data.column("shared_length").to_numpy()
+
+
+def trained_lengths(counts: Any, method: MethodSettings, padded: bool = False) -> Any:
+    """The tokens that are trained on for each row, from `token_counts`, at most: of a prompt with its completions, each of them
+    with a prompt to itself where they are `padded`.
+    """
+    if method.name != MethodName.grpo:
+        return counts
+    completions = method.num_generations * method.max_completion_length
+    return counts * (method.num_generations if padded else 1) + completions
 
 
 def row_lengths(rows: Any) -> list[Any]:
@@ -67,6 +78,7 @@ def cache_folder(settings: Settings, tokenizer, stop_ids: set[int], sources: lis
         {k: str(v) for k, v in asdict(settings.dataset).items() if k not in ("path", "eval_path", "name", "seed")},
         settings.model.max_seq_length,
         *([f"{settings.method.name.value} 3"] if settings.method.name != MethodName.sft else []),
+        *([settings.method.max_completion_length] if settings.method.name == MethodName.grpo else []),
         row_seed(settings),
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,

@@ -39,9 +39,9 @@ LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
 # Known without reading their cards: what ships with the project.
 EMBEDDED_LICENCE = {builtin.SMOLLM2: "apache-2.0"}
 
-DATA_LICENCE = {"twists": "apache-2.0", "twist_pairs": "apache-2.0"}
+DATA_LICENCE = {"twists": "apache-2.0", "twist_pairs": "apache-2.0", "sums": "apache-2.0"}
 
-DATA_LANGUAGE = {"twists": ["zh", "en"], "twist_pairs": ["zh", "en"]}
+DATA_LANGUAGE = {"twists": ["zh", "en"], "twist_pairs": ["zh", "en"], "sums": ["en"]}
 
 # Settings whose value is a place on this machine, if it is not one of a few words.
 PATH_KEYS = {"dataset.path", "dataset.eval_path", "model.chat_template", "resume", "run"}

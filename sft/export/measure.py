@@ -89,7 +89,15 @@ def write_rows(folder: Path, prepared: Prepared) -> None:
     rows, source = (prepared.eval, "held_out") if prepared.eval is not None else (prepared.train, "train")
     names = [f.name for f in fields(HeldOutRow) if f.name in rows.column_names]
     kept = rows.select(range(min(ROWS, len(rows))))
-    _write(folder, [HeldOutRow(source, **{name: row[name] for name in names}) for row in kept])
+    none = {} if "labels" in names else {"labels": []}
+    _write(folder, [HeldOutRow(source, **none, **{name: row[name] for name in names}) for row in kept])
+
+
+def write_completions(folder: Path, source: str, completions: list[tuple[list[int], list[int], str, str]]) -> None:
+    """Keep (prompt, completion, question, reference answer) of some rows in held_out.jsonl, to measure the completions on."""
+    rows = [HeldOutRow(source, prompt + said, [IGNORED] * len(prompt) + said, len(prompt), question, reference)
+            for prompt, said, question, reference in completions]  # fmt: skip
+    _write(folder, rows)
 
 
 def note_log_probs(folder: Path, name: str, log_probs: list[list[float]]) -> None:

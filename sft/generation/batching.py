@@ -38,11 +38,11 @@ def grouped(prompts: list[list[int]], max_new_tokens: int, most: int) -> list[li
     return groups
 
 
-def padded(prompts: list[list[int]], pad: int, device: Any) -> tuple[Any, Any]:
-    """(ids, mask) of prompts, [prompts, tokens], padded on the left."""
+def padded(prompts: list[list[int]], pad: int, device: Any, length: int | None = None) -> tuple[Any, Any]:
+    """(ids, mask) of prompts, [prompts, tokens], padded on the left to `length`, or to the longest."""
     import torch
 
-    longest = max(map(len, prompts))
+    longest = length or max(map(len, prompts))
     ids = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -76,19 +76,19 @@ def generate(
     fits = count > 1 and not strategy.shards(settings) and decoding.fits(base_of(model))
 
     def complete(part: list[list[int]]) -> list[list[int]]:
-        ids, mask = batching.padded(part, tokenizer.pad_token_id, model.device)
         if fits:
             try:
-                return decoding.greedy(base_of(model), ids, mask, stop_ids, config.max_new_tokens, check_stop)
+                return decoding.greedy(base_of(model), part, stop_ids, config.max_new_tokens, check_stop)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # what CUDA says where a step cannot be captured
                 log.debug("completions are not captured: %s", first_line(error))
+        ids, mask = batching.padded(part, tokenizer.pad_token_id, model.device)
         return model.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[check]
         )[:, ids.shape[1] :].tolist()  # fmt: skip
 
-    with _generating(model, settings), batching.plain(model):
+    with inference_mode(model, settings), batching.plain(model):
         parts = batching.grouped([prompt.input_ids for prompt in prompts], config.max_new_tokens, count)
         completions = [completion for part in parts for completion in complete(part)]
     if torch.cuda.is_available():
@@ -123,7 +123,7 @@ def eos_share(lines: list[dict]) -> float | None:
 
 
 @contextlib.contextmanager
-def _generating(model: Any, settings: Settings) -> Iterator[None]:
+def inference_mode(model: Any, settings: Settings) -> Iterator[None]:
     """Inference mode inside the block; afterwards the mode and the random state are what they were before."""
     import torch
 

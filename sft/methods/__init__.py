@@ -5,7 +5,7 @@ import importlib
 from sft.config.schema import Settings
 from sft.methods.base import Method
 
-METHODS = {"sft": "sft.methods.sft", "dpo": "sft.methods.dpo"}
+METHODS = {"sft": "sft.methods.sft", "dpo": "sft.methods.dpo", "grpo": "sft.methods.grpo"}
 """The module of each method, which is a `Method`."""
 
 

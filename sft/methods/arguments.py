@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sft.config.method import SFT
+from sft.config.method import METHODS
 from sft.config.schema import Settings
 from sft.distributed import strategy
 from sft.plan.plan import Plan
@@ -23,7 +23,7 @@ def training_arguments(
     import torch
     from trl import SFTConfig
 
-    t, gpu = settings.trainer, torch.cuda.is_available()
+    method, t, gpu = METHODS[settings.method.name.value], settings.trainer, torch.cuda.is_available()
     keep_best = has_eval and (t.load_best_model_at_end or bool(t.early_stopping_patience))
     options = dict(
         output_dir=str(folder / "checkpoints"),
@@ -47,8 +47,8 @@ def training_arguments(
         eval_on_start=has_eval,
         save_strategy="steps",
         save_steps=t.save_steps,
-        metric_for_best_model=SFT.metric if has_eval else None,
-        greater_is_better=SFT.greater_is_better if has_eval else None,
+        metric_for_best_model=method.metric if has_eval else None,
+        greater_is_better=method.greater_is_better if has_eval else None,
         gradient_checkpointing=plan.checkpointing,
         bf16=gpu and plan.dtype == "bfloat16",
         fp16=gpu and plan.dtype == "float16",

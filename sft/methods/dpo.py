@@ -7,14 +7,14 @@ The reference's log probabilities are computed once, before anything is trained:
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sft.config.batching import effective_batch_size, planned_steps
 from sft.config.method import DPO
-from sft.config.schema import MethodSettings, PreferenceLoss, Reference, Settings
+from sft.config.schema import MethodLoss, MethodSettings, Reference, Settings
 from sft.data.collators import PaddingFreeCollator, cut
 from sft.data.shared_prompt import SharedPromptCollator, cut_shared, shared_length
 from sft.data.token_cache import row_lengths, token_counts
@@ -22,12 +22,11 @@ from sft.data.tokenize import IGNORED
 from sft.distributed import group, strategy
 from sft.export import measure
 from sft.methods import sft
+from sft.methods.answers import TAKEN, difference, on_device, padded, token_log_probs
 from sft.methods.arguments import training_arguments
 from sft.methods.reference import computed_once, reference_hash
 from sft.model import warm_cache
-from sft.model.backend import torch_dtype
-from sft.model.padding_free import ATTENTION
-from sft.model.structure import attention_of, base_of
+from sft.model.adapters import without_adapter
 from sft.plan.plan import Plan
 from sft.storage.jsonio import append_jsonl
 from sft.training import acceleration, metrics, samplers
@@ -52,9 +51,6 @@ CHECKED = 64
 ORDERS = {"data_seed", "train_sampling_strategy", "dataloader_num_workers"}
 """Options of `trainer.extra` by which other pairs, or more of them, are taken than is known before the first step."""
 
-NOT_PASSED = ("labels", "target_positions", "targets", "target_counts", "reference")
-"""What the loss takes of a micro-batch, and not the layers."""
-
 
 # ------------------------------------------------------------------------------------------------------- the loss
 
@@ -68,16 +64,16 @@ def pair_losses(policy: Any, reference: Any, lengths: Any, method: MethodSetting
 
     beta, smoothing, kind = method.beta, method.label_smoothing, method.loss_type
     ratios = policy - reference
-    if kind in (PreferenceLoss.ipo, PreferenceLoss.sigmoid_norm):
+    if kind in (MethodLoss.ipo, MethodLoss.sigmoid_norm):
         ratios = ratios / lengths
     delta = ratios[:, 0] - ratios[:, 1]
-    if kind in (PreferenceLoss.sigmoid, PreferenceLoss.sigmoid_norm):
+    if kind in (MethodLoss.sigmoid, MethodLoss.sigmoid_norm):
         return -logsigmoid(beta * delta)
-    if kind == PreferenceLoss.hinge:
+    if kind == MethodLoss.hinge:
         return torch.relu(1 - beta * delta)
-    if kind == PreferenceLoss.ipo:
+    if kind == MethodLoss.ipo:
         return (delta - 1 / (2 * beta)) ** 2
-    if kind == PreferenceLoss.robust:
+    if kind == MethodLoss.robust:
         flipped = smoothing * logsigmoid(-beta * delta)
         return (-(1 - smoothing) * logsigmoid(beta * delta) + flipped) / (1 - 2 * smoothing)
     return 1 - torch.sigmoid(beta * ratios[:, 0]) + torch.sigmoid(beta * ratios[:, 1])
@@ -135,23 +131,6 @@ def _answers(pair: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"input_ids": pair["input_ids"], "labels": pair["labels"]}, rejected]
 
 
-def padded(pad_token_id: int) -> Any:
-    """A collator that pads rows on the right."""
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        import torch
-
-        longest = max(len(row["input_ids"]) for row in rows)
-        ids = torch.full((len(rows), longest), pad_token_id)
-        labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            n = len(row["input_ids"])
-            ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), 1
-        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
-
-    return collate
-
-
 def _real(batch: dict[str, Any]) -> list[int]:
     """Which pairs of a micro-batch are none that fill up the share of a process: those have no target."""
     counts = batch["target_counts"]
@@ -164,19 +143,9 @@ def log_probs(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
 
     counts = batch["target_counts"]
     inputs = {key: value for key, value in batch.items() if key not in ("target_counts", "reference")}
-    if "target_positions" in inputs:
-        found = model(**inputs, log_probs=True).logits
-    else:
-        labels = inputs.pop("labels")[:, 1:]
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        wanted = labels != IGNORED
-        found = torch.log_softmax(logits[wanted].float(), -1).gather(1, labels[wanted][:, None])[:, 0]
+    found = token_log_probs(model, inputs)
     sums = torch.stack([part.sum() for part in torch.split(found, counts)]).view(-1, 2)
     return sums, torch.tensor(counts, device=sums.device, dtype=sums.dtype).view(-1, 2)
-
-
-def _on_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
-    return {key: x.to(model.device) if hasattr(x, "to") else x for key, x in batch.items()}
 
 
 def reference_log_probs(ctx: RunContext, trainer: Any, dataset: Any) -> list[list[float]]:
@@ -194,7 +163,7 @@ def reference_log_probs(ctx: RunContext, trainer: Any, dataset: Any) -> list[lis
         return list(dataset.select(mine[begin:end]))
 
     base = ctx.settings.method.reference == Reference.base
-    with _without_adapter(trainer.model) if base else contextlib.nullcontext():
+    with without_adapter(trainer.model) if base else contextlib.nullcontext():
         found = summed_log_probs(ctx, trainer, len(mine), pairs_at)
     for _ in range(checks - -(-len(mine) // rows)):
         ctx.stop.check()  # which all processes have to ask equally often
@@ -215,7 +184,7 @@ def summed_log_probs(ctx: RunContext, trainer: Any, count: int, pairs_at: Callab
     was_training = model.training
 
     def predict(batch):
-        return log_probs(model, _on_device(batch, model))[0].tolist()
+        return log_probs(model, on_device(batch, model))[0].tolist()
 
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager(), acceleration.evaluating(model, trainer.plan):
@@ -224,18 +193,6 @@ def summed_log_probs(ctx: RunContext, trainer: Any, count: int, pairs_at: Callab
             found += [pair for some, _ in trainer.oom_retry.evaluate(predict, batch) for pair in some]
     model.train(was_training)
     return found
-
-
-@contextlib.contextmanager
-def _without_adapter(model: Any) -> Iterator[None]:
-    """Switch the adapter off inside the block."""
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, requires_grad in trained:  # PEFT makes all of an adapter trainable as it comes back
-            parameter.requires_grad_(requires_grad)
 
 
 def write_margins(folder: Path, step: int, policy: Any, reference: Any, beta: float, texts: Callable[[], list[dict]]) -> None:
@@ -484,31 +441,11 @@ def _reference(ctx: RunContext, trainer: Any, splits: dict[str, Any], reached: d
 
 
 def _difference(model: Any, plan: Plan, pairs: list[dict[str, Any]], rows: Any, shared: Any) -> str:
-    """Compare the last hidden states of the answers of a few pairs that share their prompts with those of rows of their own, as
-    `acceleration.settle` does with rows; empty if they agree.
-    """
-    import torch
-
-    dtype, base, states, training = torch_dtype(plan.dtype), base_of(model), [], model.training
+    """Why a few pairs would not be the same where they share their prompts; empty if they are."""
     pairs = [_short(pair) for pair in pairs]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype.itemsize == 2), \
-                acceleration.evaluating(model, plan), attention_of(base, ATTENTION):  # fmt: skip
-            for layout in (shared, rows):
-                batch = _on_device(PairCollator(layout)(pairs), model)
-                passed = {key: x for key, x in batch.items() if key not in NOT_PASSED}
-                hidden = base.base_model(**passed, use_cache=False).last_hidden_state[0].float()
-                states.append(hidden.index_select(0, batch["target_positions"]).split(batch["target_counts"]))
-    except Exception as error:  # whatever the model's code raises for arguments that it does not know
-        log.debug("shared prompts", exc_info=True)
-        return f"the model's forward pass does not take shared prompts ({type(error).__name__})"
-    finally:
-        model.train(training)
-    away = max(float((one - alone).norm() / alone.norm()) for one, alone in zip(*states, strict=True))
-    if not away <= acceleration.HIDDEN[dtype.itemsize]:
-        return f"an answer would not be what it is alone: its hidden states differ by {100 * away:.2f} %"
-    return ""
+    one, other = (PairCollator(layout)(pairs) for layout in (shared, rows))
+    counts = one["target_counts"]
+    return difference(model, plan, *({k: x for k, x in batch.items() if k in TAKEN} for batch in (one, other)), counts)
 
 
 def _short(pair: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Put the adapter on the model, under PEFT's names, and save it so that plain PEFT loads it on the model as it is."""
 
+import contextlib
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from sft.model.start import check_start, load_start
 from sft.model.targets import check_modules, coverage, options_of
 from sft.plan.plan import Plan
 
-__all__ = ["attach", "check_modules", "coverage", "save_adapter"]
+__all__ = ["attach", "check_modules", "coverage", "save_adapter", "without_adapter"]
 
 
 def attach(model: Any, settings: Settings, plan: Plan) -> Any:
@@ -118,3 +120,15 @@ def _freeze_quantized(model: Any, checkpointing: bool) -> None:
     model.requires_grad_(False)
     if checkpointing:
         model.enable_input_require_grads()
+
+
+@contextlib.contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """Switch the adapter off inside the block."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in trained:  # PEFT makes all of an adapter trainable as it comes back
+            parameter.requires_grad_(requires_grad)

@@ -10,25 +10,43 @@ def fused_inference(model: Any) -> Iterator[None]:
     """Inside the block plain LoRA layers and RMS norms of `model` compute what they did, up to rounding, in fewer kernels, and
     untrained adapters in none. Not for gradients.
     """
-    import torch
-
-    changed: dict[Any, Callable[..., Any]] = {}
-    adapters = {module: name for module in model.modules() if (name := _plain_adapter(module))}
-    trained = [module.lora_B[name].weight.any() for module, name in adapters.items()]
-    trained = torch.stack(trained).tolist() if trained else []  # one wait for the GPU, not one for each
-    for (module, name), is_trained in zip(adapters.items(), trained, strict=True):
-        changed[module] = _fused_adapter(module, name) if is_trained else module.base_layer.__call__
-    checked: dict[type, bool] = {}
-    for module in model.modules():
-        if forward := _fused_norm(module, checked):
-            changed[module] = forward
-    changed = {module: forward for module, forward in changed.items() if "forward" not in vars(module)}  # else another's
-    for module, forward in changed.items():
-        module.forward = forward
-    try:
+    with FusedLayers(model):
         yield
-    finally:
-        for module in changed:
+
+
+class FusedLayers:
+    """A block as `fused_inference` is, which can be entered again. An adapter that is `trained` in between is read anew then,
+    to where captured kernels find it.
+    """
+
+    def __init__(self, model: Any, trained: bool = False):
+        import torch
+
+        self.changed: dict[Any, Callable[..., Any]] = {}
+        self.read: list[Callable[[], None]] = []
+        adapters = {module: name for module in model.modules() if (name := _plain_adapter(module))}
+        learnt = [module.lora_B[name].weight.any() for module, name in adapters.items()]
+        learnt = torch.stack(learnt).tolist() if learnt else []  # one wait for the GPU, not one for each
+        for (module, name), has_learnt in zip(adapters.items(), learnt, strict=True):
+            if trained or has_learnt:
+                self.changed[module], read = _fused_adapter(module, name)
+                self.read += [read] if trained else []
+            else:
+                self.changed[module] = module.base_layer.__call__
+        checked: dict[type, bool] = {}
+        for module in model.modules():
+            if forward := _fused_norm(module, checked):
+                self.changed[module] = forward
+
+    def __enter__(self) -> None:
+        for read in self.read:
+            read()
+        self.set = [module for module in self.changed if "forward" not in vars(module)]  # else it is another's
+        for module in self.set:
+            module.forward = self.changed[module]
+
+    def __exit__(self, *error: Any) -> None:
+        for module in self.set:
             del module.forward
 
 
@@ -45,13 +63,19 @@ def _plain_adapter(module: Any) -> str | None:
     return names[0] if module.lora_B[names[0]].bias is None else None
 
 
-def _fused_adapter(module: Any, name: str) -> Callable[..., Any]:
-    """The forward pass of a plain LoRA layer: three matrix products, the last one added in place."""
+def _fused_adapter(module: Any, name: str) -> tuple[Callable[..., Any], Callable[[], None]]:
+    """(the forward pass of a plain LoRA layer: three matrix products, the last one added in place; what reads its weights
+    again).
+    """
     import torch
 
     base = module.base_layer
-    down = module.lora_A[name].weight.to(base.weight.dtype)
-    up = (module.lora_B[name].weight * module.scaling[name]).to(base.weight.dtype).T
+    down = module.lora_A[name].weight.detach().to(base.weight.dtype, copy=True)
+    up = (module.lora_B[name].weight.detach() * module.scaling[name]).to(base.weight.dtype).T
+
+    def read() -> None:
+        down.copy_(module.lora_A[name].weight.detach())
+        up.copy_((module.lora_B[name].weight.detach() * module.scaling[name]).T)
 
     def forward(x: Any) -> Any:
         low = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), down)
@@ -59,7 +83,7 @@ def _fused_adapter(module: Any, name: str) -> Callable[..., Any]:
         found.view(-1, found.shape[-1]).addmm_(low, up.to(found.dtype))
         return found
 
-    return forward
+    return forward, read
 
 
 def _fused_norm(module: Any, checked: dict[type, bool]) -> Callable[..., Any] | None:

@@ -20,8 +20,9 @@ def linear_cross_entropy(hidden: Any, weight: Any, targets: Any) -> Any:
     return _function().apply(hidden, weight, targets)
 
 
-def linear_log_probs(hidden: Any, weight: Any, targets: Any) -> Any:
-    """The log probability of each of `targets` [n] by `hidden` [n, width] times `weight` [vocabulary, width]: [n], float32.
+def linear_log_probs(hidden: Any, weight: Any, targets: Any, temperature: float = 1.0) -> Any:
+    """The log probability of each of `targets` [n] by `hidden` [n, width] times `weight` [vocabulary, width], divided by
+    `temperature`: [n], float32.
 
     Its gradient reaches `hidden`; the weights of an output layer that is trained get theirs from whole logits, which take the
     memory that the pieces save.
@@ -29,9 +30,9 @@ def linear_log_probs(hidden: Any, weight: Any, targets: Any) -> Any:
     import torch
 
     if weight.requires_grad:
-        logits = (hidden @ weight.to(hidden.dtype).t()).float()
+        logits = (hidden @ weight.to(hidden.dtype).t()).float() / temperature
         return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
-    return _log_probs().apply(hidden, weight, targets)
+    return _log_probs().apply(hidden, weight, targets, temperature)
 
 
 @functools.cache
@@ -44,15 +45,19 @@ def _log_probs() -> Any:
         """
 
         @staticmethod
-        def forward(ctx, hidden, weight, targets):
-            weight = weight.to(hidden.dtype)
+        def forward(ctx, hidden, weight, targets, temperature):
+            weight, ctx.temperature = weight.to(hidden.dtype), temperature
             found = hidden.new_empty(len(targets), dtype=torch.float32)
             grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             step = max(1, PIECE // weight.shape[0])
             with torch.autocast(hidden.device.type, enabled=False):
                 for at in range(0, hidden.shape[0], step):
                     part, aims = hidden[at : at + step], targets[at : at + step, None]
-                    logs = torch.log_softmax(part @ weight.t(), dim=-1, dtype=torch.float32)
+                    logits = part @ weight.t()
+                    if temperature != 1:
+                        logits = logits.float().div_(temperature)
+                    logs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+                    del logits
                     found[at : at + step] = logs.gather(1, aims)[:, 0]
                     if grad is not None:
                         less = logs.exp_().neg_().scatter_add_(1, aims, torch.ones_like(aims, dtype=logs.dtype))
@@ -65,7 +70,7 @@ def _log_probs() -> Any:
         @staticmethod
         def backward(ctx, grad_found):
             (grad,) = ctx.saved_tensors
-            return (grad.float() * grad_found[:, None]).to(grad.dtype), None, None
+            return (grad.float() * (grad_found / ctx.temperature)[:, None]).to(grad.dtype), None, None, None
 
     return LinearLogProbs
 

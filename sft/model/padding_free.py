@@ -25,7 +25,7 @@ def install(base: Any) -> None:
 
     Such a one gives an output with the `loss` alone: summed over target tokens and divided by `num_items_in_batch`, or by
     their number where that is None, as transformers does for padded rows. With `log_probs=True` it gives the log probability of
-    each target token instead, as `logits`.
+    each target token instead, as `logits`, of logits divided by `temperature`.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
@@ -36,7 +36,13 @@ def install(base: Any) -> None:
     usual = base.forward
 
     def forward(
-        self, *args: Any, target_positions: Any = None, targets: Any = None, log_probs: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        target_positions: Any = None,
+        targets: Any = None,
+        log_probs: bool = False,
+        temperature: float = 1.0,
+        **kwargs: Any,
     ) -> Any:
         if target_positions is None:
             return usual(*args, **kwargs)
@@ -53,7 +59,7 @@ def install(base: Any) -> None:
         if torch.is_autocast_enabled(hidden.device.type):  # they are float32 where the weights are
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         if log_probs:
-            return CausalLMOutputWithPast(logits=linear_log_probs(hidden, head.weight, targets))
+            return CausalLMOutputWithPast(logits=linear_log_probs(hidden, head.weight, targets, temperature))
         total = linear_cross_entropy(hidden, head.weight, targets)
         return CausalLMOutputWithPast(loss=total / (len(targets) if items is None else items))
 

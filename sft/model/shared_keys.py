@@ -1,4 +1,4 @@
-"""The keys and values of a prompt, given to both answers behind it (sft/data/shared_prompt.py)."""
+"""The keys and values of a prompt, given to each answer behind it (sft/data/shared_prompt.py)."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 
 class GatherKeys(torch.autograd.Function):
-    """`x` [tokens, ...] by `index` [keys]. A token is at most two keys, which `uses` [2, tokens] names: its gradient is
+    """`x` [tokens, ...] by `index` [keys]. The keys that a token is are named by `uses` [most, tokens]: its gradient is
     gathered as well, in a fixed order. Keys of no segment have no gradient; attention leaves there what was in the memory.
     """
 
@@ -18,10 +18,13 @@ class GatherKeys(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple[Any, None, None]:
         (uses,) = ctx.saved_tensors
-        again = uses[1] < len(grad)
-        second = grad.index_select(0, torch.where(again, uses[1], 0))
-        again = again.view(-1, *[1] * (grad.dim() - 1))
-        return grad.index_select(0, uses[0]) + torch.where(again, second, torch.zeros_like(second)), None, None
+        total = grad.index_select(0, uses[0])
+        for more in uses[1:]:
+            again = more < len(grad)
+            further = grad.index_select(0, torch.where(again, more, 0))
+            again = again.view(-1, *[1] * (grad.dim() - 1))
+            total = total + torch.where(again, further, torch.zeros_like(further))
+        return total, None, None
 
 
 def gather_keys(x: Any, index: Any, uses: Any) -> Any:

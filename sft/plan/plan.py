@@ -174,13 +174,13 @@ def plan_training(
     """
     trainer = settings.trainer
     rows = facts["rows"]["train"] if facts else 1
-    steps = planned_steps(trainer, rows)
+    steps = planned_steps(trainer, rows, settings.method.num_iterations)
     why = why_padded(settings, plan.backend)
     if not why and machine.gpu and not machine.varlen:
         why = "the GPU has no attention kernel for rows of various lengths (compute capability 8.0 or higher)"
     if not why and machine.gpu and plan.dtype == "float32":
         why = "attention over rows of various lengths needs 16 bits on a GPU"
-    tokens = facts["train_tokens"] * steps * effective_batch_size(trainer) / rows if facts else 0
+    tokens = steps * effective_batch_size(trainer) * sum(lengths["train"]) / rows if facts else 0
     compiled = not why and bool(trainer.torch_compile or (machine.gpu and is_compiled(trainer, tokens)))
     captured = not why and machine.gpu and trainer.cuda_graphs is not False and not why_eager(settings)
     plan = replace(plan, steps=steps, padding_free=not why, why_padded=why, compiled=compiled, captured=captured)

@@ -177,7 +177,8 @@ def _obstacle(base: Any) -> str:
 def _first_rows(data: Any) -> list[dict[str, list[int]]]:
     """The ends of the three shortest of the first eight rows: the model's own loss holds a value for each token and word."""
     rows = sorted((data[i] for i in range(min(8, len(data)))), key=lambda row: len(row["input_ids"]))[:3]
-    return [{key: list(row[key][-CHECKED:]) for key in ("input_ids", "labels")} for row in rows]
+    ends = [(row["input_ids"][-CHECKED:], row.get("labels", row["input_ids"])[-CHECKED:]) for row in rows]
+    return [{"input_ids": list(ids), "labels": list(labels)} for ids, labels in ends]
 
 
 def _difference(model: Any, rows: list[dict[str, list[int]]], pad_token_id: int, dtype: Any) -> str:

@@ -4,6 +4,7 @@ import logging
 import math
 from typing import Any
 
+from sft.config.method import METHODS
 from sft.config.schedule import steps_between
 from sft.config.schema import Settings
 from sft.console import duration
@@ -24,9 +25,10 @@ def run_callback(trainer, settings: Settings) -> Any:
     from transformers import TrainerCallback
 
     loop, clock, recorder = trainer.loop, trainer.loop.clock, trainer.loop.recorder
+    method = METHODS[settings.method.name.value]
 
     def epochs(state: Any) -> float:
-        rows, at_once = len(trainer.nonfinite.rows), trainer.args.per_device_train_batch_size
+        rows, at_once = trainer.epoch_rows or len(trainer.nonfinite.rows), trainer.args.per_device_train_batch_size
         return round(samplers.epochs_done(state.epoch or 0.0, rows, at_once), 4)
 
     class RunCallback(TrainerCallback):
@@ -64,15 +66,16 @@ def run_callback(trainer, settings: Settings) -> Any:
                 line["tokens_per_second"] = round((tokens - clock.logged["tokens"]) / since, 1)
                 line["memory_gib"] = max(peaks)
                 clock.logged = {"tokens": tokens, "seconds": seconds}
-            if "eval_loss" in logs:
-                more = "".join(f", {name} {logs[f'eval_{name}']:.3f}" for name in trainer.shown[:2])
-                log.info("step %4d   held-out loss %.4f%s", state.global_step, logs["eval_loss"], more)
-                if state.global_step == 0 and not math.isfinite(logs["eval_loss"]):
+            if method.metric in logs:
+                others = [f"eval_{name}" for name in trainer.shown[:2] if f"eval_{name}" != method.metric]
+                more = "".join(f", {name.removeprefix('eval_')} {logs[name]:.3f}" for name in others)
+                log.info("step %4d   %s %.4f%s", state.global_step, method.title, logs[method.metric], more)
+                if state.global_step == 0 and not math.isfinite(logs[method.metric]):
                     why = (
                         "The model's held-out loss before the first step is not a finite number. Its weights are the cause, or"
                     )
                     raise ModelFault(f"{why} their type: model.dtype={settings.model.dtype.value}. Nothing was trained.")
-            if "loss" in logs or "eval_loss" in logs:
+            if "loss" in logs or method.metric in logs:
                 recorder.add(line)
 
         def on_step_end(self, args, state, control, **kwargs):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft.config.method import METHODS
 from sft.data.collators import is_padding_free
 from sft.distributed import group
 from sft.distributed.group import world_size
@@ -36,6 +37,13 @@ def count_tokens(inputs: dict[str, Any]) -> Any:
     return (lengths * (lengths > 1)).sum()
 
 
+EVALUATED = {method.metric for method in METHODS.values()}
+"""What runs are ranked by: a line with one of them is of an evaluation."""
+
+KEPT = {*EVALUATED, "loss", "tokens", "memory_gib", "eval_accuracy", "eval_margin", "reward", "eval_ended"}
+"""What run.json keeps the last value of."""
+
+
 class Recorder:
     """Keeps metrics.jsonl and the final numbers, and passes each line on to the trackers."""
 
@@ -58,11 +66,10 @@ class Recorder:
         if self.writes:
             append_jsonl(self.path, metrics)
             self.tracking.log(metrics)
-        kept = ("loss", "eval_loss", "tokens", "memory_gib", "eval_accuracy", "eval_margin")
-        self.final |= {k: v for k, v in metrics.items() if k in kept}
-        if "eval_loss" in metrics:
+        self.final |= {k: v for k, v in metrics.items() if k in KEPT}
+        for name in EVALUATED & metrics.keys():
             self.eval_step = metrics["step"]
-            self.final.setdefault("eval_loss_start", metrics["eval_loss"])
+            self.final.setdefault(f"{name}_start", metrics[name])
 
 
 class Clock:

@@ -53,5 +53,14 @@ def test_a_setting_that_was_added_counts_only_where_it_is_not_at_its_default(mon
     assert fingerprint.config_hash(make_settings()) == without
 
 
+def test_a_file_of_rewards_counts_by_its_contents(tmp_path):
+    file = tmp_path / "rewards.py"
+    file.write_text("def polite(completion, row):\n    return 1.0\n")
+    settings = make_settings("method=grpo", f"method.reward_funcs=[number,'{file}:polite']")
+    first = fingerprint.config_hash(settings)
+    file.write_text("def polite(completion, row):\n    return 0.0\n")
+    assert fingerprint.config_hash(settings) != first
+
+
 def test_preferences_against_another_reference_are_another_run():
     assert fingerprint.config_hash(make_settings("method=dpo", "method.reference=base")) != STORED["method=dpo"]

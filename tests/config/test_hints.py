@@ -8,7 +8,7 @@ from sft.errors import Problem, Refusal
 from tests.conftest import make_settings
 from tests.hints import hints_of, type_hints
 
-DPO, TWO = "method=dpo", "distributed.num_processes=2"
+DPO, GRPO, TWO = "method=dpo", "method=grpo", "distributed.num_processes=2"
 
 CASES = [
     (["method.beta=0.3"], "belongs to method=dpo"),
@@ -27,6 +27,49 @@ CASES = [
     ([DPO, "method.reference=base", "lora.extra.init_lora_weights=pissa"], "taken out of the model's weights"),
     ([DPO, "method.reference=base", "lora.bias=all"], "weights of the model itself"),
     ([DPO, "distributed=fsdp", TWO], "not shared out"),
+    ([DPO, "method.loss_type=dapo"], "method=dpo has sigmoid"),
+    ([DPO, "method.num_generations=4"], "belongs to method=grpo"),
+    (["method.temperature=0.7"], "belongs to method=grpo"),
+    (["dataset.columns.answer=solution"], "belongs to method=grpo"),
+    ([GRPO, "method.loss_type=ipo"], "method=grpo has dapo"),
+    ([GRPO, "method.sft_weight=1"], "belongs to method=dpo"),
+    ([GRPO, "method.label_smoothing=0.1"], "belongs to method=dpo"),
+    ([GRPO, "method.beta=-1"], "at least 0"),
+    ([GRPO, "method.num_generations=1"], "at least 2"),
+    ([GRPO, "method.max_completion_length=0"], "at least 1"),
+    ([GRPO, "method.max_completion_length=2048"], "no token is left"),
+    ([GRPO, "method.temperature=0"], "above 0"),
+    ([GRPO, "method.epsilon=1"], "below 1"),
+    ([GRPO, "method.epsilon_high=0"], "or null"),
+    ([GRPO, "method.num_iterations=0"], "at least 1"),
+    ([GRPO, "method.max_idle_steps=0"], "at least 1"),
+    ([GRPO, "model.backend=unsloth"], "completions are written"),
+    ([GRPO, "dataset.loss_on=all"], "its own completions"),
+    ([GRPO, "dataset.overlong=truncate"], "another question"),
+    ([GRPO, "dataset.shape=text"], "no prompt"),
+    ([GRPO, "dataset.reasoning=split"], "one prompt"),
+    ([GRPO, "lora.lora_dropout=0.1"], "without dropout"),
+    ([GRPO, "distributed=fsdp", TWO], "all of the weights"),
+    ([GRPO, "method.beta=0.04", "lora=none"], "no adapter to switch off"),
+    ([GRPO, "method.beta=0.04", "lora.extra.init_lora_weights=pissa"], "taken out of the model's weights"),
+    ([GRPO, "method.beta=0.04", "lora.start_from=me/adapter"], "is gone"),
+    ([GRPO, "method.reference=base"], "no reference is read"),
+    ([GRPO, "dataset=gsm8k"], "none is named"),
+    ([GRPO, "method.reward_funcs=[numbr]"], "No such reward"),
+    ([GRPO, "method.reward_funcs=[number,number]"], "told apart"),
+    ([GRPO, "method.reward_weights=[1]"], "2 rewards"),
+    ([GRPO, "method.reward_weights=[0,0]"], "not all of them 0"),
+    ([GRPO, "method.reward_funcs=[regex]"], "needs its option"),
+    ([GRPO, "method.reward_funcs=[length]", "method.reward_options={lenght:{words:3}}"], "be ignored"),
+    ([GRPO, "method.reward_funcs=[length]", "method.reward_options={length:{word:3}}"], "no such option"),
+    ([GRPO, "method.reward_funcs=[length]", "method.reward_options={length:{words:many}}"], "a whole number"),
+    ([GRPO, "method.reward_funcs=[length]", "method.reward_options={length:{words:0}}"], "at least 1"),
+    ([GRPO, "method.reward_funcs=[length]", "method.reward_options={length:3}"], "a table"),
+    ([GRPO, "method.reward_funcs=[regex]", "method.reward_options={regex:{pattern:'(x'}}"], "regular expression"),
+    ([GRPO, "method.reward_funcs=[json_schema]", "method.reward_options={json_schema:{typ:object}}"], "no such option"),
+    ([GRPO, "method.reward_funcs=[contains]", "method.reward_options={contains:{text:' '}}"], "every completion"),
+    ([GRPO, "trainer.extra.num_generations=4"], "setting of its own"),
+    ([GRPO, "trainer.extra.loss_type=dapo"], "setting of its own"),
     (["distributed.num_processes=0"], "at least 1"),
     (["distributed.strategy=fsdp"], "nothing to share"),
     (["distributed=fsdp", "distributed.num_processes=1"], "nothing to share"),
@@ -66,6 +109,81 @@ def problems_of(argv: list[str], hardware: bool = False) -> list[Problem]:
         return check_settings(make_settings(*argv), hardware)
     except Refusal as refusal:
         return refusal.problems
+
+
+EXTRA = [
+    ("top_p=0.9", "another sampler"), ("top_k=5", "another sampler"), ("min_p=0.1", "another sampler"),
+    ("repetition_penalty=1.1", "another sampler"), ("steps_per_generation=4", "count prompts"),
+    ("generation_batch_size=8", "count prompts"), ("vllm_mode=colocate", "no second engine"),
+    ("use_vllm=true", "no second engine"), ("sync_ref_model=true", "without its adapter"),
+    ("ref_model_mixup_alpha=0.5", "without its adapter"), ("use_liger_kernel=true", "without logits"),
+    ("neftune_noise_alpha=5", "supervised fine-tuning"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "words"), EXTRA)
+def test_an_option_of_trls_grpo_without_a_place_here_is_refused_with_its_reason(option, words):
+    (problem,) = problems_of([GRPO, f"trainer.extra.{option}"])
+    assert words in problem.why and problem.fix == f"leave trainer.extra.{option.partition('=')[0]} out"
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ("{type:objekt}", "none of object, array"),
+        ("{properties:{a:{typ:string}}}", "The schema.a has 'typ'; what is known is type"),
+        ("{items:{properties:{a:3}}}", "The schema.items.a has to be a table"),
+        ("{required:[1]}", "list of names"),
+        ("{items:{enum:3}}", "The schema.items.enum has the wrong type"),
+    ],
+)
+def test_a_schema_with_what_is_not_known_is_refused(schema, words):
+    argv = [GRPO, "method.reward_funcs=[ends,json_schema]", f"method.reward_options={{json_schema:{schema}}}"]
+    (problem,) = problems_of(argv)
+    assert words in problem.why
+
+
+OWN = [
+    ("gone_entirely.py:polite", "no such file"),
+    ("rewards.py:polit", "no such function"),
+    ("broken.py:polite", "no Python"),
+    ("rewards.py", "by its file and its function"),
+    ("rewards:polite", "by its file and its function"),
+]
+
+
+@pytest.mark.parametrize(("name", "words"), OWN)
+def test_a_reward_of_ones_own_that_cannot_be_found_is_refused_with_what_was_meant(tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards.py").write_text("def polite(completion, row):\n    return 1.0\n")
+    (tmp_path / "broken.py").write_text("def polite(completion, row)\n")
+    argv = [GRPO, f"method.reward_funcs=[ends,'{name}']", "method.reward_weights=[]"]
+    problems = problems_of(argv)
+    assert [words in problem.why for problem in problems] == [True]
+    type_hints(argv, problems, problems_of)
+
+
+def test_a_reward_of_ones_own_is_taken_without_being_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards.py").write_text("raise SystemExit\ndef polite(completion, row):\n    return 1.0\n")
+    assert problems_of([GRPO, "method.reward_funcs=[ends,'rewards.py:polite']"]) == []
+
+
+def test_the_demo_of_rewards_composes_from_one_word():
+    settings = make_settings(GRPO)
+    method, trainer = settings.method, settings.trainer
+    assert check_settings(settings, False) == []
+    assert (settings.dataset.name, method.reward_funcs, method.reward_weights) == ("sums", ["number", "ends"], [0.8, 0.2])
+    assert (method.loss_type.value, method.beta, method.max_completion_length) == ("dapo", 0, 12)
+    assert (trainer.learning_rate, trainer.max_steps, trainer.effective_batch_size, trainer.eval_steps) == (3e-4, 40, 2, 0.5)
+
+
+def test_another_model_and_data_set_take_nothing_from_the_demo():
+    settings = make_settings(GRPO, "model=qwen3_4b", "dataset=gsm8k", "method.reward_funcs=[number]")
+    method, trainer = settings.method, settings.trainer
+    assert check_settings(settings, False) == []
+    assert (method.reward_weights, method.max_completion_length) == ([], 256)
+    assert (trainer.learning_rate, trainer.max_steps, trainer.effective_batch_size, trainer.eval_steps) == (5e-6, -1, 8, None)
 
 
 @pytest.mark.parametrize(("argv", "words"), CASES, ids=lambda value: " ".join(value) if isinstance(value, list) else None)

@@ -112,12 +112,12 @@ def test_answers_of_a_cache_of_fixed_size_are_those_of_generate(kind):
         expected = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None,
                                   pad_token_id=0)[:, 9:].tolist()  # fmt: skip
         assert decoding.fits(model)
-        assert decoding.greedy(model, ids, mask, {63}, 20, lambda: looks.append(1)) == expected and len(looks) == 19
-        stops = {answer[3] for answer in expected}
-        ended = decoding.greedy(model, ids, mask, stops, 20, lambda: None)
-    told = max(next(i for i, token in enumerate(answer) if token in stops) for answer in expected) + 1
-    assert [answer[:told] for answer in ended] == [answer[:told] for answer in expected]
-    assert all(answer[told:] == [0] * (20 - told) for answer in ended) and told < 20
+        prompts = [row[padding:] for row, padding in zip(ids.tolist(), (0, 4, 8), strict=True)]
+        assert decoding.greedy(model, prompts, {64}, 20, lambda: looks.append(1)) == expected and len(looks) == 19
+        stops = {expected[0][3], expected[1][5], expected[2][8]}
+        ended = decoding.greedy(model, prompts, stops, 20, lambda: looks.append(1))
+    assert ended == [batching.until_end(answer, stops) for answer in expected]
+    assert len({len(answer) for answer in ended}) > 1 and len(looks) == 19 + max(map(len, ended))
 
     with fused_layers.fused_inference(model):
         changed = [module for module in model.modules() if "forward" in vars(module)]

@@ -152,11 +152,12 @@ def test_completions_by_a_captured_step_are_those_of_generate(small_llama, monke
     for row, padding in enumerate((0, 7, 21)):
         ids[row, :padding], mask[row, :padding] = 0, 0
     captured, capture = [], decoding._capture
-    monkeypatch.setattr(decoding, "_capture", lambda step: captured.append(capture(step)) or captured[-1])
+    monkeypatch.setattr(decoding, "_capture", lambda step, pool: captured.append(capture(step, pool)) or captured[-1])
+    prompts = [row[padding:] for row, padding in zip(ids.tolist(), (0, 7, 21), strict=True)]
     with torch.no_grad():
         expected = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=64, do_sample=False, eos_token_id=None,
                                   pad_token_id=0)[:, 30:].tolist()  # fmt: skip
         for _ in range(2):
-            assert decoding.greedy(base, ids, mask, set(), 64, lambda: None) == expected
+            assert decoding.greedy(base, prompts, set(), 64, lambda: None) == expected
     assert len(captured) == 2
     assert len({token for completion in expected for token in completion}) > 10, "else little is compared"

@@ -39,6 +39,8 @@ PAIRS = {
 }  # fmt: skip
 """Rows in the layout of the sets of pairs."""
 
+GSM8K = [{"question": f"Q{i}?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(8)]
+
 
 def write(folder: Path, rows: list[dict]) -> str:
     file = folder / "rows.json"
@@ -86,7 +88,7 @@ def test_every_tracking_preset_runs(option, tmp_path, monkeypatch, caplog):
 
 @pytest.mark.parametrize("option", [o for g, o in OPTIONS if g == "dataset"])
 def test_every_dataset_preset_trains_on_rows_of_its_shape(option, tmp_path):
-    rows = CHATS if option == "ultrachat" else PAIRS.get(option, INSTRUCTIONS)
+    rows = CHATS if option == "ultrachat" else (PAIRS | {"gsm8k": GSM8K}).get(option, INSTRUCTIONS)
     place = [] if option == "twists" else [write(tmp_path, rows), "dataset.eval_split=null", "dataset.eval_fraction=0.25"]
     place += ["method=dpo"] if option in PAIRS else []
     result = run(make_settings(*TINY, f"dataset={option}", *place), tmp_path / "run")

@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from sft.config.schema import MethodSettings, PreferenceLoss, Settings
+from sft.config.method import DPO
+from sft.config.schema import MethodLoss, MethodSettings, Settings
 from sft.data.collators import PaddingFreeCollator
 from sft.data.prepare import prepare
 from sft.data.shared_prompt import SharedPromptCollator, shared_length
@@ -89,10 +90,10 @@ def our_loss(model, pairs: list[dict], method: MethodSettings, rows) -> torch.Te
     return pair_losses(policy, batch["reference"], lengths, method).sum() / len(pairs)
 
 
-@pytest.mark.parametrize("kind", [*PreferenceLoss])
+@pytest.mark.parametrize("kind", [MethodLoss(name) for name in DPO.losses])
 def test_the_loss_of_each_kind_is_trls_through_training(model, tokenizer, tmp_path, kind):
     """Five steps of AdamW on the same pairs from the same weights: losses within 1e-5 and gradients within 1e-4."""
-    method = MethodSettings(loss_type=kind, label_smoothing=0.1 if kind == PreferenceLoss.robust else 0.0)
+    method = MethodSettings(loss_type=kind, label_smoothing=0.1 if kind == MethodLoss.robust else 0.0)
     trainer, ours = trl_trainer(method, tokenizer, tmp_path), make_model()
     theirs = trainer.model
     set_peft_model_state_dict(theirs, get_peft_model_state_dict(ours))
