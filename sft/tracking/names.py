@@ -24,6 +24,18 @@ NAMES = {
     "memory_gib": "perf/memory_gib",
 }
 
+REWARDS = {
+    "length": "completions/mean_length",
+    "ended": "completions/clipped_ratio",
+    "zero_groups": "frac_reward_zero_std",
+    "clipped": "clip_ratio/region_mean",
+    "sampler_gap": "sampling/sampling_logp_difference/mean",
+}
+"""What TRL's GRPOTrainer calls numbers of ours; `reward/<name>` is its `rewards/<name>/mean`, and the others have one name."""
+
+OPPOSITES = ("ended",)
+"""Shares that TRL logs of all others: there it is the share that was cut."""
+
 SAMPLES = {
     "step": lambda line, base: line["step"],
     "question": lambda line, base: line.get("question") or line["prompt"],
@@ -75,12 +87,18 @@ def name_metric(key: str) -> str:
     """A tracker's name of a key of metrics.jsonl."""
     if key in NAMES:
         return NAMES[key]
-    return f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"
+    name = key.removeprefix("eval_")
+    split = "train" if name == key else "eval"
+    if name.startswith("reward/"):
+        return f"{split}/rewards/{name.removeprefix('reward/')}/mean"
+    return f"{split}/{REWARDS.get(name, name)}"
 
 
 def name_metrics(line: dict[str, Any], tokens: int) -> dict[str, Any]:
     """A line of metrics.jsonl by these names. Each has `tokens`, those trained on so far, as a second axis."""
-    return {name_metric(key): value for key, value in {"tokens": tokens, **line}.items()}
+    shown = {key: 1 - value if key.removeprefix("eval_") in OPPOSITES and value is not None else value
+             for key, value in line.items()}  # fmt: skip
+    return {name_metric(key): value for key, value in {"tokens": tokens, **shown}.items()}
 
 
 def define_metrics(run: Any, method: MethodFacts) -> None:

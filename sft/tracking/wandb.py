@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sft.config.method import facts_of
+from sft.config.method import METHODS
 from sft.config.schema import Settings, TrackingMode, TrackingSettings
 from sft.errors import first_line, refuse
 from sft.storage.jsonio import jsonable
@@ -132,7 +132,7 @@ class WandbTracker:
                 finish_timeout_raises=True,
             ),
         )
-        define_metrics(self.run, facts_of({"settings": jsonable(settings)}))
+        define_metrics(self.run, METHODS[settings.method.name.value])
         self.lines, self._table = max(self.lines, self.run.step, self.run.starting_step), None
         again, files = bool(before), Path(self.run.dir).parent
         # Which it keeps if it has to begin again.
@@ -204,9 +204,15 @@ class WandbTracker:
                     log.warning("W&B did not take the adapter (%s); it is in %s.", first_line(error), _short(self._folder))
             if self._settings.tracking.alert:
                 level = {"failed": "ERROR", "stopped": "WARN"}.get(status, "INFO")
-                run.alert(title=f"{run.name or run.id}: {status}"[:63], text=why or _shown(metrics), level=level)
+                run.alert(title=f"{run.name or run.id}: {status}"[:63], text=why or self._shown(metrics), level=level)
         finally:
             self._close(run, 1 if status == "failed" else 0)
+
+    def _shown(self, metrics: dict[str, Any]) -> str:
+        """What the method ranks runs by, before and after, for an alert."""
+        method = METHODS[self._settings.method.name.value]
+        start, end = metrics.get(f"{method.metric}_start"), metrics.get(method.metric)
+        return f"{method.title} {start:.4f} -> {end:.4f}" if start is not None and end is not None else f"no {method.title}"
 
     def _close(self, run: Any, code: int) -> None:
         """End the W&B run; where the server does not take the rest in time, say how it is uploaded later."""
@@ -247,12 +253,6 @@ def _forget_service() -> None:
 
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
-
-
-def _shown(metrics: dict[str, Any]) -> str:
-    """The held-out loss before and after, for an alert."""
-    start, end = metrics.get("eval_loss_start"), metrics.get("eval_loss")
-    return f"held-out loss {start:.4f} -> {end:.4f}" if start is not None and end is not None else "no held-out loss"
 
 
 def wandb_settings() -> Any:

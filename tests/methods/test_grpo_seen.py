@@ -1,0 +1,231 @@
+"""What a reader sees of method=grpo: its numbers in run.json, the log, trackers, sweeps and the report."""
+
+import csv
+import json
+import logging
+import math
+import sys
+import types
+
+import pytest
+
+from sft.config.method import DPO, GRPO, SFT
+from sft.report import page as report_page
+from sft.report.rollouts import reward_charts
+from sft.runs.record import log_ending
+from sft.storage import jsonio
+from sft.sweep import leaderboard, publish, runner
+from sft.sweep.index import SweepIndex, judge
+from sft.sweep.report import draw_curves, draw_effect, draw_parallel, write_sweep_report
+from sft.sweep.search import make_search
+from sft.tracking.names import name_metric, name_metrics
+from sft.tracking.wandb import WandbTracker
+from tests.conftest import make_settings
+from tests.report.test_page import charts_of, text_of
+
+SETTINGS = {"method": {"name": "grpo"}, "trainer": {"max_bad_steps": 10}}
+METRICS = [
+    {"step": 0, "eval_reward": 0.25, "eval_ended": 0.5, "eval_length": 9.0, "eval_reward/number": 0.2, "eval_reward/ends": 0.5},
+    {"step": 1, "loss": 0.0, "reward": 0.1, "ended": 0.75, "length": 8.0, "reward_std": 0.2, "zero_groups": 0.5, "entropy": 2.0,
+     "reward/number": 0.0, "reward/ends": 0.75, "tokens": 90},
+    {"step": 2, "loss": 0.0, "reward": 0.9, "ended": 1.0, "length": 6.0, "reward_std": 0.1, "zero_groups": 0.0, "entropy": 1.0,
+     "reward/number": 1.0, "reward/ends": 1.0, "tokens": 180},
+    {"step": 2, "eval_reward": 0.75, "eval_ended": 1.0, "eval_length": 6.0, "eval_reward/number": 0.7, "eval_reward/ends": 1.0},
+]  # fmt: skip
+RUN = {
+    "status": "finished", "name": "sums", "settings": SETTINGS, "data": {"source": "sums", "eval_rows": 4},
+    "metrics": {"eval_reward_start": 0.25, "eval_reward": 0.75, "best_eval_reward": 0.75, "best_step": 2, "reward": 0.9,
+                "loss": 0.0},
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A run folder of a finished run."""
+    monkeypatch.setattr(report_page, "bundled_charts", lambda: "/* charts */")
+    (tmp_path / "run.json").write_text(json.dumps(RUN), "utf-8")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS), "utf-8")
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------------------ one run
+
+
+def test_the_last_line_of_a_run_says_the_reward_before_and_after(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    facts = {"status": "finished", "reason": None, "metrics": RUN["metrics"], "artifacts": {}}
+    log_ending(make_settings("method=grpo"), tmp_path, facts)
+    assert "Done   finished: held-out reward 0.2500 -> 0.7500" in caplog.text
+    log_ending(make_settings(), tmp_path, {**facts, "metrics": {"eval_loss": 1.0, "eval_loss_start": 2.0}})
+    assert "Done   finished: held-out loss 2.0000 -> 1.0000" in caplog.text
+
+
+def test_the_report_has_the_reward_before_and_after_and_its_curves(folder):
+    html = report_page.write_report(folder).read_text("utf-8")
+    text = text_of(html)
+    assert "Held-out reward 0.2500 → 0.7500 +0.5000 best 0.7500 at step 2 · training reward 0.9000" in text
+    assert 'class="mark good">+0.5000' in html and "Held-out loss" not in text
+    charts = charts_of(html)
+    drawn = [name for name, spec in charts.items() if spec]
+    assert drawn == ["reward", "reward_0", "reward_1", "entropy", "length", "ended", "zero_groups", "loss"]
+    points = charts["reward"]["data"]["values"]
+    assert points[0] == {"step": 0, "eval_reward": 0.25} and points[2] == {
+        "step": 2, "reward": 0.9, "smooth": 0.9, "eval_reward": 0.75}  # fmt: skip
+    assert [(p["reward_1"], p["eval_reward_1"]) for p in charts["reward_1"]["data"]["values"] if p["step"] == 2] == [(1.0, 1.0)]
+    assert "Reward: number" in text and "Reward: ends" in text and "KL" not in text, "there is none"
+
+
+def test_a_reward_that_fell_is_marked_as_bad(folder):
+    worse = {**RUN, "metrics": {**RUN["metrics"], "eval_reward_start": 0.0, "eval_reward": -0.5}}
+    (folder / "run.json").write_text(json.dumps(worse), "utf-8")
+    assert 'class="mark bad">−0.5000' in report_page.write_report(folder).read_text("utf-8")
+
+
+def test_a_run_that_died_early_has_its_rewards_from_its_curves(folder):
+    (folder / "run.json").write_text(json.dumps({**RUN, "status": "running", "metrics": {}}), "utf-8")
+    assert "Held-out reward 0.2500 → 0.7500" in text_of(report_page.write_report(folder).read_text("utf-8"))
+
+
+def test_charts_of_rewards_take_any_name_and_show_a_kl_that_there_is():
+    rows, charts = reward_charts([{"step": 1, "reward/a['x']": 1.0, "reward/b.c": 2.0, "kl": 0.1}])
+    assert rows == [{"step": 1, "reward_0": 1.0, "reward_1": 2.0, "kl": 0.1}]
+    assert [chart[0] for chart in charts][:3] == ["reward", "reward_0", "reward_1"] and charts[-1][0] == "kl"
+    rows, charts = reward_charts([{"step": 1, "reward/only": 1.0}])
+    assert [chart[0] for chart in charts] == ["reward", "entropy", "length", "ended", "zero_groups"]
+
+
+# ------------------------------------------------------------------------------------------------------ trackers
+
+
+def test_curves_have_the_names_of_trls_grpo_trainer():
+    line = {"step": 2, "reward": 0.9, "reward_std": 0.1, "zero_groups": 0.0, "entropy": 1.0, "kl": 0.2, "length": 6.0,
+            "ended": 0.75, "reward/number": 1.0, "clipped": 0.1, "sampler_gap": 0.0}  # fmt: skip
+    assert name_metrics(line, 7) == {
+        "train/global_step": 2, "train/num_tokens": 7, "train/reward": 0.9, "train/reward_std": 0.1,
+        "train/frac_reward_zero_std": 0.0, "train/entropy": 1.0, "train/kl": 0.2, "train/completions/mean_length": 6.0,
+        "train/completions/clipped_ratio": 0.25, "train/rewards/number/mean": 1.0, "train/clip_ratio/region_mean": 0.1,
+        "train/sampling/sampling_logp_difference/mean": 0.0,
+    }  # fmt: skip
+    assert name_metrics({"step": 0, "eval_reward": 0.5, "eval_ended": 1.0, "eval_reward/number": 0.5}, 0) == {
+        "train/global_step": 0, "train/num_tokens": 0, "eval/reward": 0.5, "eval/completions/clipped_ratio": 0.0,
+        "eval/rewards/number/mean": 0.5,
+    }  # fmt: skip
+    assert name_metric("reward_chosen") == "train/reward_chosen" and name_metric("eval_loss") == "eval/loss"
+
+
+def test_trl_logs_these_names():
+    import inspect
+
+    from trl import GRPOTrainer
+
+    source = inspect.getsource(sys.modules[GRPOTrainer.__module__])
+    named = ["reward", "reward_std", "frac_reward_zero_std", "entropy", "kl", "completions/mean_length",
+             "completions/clipped_ratio", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean"]  # fmt: skip
+    assert [name for name in named if f'["{name}"].append' not in source] == []
+    assert '[f"rewards/{reward_func_name}/mean"]' in source
+
+
+def test_an_alert_says_the_reward():
+    tracker = WandbTracker()
+    tracker._settings = make_settings("method=grpo")
+    assert tracker._shown(RUN["metrics"]) == "held-out reward 0.2500 -> 0.7500"
+    assert tracker._shown({}) == "no held-out reward"
+    tracker._settings = make_settings()
+    assert tracker._shown({"eval_loss_start": 2.0, "eval_loss": 1.0}) == "held-out loss 2.0000 -> 1.0000"
+
+
+# -------------------------------------------------------------------------------------------------------- sweeps
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """A sweep over `method.temperature` with rewards 0.2, 0.8 and 0.5; they began at 0.3."""
+    monkeypatch.setattr(report_page, "bundled_charts", lambda: "/* charts */")
+    monkeypatch.chdir(tmp_path)
+    index = SweepIndex(tmp_path, "id", "python train.py -m ...", jsonio.now())
+    for value, reward in ((0.6, 0.2), (0.8, 0.8), (1.0, 0.5)):
+        words = [f"method.temperature={value}"]
+        job = index.add(make_settings("method=grpo", *words), dict(word.split("=") for word in words), ["method.temperature"])
+        job.status = "finished"
+        metrics = {"eval_reward": reward, "eval_reward_start": 0.3, "reward": 0.9, "loss": 0.0}
+        run = {**RUN, "config_hash": job.config_hash, "metrics": metrics, "data": {"eval_rows": 4, "held_out_hash": "h"}}
+        (tmp_path / job.folder).mkdir()
+        (tmp_path / job.folder / "run.json").write_text(json.dumps(run), "utf-8")
+        lines = [{"step": 0, "eval_reward": 0.3}, {"step": 1, "reward": 0.4, "loss": 0.0}, {"step": 2, "eval_reward": reward}]
+        (tmp_path / job.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    index.save()
+    return tmp_path
+
+
+def test_a_sweep_ranks_rewards_upwards(sweep, capsys):
+    board = leaderboard.read_leaderboard(sweep)
+    assert [(row.metric, row.start, row.note) for row in board.rows] == [
+        (0.8, 0.3, ""), (0.5, 0.3, ""), (0.2, 0.3, "worse than before training")]  # fmt: skip
+    rows = list(csv.DictReader(leaderboard.write_csv(board).read_text("utf-8").splitlines()))
+    assert [(row["eval_reward"], row["eval_reward_start"]) for row in rows] == [("0.8", "0.3"), ("0.5", "0.3"), ("0.2", "0.3")]
+    assert "eval_loss" not in rows[0] and "eval_reward" in publish.make_table(board)[0]
+    leaderboard.show(sweep)
+    shown = capsys.readouterr().err
+    assert "held-out reward" in shown and "0.8000" in shown and "loss" not in shown
+    assert leaderboard.best_run(sweep).name == board.best.job.folder
+
+
+def test_a_sweeps_page_speaks_of_rewards(sweep):
+    board = leaderboard.read_leaderboard(sweep)
+    text = text_of(write_sweep_report(board).read_text("utf-8"))
+    assert "Best held-out reward0.8000" in text and "Ranked by held-out reward; higher is better." in text
+    assert "loss" not in text
+    curves, effect, parallel = draw_curves(board), draw_effect(board), draw_parallel(board)
+    assert curves["title"] == "Held-out reward" and effect["title"] == "temperature against held-out reward"
+    assert [p["reward"] for p in effect["spec"]["data"]["values"]] == [0.8, 0.5, 0.2]
+    heights = {p["reward"]: p["place"] for p in parallel["spec"]["data"]["values"] if p["axis"] == "held-out reward"}
+    assert heights == pytest.approx({0.2: 0.0, 0.5: 0.5, 0.8: 1.0}), "up is better"
+
+
+def test_without_held_out_rows_the_curves_are_of_the_training_reward(sweep):
+    for path in sweep.glob("*/metrics.jsonl"):
+        path.write_text("".join(f'{{"step": {step}, "reward": 0.{step}, "loss": 0.0}}\n' for step in (1, 2)), "utf-8")
+    curves = draw_curves(leaderboard.read_leaderboard(sweep))
+    assert curves["title"] == "Training reward" and curves["spec"]["data"]["values"][0]["reward"] == 0.1
+
+
+def test_a_job_of_another_method_is_not_ranked_among_rewards(sweep):
+    place = next(sweep.glob("2_*")) / "run.json"
+    run = json.loads(place.read_text("utf-8"))
+    run |= {"settings": {"method": {"name": "dpo"}}, "metrics": {"eval_loss": 0.1, "eval_loss_start": 0.7}}
+    place.write_text(json.dumps(run), "utf-8")
+    rows = leaderboard.read_leaderboard(sweep).rows
+    assert [(row.rank, row.metric) for row in rows] == [(1, 0.8), (2, 0.2), (None, None)]
+    assert rows[-1].note == "not ranked: dpo is measured by eval_loss"
+
+
+def test_the_summary_of_a_sweep_in_wandb_has_the_best_reward(sweep, monkeypatch):
+    summary = {}
+    made = types.SimpleNamespace(log=lambda line: None, summary=summary, finish=lambda: None)
+    fake = types.SimpleNamespace(init=lambda **_: made, Table=lambda **_: None, Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(publish, "wandb_settings", lambda: types.SimpleNamespace(run_group=None))
+    monkeypatch.setattr(publish, "place", lambda tracking: (None, "sft"))
+    publish._write_summary(sweep, make_settings("method=grpo"), "offline")
+    assert summary["best_eval_reward"] == 0.8 and "best_eval_loss" not in summary
+
+
+def test_a_search_maximises_rewards_and_minimises_losses(monkeypatch, sweep):
+    given = []
+    plugin = types.SimpleNamespace(OptunaSweeper=lambda **options: given.append(options["direction"]))
+    verbosity = types.SimpleNamespace(set_verbosity=lambda level: None, WARNING=0)
+    monkeypatch.setitem(sys.modules, "optuna", types.SimpleNamespace(logging=verbosity))
+    monkeypatch.setitem(sys.modules, "hydra_plugins.hydra_optuna_sweeper", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper", plugin)
+    for method in (SFT, DPO, GRPO):
+        make_search(None, 3, 1, None, method)
+    assert given == ["minimize", "minimize", "maximize"]
+    jobs = leaderboard.read_leaderboard(sweep).index.jobs
+    jobs[2].status = "diverged"
+    assert [runner._result(job, sweep).return_value for job in jobs] == [0.2, 0.8, -math.inf]
+
+
+def test_a_run_without_a_number_as_reward_diverged():
+    assert judge({**RUN, "metrics": {"loss": 0.0, "eval_reward": 0.5}}) == ("finished", None)
+    lost = judge({**RUN, "metrics": {"loss": 0.0, "eval_reward": None, "eval_loss": 1.0}})
+    assert lost == ("diverged", "diverged: the held-out reward is not a number")
