@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
-from sft.config.method import MethodFacts, facts_of
+from sft.config.method import GRPO, MethodFacts, facts_of
 from sft.config.schema import GROUPS, TrackingSettings
 from sft.errors import Refusal, refuse
 from sft.runs.resume import read_record
@@ -121,8 +121,9 @@ def _sections(section: Any, board: Leaderboard | None, method: MethodFacts) -> l
         all_runs = reports.ParallelCoordinatesPlot(title="All runs", columns=columns)
         importance = reports.ParameterImportancePlot(with_respect_to=method.metric)
         made.append(section(name=f"Settings and {method.noun}", panels=[all_runs, *effects, importance], is_open=True))
-    samples = reports.WeavePanelSummaryTable(table_name="samples")
-    return [*made, section(name="Speed", panels=speed), section(name="Samples", panels=[samples], is_open=True)]
+    tables = ["samples", *(["rollouts"] if method is GRPO else [])]
+    shown = [reports.WeavePanelSummaryTable(table_name=name) for name in tables]
+    return [*made, section(name="Speed", panels=speed), section(name="Samples", panels=shown, is_open=True)]
 
 
 if __name__ == "__main__":

@@ -91,7 +91,19 @@ MARGINS = {
     "pairs": [{"row": NUMBER, "prompt": TEXT, "chosen": TEXT, "rejected": TEXT}],
 }
 
-FORMS = {"run.json": RUN, "preflight.json": PREFLIGHT, "verify.json": VERIFY, "samples.jsonl": SAMPLE, "margins.jsonl": MARGINS}
+ROLLOUT = {
+    "step": NUMBER,
+    "row": NUMBER,
+    "prompt": TEXT,
+    "completions": [
+        {"text": TEXT, "finish": TEXT, "tokens": NUMBER, "rewards": NUMBERS, "reward": NUMBER, "advantage": NUMBER}
+    ],
+}
+
+FORMS = {
+    **{"run.json": RUN, "preflight.json": PREFLIGHT, "verify.json": VERIFY},
+    **{"samples.jsonl": SAMPLE, "margins.jsonl": MARGINS, "rollouts.jsonl": ROLLOUT},
+}
 
 
 def fit(value: Any, form: Any, odd: list[str], key: str = "") -> Any:

@@ -73,6 +73,12 @@ class TensorBoardTracker:
             cells = [f"**{title}**\n\n{_quoted(cell)}" for title, cell in zip(SAMPLES, row, strict=True)]
             self.writer.add_text(f"samples/{line['index']}", "\n\n".join(cells), line["step"])
 
+    def log_rollouts(self, step: int, columns: list[str], rows: list[list[Any]], earlier: list[list[Any]]) -> None:
+        """Add a text for each row, the best completion of the step as `rollouts/0`."""
+        for number, row in enumerate(rows):
+            cells = [f"**{title}**\n\n{_quoted(cell)}" for title, cell in zip(columns, row, strict=True)]
+            self.writer.add_text(f"rollouts/{number}", "\n\n".join(cells), step)
+
     def finish(self, status: str, metrics: dict[str, Any], reason: str | None) -> None:
         """Write the final metrics, status and reason as a text, and close the file."""
         ending = {**jsonable(metrics), "status": status, "reason": reason}

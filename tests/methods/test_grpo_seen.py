@@ -18,8 +18,9 @@ from sft.sweep import leaderboard, publish, runner
 from sft.sweep.index import SweepIndex, judge
 from sft.sweep.report import draw_curves, draw_effect, draw_parallel, write_sweep_report
 from sft.sweep.search import make_search
-from sft.tracking.names import name_metric, name_metrics
-from sft.tracking.wandb import WandbTracker
+from sft.tracking.base import Trackers, make_trackers
+from sft.tracking.names import MAX_TEXT, RolloutTable, name_metric, name_metrics
+from sft.tracking.wandb import WandbTracker, _lines_in
 from tests.conftest import make_settings
 from tests.report.test_page import charts_of, text_of
 
@@ -132,6 +133,119 @@ def test_an_alert_says_the_reward():
     assert tracker._shown({}) == "no held-out reward"
     tracker._settings = make_settings()
     assert tracker._shown({"eval_loss_start": 2.0, "eval_loss": 1.0}) == "held-out loss 2.0000 -> 1.0000"
+
+
+def rollout(step: int, *rewards: float, row: int = 1, text: str = "") -> dict:
+    """A line of rollouts.jsonl with a completion for each reward, and the reward as its text."""
+    completions = [{"text": text or str(reward), "finish": "ended", "tokens": 2, "rewards": {"number": reward, "ends": 1.0},
+                    "reward": reward, "advantage": reward - 1} for reward in rewards]  # fmt: skip
+    return {"step": step, "row": row, "prompt": "2 + 2?", "completions": completions}
+
+
+def test_the_table_of_rollouts_has_the_best_the_worst_and_two_more_of_the_prompt_whose_rewards_differ_most():
+    table = RolloutTable()
+    table.keep([rollout(1, 0.5, 0.5), rollout(1, 0.3, 0.1, 0.9, 0.4, 0.2, 0.6, 0.7, row=2), rollout(1, 0.2, 0.4, row=3)])
+    rows = table.take(1)
+    assert table.columns == [
+        "step",
+        "row",
+        "prompt",
+        "completion",
+        "finish",
+        "reward",
+        "reward/number",
+        "reward/ends",
+        "advantage",
+    ]
+    assert [row[5] for row in rows] == [0.9, 0.6, 0.3, 0.1]
+    assert rows[0] == [1, 2, "2 + 2?", "0.9", "ended", 0.9, 0.9, 1.0, pytest.approx(-0.1)]
+    assert table.take(2) == [], "it has no rollout of its own"
+    table.keep([rollout(3, 1.0, text="x" * 5000)])
+    assert [len(row[3]) for row in table.take(3)] == [MAX_TEXT + 2]
+
+
+def test_a_long_run_has_a_table_of_few_rollouts():
+    table = RolloutTable()
+    for step in range(1, 10_001):
+        table.keep([rollout(step, 0.0, 1.0)])
+        table.take(step)
+    steps = sorted({row[0] for row in table.rows})
+    assert steps[:100] == [*range(1, 101)] and steps[100] == 102 and 400 < len(steps) < 450
+
+
+class Tables:
+    """A tracker that keeps what is logged."""
+
+    name = "tables"
+
+    def __init__(self) -> None:
+        self.given: list[tuple] = []
+
+    def __getattr__(self, verb):
+        return lambda *given: {} if verb == "state" else self.given.append((verb, *given))
+
+    @property
+    def rollouts(self) -> list[tuple]:
+        return [given[1:] for given in self.given if given[0] == "log_rollouts"]
+
+
+def test_rollouts_go_with_the_next_log_line_and_a_resumed_run_has_those_of_before(folder):
+    """With `logging_steps` 2 and two updates a rollout; it is cut after step 4."""
+    steps, metrics = (1, 3, 5), folder / "metrics.jsonl"
+    metrics.write_text("", "utf-8")
+
+    def go(trackers, first, last):
+        for step in range(first, last + 1):
+            if step in steps:
+                jsonio.append_jsonl(folder / "rollouts.jsonl", rollout(step, 0.1, 0.1 * step))
+                trackers.log_rollouts([rollout(step, 0.1, 0.1 * step)])
+            if step % 2 == 0:
+                line = {"step": step, "reward": 0.5}
+                jsonio.append_jsonl(metrics, line)
+                trackers.log(line)
+
+    whole = Tables()
+    go(Trackers([whole]), 1, 6)
+    assert [(step, [row[0] for row in rows], len(earlier)) for step, _, rows, earlier in whole.rollouts] == [
+        (2, [1, 1], 0), (4, [3, 3], 2), (6, [5, 5], 4)]  # fmt: skip
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        (folder / name).unlink()
+    go(Trackers([Tables()]), 1, 4)
+    resumed = Tables()
+    trackers = Trackers([resumed])
+    trackers.start(make_settings(), folder, "n", [], {"mode": "offline", "tracker": "tables"})
+    go(trackers, 5, 6)
+    assert resumed.rollouts == whole.rollouts[2:]
+
+
+def test_what_is_odd_in_the_files_of_before_leaves_rows_out_and_raises_nothing(folder):
+    good = json.dumps(rollout(1, 0.1, 0.9))
+    odd = ['{"step": "x", "completions": [1]}', '{"step": 1}', "not json", '{"completions": [{"reward": "a"}], "step": 1}']
+    (folder / "rollouts.jsonl").write_text("\n".join([good, *odd]), "utf-8")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 1}\n{"step": null, "reward": 1}\n{"reward": 2}\n', "utf-8")
+    table = RolloutTable()
+    table.replay(folder, 5)
+    assert [row[5] for row in table.rows] == [0.9, 0.1]
+
+
+def test_wandb_has_a_table_of_rollouts_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trackers = make_trackers(make_settings("method=grpo", "tracking=wandb"))
+    trackers.start(make_settings("method=grpo", "tracking=wandb"), tmp_path, "n", [])
+    for step in (1, 2):
+        trackers.log_rollouts([rollout(step, 0.0, 1.0)])
+        trackers.log({"step": step, "reward": 0.5, "loss": 0.0})
+    trackers.finish("finished", {})
+    assert trackers._failed == set()
+    tables = [json.loads(path.read_text("utf-8")) for path in tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")]
+    rows = sorted(row for table in tables for row in table["data"])
+    assert [(row[0], row[3], row[5]) for row in rows] == [(1, "0.0", 0.0), (1, "1.0", 1.0), (2, "0.0", 0.0), (2, "1.0", 1.0)]
+    assert tables[0]["columns"][-3:] == ["reward/number", "reward/ends", "advantage"]
+
+
+def test_wandb_counts_the_rollouts_that_a_cut_run_may_have_logged(folder):
+    (folder / "rollouts.jsonl").write_text("{}\n{}\n", "utf-8")
+    assert _lines_in(folder) == len(METRICS) + 2
 
 
 # -------------------------------------------------------------------------------------------------------- sweeps
