@@ -22,7 +22,7 @@ from markupsafe import Markup, escape
 from sft.config.method import GRPO, facts_of
 from sft.paths import ASSETS
 from sft.report.pairs import summarise_pairs
-from sft.report.rollouts import reward_charts
+from sft.report.rollouts import reward_charts, summarise_rollouts
 from sft.report.summary import merge_steps, summarise
 from sft.storage.cache import made_once
 from sft.storage.jsonio import number, read_json, read_lines
@@ -71,6 +71,7 @@ def write_report(run_folder: Path, run: dict | None = None) -> Path:
             "metrics": summarise(run, rows),
             "charts": charts,
             "pairs": pairs,
+            "rollouts": summarise_rollouts(run_folder / "rollouts.jsonl"),
             "broken": find_broken(rows),
             "samples": group_samples(read_lines(run_folder / "samples.jsonl")),
             "preflight": preflight,

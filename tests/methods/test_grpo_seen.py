@@ -5,13 +5,14 @@ import json
 import logging
 import math
 import sys
+import tracemalloc
 import types
 
 import pytest
 
 from sft.config.method import DPO, GRPO, SFT
 from sft.report import page as report_page
-from sft.report.rollouts import reward_charts
+from sft.report.rollouts import reward_charts, summarise_rollouts
 from sft.runs.record import log_ending
 from sft.storage import jsonio
 from sft.sweep import leaderboard, publish, runner
@@ -93,6 +94,57 @@ def test_charts_of_rewards_take_any_name_and_show_a_kl_that_there_is():
     assert [chart[0] for chart in charts][:3] == ["reward", "reward_0", "reward_1"] and charts[-1][0] == "kl"
     rows, charts = reward_charts([{"step": 1, "reward/only": 1.0}])
     assert [chart[0] for chart in charts] == ["reward", "entropy", "length", "ended", "zero_groups"]
+
+
+def test_the_report_shows_the_best_and_the_worst_prompt_of_five_steps(folder):
+    lines = []
+    for step in range(1, 10):
+        good = rollout(step, 1.0, 0.5, row=2, text=f"<b>good {step}</b>")
+        lines += [rollout(step, 0.5, 0.25, row=1), good, rollout(step, 0.0, 0.0, row=3)]
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    shown = summarise_rollouts(folder / "rollouts.jsonl")
+    assert [step["step"] for step in shown] == [1, 3, 5, 7, 9] and {step["count"] for step in shown} == {3}
+    assert [[(group["row"], group["mean"], group["equal"]) for group in step["groups"]] for step in shown] == [
+        [(2, 0.75, False), (3, 0.0, True)]] * 5  # fmt: skip
+    best = shown[0]["groups"][0]
+    assert [(one["reward"], one["advantage"]) for one in best["completions"]] == [(1.0, 0.0), (0.5, -0.5)]
+    assert best["names"] == ["number", "ends"] and best["prompt"] == "2 + 2?"
+    html = report_page.write_report(folder).read_text("utf-8")
+    assert "Best: mean reward 0.750" in html and "Worst: mean reward 0.000, all equal: nothing to learn from" in html
+    assert "&lt;b&gt;good 9&lt;/b&gt;" in html and "good 2" not in html
+
+
+def test_a_step_of_one_prompt_has_one_and_many_completions_are_its_best_and_worst(folder):
+    (folder / "rollouts.jsonl").write_text(json.dumps(rollout(1, *(i / 100 for i in range(40)))), "utf-8")
+    ((group,),) = [step["groups"] for step in summarise_rollouts(folder / "rollouts.jsonl")]
+    rewards = [one["reward"] for one in group["completions"]]
+    assert rewards == [*(i / 100 for i in range(39, 31, -1)), *(i / 100 for i in range(7, -1, -1))]
+    assert group["left_out"] == 24 and group["mean"] == pytest.approx(0.195)
+    assert "24 completions between are not shown." in report_page.write_report(folder).read_text("utf-8")
+
+
+def test_rollouts_larger_than_the_memory_are_shown(folder):
+    path, text = folder / "rollouts.jsonl", "x" * 10_000
+    with open(path, "w", encoding="utf-8") as file:
+        for step in range(1, 1001):
+            file.write(json.dumps(rollout(step, 0.0, 1.0, text=text)) + "\n")
+    assert path.stat().st_size > 20e6
+    tracemalloc.start()
+    shown = summarise_rollouts(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [step["step"] for step in shown] == [1, 251, 501, 750, 1000] and peak < 2e6
+
+
+def test_damaged_rollouts_are_left_out_by_name(folder, caplog):
+    odd = {**rollout(2, 0.5), "completions": [{"text": 7, "reward": 1.0, "rewards": {"number": "x"}}, {"reward": None}, 3]}
+    lines = [json.dumps(rollout(1, 0.5)), json.dumps(odd), '{"step": 3, "completions": [', '{"step": 4}', "\udcff"]
+    (folder / "rollouts.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    shown = summarise_rollouts(folder / "rollouts.jsonl")
+    assert [(step["step"], len(step["groups"][0]["completions"])) for step in shown] == [(1, 1), (2, 1)]
+    assert "rollouts.jsonl: ignored, because of an odd form" in caplog.text and "completions[0].text" in caplog.text
+    assert "Step 2" in text_of(report_page.write_report(folder).read_text("utf-8"))
+    assert summarise_rollouts(folder / "nothing.jsonl") == []
 
 
 # ------------------------------------------------------------------------------------------------------ trackers
