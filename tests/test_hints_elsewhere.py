@@ -484,6 +484,7 @@ ELSEWHERE = {
     "sft.sweep.runner.Sweep._folder_of": "tests/cli/test_composition.py",
     "sft.preflight.fit.": "tests/preflight/test_checks.py",
     "sft.preflight.optimizer.": "tests/preflight/test_checks.py",
+    "sft.preflight.rewards.": "tests/preflight/test_rewards.py",
 }
 """Where the hints of other modules are typed."""
 
@@ -515,6 +516,10 @@ UNTYPED = {
         sft.model.tokenizer.load_tokenizer 2, sft.model.tokenizer.read_tokenizer, sft.model.tokenizer._refusing_damage,
         sft.preflight.checks.check_ids, sft.runs.saved.prompt_form, sft.sweep.index.load_index,
         sft.training.checkpoint.find_checkpoint 1, sft.training.checkpoint.find_checkpoint 2""",
+    "the user's own function is mended by them": """
+        sft.rewards.__init__._run_file, sft.rewards.__init__._own_reward 1, sft.rewards.__init__._own_reward 2,
+        sft.rewards.__init__._own_reward 3, sft.rewards.__init__._own_reward 4, sft.rewards.__init__._own_reward 5,
+        scripts.preview.show_rewards""",
     "it passes on what another site made": """
         sft.errors.refuse, sft.model.files.check_model_files 2, sft.model.files.check_adapter_files 3""",
 }

@@ -35,7 +35,7 @@ from sft.config import schema
 from sft.config.compose import PROCESSES, register, to_settings
 from sft.config.consent import WORD
 from sft.config.data_rules import why_lost
-from sft.config.destinations import KEYS, check_destinations, destinations
+from sft.config.destinations import KEYS, check_destinations, destinations, own_code
 from sft.config.keys import in_shell
 from sft.config.rules import check_settings
 from sft.config.schema import Settings
@@ -50,15 +50,15 @@ from sft.sweep.grid import check_pairs, compose_job, each_value_once, list_value
 def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: bool = True) -> None:
     """Run `check_command_line`; on a refusal print it to stderr and exit with 2.
 
-    `resume=<run folder>` in sys.argv becomes what Hydra needs to work in that folder; a number of processes and the word that
-    allows a model's own code stay beside it. Of several processes that torchrun has started, one comes back from here: the
-    others follow it.
+    `resume=<run folder>` in sys.argv becomes what Hydra needs to work in that folder; a number of processes, the word that
+    allows a model's own code, destinations and files of rewards stay beside it. Of several processes that torchrun has
+    started, one comes back from here: the others follow it.
     """
     if argv is None:
         _leave_to_first()
     try:
         check_command_line(config_dir, sys.argv[1:] if argv is None else argv, hardware)
-        others = [word for word in sys.argv[1:] if word == WORD or word.startswith(PROCESSES)]
+        others = [w for w in sys.argv[1:] if w == WORD or w.startswith(PROCESSES) or w.partition("=")[0] in KEYS]
         words = [word for word in sys.argv[1:] if word not in others]
         if argv is None and len(words) == 1 and words[0].startswith("resume="):  # not beside --help
             folder = Path(words[0].partition("=")[2]).expanduser().resolve()
@@ -340,6 +340,12 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
     goes_to = [f"{key}={value}" for key, value in destinations(settings).items()]
     others = [word for word in sent if word not in goes_to]
     problems = check_destinations(settings, record, sent, shlex.quote(text))
+    code = [f"{key}={value}" for key, value in own_code(settings).items()]
+    if beside := [word for word in others if word.startswith("method.")]:
+        others = [word for word in others if word not in beside]
+        if beside != code:
+            why = f"A run goes on with its own settings, so that {shlex.join(beside)} would be ignored."
+            problems.append(Problem(shlex.join(argv), why, f"{shlex.quote(text)}   alone"))
     if others:
         named = " and ".join(goes_to) or "nobody"
         why = f"The run sends what it makes to {named}, so that {shlex.join(others)} would be ignored."

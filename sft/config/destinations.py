@@ -1,7 +1,8 @@
-"""Where a run sends what it makes: a hub repository, a W&B team. A run folder from elsewhere cannot decide that for its reader.
+"""Where a run sends what it makes: a hub repository, a W&B team; and which files of its own it runs, as rewards. A run folder
+from elsewhere cannot decide that for its reader.
 
 A run that this user began on this machine carries a mark in run.json, made with a key in the user's cache folder. Without a
-valid mark, as on another machine, `resume=` asks for the destinations to be typed beside it. Imports nothing heavy.
+valid mark, as on another machine, `resume=` asks for them to be typed beside it. Imports nothing heavy.
 """
 
 import hmac
@@ -11,12 +12,14 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from sft.config.keys import in_shell, words_of
+from sft.config.reward_names import reward_files
 from sft.config.schema import Settings
 from sft.config.tracking_rules import trackers_of
 from sft.errors import Problem
 from sft.storage import cache
 
-KEYS = ("export.hub.repo", "tracking.entity", "tracking.log_adapter")
+KEYS = ("export.hub.repo", "tracking.entity", "tracking.log_adapter", "method.reward_funcs")
 
 
 def destinations(settings: Settings) -> dict[str, str]:
@@ -34,27 +37,52 @@ def destinations(settings: Settings) -> dict[str, str]:
     return found
 
 
+def own_code(settings: Settings) -> dict[str, str]:
+    """The setting by which files of the user's own are run, as it is typed; empty without any."""
+    names = settings.method.reward_funcs
+    return {"method.reward_funcs": words_of(names)} if reward_files(names) else {}
+
+
 def mark(settings: Settings) -> str | None:
-    """What run.json keeps of the destinations: their signature. None without any, or where the key cannot be kept."""
-    key = _key(create=True) if destinations(settings) else None
+    """What run.json keeps of destinations and files that are run: their signature. None without any, or where the key cannot be
+    kept.
+    """
+    key = _key(create=True) if destinations(settings) or own_code(settings) else None
     return _sign(settings, key) if key else None
 
 
-def check_destinations(settings: Settings, record: dict[str, Any], typed: list[str], what: str) -> list[Problem]:
-    """The destinations of a recorded run that neither its mark nor the command line vouches for; `what` names the run."""
+def is_vouched_for(settings: Settings, record: dict[str, Any]) -> bool:
+    """Whether the mark of a recorded run says that this user began it on this machine, with these destinations and files."""
     known, key = record.get("destinations_mark"), _key(create=False)
-    if key and isinstance(known, str) and hmac.compare_digest(known.encode(), _sign(settings, key).encode()):
+    return bool(key) and isinstance(known, str) and hmac.compare_digest(known.encode(), _sign(settings, key).encode())
+
+
+def check_destinations(settings: Settings, record: dict[str, Any], typed: list[str], what: str) -> list[Problem]:
+    """The destinations of a recorded run, and the files it runs, that neither its mark nor the command line vouches for; `what`
+    names the run.
+    """
+    if is_vouched_for(settings, record):
         return []
-    unsaid = [f"{name}={value}" for name, value in destinations(settings).items() if f"{name}={value}" not in typed]
-    if not unsaid:
-        return []
-    public = " (public)" if any(word.startswith("export.hub") for word in unsaid) and not settings.export.hub.private else ""
-    why = f"The run sends what it makes to {' and '.join(unsaid)}{public}, and it was not begun by you on this machine."
-    return [Problem(what, why, f"{what} {' '.join(unsaid)}   if that is where you want it")]
+    unsaid, code = (
+        [word for name, value in some.items() if (word := f"{name}={value}") not in typed]
+        for some in (destinations(settings), own_code(settings))
+    )
+    problems, all_words = [], f"{what} {' '.join(map(in_shell, [*unsaid, *code]))}"
+    if unsaid:
+        pushes = any(word.startswith("export.hub") for word in unsaid)
+        public = " (public)" if pushes and not settings.export.hub.private else ""
+        why = f"The run sends what it makes to {' and '.join(unsaid)}{public}, and it was not begun by you on this machine."
+        problems.append(Problem(what, why, f"{all_words}   if that is where you want it"))
+    if code:
+        files = ", ".join(dict.fromkeys(str(file) for file in reward_files(settings.method.reward_funcs).values()))
+        why = f"The run has Python code run that is in {files}, with your rights, and it was not begun by you on this machine."
+        problems.append(Problem(what, why, f"{all_words}   if you have read that code"))
+    return problems
 
 
 def _sign(settings: Settings, key: bytes) -> str:
-    content = json.dumps([destinations(settings), settings.export.hub.private, settings.export.formats], sort_keys=True)
+    content = json.dumps([destinations(settings) | own_code(settings), settings.export.hub.private, settings.export.formats],
+                         sort_keys=True)  # fmt: skip
     return hmac.digest(key, content.encode(), "sha256").hex()
 
 

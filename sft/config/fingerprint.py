@@ -65,15 +65,19 @@ def config_hash(settings: Settings) -> str:
     shaping = {k: v for k, v in jsonable(settings).items() if k not in AROUND}
     shaping["dataset"]["seed"] = row_seed(settings)
     shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in LIMITS}
-    if files := reward_files(settings.method.reward_funcs):
-        shaping["reward_files"] = {name: _contents_hash(file) for name, file in files.items()}
+    if files := reward_hashes(settings):
+        shaping["reward_files"] = files
     return hashlib.sha256(json.dumps(without_added(shaping), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def reward_hashes(settings: Settings) -> dict[str, str | None]:
+    """The hash of the file of each reward of the user's own; None where it cannot be read."""
+    return {name: _contents_hash(file) for name, file in reward_files(settings.method.reward_funcs).items()}
+
+
 def _contents_hash(file: Path) -> str | None:
-    """The hash of a file's contents; None where it cannot be read."""
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     except OSError:
         return None
 

@@ -118,6 +118,11 @@ def typed(key: str, value: Any) -> str:
     return text if re.fullmatch(r"[\w,./+=\[\]-]*", text, re.ASCII) else shlex.quote(text)
 
 
+def words_of(value: Any) -> str:
+    """A value in Hydra's grammar, as train.py gets it from the shell."""
+    return _for_hydra(value)
+
+
 def in_shell(override: str) -> str:
     """An override as it came from the shell, as it is typed there: in quotes where the shell would change it."""
     return override if re.fullmatch(r"[\w./,:=@%+^~\[\]-]*", override) else shlex.quote(override)

@@ -166,7 +166,7 @@ def _check_grpo_others(settings: Settings) -> list[Problem]:
     beta = f"method.beta={method.beta:g}"
     rules: list[tuple[bool, str, str, str]] = [
         (settings.model.backend == Backend.unsloth, "model.backend=unsloth",
-         "Unsloth replaces the parts of TRL and transformers that completions are written and learnt by.",
+         "Unsloth replaces the parts of TRL and transformers that completions are written and trained by.",
          "model.backend=transformers"),
         (data.loss_on != LossOn.answer, f"dataset.loss_on={data.loss_on.value}",
          "No token of the data is trained on: the model learns from its own completions.", "dataset.loss_on=answer"),
@@ -218,10 +218,11 @@ def _why_no_base(lora: LoraSettings) -> str:
 def _other_losses(settings: Settings) -> list[Problem]:
     """Options of supervised fine-tuning that change its loss or what a batch is."""
     method, extra = settings.method.name, settings.trainer.extra
-    told = [name for name in OWN_LOSS if method == MethodName.grpo and (why_not_grpo(name) or hasattr(settings.method, name))]
+    grpo = method == MethodName.grpo
+    refused = [name for name in OWN_LOSS if grpo and (why_not_grpo(name) or hasattr(settings.method, name))]
     return [
         Problem(f"method={method.value} trainer.extra.{name}={shown(extra[name])}", "It belongs to supervised fine-tuning.",
                 f"leave trainer.extra.{name} out")
         for name in OWN_LOSS
-        if extra.get(name) and name not in told
+        if extra.get(name) and name not in refused
     ]  # fmt: skip

@@ -388,7 +388,7 @@ class MethodSettings:
     mask_truncated_completions: bool = False
     """GRPO: leave completions that did not end within `max_completion_length` out of the loss."""
     max_idle_steps: int = 20
-    """GRPO: after so many steps in a row in which no group's rewards differ, the run ends as failed: nothing is learnt."""
+    """GRPO: after so many steps in a row in which no group's rewards differ, the run ends as failed."""
 
 
 @dataclass

@@ -90,7 +90,7 @@ def render_prompt(row: dict, data: DatasetSettings, shape: Shape, template: str,
     if answered:
         try:
             rendered = render_row(row, data, shape, template, tokenizer)
-        except Refusal:  # of the answer itself, perhaps, which is not learnt; else it is raised below
+        except Refusal:  # of the answer itself, perhaps, which is no part of the prompt; else it is raised below
             rendered = None
     if rendered is not None and (rendered.spans or row_is_read(row, data)):
         reference = rendered.reference
@@ -135,7 +135,7 @@ def cut_to_prompts(entries: Iterator[dict], table: Sequence[dict], counts: dict[
         counts["references"] += bool(entry["reference"].strip())
         ids = entry["input_ids"][: entry["prompt_length"]]
         raw = json.dumps(table[entry["row"] - 1], ensure_ascii=False, default=str)
-        yield entry | {"input_ids": ids, "labels": [], "columns": raw, "boundary_merge": False}
+        yield entry | {"input_ids": ids, "labels": [], "columns": raw}
 
 
 def fit_prompts(entries: list[dict], settings: Settings, counts: dict[str, int]) -> list[dict]:
@@ -179,7 +179,7 @@ def refuse_no_prompts(splits: dict[str, SplitStats], counts: dict[str, int], set
 def prompt_warnings(counts: dict[str, int], facts: dict[str, Any], settings: Settings) -> list[str]:
     """What a reader has to know of the prompts; `counts` are those of `cut_to_prompts` and `fit_prompts`."""
     limit, room = settings.model.max_seq_length, settings.method.max_completion_length
-    told = {
+    texts = {
         "weightless_rows": "rows have the weight 0 and were left out.",
         "empty_prompts": "rows have no token before their answer and were left out.",
         "bad_rows": "rows cannot be read and were left out (dataset.skip_bad_rows=true).",
@@ -187,7 +187,12 @@ def prompt_warnings(counts: dict[str, int], facts: dict[str, Any], settings: Set
         "dropped_rows": f"rows were left out: their prompt and method.max_completion_length={room} have no room in "
         f"model.max_seq_length={limit}.",
     }
-    found = [f"{counts[key]} {text}" for key, text in told.items() if counts.get(key)]
+    found = [f"{counts[key]} {text}" for key, text in texts.items() if counts.get(key)]
+    if counts.get("rows_with_boundary_merge") and settings.dataset.template not in ("auto", "chat", "alpaca"):
+        found.append(
+            f"In {counts['rows_with_boundary_merge']} rows a token joins the prompt to the answer, and the prompt ends before "
+            "it; put a line break before the answer, not a space."
+        )
     duplicates = facts["duplicates"]
     if duplicates["held_out"]:
         held_out, trained = duplicates["rows"][0]

@@ -254,14 +254,19 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
             sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
             if method.num_iterations > 1:
                 sampler = samplers.settle_order(sampler, len(data.train))
-            sampler = samplers.share_rows(sampler, len(data.train), rows)
-            a_step = rows * settings.trainer.gradient_accumulation_steps
-            return samplers.RepeatedSteps(sampler, a_step, method.num_iterations) if method.num_iterations > 1 else sampler
+            sampler, count = samplers.share_rows(sampler, len(data.train), rows), len(data.train)
+            sizes = rows * settings.trainer.gradient_accumulation_steps, rows
+            if method.num_iterations == 1:
+                return sampler
+            repeated = samplers.RepeatedSteps(sampler, sizes, method.num_iterations, count)
+            self.epoch_rows = len(samplers.RepeatedSteps(range(count), sizes, method.num_iterations, count))
+            return repeated
 
     args = training_arguments(settings, loop.folder, data.eval is not None, plan)
     strategy.settle_device(args)
     splits = {"train": data.train} | ({"eval": data.eval} if data.eval is not None else {})
-    splits = {name: samplers.with_filler(split, tokenizer.pad_token_id, **BLANK) for name, split in splits.items()}
+    several = method.num_iterations > 1
+    splits = {name: samplers.with_filler(split, tokenizer.pad_token_id, several, **BLANK) for name, split in splits.items()}
     layout = _choose_layout(model, plan, settings, data, tokenizer.pad_token_id)
     trainer = Trainer(model=model, args=args, data_collator=CompletionCollator(layout), train_dataset=splits["train"],
                       eval_dataset=splits.get("eval"), processing_class=tokenizer)  # fmt: skip

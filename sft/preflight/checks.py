@@ -16,7 +16,7 @@ from sft.config import provenance, schedule
 from sft.config.batching import BatchPlan
 from sft.config.keys import shown
 from sft.config.rules import warnings_for
-from sft.config.schema import PreflightMode, Settings
+from sft.config.schema import MethodName, PreflightMode, Settings
 from sft.data.audit import unused_columns
 from sft.data.token_cache import token_counts, trained_lengths
 from sft.errors import Problem, first_line
@@ -31,6 +31,7 @@ from sft.preflight import versions
 from sft.preflight.findings import Found
 from sft.preflight.fit import check_memory, shown_size
 from sft.preflight.optimizer import check_optimizer
+from sft.preflight.rewards import check_rewards
 from sft.preflight.speed import SOURCE, device_of, measured_speed
 from sft.storage.jsonio import write_json
 from sft.tracking import base as trackers
@@ -68,6 +69,9 @@ def examine(
         }
         check_data(found, settings)
         check_ids(found, settings)
+    if found.prepared and settings.method.name == MethodName.grpo:
+        with found.collecting("Rewards"):
+            check_rewards(found, settings)
     dims = read_dims(found, settings) if whole or machine.gpu else None
     facts = found.prepared.facts if found.prepared else None
     found.plan = plan_training(plan, settings, machine, dims, facts, found.lengths, began=began)
@@ -119,11 +123,15 @@ def check_data(found: Found, settings: Settings) -> None:
     found.ok(part, f"{facts['source']}: {rows['train']} rows to train on, {held_out}, of {rows['read']} read")
     ends = " or ".join(facts["stop_tokens"])
     found.ok(part, f"shape {facts['shape']}, template {facts['template']}, an answer ends with {ends}")
-    text = f"tokens a row: median {lengths['p50']}, 90% under {lengths['p90']}, longest {lengths['max']} of "
-    text += f"model.max_seq_length={settings.model.max_seq_length}; "
-    found.ok(part, text + f"{facts['trained_tokens']:,} of {facts['train_tokens']:,} are target tokens")
+    prompts = "prompts" in facts
+    text = f"tokens a {'prompt' if prompts else 'row'}: median {lengths['p50']}, 90% under {lengths['p90']}, "
+    text += f"longest {lengths['max']} of model.max_seq_length={settings.model.max_seq_length}; "
+    text += f"completions have up to {settings.method.max_completion_length}" if prompts else (
+        f"{facts['trained_tokens']:,} of {facts['train_tokens']:,} are target tokens")  # fmt: skip
+    found.ok(part, text)
     bos = f"BOS {facts['bos_token']} before each row" if facts["adds_bos"] else "no BOS is added"
-    found.ok(part, f"{bos}, padding {facts['pad_token']}; no row lacks its end mark" if not facts["rows_without_eos"] else bos)
+    ended = not facts["rows_without_eos"] and not prompts
+    found.ok(part, f"{bos}, padding {facts['pad_token']}; no row lacks its end mark" if ended else bos)
     if facts["pad_token"] == facts["eos_token"]:
         found.warn(part, "Padding and end mark are the same token: the end may not be trained on by code that masks padding.")
     if unused := unused_columns(facts["notes"]):
@@ -227,10 +235,18 @@ def check_length(found: Found, settings: Settings, machine: Machine, dims: memor
     facts, trainer, batch, steps = found.prepared.facts, settings.trainer, found.plan.batch, found.plan.steps
     each = -(-facts["rows"]["train"] // batch.effective_batch_size)
     epochs = steps / each
-    tokens = int(facts["train_tokens"] * epochs)
+    method, written = settings.method, 0
+    if method.name == MethodName.grpo:
+        written = facts["rows"]["train"] * method.num_generations * method.max_completion_length
+    tokens = int((facts["train_tokens"] + written) * epochs)
     found.facts["plan"] = {"steps": steps, "epochs": round(epochs, 3), "tokens": tokens}
-    found.ok("Length", f"{steps} steps of {batch.effective_batch_size} rows: {epochs:.2f} epochs, {tokens:,} tokens")
+    rows = f"prompts x {method.num_generations} completions" if written else "rows"
+    text = f"{steps} steps of {batch.effective_batch_size} {rows}: {epochs:.2f} epochs, "
+    found.ok("Length", f"{text}{'at most ' * bool(written)}{tokens:,} tokens")
     _check_schedule(found, settings)
+    if written:
+        found.ok("Length", "no time is reckoned for completions: the run logs its speed after ten steps")
+        return
     device = settings.preflight.gpu.value if settings.preflight.gpu else device_of(machine.name) if machine.gpu else "cpu"
     load = load_plan_of(settings, found.plan, machine)
     speed = measured_speed(device, dims.parameters, load, batch.per_device_train_batch_size) if dims else None
@@ -256,7 +272,8 @@ def _check_schedule(found: Found, settings: Settings) -> None:
         return
     every = schedule.steps_between(plan.eval_steps, steps)
     found.facts["plan"]["evaluated_every"] = every
-    text = "held-out loss before the first step and after the last"
+    measured = "reward" if settings.method.name == MethodName.grpo else "loss"
+    text = f"held-out {measured} before the first step and after the last"
     if every < steps:
         text += f", and every {every} steps"
     elif settings.trainer.eval_steps is None:

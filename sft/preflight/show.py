@@ -40,6 +40,11 @@ def show_examples(console: Console, facts: dict[str, Any], tokenizer: Any) -> No
         for which, one in answers:
             console.print(f"\n[bold]Row {number}{which}[/bold]  {len(one['input_ids'])} tokens\n")
             console.print(_coloured(one, special, colours))
+        if "reference" in example:
+            console.print(Text(shown(f"\nReference answer: {example['reference'] or 'none'}")))
+    if "prompts" in facts:
+        console.print("\nThe prompts end where the model is to speak; it learns from what its own completions earn.")
+        return
     how = "green" if colours else "in ⟦⟧"
     console.print(f"\nTarget tokens are {how}; the others are only read.")
 

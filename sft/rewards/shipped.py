@@ -30,8 +30,18 @@ DEPTH = 50
 
 def number(completion: str, row: dict) -> float:
     """1 if the last number of the completion is the last one of the reference answer: 1,000 = 1000, 3.0 = 3."""
-    wanted = last_number(str(row.get("answer") or ""))
-    return float(wanted is not None and last_number(completion) == wanted)
+    wanted = last_number(_reference(row))
+    return float(wanted is not None and last_number(after_thoughts(completion)) == wanted)
+
+
+def after_thoughts(text: str) -> str:
+    """What follows the thoughts of a reasoning model; nothing where they do not end."""
+    _, end, rest = text.rpartition("</think>")
+    return rest if end or "<think>" not in text else ""
+
+
+def _reference(row: dict) -> str:
+    return after_thoughts(str(row.get("answer") or ""))
 
 
 def last_number(text: str) -> Decimal | None:
@@ -67,18 +77,18 @@ def _in_words(text: str) -> Decimal:
 
 def exact(completion: str, row: dict) -> float:
     """1 if the completion is the reference answer, white space around and between words aside."""
-    wanted = _folded(str(row.get("answer") or ""))
-    return float(bool(wanted) and _folded(completion) == wanted)
+    wanted = _folded(_reference(row))
+    return float(bool(wanted) and _folded(after_thoughts(completion)) == wanted)
 
 
 def contains(completion: str, row: dict, text: str | None = None) -> float:
     """1 if `text`, or else the reference answer, stands in the completion, and not inside a longer word or number."""
-    wanted = _folded(text if text is not None else str(row.get("answer") or ""))
+    wanted = _folded(text if text is not None else _reference(row))
     if not wanted:
         return 0.0
     before = r"(?<![A-Za-z0-9])" if re.match("[A-Za-z0-9]", wanted) else ""
     after = r"(?![A-Za-z0-9])" if re.match("[A-Za-z0-9]", wanted[-1]) else ""
-    return float(re.search(f"{before}{re.escape(wanted)}{after}", _folded(completion)) is not None)
+    return float(re.search(f"{before}{re.escape(wanted)}{after}", _folded(after_thoughts(completion))) is not None)
 
 
 def regex(completion: str, row: dict, pattern: str = "") -> float:
@@ -89,7 +99,7 @@ def regex(completion: str, row: dict, pattern: str = "") -> float:
 def json_schema(completion: str, row: dict, **schema: Any) -> float:
     """1 if the completion is JSON and nothing else, and fits the schema if there is one."""
     try:
-        value = json.loads(completion, parse_constant=_refuse_constant)
+        value = json.loads(after_thoughts(completion), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         return 0.0
     return float(_fits(value, schema, DEPTH))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.consent import with_word
-from sft.config.fingerprint import config_hash, differs_from
+from sft.config.fingerprint import config_hash, differs_from, reward_hashes
 from sft.config.method import METHODS
 from sft.config.schema import Settings
 from sft.paths import ROOT
@@ -104,6 +104,7 @@ def start_record(settings: Settings, folder: Path, context: Context, before: dic
         tags=list(context.tags),
         choices=dict(context.choices),
         config_hash=config_hash(settings),
+        **({"reward_files": files} if (files := reward_hashes(settings)) else {}),
         seed=settings.seed,
         settings=jsonable(settings),
         differs_from_defaults=differs_from(settings, Settings()),

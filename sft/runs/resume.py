@@ -16,7 +16,7 @@ from typing import Any
 
 from sft.config.batching import BatchPlan
 from sft.config.consent import check_consent
-from sft.config.fingerprint import AROUND, config_hash
+from sft.config.fingerprint import AROUND, config_hash, reward_hashes
 from sft.config.keys import flatten
 from sft.config.keys import typed as as_typed
 from sft.config.lora_rules import other_settings
@@ -85,6 +85,8 @@ def check_folder(folder: Path, settings: Settings, locked: bool = False) -> list
             if record.get("settings") is not None:
                 fix = f"{shlex.quote(f'resume={folder}')}   resumes that run with its own settings\n{fix}"
             return [Problem(what, why, fix)]
+        if locked:  # the run begins, at work where it began
+            _warn_of_rewards(record, settings)
     return [] if locked else _check_lock(folder)
 
 
@@ -114,7 +116,7 @@ def recorded_run(folder: Path, consent: bool = False, processes: str | None = No
         raise Refusal(problems)
     settings = fill_settings(record["settings"])
     check_consent(settings, what, consent)
-    if record.get("config_hash") != config_hash(settings):
+    if record.get("config_hash") != config_hash(settings) and not record.get("reward_files"):
         log.warning("The settings of %s were written by another version of this project.", folder)
     if processes is not None:
         settings.distributed.num_processes = int(processes) if processes.isdigit() else processes
@@ -188,6 +190,13 @@ def _check_lock(folder: Path) -> list[Problem]:
 def _taken(folder: Path) -> Problem:
     fix = "wait until it ends, or stop it with Ctrl-C\nleave hydra.run.dir out   for a new folder under outputs/"
     return Problem(f"hydra.run.dir={folder}", "Another process is training in this folder.", fix)
+
+
+def _warn_of_rewards(record: dict[str, Any], settings: Settings) -> None:
+    """Warn of rewards of the user's own whose file is another than when the run began."""
+    began, now = record.get("reward_files") or {}, reward_hashes(settings)
+    for name in [name for name in now if began.get(name) != now[name]]:
+        log.warning("The file of the reward %s has changed since the run began: the steps to come are rewarded by it.", name)
 
 
 def _differences(record: dict[str, Any], settings: Settings) -> str:

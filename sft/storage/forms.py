@@ -35,6 +35,7 @@ RUN = {
     "sessions": [{}],
     "start_from": TEXTS,
     "reference": TEXTS,
+    "reward_files": TEXTS,
     "error": TEXTS,
     "artifacts": TEXTS,
     "versions": {},

@@ -28,7 +28,7 @@ def run_callback(trainer, settings: Settings) -> Any:
     method = METHODS[settings.method.name.value]
 
     def epochs(state: Any) -> float:
-        rows, at_once = len(trainer.nonfinite.rows), trainer.args.per_device_train_batch_size
+        rows, at_once = trainer.epoch_rows or len(trainer.nonfinite.rows), trainer.args.per_device_train_batch_size
         return round(samplers.epochs_done(state.epoch or 0.0, rows, at_once), 4)
 
     class RunCallback(TrainerCallback):

@@ -84,19 +84,23 @@ class PaddedDistributedSampler:
 
 
 class RepeatedSteps:
-    """A sampler that gives the rows of each step of another one several times, for as many updates by one rollout."""
+    """A sampler that gives the rows of each step of another one several times, for as many updates by one rollout.
 
-    def __init__(self, sampler: Any, rows: int, times: int):
-        """`rows` are those of a step."""
-        self.sampler, self.rows, self.times = sampler, rows, times
+    The last step of an epoch is filled up to whole micro-batches, so that none holds rows of two steps.
+    """
+
+    def __init__(self, sampler: Any, sizes: tuple[int, int], times: int, filler: int):
+        """`sizes` are the rows of a step and of a micro-batch; `filler` is the row that fills up."""
+        self.sampler, (self.rows, self.micro_batch_size), self.times, self.filler = sampler, sizes, times, filler
 
     def __len__(self) -> int:
-        return len(self.sampler) * self.times
+        whole, left = divmod(len(self.sampler), self.rows)
+        return (whole * self.rows + left + -left % self.micro_batch_size) * self.times
 
     def __iter__(self) -> Iterator[int]:
         rows = iter(self.sampler)
         while step := list(itertools.islice(rows, self.rows)):
-            yield from step * self.times
+            yield from (step + [self.filler] * (-len(step) % self.micro_batch_size)) * self.times
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle as of this epoch."""
@@ -124,9 +128,11 @@ def share_rows(sampler: Any, rows: int, micro_batch_size: int) -> Any:
     return PaddedDistributedSampler(range(rows) if sampler is None else sampler, rows, micro_batch_size * group.world_size())
 
 
-def with_filler(dataset: Any, token: int, **others: Any) -> Any:
-    """The rows, and behind them one of a single token with nothing to learn; `others` are what it has in other columns."""
-    if group.world_size() == 1 or dataset is None:
+def with_filler(dataset: Any, token: int, always: bool = False, **others: Any) -> Any:
+    """The rows, and behind them one of a single token with nothing to learn, where shares have to be filled up, or `always`;
+    `others` are what it has in other columns.
+    """
+    if (group.world_size() == 1 and not always) or dataset is None:
         return dataset
     from datasets import Dataset, concatenate_datasets
 

@@ -70,6 +70,8 @@ class ResumableTrainer:
     """The line that is being written."""
     shown: tuple[str, ...] = ()
     """What the method logs besides the loss; with `eval_` before it, of an evaluation."""
+    epoch_rows: int | None = None
+    """Rows of an epoch, if they are not those of the data."""
     cut = staticmethod(cut)
     """Takes a micro-batch apart into what the collator made it of."""
 

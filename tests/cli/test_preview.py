@@ -34,6 +34,17 @@ def test_the_learnt_part_stands_in_brackets(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["faq.csv"], "no run folder"
 
 
+def test_prompts_are_shown_with_what_the_reference_answer_earns(tmp_path):
+    (tmp_path / "sums.csv").write_text("instruction,answer\nWhat is 1 + 1?,2\nWhat is 2 + 2?,4\n", encoding="utf-8")
+    (tmp_path / "rewards.py").write_text("def short(completion, row):\n    return 0.5\n", encoding="utf-8")
+    words = ("dataset.path=sums.csv", "dataset.eval_fraction=0", "dataset.shuffle=false", "method.reward_weights=[1,0.2]")
+    done = preview(tmp_path, "method=grpo", *words, "method.reward_funcs=[number,'rewards.py:short']")
+    assert done.returncode == 0, done.stderr
+    assert "What is 1 + 1?<|im_end|>\n<|im_start|>assistant\n\n\nReference answer: 2\n" in done.stdout
+    assert "Row 2     number 1, short 0.5; with their weights 1.1\n" in done.stdout
+    assert "completions have up to 256" in done.stdout and "target tokens" not in done.stdout.lower()
+
+
 def test_string_templates_and_typed_line_breaks_are_shown_as_they_will_be(tmp_path):
     (tmp_path / "faq.csv").write_text("question,answer\nWhy?,Because.\nHow?,So.\n", encoding="utf-8")
     template = r'dataset.template="Q: {instruction}\nA:\n{output}"'

@@ -7,8 +7,9 @@ import pytest
 from sft.config.schema import Shape
 from sft.data.prepare import prepare
 from sft.errors import Refusal
+from sft.model.chat_template import CHATML
 from tests.conftest import make_settings
-from tests.data.miniatures import assistant, user
+from tests.data.miniatures import REASONING, assistant, user
 
 INSTRUCTION = [{"instruction": f"What is {i} + 1?", "output": f"It is {i + 1}."} for i in range(4)]
 CHINESE = [{"instruction": f"{i} 加 1 等于多少？", "input": "只写数字", "output": f"{i + 1}。"} for i in range(4)]
@@ -209,3 +210,26 @@ def test_the_shipped_sums_are_prompts_with_their_answers(loaded_tokenizer):
     for row in found.train.select(range(20)):
         first, second = (int(word.strip("?")) for word in row["question"].removeprefix("What is ").split(" + "))
         assert row["reference"] == str(first + second)
+
+
+def test_a_token_that_joins_prompt_and_answer_is_told(tmp_path, loaded_tokenizer):
+    words = ("dataset.template='Q: {instruction} A: {output}'",)
+    found = prepared("grpo", INSTRUCTION, tmp_path, loaded_tokenizer, *words)
+    assert any("In 4 rows a token joins the prompt to the answer" in warning for warning in found.facts["warnings"])
+
+
+@pytest.mark.parametrize("answer", ["22", "<think>\nSeven more than 15.\n</think>\n\n22", None])
+def test_a_reasoning_model_is_asked_as_it_is_when_it_is_served(answer, tmp_path, make_tokenizer, loaded_tokenizer):
+    thinking = make_tokenizer(REASONING)
+    question = [user("Hi"), assistant("<think>\nHow nice.\n</think>\n\nHello."), user("What is 7 + 15?")]
+    rows = [{"messages": [*question, assistant(answer)] if answer else question}] * 2
+    row = prepared("grpo", rows, tmp_path, (thinking, loaded_tokenizer[1])).train[0]
+    text = thinking.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    assert (thinking.decode(row["input_ids"]), row["reference"]) == (text, answer or "")
+
+
+def test_a_conversation_that_ends_with_the_result_of_a_tool_is_a_prompt_as_a_whole(tmp_path, make_tokenizer, loaded_tokenizer):
+    chatml = make_tokenizer(CHATML)
+    turns = [user("How warm is it?"), assistant("I look."), {"role": "tool", "content": "21 degrees"}]
+    row = prepared("grpo", [{"messages": turns}] * 2, tmp_path, (chatml, loaded_tokenizer[1])).train[0]
+    assert chatml.decode(row["input_ids"]) == chatml.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -24,6 +24,8 @@ ROW = {"instruction": "q", "output": "a"}
 TURNS = {"messages": [user("q"), assistant("a")]}
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALLS = json.dumps([{"name": "get_weather", "arguments": {}}])
+GRPO = ["method=grpo", "method.reward_funcs=[ends]"]
+ROOM = ["model.max_seq_length=128", "method.max_completion_length=64"]
 LONG = {"instruction": "q", "output": "word " * 100}
 
 # (rows, overrides, chat template, what the refusal says)
@@ -127,9 +129,24 @@ CASES = {
     "no row left to train on": ([ROW], ["dataset.eval_fraction=0.5", "dataset.max_rows=1"], CHATML, "leaves none to train on"),
     "an empty row held out": (
         [ROW, ROW, {**ROW, "output": ""}], ["dataset.eval_fraction=0.1", "dataset.shuffle=false"], CHATML, "held-out rows has"),
+    "prompts under another name": ([{"question": "q"}], GRPO, CHATML, "no shape with a prompt"),
+    "prompts and answers under other names": ([{"query": "q", "answers": "a"}], GRPO, CHATML, "no shape with a prompt"),
+    "a misspelt column of reference answers": (
+        [{"prompt": "q", "solution": "a"}], [*GRPO, "dataset.columns.answer=solutoin"], CHATML, "no column 'solutoin'"),
+    "a misspelt column of answers to prompts": (
+        [{"prompt": "q", "solution": "a"}], [*GRPO, "dataset.columns.completion=solutoin"], CHATML, "no column 'solutoin'"),
+    "a context of prompts": ([{"prompt": "q", "context": "c"}], GRPO, CHATML, "carries meaning"),
+    "prompts that leave no room": (
+        [{"prompt": "word " * 60}, {"prompt": "q"}], [*GRPO, *ROOM], CHATML, "no room for the completion"),
+    "prompts that are longer than all": (
+        [{"prompt": "word " * 200}, {"prompt": "q"}], [*GRPO, *ROOM], CHATML, "no room for the completion"),
+    "prompts that all leave no room": (
+        [{"prompt": "word " * 60}], [*GRPO, *ROOM, "dataset.overlong=drop"], CHATML, "leaves room for"),
+    "prompts that all weigh 0": ([{"prompt": "q", "weight": 0}], GRPO, CHATML, "all have the weight 0"),
 }  # fmt: skip
 
-ADVICE = {"calls that a template leaves out", "answers that all weigh 0 in turns", "answers that all weigh 0",
+ADVICE = {"prompts that all weigh 0", "calls that a template leaves out", "answers that all weigh 0 in turns",
+          "answers that all weigh 0",
           "answers that are all empty"}  # fmt: skip
 """Cases whose hints are advice alone: only the data, or a file that the reader has, can mend them."""
 

@@ -5,8 +5,8 @@
 
 Each case is a tiny run in one of a few shapes (dropout, early stopping, full fine-tuning ...). It is started, killed, started
 again with the same settings, and so on, until it is let through. Then every value in metrics.jsonl, every line of
-samples.jsonl, the final metrics and the bytes of the weights have to be those of the unkilled run; what the clock and the
-memory say is left out. The imports are paid for once: runs are forked from this process.
+samples.jsonl and rollouts.jsonl, the final metrics and the bytes of the weights have to be those of the unkilled run; what
+the clock and the memory say is left out. The imports are paid for once: runs are forked from this process.
 """
 
 import hashlib
@@ -39,6 +39,10 @@ MEASURED = {"tokens_per_second", "memory_gib", "memory_allocated_gib"}
 BASE = ("model=tiny_random", "tracking=none", "samples.max_new_tokens=4", "samples.num_held_out=2", "samples.every_steps=3",
         "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=8",
         "trainer.eval_steps=2", "trainer.save_steps=2", "trainer.learning_rate=1e-2", "lora.lora_dropout=0.2")  # fmt: skip
+GRPO = ("method=grpo", "lora.lora_dropout=0.0", "method.max_completion_length=6", "method.num_generations=4",
+        "method.reward_funcs=[regex]", "method.reward_weights=[1]", 'method.reward_options={regex: {pattern: "[a-m]$"}}',
+        "trainer.logging_steps=3", "trainer.eval_steps=4", "trainer.effective_batch_size=null")  # fmt: skip
+"""About half of what the model says by chance ends in these letters."""
 SHAPES = {
     "plain": ("trainer.save_total_limit=1",),  # so that a save also removes the checkpoint before
     "epochs": ("trainer.max_steps=-1", "trainer.num_train_epochs=3"),  # 10 rows, 5 steps an epoch, an uneven last one
@@ -51,6 +55,9 @@ SHAPES = {
     "blind": ("dataset.eval_fraction=0", "trainer.save_steps=1"),
     "dpo": ("method=dpo", "lora.lora_dropout=0.0", "trainer.logging_steps=3", "trainer.eval_steps=4"),
     "dpo_full": ("method=dpo", "lora=none", "lora.lora_dropout=0.0", "trainer.learning_rate=1e-3"),
+    "grpo": GRPO,
+    "grpo_twice": (*GRPO, "method.num_iterations=2", "trainer.save_steps=1", "method.beta=0.1"),  # stops between two updates
+    "grpo_full": (*GRPO, "lora=none", "trainer.learning_rate=1e-3"),
     "merged": ("trainer.max_steps=2", "export.formats=[adapter,merged_16bit]"),
     "export": ("trainer.max_steps=2", "export.formats=[adapter,merged_16bit,gguf]", "export.gguf.quantizations=[f16,q8_0]"),
 }
@@ -231,7 +238,7 @@ def cut_run(folder: Path, shape: str, cuts: int, seconds: float, chance: random.
 def compare(whole: Path, other: Path) -> list[str]:
     """What differs between two finished runs."""
     problems = []
-    for name in ("metrics.jsonl", "samples.jsonl", "margins.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "margins.jsonl", "rollouts.jsonl"):
         ours, theirs = (stable_lines(folder / name) for folder in (whole, other))
         if ours != theirs:
             at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sft.config.reward_names import JSON_TYPES, SHIPPED
 from sft.config.schema import MethodName, MethodSettings
 from sft.rewards import load_rewards
-from sft.rewards.shipped import FUNCTIONS, TYPES, last_number
+from sft.rewards.shipped import FUNCTIONS, TYPES, after_thoughts, last_number
 
 
 def score(name: str, completion: str, answer: str = "", finish: str = "ended", **options) -> float:
@@ -60,6 +60,9 @@ SCORES = [
     ("json_schema", '{"a": 1}', "", 1.0), ("json_schema", " [1, 2] ", "", 1.0), ("json_schema", "```json\n1\n```", "", 0.0),
     ("json_schema", "NaN", "", 0.0), ("json_schema", "{'a': 1}", "", 0.0), ("json_schema", "", "", 0.0),
     ("json_schema", "[" * 100_000, "", 0.0),
+    ("number", "<think>7 + 15 = 22</think>\n\n22", "22", 1.0), ("number", "<think>7 + 15 = 22", "22", 0.0),
+    ("exact", "<think>7 + 15</think>\n\n22", "22", 1.0), ("exact", "22", "<think>7 + 15</think>\n\n22", 1.0),
+    ("contains", "<think>Paris?</think>Rome", "Paris", 0.0), ("json_schema", "<think>{</think>{}", "", 1.0),
 ]  # fmt: skip
 
 
@@ -140,5 +143,6 @@ def test_every_reward_is_pure_in_0_to_1_and_never_raises(name, completion, answe
 @given(answer=TEXTS)
 def test_an_answer_earns_its_own_full_reward(answer):
     row = {"answer": answer, "finish": "ended"}
-    assert FUNCTIONS["number"](answer, row) == (last_number(answer) is not None)
-    assert FUNCTIONS["exact"](answer, row) == FUNCTIONS["contains"](answer, row) == bool(answer.strip())
+    meant = after_thoughts(answer)
+    assert FUNCTIONS["number"](answer, row) == (last_number(meant) is not None)
+    assert FUNCTIONS["exact"](answer, row) == FUNCTIONS["contains"](answer, row) == bool(meant.strip())
