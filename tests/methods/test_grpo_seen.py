@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 import types
 
+import huggingface_hub
 import pytest
 
 from sft.config.method import DPO, GRPO, SFT
@@ -23,6 +24,7 @@ from sft.tracking.base import Trackers, make_trackers
 from sft.tracking.names import MAX_TEXT, RolloutTable, name_metric, name_metrics
 from sft.tracking.wandb import WandbTracker, _lines_in
 from tests.conftest import make_settings
+from tests.export import test_card
 from tests.report.test_page import charts_of, text_of
 
 SETTINGS = {"method": {"name": "grpo"}, "trainer": {"max_bad_steps": 10}}
@@ -145,6 +147,55 @@ def test_damaged_rollouts_are_left_out_by_name(folder, caplog):
     assert "rollouts.jsonl: ignored, because of an odd form" in caplog.text and "completions[0].text" in caplog.text
     assert "Step 2" in text_of(report_page.write_report(folder).read_text("utf-8"))
     assert summarise_rollouts(folder / "nothing.jsonl") == []
+
+
+def test_the_card_says_what_was_rewarded_and_what_it_earned_before_and_after(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    names = ["number", "/home/me/secret-project/rewards.py:polite"]
+    method = {"name": "grpo", "reward_funcs": names, "reward_weights": [0.8, 0.2]}
+    run = test_card.make_run(
+        settings={**test_card.make_run()["settings"], "method": method}, metrics=RUN["metrics"],
+        differs_from_defaults={"method.reward_funcs": {"default": [], "value": names}},
+        command=f"python train.py 'method.reward_funcs=[{','.join(names)}]'",
+    )  # fmt: skip
+    artifact = {**test_card.ROW, "reward": 0.7, "reward_change": -0.05, "rewards": 8, "rewards_equal": 7}
+    verify = {"reference": {"loss": 0.1, "rows": 8, "reward": 0.75}, "artifacts": {"adapter": artifact}}
+    card = test_card.write(tmp_path, run=run, metrics=METRICS, verify=verify)
+    assert test_card.metadata(card)["tags"] == ["grpo", "lora"]
+    assert "| trained by | GRPO, on the rewards `number` (weight 0.8), `polite` (weight 0.2) |" in card
+    assert "| held-out reward | 0.2500 before, 0.7500 after |" in card and "held-out loss" not in card
+    assert "### Reward\n\n| step | training reward | held-out reward |" in card
+    assert "| 2 | 0.9000 | 0.7500 |" in card and "| 1 | 0.1000 | – |" in card
+    assert "the mean reward of its greedy completions 0.7500." in card and "; reward 0.7000 (-0.0500) |" in card
+    assert "Because." in card and "So that." in card, "samples of before and after"
+    assert "/home" not in card and "rewards.py:polite" in card
+    verify["reference"] = {"rewards_not_compared": "the file of /home/me/secret-project/rewards.py:polite is gone"}
+    card = test_card.write(tmp_path, run=run, metrics=METRICS, verify=verify)
+    assert "Rewards were not compared: `the file of rewards.py:polite is gone`." in card
+
+
+@pytest.mark.parametrize("odd", [None, "number", {"a": 1}, [None, 3]])
+def test_a_card_of_odd_rewards_is_written(tmp_path, monkeypatch, odd):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    method = {"name": "grpo", "reward_funcs": odd, "reward_weights": odd}
+    card = test_card.write(tmp_path, run=test_card.make_run(settings={"method": method}), metrics=METRICS)
+    assert "| held-out reward | 0.2500 before, 0.7500 after |" in card
+
+
+def test_the_report_shows_rewards_of_exports_and_why_there_are_none(folder):
+    facts = {"status": "ok", "loss": 0.1, "answers": 8, "answers_equal": 8, "reward": 0.7, "reward_change": -0.05, "rewards": 8,
+             "rewards_equal": 7}  # fmt: skip
+    (folder / "export").mkdir()
+    reference = {"loss": 0.1, "rows": 8, "prompts": 8, "source": "held_out", "reward": 0.75}
+    verify = {"reference": reference, "artifacts": {"merged_16bit": facts}}
+    (folder / "export" / "verify.json").write_text(json.dumps(verify), "utf-8")
+    text = text_of(report_page.write_report(folder).read_text("utf-8"))
+    assert "Mean reward of its greedy completions of these prompts: 0.7500." in text
+    assert "reward 0.7000 (−0.0500), 7 of 8 equal" in text
+    verify["reference"] = {"rewards_not_compared": "the file of r.py:f is gone"}
+    (folder / "export" / "verify.json").write_text(json.dumps(verify), "utf-8")
+    text = text_of(report_page.write_report(folder).read_text("utf-8"))
+    assert "Rewards were not compared: the file of r.py:f is gone." in text
 
 
 # ------------------------------------------------------------------------------------------------------ trackers
