@@ -11,6 +11,7 @@ import types
 import huggingface_hub
 import pytest
 
+import sft.run as sft_run
 from sft.config.method import DPO, GRPO, SFT
 from sft.report import page as report_page
 from sft.report.rollouts import reward_charts, summarise_rollouts
@@ -329,6 +330,22 @@ def test_what_is_odd_in_the_files_of_before_leaves_rows_out_and_raises_nothing(f
     table = RolloutTable()
     table.replay(folder, 5)
     assert [row[5] for row in table.rows] == [0.9, 0.1]
+
+
+def test_a_run_passes_rollouts_of_each_logged_step_to_its_trackers(tmp_path, monkeypatch):
+    (tmp_path / "rewards.py").write_text("def sevenths(completion, row):\n    return len(completion) % 7 / 7\n", "utf-8")
+    tables = Tables()
+    monkeypatch.setattr(sft_run, "make_trackers", lambda settings: Trackers([tables]))
+    settings = make_settings("method=grpo", "model=tiny_random", "dataset.max_rows=24", "samples.num_held_out=0",
+                             "trainer.max_steps=4", f"method.reward_funcs=[{tmp_path}/rewards.py:sevenths]",
+                             "method.reward_weights=[1]", "method.num_generations=5", "trainer.logging_steps=2", "tracking=none")  # fmt: skip
+    assert sft_run.run(settings, tmp_path / "run").status == "finished"
+    lines = jsonio.read_lines(tmp_path / "run" / "rollouts.jsonl")
+    assert [step for step, *_ in tables.rollouts] == [2, 4] and len(lines) == 8
+    for step, columns, rows, _ in tables.rollouts:
+        table = RolloutTable()
+        table.keep([line for line in lines if line["step"] == step])
+        assert (table.take(step), table.columns) == (rows, columns) and len(rows) == 4
 
 
 def test_wandb_has_a_table_of_rollouts_offline(tmp_path, monkeypatch):
