@@ -336,9 +336,11 @@ def test_a_run_passes_rollouts_of_each_logged_step_to_its_trackers(tmp_path, mon
     (tmp_path / "rewards.py").write_text("def sevenths(completion, row):\n    return len(completion) % 7 / 7\n", "utf-8")
     tables = Tables()
     monkeypatch.setattr(sft_run, "make_trackers", lambda settings: Trackers([tables]))
-    settings = make_settings("method=grpo", "model=tiny_random", "dataset.max_rows=24", "samples.num_held_out=0",
-                             "trainer.max_steps=4", f"method.reward_funcs=[{tmp_path}/rewards.py:sevenths]",
-                             "method.reward_weights=[1]", "method.num_generations=5", "trainer.logging_steps=2", "tracking=none")  # fmt: skip
+    settings = make_settings(
+        "method=grpo", "model=tiny_random", "dataset.max_rows=24", "samples.num_held_out=0", "trainer.max_steps=4",
+        f"method.reward_funcs=[{tmp_path}/rewards.py:sevenths]", "method.reward_weights=[1]", "method.num_generations=5",
+        "trainer.logging_steps=2", "tracking=none",
+    )  # fmt: skip
     assert sft_run.run(settings, tmp_path / "run").status == "finished"
     lines = jsonio.read_lines(tmp_path / "run" / "rollouts.jsonl")
     assert [step for step, *_ in tables.rollouts] == [2, 4] and len(lines) == 8
