@@ -32,9 +32,12 @@ class SweepSweeper(BasicSweeper):
         given = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
         if self.sampler is None:
             return super().setup(**given)
+        from sft.config.method import facts_of
         from sft.sweep.search import make_search
 
-        self.search = make_search(self.sampler, self.n_trials, self.n_jobs, self.params)
+        name = config.method.name
+        self.method = facts_of({"settings": {"method": {"name": getattr(name, "value", name)}}})
+        self.search = make_search(self.sampler, self.n_trials, self.n_jobs, self.params, self.method)
         self.search.setup(**given)
 
     def sweep(self, arguments: list[str]) -> Any:
@@ -43,7 +46,7 @@ class SweepSweeper(BasicSweeper):
             return super().sweep(arguments)
         from sft.sweep.search import search
 
-        return search(self.search, arguments)
+        return search(self.search, arguments, self.method)
 
     def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         """The batches of jobs: one of all, or several of at most `max_batch_size`."""

@@ -1,4 +1,4 @@
-"""Print the table of a sweep, ranked by held-out loss, with what has to be known before one row is called better.
+"""Print the table of a sweep, ranked by held-out loss or reward, with what has to be known before one row is called better.
 
     python scripts/leaderboard.py                                  the newest sweep in outputs/sweeps
     python scripts/leaderboard.py run=outputs/sweeps/<stamp>       another one

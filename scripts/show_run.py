@@ -16,12 +16,13 @@ import vl_convert
 
 from sft.cli.target import find_run
 from sft.errors import Refusal, refuse
-from sft.report.page import CHARTS, group_samples, make_chart
+from sft.report.page import group_samples, make_charts
 from sft.report.summary import merge_steps
 from sft.sanitize import shown
 from sft.storage.jsonio import read_json, read_lines
 
-SHOWN = {"loss": 420, "eos_share": 220, "learning_rate": 220}  # charts of the report and their width in the picture
+SHOWN = {"reward": 420, "loss": 420, "eos_share": 220, "learning_rate": 220}
+"""Charts of the report and their width in the picture; a reward stands for the loss."""
 BLUE, ORANGE = "#3557c9", "#c2561a"
 
 
@@ -48,11 +49,13 @@ def main(argv: list[str]) -> int:
 def draw_curves(folder: Path) -> Path | None:
     """Draw the run's curves side by side into curves.png and return its path; None where nothing was recorded."""
     rows = merge_steps(read_lines(folder / "metrics.jsonl"))
-    charts = [make_chart(rows, *chart) for chart in CHARTS if chart[0] in SHOWN]
+    charts = {chart["name"]: chart for chart in make_charts(read_json(folder / "run.json"), rows) if chart["spec"]}
+    if "reward" in charts:
+        charts.pop("loss", None)
     parts = [
-        chart["spec"] | {"title": _title(chart), "width": SHOWN[chart["name"]], "height": 220, "layer": _still(chart["spec"])}
-        for chart in charts
-        if chart["spec"]
+        chart["spec"] | {"title": _title(chart), "width": SHOWN[name], "height": 220, "layer": _still(chart["spec"])}
+        for name, chart in charts.items()
+        if name in SHOWN
     ]
     if not parts:
         return None

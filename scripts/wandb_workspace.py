@@ -2,7 +2,7 @@
 
     pip install -e ".[workspace]"
     python scripts/wandb_workspace.py                                the newest sweep in outputs/sweeps
-    python scripts/wandb_workspace.py run=outputs/sweeps/<stamp>     a sweep, its jobs sorted by held-out loss
+    python scripts/wandb_workspace.py run=outputs/sweeps/<stamp>     a sweep, its jobs sorted by what ranks them
     python scripts/wandb_workspace.py run=outputs/<run>              a single run
     python scripts/wandb_workspace.py --dry-run                      print the definition, ask nothing of the network
 
@@ -17,13 +17,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
-from sft.config.method import MethodFacts, facts_of
+from sft.config.method import GRPO, MethodFacts, facts_of
 from sft.config.schema import GROUPS, TrackingSettings
 from sft.errors import Refusal, refuse
 from sft.runs.resume import read_record
 from sft.sweep.index import find_sweeps, load_index, readable_index
 from sft.sweep.leaderboard import Leaderboard, read_leaderboard
-from sft.tracking.names import AXIS, HELD_OUT, TOKENS, name_metric
+from sft.tracking.names import AXIS, TOKENS, name_metric
 from sft.tracking.wandb import has_api_key, place
 
 
@@ -97,15 +97,14 @@ def _sections(section: Any, board: Leaderboard | None, method: MethodFacts) -> l
     """The panels: curves by step and by tokens, for a sweep what its settings did, speed, samples."""
     import wandb_workspaces.reports.v2 as reports
 
+    ranked, title = name_metric(method.metric), method.title.capitalize()
     curves = [
-        reports.LinePlot(title="Held-out loss", x=AXIS, y=[HELD_OUT]),
-        reports.LinePlot(title="Held-out loss by tokens", x=TOKENS, y=[HELD_OUT]),
-        reports.LinePlot(title="Training loss", x=AXIS, y=[name_metric("loss")]),
+        reports.LinePlot(title=title, x=AXIS, y=[ranked]),
+        reports.LinePlot(title=f"{title} by tokens", x=TOKENS, y=[ranked]),
+        reports.LinePlot(title=f"Training {method.noun}", x=AXIS, y=[name_metric(method.noun)]),
         reports.LinePlot(title="Learning rate", x=AXIS, y=[name_metric("learning_rate")]),
         reports.LinePlot(title="Completions ended by EOS", x=AXIS, y=[name_metric("eos_share")]),
     ]
-    if name_metric(method.metric) != HELD_OUT:
-        curves.insert(0, reports.LinePlot(title=method.metric, x=AXIS, y=[name_metric(method.metric)]))
     speed = [reports.LinePlot(title=title, x=AXIS, y=[name_metric(key)]) for title, key in
              (("Tokens per second", "tokens_per_second"), ("Memory, GiB", "memory_gib"))]  # fmt: skip
     made = [section(name="Curves", panels=curves, is_open=True)]
@@ -115,15 +114,16 @@ def _sections(section: Any, board: Leaderboard | None, method: MethodFacts) -> l
         columns = [reports.ParallelCoordinatesPlotColumn(metric=metric) for metric in [*settings, loss]]
         effects = [
             reports.ScatterPlot(
-                title=f"{key} against held-out loss", x=metric, y=loss, log_x=key.endswith("learning_rate") or None
+                title=f"{key} against {method.title}", x=metric, y=loss, log_x=key.endswith("learning_rate") or None
             )
             for key, metric in zip(board.keys, settings, strict=True)
         ]
         all_runs = reports.ParallelCoordinatesPlot(title="All runs", columns=columns)
         importance = reports.ParameterImportancePlot(with_respect_to=method.metric)
-        made.append(section(name="Settings and loss", panels=[all_runs, *effects, importance], is_open=True))
-    samples = reports.WeavePanelSummaryTable(table_name="samples")
-    return [*made, section(name="Speed", panels=speed), section(name="Samples", panels=[samples], is_open=True)]
+        made.append(section(name=f"Settings and {method.noun}", panels=[all_runs, *effects, importance], is_open=True))
+    tables = ["samples", *(["rollouts"] if method is GRPO else [])]
+    shown = [reports.WeavePanelSummaryTable(table_name=name) for name in tables]
+    return [*made, section(name="Speed", panels=speed), section(name="Samples", panels=shown, is_open=True)]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,15 @@ class MethodFacts:
     losses: tuple[str, ...] = ()
     """What `method.loss_type` can be."""
 
+    @property
+    def noun(self) -> str:
+        """The metric in a word, `loss` or `reward`; also the key by which lines of metrics.jsonl have it of training."""
+        return self.title.rpartition(" ")[2]
+
+    def is_worse(self, value: float, other: float) -> bool:
+        """Whether a value of the metric is worse than another."""
+        return value < other if self.greater_is_better else value > other
+
 
 SFT = MethodFacts("sft", ("input_ids", "labels"))
 DPO = MethodFacts("dpo", ("input_ids", "labels", "rejected_ids", "rejected_labels"), sequences=2,

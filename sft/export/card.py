@@ -15,6 +15,8 @@ from typing import Any
 import jinja2
 
 from sft.config import schema
+from sft.config.method import GRPO, MethodFacts, facts_of
+from sft.config.reward_names import short_name
 from sft.export.hub import repo_for
 from sft.model import builtin
 from sft.paths import ASSETS
@@ -65,7 +67,7 @@ def write_card(artifact: Path, run_folder: Path, format: str, repo: str | None =
     verify = read_json(run_folder / "export" / "verify.json")
     rows = merge_steps(read_lines(run_folder / "metrics.jsonl"))
     samples = read_lines(run_folder / "samples.jsonl")
-    base, data = _base(run), _data(run, preflight)
+    base, data, method = _base(run), _data(run, preflight), facts_of(run)
     artifacts = {name: found for name, found in _dict(verify, "artifacts").items() if isinstance(found, dict)}
     context = {
         "name": repo_for(repo, format).split("/")[-1] if repo else None,
@@ -79,13 +81,16 @@ def write_card(artifact: Path, run_folder: Path, format: str, repo: str | None =
         "lora": _dict(run, "settings", "lora"),
         "start": _start(run),
         "differs": _differences(run),
-        "metrics": summarise({"metrics": {k: number(v) for k, v in _dict(run, "metrics").items()}}, rows),
-        "curve": _curve(rows),
+        "method": method,
+        "rewards": _rewards(run) if method is GRPO else [],
+        "metrics": summarise({**run, "metrics": {k: number(v) for k, v in _dict(run, "metrics").items()}}, rows),
+        "curve": _curve(rows, method),
         "samples": _before_and_after(samples),
         "held_out": bool(samples) and all(line.get("source") == "held_out" for line in samples),
         "template": preflight.get("template"),
         "prompt": next((line.get("prompt") for line in samples), None),
         "reference": _dict(verify, "reference"),
+        "not_rewarded": _public(str(_dict(verify, "reference").get("rewards_not_compared") or "")),
         "checked": {k: v for k, v in artifacts.items() if k == format or k.startswith(f"{format}/")},
         "failures": _failures(artifacts, format),
         "command": _public_command(str(run.get("command") or "")),
@@ -94,6 +99,8 @@ def write_card(artifact: Path, run_folder: Path, format: str, repo: str | None =
         **_gguf_files(artifact, repo),
     }
     metadata = _metadata(base, data, format, repo, artifacts)
+    if method is GRPO:
+        metadata.tags[0] = method.name
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n{_render(context)}")
     target, temporary = artifact / "README.md", artifact / f".README.md.{os.getpid()}"
     card.save(temporary)
@@ -229,10 +236,20 @@ def _differences(run: dict) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def _curve(rows: list[dict]) -> list[dict]:
-    """A few rows of the loss curve: the first and the last evaluation, and others spread evenly."""
-    evaluated = [row for row in rows if row.get("eval_loss") is not None]
-    logged = evaluated if len(evaluated) > 2 else [row for row in rows if "loss" in row or "eval_loss" in row]
+def _rewards(run: dict) -> list[tuple[str, float | None]]:
+    """(name, weight) of what the run was rewarded by."""
+    method = _dict(run, "settings", "method")
+    names, weights = (
+        method.get(key) if isinstance(method.get(key), list) else [] for key in ("reward_funcs", "reward_weights")
+    )
+    weights = weights or [1.0] * len(names)
+    return [(short_name(str(name)), number(weight)) for name, weight in zip(names, weights, strict=False)]
+
+
+def _curve(rows: list[dict], method: MethodFacts) -> list[dict]:
+    """A few rows of the curve of what ranks runs: the first and the last evaluation, and others spread evenly."""
+    evaluated = [row for row in rows if row.get(method.metric) is not None]
+    logged = evaluated if len(evaluated) > 2 else [row for row in rows if method.noun in row or method.metric in row]
     if len(logged) <= CURVE_ROWS:
         return logged
     last = len(logged) - 1

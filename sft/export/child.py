@@ -53,12 +53,15 @@ def export_run_apart(folder: Path, record: RunRecord, stop: StopRequest) -> tupl
 
 
 def proof_of(folder: Path) -> dict[str, Any]:
-    """What trackers are told of a run's exports: of each its loss on the held-out rows and whether it is what was trained."""
+    """What trackers are told of a run's exports: of each its loss and reward on the held-out rows and whether it is what
+    was trained."""
     found: dict[str, Any] = {}
     for name, facts in (read_json(folder / "export" / "verify.json").get("artifacts") or {}).items():
         if facts:
             found[f"export/{name}/holds"] = facts.get("status") == "ok"
-            found |= {f"export/{name}/{key}": facts[key] for key in ("loss", "size_bytes") if facts.get(key) is not None}
+            found |= {
+                f"export/{name}/{key}": facts[key] for key in ("loss", "reward", "size_bytes") if facts.get(key) is not None
+            }
     return found
 
 

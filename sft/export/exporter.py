@@ -31,6 +31,7 @@ from sft.export.proving import (
     reference_facts,
 )
 from sft.export.requirements import FORMATS, check_export
+from sft.export.rewarding import find_rewarding
 from sft.model.tokenizer import read_tokenizer
 from sft.runs import resume
 from sft.runs.saved import prompt_form
@@ -70,6 +71,8 @@ def _export(folder: Path, settings: Settings, weights: Path | None) -> dict[str,
     started = time.monotonic()
     log.info("Export %s of %s", ", ".join(wanted.formats), os.path.relpath(trained.weights))
     model = merge.load_trained(settings, trained.weights)
+    trained.rows = measure.complete_rows(
+        model, trained.rows, trained.new_tokens, trained.stop_ids, trained.tokenizer.pad_token_id)  # fmt: skip
     reference = measure_weights(model, trained, wanted)
     report["reference"] = reference_facts(trained, reference, base_loss(model, trained))
     checks, facts = compare_with_training(trained, reference)
@@ -179,7 +182,8 @@ def read_trained(folder: Path, settings: Settings, weights: Path | None) -> Trai
     questions = [row.question for row in rows[: settings.export.num_prompts]]
     tokens = verify.read_tokens(tokenizer, stop_ids, texts, questions)
     dtype = str((record.get("model") or {}).get("dtype", "torch.float32")).removeprefix("torch.")
-    return Trained(folder, settings, record, weights, rows, tokenizer, stop_ids, texts, tokens, dtype)
+    rewarding = find_rewarding(folder, settings, record, rows[: settings.export.num_prompts], tokenizer)
+    return Trained(folder, settings, record, weights, rows, tokenizer, stop_ids, texts, tokens, dtype, *rewarding)
 
 
 # ------------------------------------------------------------------------------------------------ the formats

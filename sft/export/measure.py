@@ -49,6 +49,19 @@ class HeldOutRow:
     """Of a pair: the summed log probabilities of the chosen and of the rejected row by the weights that the run began with."""
     trained_log_probs: list[float] = field(default_factory=list)
     """The same by the weights that the run keeps, as they were in its memory."""
+    row_number: int = 0
+    """Of a prompt that is rewarded, whose `labels` are a greedy completion by the weights that the run keeps: its number in the
+    data.
+    """
+    columns: str = ""
+    """Its raw row, as JSON."""
+    rewards: list[float] = field(default_factory=list)
+    """What the completion is rewarded with by each function of `method.reward_funcs`."""
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a reward is given of the row, by the names of a prepared one."""
+        return {"row": self.row_number, "columns": self.columns, "question": self.question, "reference": self.reference}
 
     @property
     def targets(self) -> list[int]:
@@ -57,8 +70,8 @@ class HeldOutRow:
         return [sum(label != IGNORED for label in labels[1:]) for labels in both]
 
 
-OF_PAIRS = ("rejected_ids", "rejected_labels", "reference_log_probs", "trained_log_probs")
-"""What only pairs have of a HeldOutRow."""
+OPTIONAL = ("rejected_ids", "rejected_labels", "reference_log_probs", "trained_log_probs", "row_number", "columns", "rewards")
+"""What only pairs or rewarded prompts have of a HeldOutRow."""
 
 
 @dataclass
@@ -77,6 +90,8 @@ class EvalResult:
     """For each completion and each of its tokens: the likeliest tokens and their log probabilities."""
     rejected_losses: list[float] = field(default_factory=list)
     """Of pairs: the loss of each rejected row."""
+    rewards: list[list[float]] = field(default_factory=list)
+    """The rewards of each completion, by each function of `method.reward_funcs`; empty where they are not known."""
 
     @property
     def eos_share(self) -> float:
@@ -90,14 +105,29 @@ def write_rows(folder: Path, prepared: Prepared) -> None:
     names = [f.name for f in fields(HeldOutRow) if f.name in rows.column_names]
     kept = rows.select(range(min(ROWS, len(rows))))
     none = {} if "labels" in names else {"labels": []}
-    _write(folder, [HeldOutRow(source, **none, **{name: row[name] for name in names}) for row in kept])
+    found = [HeldOutRow(source, **none, **{name: row[name] for name in names}) for row in kept]
+    if "columns" in names:  # prompts that are rewarded
+        found = [replace(one, row_number=row["row"]) for one, row in zip(found, kept, strict=True)]
+    _write(folder, found)
 
 
-def write_completions(folder: Path, source: str, completions: list[tuple[list[int], list[int], str, str]]) -> None:
-    """Keep some completions in held_out.jsonl, to be measured: (ids of the prompt, of the completion, question, reference)."""
-    rows = [HeldOutRow(source, prompt + completion, [IGNORED] * len(prompt) + completion, len(prompt), question, reference)
-            for prompt, completion, question, reference in completions]  # fmt: skip
-    _write(folder, rows)
+def write_completions(folder: Path, source: str, completions: list[tuple[dict[str, Any], list[int], list[float]]]) -> None:
+    """Keep (prepared row, greedy completion, its rewards) in held_out.jsonl, to measure the completions on."""
+    rows = [HeldOutRow(source, entry["input_ids"], [], len(entry["input_ids"]), entry["question"], entry["reference"],
+                       row_number=entry["row"], columns=entry["columns"], rewards=rewards)
+            for entry, _, rewards in completions]  # fmt: skip
+    _write(folder, [completed(row, ids) for row, (_, ids, _) in zip(rows, completions, strict=True)])
+
+
+def completed(row: HeldOutRow, completion: list[int]) -> HeldOutRow:
+    """The row of a prompt with a completion as its targets."""
+    prompt = row.input_ids[: row.prompt_length]
+    return replace(row, input_ids=prompt + completion, labels=[IGNORED] * len(prompt) + completion)
+
+
+def completion_of(row: HeldOutRow) -> list[int]:
+    """The completion that `completed` gave a row."""
+    return [label for label in row.labels if label != IGNORED]
 
 
 def note_log_probs(folder: Path, name: str, log_probs: list[list[float]]) -> None:
@@ -109,7 +139,7 @@ def note_log_probs(folder: Path, name: str, log_probs: list[list[float]]) -> Non
 
 
 def _write(folder: Path, rows: list[HeldOutRow]) -> None:
-    found = [{name: value for name, value in vars(row).items() if value or name not in OF_PAIRS} for row in rows]
+    found = [{name: value for name, value in vars(row).items() if value or name not in OPTIONAL} for row in rows]
     write_text(folder / "held_out.jsonl", "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found))
 
 
@@ -121,7 +151,8 @@ def read_rows(folder: Path) -> list[HeldOutRow]:
 
 def prompt_of(row: HeldOutRow) -> list[int]:
     """The ids that are completed; a text without a question is continued from its first half, as in samples.jsonl."""
-    return row.input_ids[: row.prompt_length if row.question else max(1, len(row.input_ids) // 2)]
+    known = row.question or row.columns
+    return row.input_ids[: row.prompt_length if known else max(1, len(row.input_ids) // 2)]
 
 
 def rejected_rows(rows: list[HeldOutRow]) -> list[HeldOutRow]:
@@ -208,9 +239,22 @@ def measure_torch(
     result = EvalResult(loss, losses, [], [])
     if rejected := rejected_rows(rows):
         result.rejected_losses = row_losses(model, rejected)[1]
+    return _add_completions(result, model, rows[:prompts], max_new_tokens, stop_ids, pad)
+
+
+def complete_rows(model: Any, rows: list[HeldOutRow], max_new_tokens: int, stop_ids: list[int], pad: int) -> list[HeldOutRow]:
+    """Rows of prompts with the model's own greedy completions as their targets, where a run was cut before it kept any."""
+    if any(row.labels for row in rows):
+        return rows
+    found = _add_completions(EvalResult(0.0, [], [], []), model, rows, max_new_tokens, stop_ids, pad)
+    return [completed(row, ids) for row, ids in zip(rows, found.completions, strict=True)]
+
+
+def _add_completions(
+    result: EvalResult, model: Any, rows: list[HeldOutRow], max_new_tokens: int, stop_ids: list[int], pad: int
+) -> EvalResult:
     model.eval()
-    wanted = [prompt_of(row) for row in rows[:prompts]]
-    for part in batching.grouped(wanted, max_new_tokens, AT_ONCE):
+    for part in batching.grouped([prompt_of(row) for row in rows], max_new_tokens, AT_ONCE):
         for completion, tops in _complete(model, part, max_new_tokens, stop_ids, pad):
             result.completions.append(completion)
             result.finished.append(bool(completion) and completion[-1] in stop_ids)

@@ -4,15 +4,16 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sft import environment
 from sft.config.lora_rules import changes_base
-from sft.config.schema import Bias, ExportSettings, Settings
+from sft.config.schema import Bias, ExportSettings, MethodName, Settings
 from sft.errors import Refusal, first_line
 from sft.export import gguf, measure, merge, verify
+from sft.export.rewarding import Rewarding
 from sft.storage.jsonio import read_lines
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,20 @@ class Trained:
     tokens: verify.Tokens
     dtype: str
     """Type the model computes in: float32, bfloat16 or float16."""
+    rewarding: Rewarding | None = None
+    """What rewards completions, of a run with rewards."""
+    why_not_rewarded: str = ""
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that completions have at most."""
+        rewarded = self.settings.method.name == MethodName.grpo
+        return self.settings.method.max_completion_length if rewarded else self.settings.samples.max_new_tokens
+
+    @property
+    def reward_weights(self) -> list[float]:
+        """Those of `method.reward_funcs`."""
+        return self.settings.method.reward_weights or [1.0] * len(self.settings.method.reward_funcs)
 
 
 def attempt(report: dict, name: str, action: Callable[[], None]) -> bool:
@@ -53,8 +68,14 @@ def attempt(report: dict, name: str, action: Callable[[], None]) -> bool:
 
 
 def measure_weights(model: Any, trained: Trained, wanted: ExportSettings) -> measure.EvalResult:
-    new = trained.settings.samples.max_new_tokens
-    return measure.measure_torch(model, trained.rows, wanted.num_prompts, new, trained.stop_ids, trained.tokenizer.pad_token_id)
+    new, pad = trained.new_tokens, trained.tokenizer.pad_token_id
+    found = measure.measure_torch(model, trained.rows, wanted.num_prompts, new, trained.stop_ids, pad)
+    return _rewarded(trained, found)
+
+
+def _rewarded(trained: Trained, found: measure.EvalResult) -> measure.EvalResult:
+    """What a model does, with the rewards of its completions where these are known."""
+    return replace(found, rewards=trained.rewarding(found)) if trained.rewarding else found
 
 
 def base_loss(model: Any, trained: Trained) -> float | None:
@@ -80,6 +101,8 @@ def reference_facts(trained: Trained, reference: measure.EvalResult, base_loss: 
         "eos_share": round(reference.eos_share, 4),
         "trained_loss": (trained.record.get("metrics") or {}).get("proof_loss"),
         "weights": os.path.relpath(trained.weights, trained.folder),
+        **({"reward": round(verify.mean_reward(reference.rewards, trained.reward_weights), 6)} if reference.rewards else {}),
+        **({"rewards_not_compared": trained.why_not_rewarded} if trained.why_not_rewarded else {}),
     }
 
 
@@ -103,10 +126,19 @@ def compare_with_training(trained: Trained, reference: measure.EvalResult) -> tu
         )
     ]
     sampled = measure.EvalResult(in_memory, [], _last_samples(trained), [])
+    if trained.settings.method.name == MethodName.grpo:
+        kept = [row for row in trained.rows[: len(reference.completions)] if row.labels]
+        sampled = replace(sampled, completions=[measure.completion_of(row) for row in kept])
+        sampled.rewards = [row.rewards for row in kept if row.rewards]
     # Several prompts were completed at once, in other batches: what rounding makes of a tie is no difference.
     judged, completions = verify.compare_completions("answers", reference, sampled, verify.TIE[trained.dtype])
     if sampled.completions and trained.dtype == "float32":
         checks.append(judged)
+    ties = verify.ties_of(completions["partings"], verify.TIE[trained.dtype])
+    rewarded, of_rewards = verify.compare_rewards(
+        sampled.rewards, reference.rewards, trained.reward_weights, ties, exact=trained.dtype == "float32"
+    )
+    checks += rewarded
     in_memory_pairs = [row.trained_log_probs for row in trained.rows]
     signs, of_pairs = verify.compare_margins(trained.rows, in_memory_pairs, reference, trained.dtype, judged=True)
     checks += signs
@@ -115,6 +147,7 @@ def compare_with_training(trained: Trained, reference: measure.EvalResult) -> tu
         "loss_increase": round(reference.loss - in_memory, 6),
         "limit": allowed,
         **completions,
+        **of_rewards,
         **of_pairs,
         "eos_share": round(reference.eos_share, 4),
     }
@@ -152,17 +185,19 @@ def prove_folder(
         model = merge.load_merged(place, _torch_dtype(trained))
         ids = model.generation_config.eos_token_id
         found = measure.measure_torch(
-            model, trained.rows, trained.settings.export.num_prompts, trained.settings.samples.max_new_tokens,
+            model, trained.rows, trained.settings.export.num_prompts, trained.new_tokens,
             ids if isinstance(ids, list) else [ids] if ids is not None else [], tokenizer.pad_token_id,
         )  # fmt: skip
         facts = {"peak_memory_gib": environment.peak_memory_gib()}
+        found = _rewarded(trained, found)
         measured.append(found)
         del model
         environment.release_memory()
         numbers, compared = verify.compare_numbers(reference, found, trained.dtype, limit)
         signs, of_pairs = _compare_margins(trained, reference, found, trained.dtype, limit)
-        facts |= compared | of_pairs
-        note_result(trained, report, name, place, [*checks, *numbers, *signs], facts, begun)
+        rewarded, of_rewards = _compare_rewards(trained, reference, found, trained.dtype, limit)
+        facts |= compared | of_rewards | of_pairs
+        note_result(trained, report, name, place, [*checks, *numbers, *rewarded, *signs], facts, begun)
 
     attempt(report, name, prove)
     return measured[0] if measured else None
@@ -170,7 +205,7 @@ def prove_folder(
 
 def completions_of(trained: Trained, merged: Path) -> measure.EvalResult | None:
     """What the merged 16-bit weights generate in transformers; None, with a warning, where it cannot load them."""
-    rows, new = trained.rows[: trained.settings.export.num_prompts], trained.settings.samples.max_new_tokens
+    rows, new = trained.rows[: trained.settings.export.num_prompts], trained.new_tokens
     try:
         model = merge.load_merged(merged, _torch_dtype(trained))
     except Exception as error:  # such as a model that needs code of its own
@@ -189,8 +224,8 @@ def prove_gguf(trained, report, reference, rounded, name: str, file: Path, kind:
     lies no rounding of weights, only llama.cpp's arithmetic.
     """
     wanted = trained.settings.export
-    new = trained.settings.samples.max_new_tokens
-    found = gguf.measure(file, trained.rows, wanted.num_prompts, new, trained.stop_ids, trained.texts)
+    found = gguf.measure(file, trained.rows, wanted.num_prompts, trained.new_tokens, trained.stop_ids, trained.texts)
+    measured = _rewarded(trained, found["measurement"])
     metadata, tokenizer = found["metadata"], trained.tokenizer
     names = {
         key: tokenizer.convert_ids_to_tokens(int(metadata[f"tokenizer.ggml.{key}_token_id"]))
@@ -204,12 +239,13 @@ def prove_gguf(trained, report, reference, rounded, name: str, file: Path, kind:
     checks = verify.compare_tokens(trained.tokens, held, tokenizer.bos_token_id)
     limit = None if kind in gguf.HIGH_PRECISION else wanted.max_loss_increase
     # llama.cpp rounds what it multiplies f16 weights with to 16 bits, so that it is as exact as a 16-bit type of torch's.
-    numbers, facts = verify.compare_numbers(reference, found["measurement"], "float16", limit)
-    signs, of_pairs = _compare_margins(trained, reference, found["measurement"], "float16", limit)
-    numbers, facts = numbers + signs, facts | of_pairs
+    numbers, facts = verify.compare_numbers(reference, measured, "float16", limit)
+    signs, of_pairs = _compare_margins(trained, reference, measured, "float16", limit)
+    rewarded, of_rewards = _compare_rewards(trained, reference, measured, "float16", limit)
+    numbers, facts = numbers + rewarded + signs, facts | of_rewards | of_pairs
     if limit is None and rounded is not None:
         tie = verify.TIE[trained.dtype]
-        check, completions = verify.compare_completions("answers_of_merged", rounded, found["measurement"], tie)
+        check, completions = verify.compare_completions("answers_of_merged", rounded, measured, tie)
         numbers.append(check)
         facts |= {"as_merged": completions["answers_equal"], "partings_from_merged": completions["partings"]}
     note_result(trained, report, name, file, [*checks, *numbers], facts, begun)
@@ -220,6 +256,12 @@ def _compare_margins(trained, reference, found, dtype: str, limit: float | None)
     return verify.compare_margins(
         trained.rows, measure.log_probs_of(trained.rows, reference), found, dtype, judged=limit is None
     )
+
+
+def _compare_rewards(trained, reference, found, dtype: str, limit: float | None) -> tuple[list[verify.Check], dict[str, Any]]:
+    """The rewards of completions against those of the trained model: equal where the format is lossless."""
+    ties = verify.ties_of(verify.find_divergences(reference, found), verify.TIE[dtype])
+    return verify.compare_rewards(reference.rewards, found.rewards, trained.reward_weights, ties, exact=limit is None)
 
 
 def note_result(
@@ -241,6 +283,7 @@ def note_result(
     increase = f" ({facts['loss_increase']:+.4f})" if "loss_increase" in facts else ""
     same = f", {facts['answers_equal']} of {facts['answers']} completions the same" if facts.get("answers") else ""
     same += f", {facts['margins_kept']} of {facts['margins']} margins keep their sign" if facts.get("margins") else ""
+    same += f", reward {facts['reward']:.4f} ({facts['reward_change']:+.4f})" if "reward" in facts else ""
     loss = f"  loss {facts['loss']:.4f}" if "loss" in facts else ""
     log.info("       %-13s %s%s%s%s", name, "FAILED" if failed else "ok    ", loss, increase, same)
     for check in checks:

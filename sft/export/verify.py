@@ -1,10 +1,10 @@
 """Is an export still the model that was trained? Each is loaded afresh and compared on the same rows and prompts.
 
 Two kinds of limits. A lossless format (adapter, merged 16-bit, GGUF f16) holds the trained weights up to the rounding of
-16 bits: its loss may differ by LOSSLESS, its greedy completions are the same, but for ties, and the margins of pairs keep
-their signs. A quantised format changes the weights on purpose: its loss may rise by `export.max_loss_increase`, and how many
-completions stay the same and margins keep their sign is reported, not judged. What ends a completion, what pads, the chat
-template and the tokens of a prompt survive in every format.
+16 bits: its loss may differ by LOSSLESS, its greedy completions and their rewards are the same, but for ties, and the margins
+of pairs keep their signs. A quantised format changes the weights on purpose: its loss may rise by `export.max_loss_increase`
+and its mean reward fall by REWARD_FALL, and how many completions stay the same and margins keep their sign is reported, not
+judged. What ends a completion, what pads, the chat template and the tokens of a prompt survive in every format.
 """
 
 from dataclasses import dataclass, field
@@ -21,6 +21,9 @@ Rounding SmolLM2's merged weights to float16 moved the loss by 6e-4 (docs/export
 
 TIE = {"float32": 0.05, "bfloat16": 0.25, "float16": 0.25}
 """Two tokens whose log probabilities are closer than this are a tie: rounding may choose either."""
+
+REWARD_FALL = 0.25
+"""By how much of what can be earned the mean reward of a quantised export may be lower: that of two in eight completions."""
 
 
 @dataclass
@@ -121,6 +124,37 @@ def compare_margins(
     check = Check("margins", kept == len(clear), f"{len(clear)} keep their sign", f"{kept} keep their sign")
     facts = {"margins": len(clear), "margins_kept": kept, "margins_in_noise": len(wanted) - len(clear)}
     return [check] if judged else [], facts
+
+
+def compare_rewards(
+    trained: list[list[float]], found: list[list[float]], weights: list[float], ties: set[int], exact: bool
+) -> tuple[list[Check], dict[str, Any]]:
+    """(checks, facts) of the rewards of greedy completions: `exact` means that each is equal, but for those of `ties`; else the
+    mean may fall by REWARD_FALL. Nothing where rewards are not known.
+    """
+    if not trained or not found:
+        return [], {}
+    pairs = list(zip(trained, found, strict=False))
+    equal = {i for i, (a, b) in enumerate(pairs) if all(abs(x - y) <= 1e-6 for x, y in zip(a, b, strict=True))}
+    wrong = len(pairs) - len(equal | ties)
+    before, after = (mean_reward([pair[side] for pair in pairs], weights) for side in (0, 1))
+    facts = {"reward": round(after, 6), "reward_change": round(after - before, 6)}
+    facts |= {"rewards": len(pairs), "rewards_equal": len(equal)}
+    if exact:
+        text = f"{len(pairs)} equal, ties aside (mean {before:.4f})"
+        return [Check("rewards", not wrong, text, f"{len(equal)} equal, {wrong} others (mean {after:.4f})")], facts
+    least = before - REWARD_FALL * max(sum(map(abs, weights)), abs(before))
+    return [Check("rewards", after >= least, f"a mean of at least {least:.4f}", f"{after:.4f}")], facts
+
+
+def ties_of(divergences: list[dict[str, Any]], tie: float) -> set[int]:
+    """The prompts whose completions diverge at a tie."""
+    return {one["prompt"] for one in divergences if one["gap"] is not None and one["gap"] <= tie}
+
+
+def mean_reward(rewards: list[list[float]], weights: list[float]) -> float:
+    """The mean over completions of the weighted sum of their rewards."""
+    return sum(w * value for one in rewards for w, value in zip(weights, one, strict=True)) / len(rewards)
 
 
 def compare_completions(name: str, reference: EvalResult, found: EvalResult, tie: float) -> tuple[Check, dict[str, Any]]:

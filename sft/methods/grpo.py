@@ -363,7 +363,6 @@ def held_out_loss(ctx: RunContext, trainer: Any) -> float:
     rows, source = (ctx.prepared.eval, "held_out") if ctx.prepared.eval is not None else (ctx.prepared.train, "train")
     groups = trainer.rollout.greedy([rows[i] for i in range(min(measure.ROWS, len(rows)))])
     measure.write_completions(ctx.folder, source, [
-        (group.prompt_ids, group.completions[0].ids, row["question"], row["reference"])
-        for group, row in zip(groups, rows, strict=False)
+        (row, group.completions[0].ids, group.completions[0].rewards) for group, row in zip(groups, rows, strict=False)
     ])  # fmt: skip
     return sft.held_out_loss(ctx, trainer)

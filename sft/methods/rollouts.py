@@ -268,6 +268,7 @@ class Rollout:
         for line in (line for some in processes.gathered(lines) for line in some):
             if processes.is_first():
                 append_jsonl(self.ctx.folder / "rollouts.jsonl", line)
+        self.ctx.recorder.tracking.log_rollouts(lines)
 
     def greedy(self, entries: list[dict[str, Any]]) -> list[Group]:
         """A group of one completion for each of some rows of the data: the likeliest tokens, with their rewards."""

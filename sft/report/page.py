@@ -19,8 +19,10 @@ import jinja2
 import vl_convert
 from markupsafe import Markup, escape
 
+from sft.config.method import GRPO, facts_of
 from sft.paths import ASSETS
 from sft.report.pairs import summarise_pairs
+from sft.report.rollouts import reward_charts, summarise_rollouts
 from sft.report.summary import merge_steps, summarise
 from sft.storage.cache import made_once
 from sft.storage.jsonio import number, read_json, read_lines
@@ -60,14 +62,16 @@ def write_report(run_folder: Path, run: dict | None = None) -> Path:
     run = {k: v for k, v in run.items() if v is not None} if run else read_json(run_folder / "run.json")
     preflight = read_json(run_folder / "preflight.json")
     rows = merge_steps(read_lines(run_folder / "metrics.jsonl"))
-    charts, pairs = [make_chart(rows, *chart) for chart in CHARTS], summarise_pairs(read_lines(run_folder / "margins.jsonl"))
+    charts, pairs = make_charts(run, rows), summarise_pairs(read_lines(run_folder / "margins.jsonl"))
     page = render(
         {
             "run": run,
             "name": run.get("name") or run_folder.resolve().name,
+            "method": facts_of(run),
             "metrics": summarise(run, rows),
             "charts": charts,
             "pairs": pairs,
+            "rollouts": summarise_rollouts(run_folder / "rollouts.jsonl"),
             "broken": find_broken(rows),
             "samples": group_samples(read_lines(run_folder / "samples.jsonl")),
             "preflight": preflight,
@@ -122,9 +126,18 @@ def group_settings(settings: dict) -> dict[str, list]:
 # Charts
 
 
+def make_charts(run: dict, rows: list[dict]) -> list[dict]:
+    """The charts of a run by its method."""
+    if facts_of(run) is not GRPO:
+        return [make_chart(rows, *chart) for chart in CHARTS]
+    rows, charts = reward_charts(rows)
+    return [make_chart(rows, *chart) for chart in [*charts, *(chart for chart in CHARTS if chart[0] != "eval_loss")]]
+
+
 def make_chart(rows: list[dict], name: str, title: str, pattern: str, lines: list[tuple[str, str, str]]) -> dict:
     """Make one chart of the curves; its Vega-Lite spec is None where nothing was recorded."""
     points: dict[float, dict] = {}
+    smoothed = next((field for field, _, _ in lines), "")
     for field in [field for field, _, _ in lines if field != "smooth"]:
         curve = [
             {key: row[key] for key in ("step", "epoch", field) if row.get(key) is not None}
@@ -132,7 +145,7 @@ def make_chart(rows: list[dict], name: str, title: str, pattern: str, lines: lis
             if row.get(field) is not None
         ]
         for point, value in zip(curve, smooth([point[field] for point in curve]), strict=True):
-            point |= {"smooth": value} if field == "loss" else {}
+            point |= {"smooth": value} if field == smoothed else {}
         for point in downsample(curve, field):
             points.setdefault(point["step"], {}).update({key: float(f"{v:.7g}") for key, v in point.items()})
     lines = [line for line in lines if any(line[0] in point for point in points.values())]

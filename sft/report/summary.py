@@ -1,5 +1,6 @@
 """What a run folder's lines come to: one line a step, and the few numbers that sum a run up."""
 
+from sft.config.method import facts_of
 from sft.storage.jsonio import number
 
 
@@ -14,11 +15,11 @@ def merge_steps(events: list[dict]) -> list[dict]:
 
 def summarise(run: dict, rows: list[dict]) -> dict:
     """Return run.json's metrics, with what a run that died early did not write there taken from its curves."""
-    metrics = {}
+    metrics, method = {}, facts_of(run)
     for key, field, choose in [
         ("loss", "loss", lambda v: v[-1]),
-        ("eval_loss", "eval_loss", lambda v: v[-1]),
-        ("eval_loss_start", "eval_loss", lambda v: v[0]),
+        (method.metric, method.metric, lambda v: v[-1]),
+        (f"{method.metric}_start", method.metric, lambda v: v[0]),
         ("eos_share", "eos_share", lambda v: v[-1]),
         ("eos_share_start", "eos_share", lambda v: v[0]),
         ("memory_gib", "memory_gib", max),
@@ -29,6 +30,9 @@ def summarise(run: dict, rows: list[dict]) -> dict:
         values = [row[field] for row in rows if row.get(field) is not None]
         metrics |= {key: choose(values)} if values else {}
     metrics |= {key: value for key, value in run.get("metrics", {}).items() if value is not None}
-    if metrics.get("eval_loss_start") and "eval_loss" in metrics:
-        metrics["change"] = metrics["eval_loss"] / metrics["eval_loss_start"] - 1
+    start, end = metrics.get(f"{method.metric}_start"), metrics.get(method.metric)
+    if method.greater_is_better and start is not None and end is not None:
+        metrics["change"] = end - start  # it may begin at 0
+    elif start and end is not None:
+        metrics["change"] = end / start - 1
     return metrics

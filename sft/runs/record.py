@@ -15,6 +15,7 @@ from typing import Any
 
 from sft.config.consent import with_word
 from sft.config.fingerprint import config_hash, differs_from, reward_hashes
+from sft.config.method import METHODS
 from sft.config.schema import Settings
 from sft.paths import ROOT
 from sft.storage.jsonio import jsonable, now, write_json
@@ -191,9 +192,10 @@ def _git_commit() -> str | None:
 def log_ending(settings: Settings, folder: Path, facts: dict[str, Any]) -> None:
     """Say how a run ended, what it left, and how it goes on."""
     status, reason, metrics = facts["status"], facts["reason"], facts.get("metrics") or {}
-    eval_loss, start = metrics.get("eval_loss"), metrics.get("eval_loss_start")
-    if eval_loss is not None and start is not None:
-        log.info("Done   %s: held-out loss %.4f -> %.4f", status, start, eval_loss)
+    method = METHODS[settings.method.name.value]
+    end, start = metrics.get(method.metric), metrics.get(f"{method.metric}_start")
+    if end is not None and start is not None:
+        log.info("Done   %s: %s %.4f -> %.4f", status, method.title, start, end)
     else:
         log.info("Done   %s%s", status, f": {reason}" if reason else "")
     if status == "stopped":

@@ -64,11 +64,12 @@ ARTIFACT = {
     **dict.fromkeys(("loss", "loss_increase", "limit", "answers", "answers_equal", "near_ties", "widest_tie"), NUMBER),
     **dict.fromkeys(("as_merged", "eos_share", "gain_kept", "size_bytes", "seconds", "peak_memory_gib"), NUMBER),
     **dict.fromkeys(("margins", "margins_kept", "margins_in_noise"), NUMBER),
+    **dict.fromkeys(("reward", "reward_change", "rewards", "rewards_equal"), NUMBER),
     "checks": [{"name": TEXT, "ok": FLAG}],
     "failed": [TEXT],
 }
 
-REFERENCE = {"source": TEXT, "weights": TEXT, ...: NUMBER}
+REFERENCE = {"source": TEXT, "weights": TEXT, "rewards_not_compared": TEXT, ...: NUMBER}
 
 VERIFY = {
     "artifacts": {...: ARTIFACT},
@@ -92,7 +93,19 @@ MARGINS = {
     "pairs": [{"row": NUMBER, "prompt": TEXT, "chosen": TEXT, "rejected": TEXT}],
 }
 
-FORMS = {"run.json": RUN, "preflight.json": PREFLIGHT, "verify.json": VERIFY, "samples.jsonl": SAMPLE, "margins.jsonl": MARGINS}
+ROLLOUT = {
+    "step": NUMBER,
+    "row": NUMBER,
+    "prompt": TEXT,
+    "completions": [
+        {"text": TEXT, "finish": TEXT, "tokens": NUMBER, "rewards": NUMBERS, "reward": NUMBER, "advantage": NUMBER}
+    ],
+}
+
+FORMS = {
+    **{"run.json": RUN, "preflight.json": PREFLIGHT, "verify.json": VERIFY},
+    **{"samples.jsonl": SAMPLE, "margins.jsonl": MARGINS, "rollouts.jsonl": ROLLOUT},
+}
 
 
 def fit(value: Any, form: Any, odd: list[str], key: str = "") -> Any:

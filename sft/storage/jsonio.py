@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from enum import Enum
@@ -62,12 +63,20 @@ def read_json(path: Path) -> dict:
 
 def read_lines(path: Path) -> list[dict]:
     """Read a JSON-lines file, leaving out lines that do not parse: a killed run tears its last one."""
-    lines = path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else []
+    return [*each_line(path)]
+
+
+def each_line(path: Path) -> Iterator[dict]:
+    """The same, a line at a time: the file may be larger than the memory."""
+    if not path.is_file():
+        return
     odd: list[str] = []
-    events = [fit(event, FORMS.get(path.name, {}), odd, f"line {number}") for number, event in enumerate(map(parse, lines), 1)]
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, text in enumerate(file, 1):
+            if event := fit(parse(text), FORMS.get(path.name, {}), odd, f"line {number}"):
+                yield event
     if odd:
         warn(path, odd)
-    return [event for event in events if event]
 
 
 def write_json(path: Path, content: Any) -> None:

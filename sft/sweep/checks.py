@@ -119,7 +119,7 @@ def _check_search(means: DictConfig | None, overrides: list[Override]) -> list[P
             problems.append(Problem(line, why, fix))
         none = override.key_or_group == "dataset.eval_fraction" and not override.is_sweep_override() and override.value() == 0
         if none and not set_apart:
-            why = "A search is for the lowest held-out loss, and nothing would be held out."
+            why = "A search is for the best value on held-out rows, and nothing would be held out."
             problems.append(Problem(line, why, "dataset.eval_fraction=0.1"))
     return problems
 

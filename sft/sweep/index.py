@@ -15,6 +15,7 @@ from typing import Any
 
 from sft.config import fingerprint
 from sft.config.keys import flatten
+from sft.config.method import facts_of
 from sft.config.schema import GROUPS, Settings
 from sft.errors import Refusal, refuse
 from sft.storage import atomic, jsonio
@@ -42,7 +43,7 @@ class Job:
     settings: dict[str, Any]
     """Its settings that are not the defaults, by dotted key."""
     status: str = WAITING
-    """`waiting`, `running`, `finished`, `diverged` (ended, but its held-out loss is not a number), `stopped` (cut, to be
+    """`waiting`, `running`, `finished`, `diverged` (ended, but what ranks it is not a number), `stopped` (cut, to be
     continued) or `failed`."""
     reason: str | None = None
     place: str | None = None
@@ -172,12 +173,10 @@ def read_run(folder: Path) -> dict[str, Any]:
 def judge(run: dict[str, Any]) -> tuple[str, str | None]:
     """(status, reason) of a run by its run.json: its own, or diverged where its loss is no number."""
     status, reason, metrics = run.get("status"), run.get("reason"), run.get("metrics", {})
-    loss = "eval_loss" if run.get("data", {}).get("eval_rows") else "loss"
-    if status == FINISHED and number(metrics.get(loss)) is None:
-        return (
-            DIVERGED,
-            "diverged: the held-out loss is not a number" if loss == "eval_loss" else "diverged: the loss is no number",
-        )
+    method = facts_of(run)
+    ranked = bool(run.get("data", {}).get("eval_rows"))
+    if status == FINISHED and number(metrics.get(method.metric if ranked else "loss")) is None:
+        return DIVERGED, f"diverged: the {method.title} is not a number" if ranked else "diverged: the loss is no number"
     settings = run.get("settings")
     trainer = settings.get("trainer") if isinstance(settings, dict) else None
     allowed = number(trainer.get("max_bad_steps")) if isinstance(trainer, dict) else None

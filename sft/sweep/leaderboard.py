@@ -1,4 +1,4 @@
-"""The table of a sweep: every job as a row, ranked by held-out loss, and what may honestly be read from it."""
+"""The table of a sweep: every job as a row, ranked by its method's metric, and what may honestly be read from it."""
 
 import csv
 import io
@@ -41,9 +41,8 @@ class TableRow:
     rank: int | None = None
     metric: float | None = None
     """What its method ranks runs by, of the weights that were kept; only of finished jobs."""
-    eval_loss: float | None = None
-    """Held-out loss of the weights that were kept; only of finished jobs."""
-    eval_loss_start: float | None = None
+    start: float | None = None
+    """The same before training."""
     step: int | None = None
     """Step of the weights that were kept."""
     tokens: int | None = None
@@ -95,8 +94,9 @@ def read_leaderboard(folder: Path) -> Leaderboard:
         raise refuse(f"run={folder}", "The folder holds no sweep (no sweep.json).", "run=<a folder in outputs/sweeps>")
     keys = varying_keys(index.jobs)
     runs = [read_run(index.folder / job.folder) for job in index.jobs]
-    rows = [_read_row(run, job, keys) for run, job in zip(runs, index.jobs, strict=True)]
-    board = Leaderboard(index, keys, rows, facts_of(runs[0]) if runs else SFT)
+    method = next((facts_of(run) for run in runs if run), SFT)
+    rows = [_read_row(run, job, keys, method) for run, job in zip(runs, index.jobs, strict=True)]
+    board = Leaderboard(index, keys, rows, method)
     rows.sort(key=lambda row: (row.metric is None, 0.0 if row.metric is None else board.cost(row), row.job.number))
     for rank, row in enumerate((row for row in rows if row.metric is not None), 1):
         row.rank = rank
@@ -105,9 +105,9 @@ def read_leaderboard(folder: Path) -> Leaderboard:
 
 
 def best_run(sweep: Path | str | None = None) -> Path:
-    """Run folder of the job with the lowest held-out loss; of the newest sweep in outputs/sweeps if none is named.
+    """Run folder of the job that ranks first; of the newest sweep in outputs/sweeps if none is named.
 
-    Raises Refusal if there is no sweep, or none of its jobs finished with a held-out loss.
+    Raises Refusal if there is no sweep, or none of its jobs finished with what ranks it.
     """
     if sweep is None:
         sweeps = [sweep for sweep in find_sweeps(Path("outputs/sweeps")) if readable_index(sweep)]
@@ -117,7 +117,7 @@ def best_run(sweep: Path | str | None = None) -> Path:
     board = read_leaderboard(Path(sweep))
     if board.best is None:
         fix = f"python scripts/leaderboard.py {shlex.quote(f'run={sweep}')}"
-        raise refuse(f"run={sweep}", "None of its jobs finished with a held-out loss.", fix)
+        raise refuse(f"run={sweep}", f"None of its jobs finished with a {board.method.title}.", fix)
     return board.index.folder / board.best.job.folder
 
 
@@ -158,7 +158,7 @@ def _plain(text: str) -> Any:
     return text
 
 
-def _read_row(run: dict[str, Any], job: Job, keys: list[str]) -> TableRow:
+def _read_row(run: dict[str, Any], job: Job, keys: list[str], method: MethodFacts) -> TableRow:
     metrics, data = run.get("metrics", {}), run.get("data", {})
     row = TableRow(job, {key: _value(job, key) for key in keys}, note=job.reason or "")
     if run.get("config_hash") != job.config_hash:
@@ -166,12 +166,16 @@ def _read_row(run: dict[str, Any], job: Job, keys: list[str]) -> TableRow:
     row.seconds = number(run.get("seconds", {}).get("total"))
     row.tokens, row.tokens_per_second = metrics.get("tokens"), number(metrics.get("tokens_per_second"))
     row.memory_gib, row.held_out = number(metrics.get("memory_gib")), data.get("held_out_hash")
-    row.eval_loss_start, row.step = number(metrics.get("eval_loss_start")), metrics.get("kept_step")
+    row.start, row.step = number(metrics.get(f"{method.metric}_start")), metrics.get("kept_step")
     if run.get("hardware", {}).get("gpu"):
         row.gpu_hours = round(max(job.seconds, row.seconds or 0.0) / 3600, 4)
     if job.status == FINISHED:
-        row.eval_loss, row.metric = number(metrics.get("eval_loss")), number(metrics.get(facts_of(run).metric))
-        if row.eval_loss is not None and row.eval_loss_start is not None and row.eval_loss > row.eval_loss_start:
+        own = facts_of(run)
+        if own.metric != method.metric:  # two scales have no common rank
+            row.note = row.note or f"not ranked: {own.name} is measured by {own.metric}"
+            return row
+        row.metric = number(metrics.get(method.metric))
+        if row.metric is not None and row.start is not None and method.is_worse(row.metric, row.start):
             row.note = row.note or "worse than before training"
     return row
 
@@ -184,7 +188,8 @@ def remark(board: Leaderboard) -> None:
     ranked = [row for row in board.rows if row.rank]
     if not ranked:
         if board.rows and all(row.job.status == FINISHED for row in board.rows):
-            board.remarks.append("Nothing was held out, so there is no loss to rank by (dataset.eval_fraction=0.1).")
+            text = f"Nothing was held out, so there is no {board.method.noun} to rank by (dataset.eval_fraction=0.1)."
+            board.remarks.append(text)
         return
     for check in (_check_rows, _check_budget, _check_noise, _check_edges):
         check(board, ranked)
@@ -194,9 +199,8 @@ def _check_rows(board: Leaderboard, ranked: list[TableRow]) -> None:
     hashes = {row.held_out for row in ranked}
     if len(hashes) < 2:
         return
-    text = (
-        f"The jobs were measured on {len(hashes)} different sets of held-out rows, so their losses cannot be compared directly."
-    )
+    text = f"The jobs were measured on {len(hashes)} different sets of held-out rows, so their {_values_of(board)} cannot be"
+    text += " compared directly."
     if "seed" in board.keys and not any("dataset" in key for key in board.keys):
         text += " The seed chooses the rows; dataset.seed=3407 gives every job the same ones."
     board.remarks.append(text)
@@ -207,6 +211,10 @@ def _check_budget(board: Leaderboard, ranked: list[TableRow]) -> None:
     if tokens and max(tokens) > 1.02 * min(tokens):
         text = f"The jobs did not train on equally many tokens ({min(tokens):,} to {max(tokens):,}):"
         board.remarks.append(text + " part of a difference is the longer training, not the setting.")
+
+
+def _values_of(board: Leaderboard) -> str:
+    return {"loss": "losses"}.get(board.method.noun, f"{board.method.noun}s")
 
 
 def _groups(board: Leaderboard, rows: list[TableRow]) -> list[list[TableRow]]:
@@ -226,8 +234,9 @@ def _check_noise(board: Leaderboard, ranked: list[TableRow]) -> None:
         settings = {json.dumps([str(row.values[k]) for k in board.keys if k not in seeds]) for row in ranked}
         board.seeds_apart = len(settings) < len(ranked)
         if board.seeds_apart:
-            text = "Settings were run under several seeds, each with held-out rows of its own: these losses do not tell"
-            board.remarks.append(text + " what is chance. Compare each loss minus that before training.")
+            text = f"Settings were run under several seeds, each with held-out rows of its own: these {_values_of(board)}"
+            text += f" do not tell what is chance. Compare each {board.method.noun} minus that before training."
+            board.remarks.append(text)
         elif len(ranked) > 1:
             text = "No setting was run under several seeds, so it is not known how much of a difference is chance."
             board.remarks.append(text + " Repeat the best one:")
@@ -312,30 +321,34 @@ def _command(board: Leaderboard, row: TableRow, changed: dict[str, str]) -> str:
 
 # ----------------------------------------------------------------------------------------------------- the files
 
-COLUMNS: list[tuple[str, Callable[[TableRow], Any]]] = [
-    ("status", lambda row: row.job.status),
-    ("eval_loss", lambda row: row.eval_loss),
-    ("eval_loss_start", lambda row: row.eval_loss_start),
-    ("kept_step", lambda row: row.step),
-    ("tokens", lambda row: row.tokens),
-    ("tokens_per_second", lambda row: row.tokens_per_second),
-    ("seconds", lambda row: row.seconds),
-    ("gpu_hours", lambda row: row.gpu_hours),
-    ("memory_gib", lambda row: row.memory_gib),
-    ("attempts", lambda row: row.job.attempts),
-    ("note", lambda row: row.note),
-    ("folder", lambda row: row.job.folder),
-    ("config_hash", lambda row: row.job.config_hash),
-]
+
+def columns_of(method: MethodFacts) -> list[tuple[str, Callable[[TableRow], Any]]]:
+    """The columns of results of a sweep by this method: a name, and what it takes of a row."""
+    return [
+        ("status", lambda row: row.job.status),
+        (method.metric, lambda row: row.metric),
+        (f"{method.metric}_start", lambda row: row.start),
+        ("kept_step", lambda row: row.step),
+        ("tokens", lambda row: row.tokens),
+        ("tokens_per_second", lambda row: row.tokens_per_second),
+        ("seconds", lambda row: row.seconds),
+        ("gpu_hours", lambda row: row.gpu_hours),
+        ("memory_gib", lambda row: row.memory_gib),
+        ("attempts", lambda row: row.job.attempts),
+        ("note", lambda row: row.note),
+        ("folder", lambda row: row.job.folder),
+        ("config_hash", lambda row: row.job.config_hash),
+    ]
 
 
 def write_csv(board: Leaderboard) -> Path:
     """Write leaderboard.csv, whole or not at all: rank, the varying settings, then the results."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["rank", *board.keys, *(name for name, _ in COLUMNS)])
+    columns = columns_of(board.method)
+    writer.writerow(["rank", *board.keys, *(name for name, _ in columns)])
     for row in board.rows:
-        cells = [row.rank, *(row.values[key] for key in board.keys), *(get(row) for _, get in COLUMNS)]
+        cells = [row.rank, *(row.values[key] for key in board.keys), *(get(row) for _, get in columns)]
         writer.writerow(["" if cell is None else cell for cell in cells])
     target = board.index.folder / "leaderboard.csv"
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
@@ -354,15 +367,16 @@ def show(folder: Path, file: TextIO | None = None) -> None:
     file = file or sys.stderr
     console = Console(file=file, highlight=False, soft_wrap=True, width=None if file.isatty() else 160)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("#", *(key.rsplit(".", 1)[-1] for key in board.keys), "held-out", "tokens/s", "time", "status"):
+    held_out = board.method.title if board.method.greater_is_better else "held-out"
+    for title in ("#", *(key.rsplit(".", 1)[-1] for key in board.keys), held_out, "tokens/s", "time", "status"):
         table.add_column(Text(shown(title)), justify="left" if title == "status" else "right", overflow="fold")
     for row in board.rows:
-        loss = "" if row.eval_loss is None else f"{row.eval_loss:.4f}"
+        value = "" if row.metric is None else f"{row.metric:.4f}"
         speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
         time = "" if row.seconds is None else f"{row.seconds:,.0f} s"
         status = row.job.status if not row.note else row.note if row.job.status == FINISHED else f"{row.job.status}: {row.note}"
         style = "bold green" if row.rank == 1 else "" if row.rank else "dim"
-        cells = [str(row.rank or ""), *(_text(row.values[key]) for key in board.keys), loss, speed, time, status]
+        cells = [str(row.rank or ""), *(_text(row.values[key]) for key in board.keys), value, speed, time, status]
         table.add_row(*(Text(shown(cell)) for cell in cells), style=style)  # a Text, because brackets are no markup here
     console.print(table)
     commands = iter(board.next_commands)

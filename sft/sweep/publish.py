@@ -6,7 +6,7 @@ from typing import Any
 
 from sft.config.schema import Settings
 from sft.config.tracking_rules import trackers_of
-from sft.sweep.leaderboard import COLUMNS, Leaderboard, read_leaderboard, write_csv
+from sft.sweep.leaderboard import Leaderboard, columns_of, read_leaderboard, write_csv
 from sft.tracking.wandb import UPLOAD_SECONDS, choose_mode, place, wandb_settings
 
 log = logging.getLogger(__name__)
@@ -56,20 +56,21 @@ def _write_summary(folder: Path, settings: Settings, mode: str) -> None:
     )
     run.log({"leaderboard": wandb.Table(columns=columns, data=rows)})
     best = board.best
-    facts = {"jobs": len(rows), "best_eval_loss": best.eval_loss if best else None, "noise": board.noise}
+    facts = {"jobs": len(rows), f"best_{board.method.metric}": best.metric if best else None, "noise": board.noise}
     run.summary.update({**facts, "best_job": best.job.folder if best else None, "remarks": "\n".join(board.remarks)})
     run.finish()
 
 
 def make_table(board: Leaderboard) -> tuple[list[str], list[list[Any]]]:
     """The leaderboard as columns and rows; values of one column are all numbers or all texts, as W&B needs them."""
-    columns = ["rank", *board.keys, *(name for name, _ in COLUMNS)]
+    results = columns_of(board.method)
+    columns = ["rank", *board.keys, *(name for name, _ in results)]
     texts = {key for key in board.keys if any(isinstance(row.values[key], str) for row in board.rows)}
     rows = [
         [
             row.rank,
             *(str(row.values[key]) if key in texts else row.values[key] for key in board.keys),
-            *(get(row) for _, get in COLUMNS),
+            *(get(row) for _, get in results),
         ]
         for row in board.rows
     ]

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sft.config.method import METHODS
 from sft.report.page import MAX_POINTS, downsample, render
 from sft.report.summary import merge_steps
 from sft.storage.jsonio import number, read_lines
@@ -62,13 +63,14 @@ def _counts(board: Leaderboard) -> dict[str, int]:
 
 
 def draw_curves(board: Leaderboard) -> dict | None:
-    """Held-out loss over the steps, a line a run; the training loss where nothing was held out."""
+    """What ranks the runs over the steps, a line a run; its value in training where nothing was held out."""
     curves = {row.job.label: _curve(_stamp(board.index.folder / row.job.folder / "metrics.jsonl")) for row in board.rows}
-    field = "eval_loss" if any("eval_loss" in point for curve in curves.values() for point in curve) else "loss"
+    metric, noun = board.method.metric, board.method.noun
+    field = metric if any(metric in point for curve in curves.values() for point in curve) else noun
     order, points = [], []
     for label, curve in curves.items():
         found = downsample([p for p in curve if p.get(field) is not None], field)[: MAX_POINTS // 3]
-        points += [{"run": label, "step": p["step"], "loss": float(f"{p[field]:.6g}")} for p in found]
+        points += [{"run": label, "step": p["step"], noun: float(f"{p[field]:.6g}")} for p in found]
         order += [label] if found else []
     if not points:
         return None
@@ -78,36 +80,35 @@ def draw_curves(board: Leaderboard) -> dict | None:
         color["scale"]["scheme"] = {"name": "viridis", "extent": [0.1, 0.95]}
     encoding = {
         "x": {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1}},
-        "y": {"field": "loss", "type": "quantitative", "title": None, "scale": {"zero": False}},
+        "y": {"field": noun, "type": "quantitative", "title": None, "scale": {"zero": False}},
         "color": color,
-        "tooltip": [{"field": "run", "type": "nominal"}, {"field": "step"}, {"field": "loss", "format": ".4f"}],
+        "tooltip": [{"field": "run", "type": "nominal"}, {"field": "step"}, {"field": noun, "format": ".4f"}],
     }
     layer = [{"mark": {"type": "line", "strokeWidth": 1.7}}, {"mark": {"type": "point", "filled": True, "size": 34}}]
-    title = "Held-out loss" if field == "eval_loss" else "Training loss"
+    title = board.method.title.capitalize() if field == metric else f"Training {noun}"
     return {"name": "curves", "title": title, "wide": True, "spec": _spec(points, {"layer": layer, "encoding": encoding})}
 
 
 def draw_effect(board: Leaderboard) -> dict | None:
-    """The learning rate (or the first other number that varies) against the held-out loss, a line for each other value."""
+    """The learning rate (or the first other number that varies) against what ranks the runs, a line for each other value."""
     ranked = [row for row in board.rows if row.metric is not None]
+    noun = board.method.noun
     numeric = [key for key in board.keys if key != "seed" and _is_numeric(ranked, key)]
     if not numeric:
         return None
     x = "trainer.learning_rate" if "trainer.learning_rate" in numeric else numeric[0]
     others = [key for key in board.keys if key not in (x, "seed")]
     series = {row.job.number: ", ".join(f"{_short(key)} {row.values[key]}" for key in others) or "all" for row in ranked}
-    points = [
-        {"x": row.values[x], "loss": row.metric, "series": series[row.job.number], "run": row.job.label} for row in ranked
-    ]
+    points = [{"x": row.values[x], noun: row.metric, "series": series[row.job.number], "run": row.job.label} for row in ranked]
     positive = all(point["x"] > 0 for point in points)
     names = list(dict.fromkeys(sorted(series.values(), key=_natural)))
     encoding = {
         "x": {"field": "x", "type": "quantitative", "title": _short(x), "axis": {"format": "~g" if positive else "~s"},
               "scale": {"type": "log", "base": 2} if positive else {"zero": False}},
-        "y": {"field": "loss", "type": "quantitative", "title": None, "scale": {"zero": False}},
+        "y": {"field": noun, "type": "quantitative", "title": None, "scale": {"zero": False}},
         "color": {"field": "series", "type": "nominal", "sort": names, "scale": {"domain": names},
                   "legend": {"title": None} if 1 < len(names) <= 12 else None},
-        "tooltip": [{"field": "run"}, {"field": "x", "title": _short(x)}, {"field": "loss", "format": ".4f"}],
+        "tooltip": [{"field": "run"}, {"field": "x", "title": _short(x)}, {"field": noun, "format": ".4f"}],
     }  # fmt: skip
     if positive:
         encoding["x"]["axis"]["values"] = sorted({point["x"] for point in points})
@@ -116,16 +117,17 @@ def draw_effect(board: Leaderboard) -> dict | None:
         {"mark": {"type": "line", "strokeWidth": 1.7}, "encoding": mean},
         {"mark": {"type": "point", "filled": True, "size": 55}},
     ]
-    title = f"{_short(x)} against held-out loss" + (f", by {' and '.join(map(_short, others))}" if others else "")
+    title = f"{_short(x)} against {board.method.title}" + (f", by {' and '.join(map(_short, others))}" if others else "")
     return {"name": "effect", "title": title, "spec": _spec(points, {"layer": layer, "encoding": encoding})}
 
 
 def draw_parallel(board: Leaderboard) -> dict | None:
-    """Parallel coordinates: an axis for each varying setting and one for the held-out loss, a line a run."""
+    """Parallel coordinates: an axis for each varying setting and one for what ranks the runs, a line a run."""
     ranked = [row for row in board.rows if row.metric is not None]
     if len(ranked) < 2 or not board.keys:
         return None
-    axes, labels = [*map(_short, board.keys), "held-out loss"], []
+    noun = board.method.noun
+    axes, labels = [*map(_short, board.keys), board.method.title], []
     places: dict[int, list[float]] = {row.job.number: [] for row in ranked}
     for key, axis in zip(board.keys, axes, strict=False):
         values = sorted({row.values[key] for row in ranked}, key=lambda v: (isinstance(v, str), v))
@@ -133,12 +135,12 @@ def draw_parallel(board: Leaderboard) -> dict | None:
             places[row.job.number].append(values.index(row.values[key]) / max(1, len(values) - 1))
         shown = values if len(values) <= 12 else [values[0], values[-1]]
         labels += [{"axis": axis, "place": values.index(v) / max(1, len(values) - 1), "text": _text(v)} for v in shown]
-    low, high = ranked[0].metric, ranked[-1].metric
+    low, high = sorted((ranked[0].metric, ranked[-1].metric))
     for row in ranked:
         places[row.job.number].append((row.metric - low) / ((high - low) or 1.0))
     labels += [{"axis": axes[-1], "place": p, "text": f"{value:.4f}"} for p, value in {0.0: low, 1.0: high}.items()]
     lines = [
-        {"run": row.job.label, "axis": axis, "place": place, "rank": row.rank, "loss": row.metric}
+        {"run": row.job.label, "axis": axis, "place": place, "rank": row.rank, noun: row.metric}
         for row in ranked
         for axis, place in zip(axes, places[row.job.number], strict=True)
     ]
@@ -152,14 +154,14 @@ def draw_parallel(board: Leaderboard) -> dict | None:
     layer = [
         {"mark": {"type": "line", "opacity": 0.9},
          "encoding": {"detail": {"field": "run"}, "color": color, "strokeWidth": width, "order": {"field": "order"},
-                      "tooltip": [{"field": "run"}, {"field": "loss", "format": ".4f"}]}},
+                      "tooltip": [{"field": "run"}, {"field": noun, "format": ".4f"}]}},
         {"data": {"values": labels}, "mark": {"type": "text", "align": "left", "dx": 7, "style": "axis-value"},
          "encoding": {"text": {"field": "text"}}},
     ]  # fmt: skip
     for line in lines:
         line["order"] = axes.index(line["axis"])
     spec = _spec(lines, {"layer": layer, "encoding": {"x": x, "y": y}})
-    return {"name": "parallel", "title": "Settings and loss, a line a run; the best is thick", "spec": spec}
+    return {"name": "parallel", "title": f"Settings and {noun}, a line a run; the best is thick", "spec": spec}
 
 
 def _spec(points: list[dict], rest: dict) -> dict:
@@ -214,7 +216,7 @@ def _stamp(path: Path) -> tuple[str, int, int]:
 
 @functools.lru_cache(maxsize=2000)
 def _curve(stamp: tuple[str, int, int]) -> list[dict]:
-    keys = ("step", "loss", "eval_loss")
+    keys = {"step", *(key for method in METHODS.values() for key in (method.noun, method.metric))}
     return [{k: row[k] for k in keys if row.get(k) is not None} for row in merge_steps(read_lines(Path(stamp[0])))]
 
 

@@ -303,14 +303,13 @@ def _ending(folder: Path) -> tuple[str, str | None]:
 
 
 def _result(job: Job, folder: Path) -> JobReturn:
-    """What a sweeper gets to see, the less the better: what the method ranks runs by, infinite if it diverged. Without the
-    configs, which it would keep."""
-    run = read_run(folder / job.folder) if job.status == FINISHED else {}
+    """What a sweeper gets to see: what the method ranks runs by, infinitely bad if it diverged. Without the configs, which it
+    would keep."""
+    run = read_run(folder / job.folder) if job.status in (FINISHED, DIVERGED) else {}
     method = facts_of(run)
     value = number(run.get("metrics", {}).get(method.metric))
-    value = -value if value is not None and method.greater_is_better else value
     result = JobReturn(overrides=[f"{k}={v}" for k, v in job.overrides.items()], status=JobStatus.COMPLETED)
-    result.return_value = math.inf if job.status == DIVERGED else value
+    result.return_value = (-math.inf if method.greater_is_better else math.inf) if job.status == DIVERGED else value
     return result
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from sft.config.schema import Settings
 from sft.config.tracking_rules import trackers_of
 from sft.errors import first_line
+from sft.tracking.names import RolloutTable
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ class Tracker(Protocol):
     def log_samples(self, lines: list[dict], earlier: list[dict]) -> None:
         """Add lines of samples.jsonl, all of one step; `earlier` are the run's lines of before, also before a resume."""
 
+    def log_rollouts(self, step: int, columns: list[str], rows: list[list[Any]], earlier: list[list[Any]]) -> None:
+        """Add rows to the table of rollouts at a step; `earlier` are the run's rows of before, also before a resume."""
+
     def finish(self, status: str, metrics: dict[str, Any], reason: str | None) -> None:
         """End with the run's status, its final metrics, and why it did not just finish."""
 
@@ -56,6 +60,9 @@ class Trackers:
     def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
         self.trackers = [*trackers]
         self._failed: set[str] = set()
+        self._rollouts = RolloutTable()
+        self._before: Path | None = None
+        """The folder of a run that goes on, until its earlier rollouts are in the table."""
 
     def begin(self, settings: Settings, folder: Path, record: dict[str, Any], backend: str) -> dict[str, Any]:
         """Begin to track the run with this run.json, or go on with it; returns what run.json keeps of that."""
@@ -65,6 +72,7 @@ class Trackers:
 
     def start(self, settings: Settings, folder: Path, name: str, tags: list[str], before: dict[str, Any] | None = None) -> None:
         """Begin to track; `before` is what run.json kept of the same run that was cut."""
+        self._before = folder if before else None
         self._each("start", lambda tracker: tracker.start(settings, folder, name, tags, _facts_of(before or {}, tracker.name)))
 
     def describe(self, facts: dict[str, Any]) -> None:
@@ -74,11 +82,29 @@ class Trackers:
     def log(self, metrics: dict[str, Any]) -> None:
         """Add one line of metrics; `step` is among them."""
         self._each("log metrics", lambda tracker: tracker.log(dict(metrics)))
+        if "reward" in metrics and self.trackers:
+            self._pass_rollouts(metrics["step"])
 
     def log_samples(self, lines: list[dict], earlier: list[dict]) -> None:
         """Add the lines of samples.jsonl of one step; `earlier` are those of before."""
         if lines:
             self._each("log samples", lambda tracker: tracker.log_samples([*lines], [*earlier]))
+
+    def log_rollouts(self, lines: list[dict]) -> None:
+        """Have some of these lines of rollouts.jsonl, all of one step, go with the next log line."""
+        if self.trackers:
+            self._rollouts.keep(lines)
+
+    def _pass_rollouts(self, step: int) -> None:
+        """Add what was kept to the table of rollouts; a run that goes on has its earlier rows from its files."""
+        if self._before:
+            kept, self._rollouts = self._rollouts.kept, RolloutTable()
+            self._rollouts.replay(self._before, step)
+            self._rollouts.kept |= kept
+            self._before = None
+        table, earlier = self._rollouts, [*self._rollouts.rows]
+        if rows := table.take(step):
+            self._each("log rollouts", lambda t: t.log_rollouts(step, table.columns, [*rows], [*earlier]))
 
     def finish(self, status: str, metrics: dict[str, Any], reason: str | None = None) -> None:
         """End with the run's status, its final metrics, and why it did not just finish."""

@@ -69,6 +69,8 @@ class MlflowTracker:
         """Metrics that wait to be written."""
         self.last: dict[str, int] = {}
         """The last step of each metric that the run had before it was cut."""
+        self.tables: list[str] = []
+        """Artifacts that its page shows as tables."""
         self._folder, self._tokens, self._again, self._since = Path(), Tokens(Path()), False, time.monotonic()
 
     def describe(self, facts: dict[str, Any]) -> None:
@@ -144,8 +146,17 @@ class MlflowTracker:
         """Write the table of samples anew, with all there are by now."""
         self._write_lines()
         table = {"columns": [*SAMPLES], "data": sample_rows([*earlier, *lines], [])}
-        self.client.log_dict(self.run_id, table, "samples.json")
-        self.client.set_tag(self.run_id, "mlflow.loggedArtifacts", json.dumps([{"path": "samples.json", "type": "table"}]))
+        self._log_table("samples.json", table)
+
+    def log_rollouts(self, step: int, columns: list[str], rows: list[list[Any]], earlier: list[list[Any]]) -> None:
+        """Write the table of rollouts anew, with all there are by now."""
+        self._log_table("rollouts.json", {"columns": columns, "data": [*earlier, *rows]})
+
+    def _log_table(self, name: str, table: dict[str, Any]) -> None:
+        self.client.log_dict(self.run_id, table, name)
+        self.tables = [*dict.fromkeys([*self.tables, name])]
+        listed = json.dumps([{"path": one, "type": "table"} for one in self.tables])
+        self.client.set_tag(self.run_id, "mlflow.loggedArtifacts", listed)
 
     def finish(self, status: str, metrics: dict[str, Any], reason: str | None) -> None:
         """Write the final metrics, the reason, and the run's own status."""

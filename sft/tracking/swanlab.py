@@ -65,7 +65,7 @@ class SwanlabTracker:
         """SwanLab's config beside the settings."""
         self.last: dict[str, int] = {}
         """The last step of each metric: SwanLab takes none twice."""
-        self._folder, self._tokens, self._cut = Path(), Tokens(Path()), {"lines": False, "samples": False}
+        self._folder, self._tokens, self._cut = Path(), Tokens(Path()), {"lines": False, "samples": False, "rollouts": False}
         """Whether the part before a resume is still to be shown: SwanLab's file may lack its end."""
 
     def describe(self, facts: dict[str, Any]) -> None:
@@ -148,6 +148,19 @@ class SwanlabTracker:
             table = swanlab.echarts.Table()
             table.add([*SAMPLES], sample_rows([line for line in shown if line["step"] == step], earlier))
             self.run.log({"samples/table": table}, step=step)
+
+    def log_rollouts(self, step: int, columns: list[str], rows: list[list[Any]], earlier: list[list[Any]]) -> None:
+        """Add a table of the rollouts of this step; of those before a resume too, which SwanLab's file may lack."""
+        if self.run is None:
+            return
+        import swanlab
+
+        shown = [*(earlier if self._cut["rollouts"] else []), *rows]
+        self._cut["rollouts"] = False
+        for at in dict.fromkeys(row[0] for row in shown):
+            table = swanlab.echarts.Table()
+            table.add(columns, [row for row in shown if row[0] == at])
+            self.run.log({"rollouts/table": table}, step=at)
 
     def finish(self, status: str, metrics: dict[str, Any], reason: str | None) -> None:
         """Write the final metrics, status and reason to the config, and end with the run's own status."""

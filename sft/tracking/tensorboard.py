@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.keys import flatten
+from sft.config.method import METHODS
 from sft.config.schema import Settings, TrackingSettings
 from sft.storage.jsonio import jsonable
-from sft.tracking.names import HELD_OUT, SAMPLES, Tokens, lines_before, name_metrics, sample_rows
+from sft.tracking.names import SAMPLES, Tokens, lines_before, name_metric, name_metrics, sample_rows
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class TensorBoardTracker:
         self._folder, self._again, self._tokens = folder, bool(before), Tokens(folder)
         self.writer = SummaryWriter(str(folder / "tensorboard"))
         values = {key: _plain(value) for key, value in flatten(jsonable(settings)).items() if value is not None}
-        *opening, self.ending = hparams(values, {HELD_OUT: 0.0})
+        *opening, self.ending = hparams(values, {name_metric(METHODS[settings.method.name.value].metric): 0.0})
         for record in opening:
             self.writer.file_writer.add_summary(record)
         tracking = settings.tracking
@@ -71,6 +72,12 @@ class TensorBoardTracker:
         for line, row in zip(lines, sample_rows(lines, earlier), strict=True):
             cells = [f"**{title}**\n\n{_quoted(cell)}" for title, cell in zip(SAMPLES, row, strict=True)]
             self.writer.add_text(f"samples/{line['index']}", "\n\n".join(cells), line["step"])
+
+    def log_rollouts(self, step: int, columns: list[str], rows: list[list[Any]], earlier: list[list[Any]]) -> None:
+        """Add a text for each row, the best completion of the step as `rollouts/0`."""
+        for number, row in enumerate(rows):
+            cells = [f"**{title}**\n\n{_quoted(cell)}" for title, cell in zip(columns, row, strict=True)]
+            self.writer.add_text(f"rollouts/{number}", "\n\n".join(cells), step)
 
     def finish(self, status: str, metrics: dict[str, Any], reason: str | None) -> None:
         """Write the final metrics, status and reason as a text, and close the file."""

@@ -88,6 +88,12 @@ class TrackioTracker:
 
         self.run.log({"samples": trackio.Table([*SAMPLES], sample_rows(lines, earlier))}, step=lines[0]["step"])
 
+    def log_rollouts(self, step: int, columns: list[str], rows: list[list[Any]], earlier: list[list[Any]]) -> None:
+        """Add a table of the rollouts of this step."""
+        import trackio
+
+        self.run.log({"rollouts": trackio.Table(columns, rows)}, step=step)
+
     def finish(self, status: str, metrics: dict[str, Any], reason: str | None) -> None:
         """Write the final metrics, status and reason, and wait until all is in the database."""
         import trackio

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sft.config.method import facts_of
+from sft.config.method import METHODS
 from sft.config.schema import Settings, TrackingMode, TrackingSettings
 from sft.errors import first_line, refuse
 from sft.storage.jsonio import jsonable
@@ -62,6 +62,7 @@ class WandbTracker:
         self._open: Callable[[str], None] | None = None
         """Begins the W&B run again in a mode; None once that was done."""
         self._table: Any = None
+        self._rollouts: Any = None
         self._settings, self._folder, self._tokens = Settings(), Path(), Tokens(Path())
 
     def describe(self, facts: dict[str, Any]) -> None:
@@ -132,8 +133,9 @@ class WandbTracker:
                 finish_timeout_raises=True,
             ),
         )
-        define_metrics(self.run, facts_of({"settings": jsonable(settings)}))
+        define_metrics(self.run, METHODS[settings.method.name.value])
         self.lines, self._table = max(self.lines, self.run.step, self.run.starting_step), None
+        self._rollouts = None
         again, files = bool(before), Path(self.run.dir).parent
         # Which it keeps if it has to begin again.
         before |= {"id": self.run.id, "project": project, "entity": entity, "group": self.run.group or None}
@@ -167,6 +169,21 @@ class WandbTracker:
         for row in sample_rows([*missing, *lines], earlier):
             self._table.add_data(*row)
         return self._table
+
+    def log_rollouts(self, step: int, columns: list[str], rows: list[list[Any]], earlier: list[list[Any]]) -> None:
+        """Add rows to the table of rollouts; a new one has the earlier ones too, where W&B does not bring them itself."""
+        import wandb
+
+        def fill() -> dict[str, Any]:
+            missing = []
+            if self._rollouts is None:
+                self._rollouts = wandb.Table(columns=columns, log_mode="INCREMENTAL")
+                missing = [] if self.run.resumed else earlier
+            for row in [*missing, *rows]:
+                self._rollouts.add_data(*row)
+            return {AXIS: step, TOKENS: self._tokens.at({}), "rollouts": self._rollouts}
+
+        self._log(fill)
 
     def _log(self, make: Callable[[], dict[str, Any]]) -> None:
         """Pass the line that `make()` gives on under its number; if W&B broke down, to an offline run that goes on with it."""
@@ -204,9 +221,15 @@ class WandbTracker:
                     log.warning("W&B did not take the adapter (%s); it is in %s.", first_line(error), _short(self._folder))
             if self._settings.tracking.alert:
                 level = {"failed": "ERROR", "stopped": "WARN"}.get(status, "INFO")
-                run.alert(title=f"{run.name or run.id}: {status}"[:63], text=why or _shown(metrics), level=level)
+                run.alert(title=f"{run.name or run.id}: {status}"[:63], text=why or self._shown(metrics), level=level)
         finally:
             self._close(run, 1 if status == "failed" else 0)
+
+    def _shown(self, metrics: dict[str, Any]) -> str:
+        """What the method ranks runs by, before and after, for an alert."""
+        method = METHODS[self._settings.method.name.value]
+        start, end = metrics.get(f"{method.metric}_start"), metrics.get(method.metric)
+        return f"{method.title} {start:.4f} -> {end:.4f}" if start is not None and end is not None else f"no {method.title}"
 
     def _close(self, run: Any, code: int) -> None:
         """End the W&B run; where the server does not take the rest in time, say how it is uploaded later."""
@@ -247,12 +270,6 @@ def _forget_service() -> None:
 
     with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
-
-
-def _shown(metrics: dict[str, Any]) -> str:
-    """The held-out loss before and after, for an alert."""
-    start, end = metrics.get("eval_loss_start"), metrics.get("eval_loss")
-    return f"held-out loss {start:.4f} -> {end:.4f}" if start is not None and end is not None else "no held-out loss"
 
 
 def wandb_settings() -> Any:
@@ -353,8 +370,14 @@ def _reachable(server: str) -> bool:
 
 def _lines_in(folder: Path) -> int:
     """Lines that a run wrote down before it was cut: W&B had no more of them since the session began."""
-    files = [folder / name for name in ("metrics.jsonl", "samples.jsonl")]
-    return sum(path.read_bytes().count(b"\n") for path in files if path.is_file())
+    return sum(_count_lines(folder / name) for name in ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl"))
+
+
+def _count_lines(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    with open(path, "rb") as file:
+        return sum(1 for _ in file)
 
 
 def _short(path: Path) -> str:

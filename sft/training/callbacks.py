@@ -71,10 +71,8 @@ def run_callback(trainer, settings: Settings) -> Any:
                 more = "".join(f", {name.removeprefix('eval_')} {logs[name]:.3f}" for name in others)
                 log.info("step %4d   %s %.4f%s", state.global_step, method.title, logs[method.metric], more)
                 if state.global_step == 0 and not math.isfinite(logs[method.metric]):
-                    why = (
-                        "The model's held-out loss before the first step is not a finite number. Its weights are the cause, or"
-                    )
-                    raise ModelFault(f"{why} their type: model.dtype={settings.model.dtype.value}. Nothing was trained.")
+                    why = f"The model's {method.title} before the first step is not a finite number. Its weights are the cause,"
+                    raise ModelFault(f"{why} or their type: model.dtype={settings.model.dtype.value}. Nothing was trained.")
             if "loss" in logs or method.metric in logs:
                 recorder.add(line)
 

@@ -124,7 +124,8 @@ def test_a_link_in_a_run_folder_is_not_written_through(folder, tmp_path, caplog,
 
 ODD = (None, True, -1, 0, 1.5, 1e308, 10**400, "", "x", "a\0b", "${oc.env:HOME}", "\ud800", "../..", [], [1], ["x"], [[1]],
        [None], {}, {"a": 1}, {"a": {"b": []}}, [{}], [{"name": 1}])  # fmt: skip
-FILES = ("run.json", "preflight.json", "export/verify.json", "metrics.jsonl", "samples.jsonl", "sweep.json")
+FILES = ("run.json", "preflight.json", "export/verify.json", "metrics.jsonl", "samples.jsonl", "rollouts.jsonl",
+         "sweep.json")  # fmt: skip
 MUTATIONS = 3400 if os.environ.get("SFT_TEST_LONG") else 250
 SECONDS_EACH = 0.9
 """Twice what one takes on a core that others use too."""
@@ -169,7 +170,10 @@ def whole_folder(settings) -> dict[str, list]:
     jobs = [job, job | {"number": 1, "folder": "1_b", "overrides": {"seed": "2"}}]
     sweep = {"identity": "i", "command": "c", "created_at": "t", "jobs": jobs}
     lines = [{"step": step, "loss": 2.0, "eval_loss": 2.0, "epoch": 0.5} for step in (1, 2)]
-    return dict(zip(FILES, ([run], [preflight], [verify], lines, [sample, sample | {"step": 0}], [sweep]), strict=True))
+    completion = {"text": "c", "finish": "ended", "tokens": 1, "rewards": {"n": 1.0}, "reward": 1.0, "advantage": 0.5}
+    rollout = {"step": 1, "row": 1, "prompt": "p", "completions": [completion, completion | {"reward": 0.0}]}
+    samples, rollouts = [sample, sample | {"step": 0}], [rollout, rollout | {"step": 2}]
+    return dict(zip(FILES, ([run], [preflight], [verify], lines, samples, rollouts, [sweep]), strict=True))
 
 
 def places_in(value, place=()) -> list[tuple]:

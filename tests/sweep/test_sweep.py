@@ -461,4 +461,4 @@ def test_jobs_are_ranked_by_their_methods_metric_and_in_its_direction(sweep, mon
     assert leaderboard.read_leaderboard(folder).best is None
     monkeypatch.setattr(runner, "facts_of", lambda run: up)
     results = [runner._result(job, folder).return_value for job in board.index.jobs]
-    assert results == [-1.0, -3.0, -2.0]  # a sweeper minimises
+    assert results == [1.0, 3.0, 2.0]  # and the search maximises: tests/methods/test_grpo_seen.py

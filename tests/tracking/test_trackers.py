@@ -117,10 +117,18 @@ def test_a_package_is_given_the_same_lines_whichever_it_is_and_its_faults_end_no
     tracker.log({"step": 1, "loss": 2.5, "tokens": 40})
     tracker.log({"step": 2, "eval_loss": 2.25})
     tracker.log_samples([{"index": 0, "step": 2, "prompt": "p", "completion": "c", "finish": "eos", "reference": "r"}], [])
+    one = {"text": "c", "finish": "ended", "tokens": 1, "rewards": {"number": 1.0}, "reward": 1.0, "advantage": 0.5}
+    tracker.log_rollouts([{"step": 3, "row": 1, "prompt": "p", "completions": [one]}])
+    tracker.log({"step": 3, "reward": 1.0})
     tracker.finish("finished", {"eval_loss": 2.25}, None)
     assert tracker._failed == set()
+    tables = {"mlflow": package.MlflowClient.return_value.log_dict, "trackio": package.Table,
+              "swanlab": package.echarts.Table.return_value.add}  # fmt: skip
+    assert "[3, 1, 'p', 'c', 'ended', 1.0, 1.0, 0.5]" in str(tables[name].call_args)
     wanted = {("train/loss", 2.5, 1), ("train/global_step", 1, 1), ("train/num_tokens", 40, 1), ("eval/loss", 2.25, 2)}
-    assert wanted | {("train/num_tokens", 40, 2)} <= {line for line in lines_of(name, package) if "samples" not in line[0]}
+    assert wanted | {("train/num_tokens", 40, 2)} <= {
+        line for line in lines_of(name, package) if isinstance(line[1], int | float)
+    }
     package.init.side_effect = package.MlflowClient.side_effect = RuntimeError("the disk is full")
     broken = base.make_trackers(settings)
     broken.begin(settings, tmp_path, {"name": "n"}, "transformers")
