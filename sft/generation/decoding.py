@@ -82,7 +82,8 @@ class Decoder:
         self.model, self.rows, self.places = model, rows, -(-places // ALIGNED) * ALIGNED
         self.device, self.layers, self.flash = model.device, FusedLayers(model, trained), _has_flash(model)
         self.cache = StaticCache(config=model.config.get_text_config(), max_cache_len=self.places)
-        self.state = _State.empty(rows, self.places, self.device)
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.state = _State.empty(rows, self.places, vocabulary, self.device)
         self.in_prompts = True
         self.graphs: dict[tuple[int, float], Any] = {}
         self.pool = None
@@ -304,12 +305,13 @@ class _State:
     """[rows], [rows + 1] in 32 bits, and [places]: numbers from 0 on."""
     order_with_end: Any
     places: Any
+    stops: Any
+    """[vocabulary]: whether a token ends a completion."""
     temperature: float = 0.0
     """0: the likeliest token is chosen."""
-    stops: Any = None
 
     @classmethod
-    def empty(cls, rows: int, places: int, device: Any) -> "_State":
+    def empty(cls, rows: int, places: int, vocabulary: int, device: Any) -> "_State":
         import torch
 
         def zeros(*shape: int, dtype: Any = torch.long) -> Any:
@@ -319,15 +321,15 @@ class _State:
             token=zeros(rows, 1), filled=zeros(rows), rows=zeros(rows), ended=zeros(rows, dtype=torch.bool), count=zeros(1),
             chosen=zeros(rows, places), log_probs=zeros(rows, places, dtype=torch.float32), keys=zeros(rows, 2),
             order=torch.arange(rows, device=device), places=torch.arange(places, device=device),
-            order_with_end=torch.arange(rows + 1, dtype=torch.int32, device=device),
+            order_with_end=torch.arange(rows + 1, dtype=torch.int32, device=device), stops=zeros(vocabulary, dtype=torch.bool),
         )  # fmt: skip
 
     def begin(self, stop_ids: list[int], limit: int, drawing: Drawing | None) -> None:
         """Forget what was, for completions up to `limit` tokens."""
         import torch
 
-        stops = torch.tensor(stop_ids, dtype=torch.long, device=self.token.device)
-        self.stops = stops if self.stops is None else self.stops.copy_(stops)
+        self.stops.zero_()
+        self.stops[[one for one in stop_ids if one < len(self.stops)]] = True
         self.chosen[:, :limit].zero_()
         self.count.zero_()
         self.ended.zero_()
@@ -339,7 +341,6 @@ class _State:
 
     def choose(self, logits: Any, rows: slice) -> None:
         """Choose the next token of some rows by their logits, [rows, vocabulary]."""
-        import torch
 
         completions = self.rows[rows]
         if self.temperature:
@@ -349,7 +350,7 @@ class _State:
             token = logits.argmax(-1)
         self.token[rows, 0] = token
         self.chosen[completions, self.count] = token
-        self.ended[rows] |= torch.isin(token, self.stops)
+        self.ended[rows] |= self.stops[token]
 
     def move(self, take: Any) -> None:
         """Make the rows that `take` names the first ones."""
