@@ -93,7 +93,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         plan, prepared = found.plan, found.prepared
         settings = closed(settings, plan)
         measure.write_rows(folder, prepared)
-        checkpoint = find_checkpoint(folder, before, facts["data_hash"])
+        checkpoint = find_checkpoint(folder, before, facts)
         strategy.check_checkpoint(checkpoint, settings)
         record_session(record, facts, checkpoint)
         marked = {"destinations_mark": signed} if (signed := mark(settings)) else {}

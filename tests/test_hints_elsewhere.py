@@ -485,6 +485,7 @@ ELSEWHERE = {
     "sft.preflight.fit.": "tests/preflight/test_checks.py",
     "sft.preflight.optimizer.": "tests/preflight/test_checks.py",
     "sft.preflight.rewards.": "tests/preflight/test_rewards.py",
+    "sft.methods.rollouts.": "tests/integration/test_grpo.py",
 }
 """Where the hints of other modules are typed."""
 
@@ -515,7 +516,8 @@ UNTYPED = {
         sft.model.files._check_weights 6, sft.model.start.check_start 1, sft.model.tokenizer.load_tokenizer 1,
         sft.model.tokenizer.load_tokenizer 2, sft.model.tokenizer.read_tokenizer, sft.model.tokenizer._refusing_damage,
         sft.preflight.checks.check_ids, sft.runs.saved.prompt_form, sft.sweep.index.load_index,
-        sft.training.checkpoint.find_checkpoint 1, sft.training.checkpoint.find_checkpoint 2""",
+        sft.training.checkpoint.find_checkpoint 1, sft.training.checkpoint.find_checkpoint 2,
+        sft.training.checkpoint.find_checkpoint 3""",
     "the user's own function is mended by them": """
         sft.rewards.__init__._run_file, sft.rewards.__init__._own_reward 1, sft.rewards.__init__._own_reward 2,
         sft.rewards.__init__._own_reward 3, sft.rewards.__init__._own_reward 4, sft.rewards.__init__._own_reward 5,

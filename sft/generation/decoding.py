@@ -6,7 +6,7 @@ done by the captured kernels. Adapters, norms and attention take fewer kernels t
 itself is a good part of the time. Without a GPU the same steps are eager.
 
 A prompt goes through the model once, however many completions it has. Completions that have ended leave the batch: the rows
-that go on are moved together, and a step is captured for a few numbers of rows and of places. An adapter that is trained
+that go on are moved together, and a step is captured for a few numbers of rows. An adapter that is trained
 between two calls needs no new capture.
 """
 
@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sft.generation import batching, sampling_noise
+from sft.generation import batching
+from sft.generation.drawing import Drawing, draw
 from sft.model import structure
 from sft.model.fused_layers import FusedLayers
 
@@ -24,9 +25,6 @@ ATTENTION = "sft_one_token"
 
 ALIGNED = 16
 """Places of keys and values, a multiple of this: a mask of another width is copied to such a one in each layer."""
-
-PLACES = 128
-"""Places that a captured step attends to, a multiple of this: it reads all of them, filled or not."""
 
 CHECK_EVERY = 16
 """Steps between two checks of which completions have ended; each check waits for a GPU."""
@@ -45,16 +43,6 @@ class Completion:
     """Of each token, by the distribution that it was drawn from; empty if greedy."""
     ended: bool
     """Whether it ended by itself."""
-
-
-@dataclass
-class Drawing:
-    """How tokens are drawn."""
-
-    temperature: float
-    keys: list[list[tuple[int, int]]]
-    """Of each prompt, a key for each of its completions: a draw depends on that key and the token's place alone
-    (sampling_noise.py)."""
 
 
 def fits(model: Any) -> bool:
@@ -92,10 +80,11 @@ class Decoder:
         from transformers import StaticCache
 
         self.model, self.rows, self.places = model, rows, -(-places // ALIGNED) * ALIGNED
-        self.device, self.layers = model.device, FusedLayers(model, trained)
+        self.device, self.layers, self.flash = model.device, FusedLayers(model, trained), _has_flash(model)
         self.cache = StaticCache(config=model.config.get_text_config(), max_cache_len=self.places)
-        self.state: _State | None = None
-        self.graphs: dict[tuple[int, int, float], Any] = {}
+        self.state = _State.empty(rows, self.places, self.device)
+        self.in_prompts = True
+        self.graphs: dict[tuple[int, float], Any] = {}
         self.pool = None
 
     def complete(
@@ -112,21 +101,21 @@ class Decoder:
         """
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, self._attend)
         copies = [len(keys) for keys in drawing.keys] if drawing else [1] * len(prompts)
         with self.layers, without_cudnn(), structure.attention_of(self.model, ATTENTION):
-            state = self._begin(prompts, copies, sorted(stop_ids), max_new_tokens, drawing)
-            made = self._go_on(state, sum(copies), max_new_tokens, check_stop)
+            self._begin(prompts, copies, sorted(stop_ids), max_new_tokens, drawing)
+            made = self._go_on(sum(copies), max(map(len, prompts)), max_new_tokens, check_stop)
+        state = self.state
         ids = state.chosen[: sum(copies), :made].tolist()
         log_probs = state.log_probs[: sum(copies), :made].tolist() if drawing else None
         found, row = [], 0
         for count in copies:
             found.append([])
             for at in range(row, row + count):
-                said = batching.until_end(ids[at], stop_ids)
-                found[-1].append(
-                    Completion(said, log_probs[at][: len(said)] if log_probs else [], bool(said) and said[-1] in stop_ids)
-                )
+                kept = batching.until_end(ids[at], stop_ids)
+                ended = bool(kept) and kept[-1] in stop_ids
+                found[-1].append(Completion(kept, log_probs[at][: len(kept)] if log_probs else [], ended))
             row += count
         return found
 
@@ -134,51 +123,48 @@ class Decoder:
 
     def _begin(
         self, prompts: list[list[int]], copies: list[int], stop_ids: list[int], limit: int, drawing: Drawing | None
-    ) -> "_State":
+    ) -> None:
         """Put the prompts through the model, each once, give its keys and values to all its rows, and choose their first
         token.
         """
         import torch
 
-        rows, length = sum(copies), max(map(len, prompts))
-        if rows > self.rows or length + limit > self.places:
-            raise ValueError(f"{rows} rows of {length + limit} places; there are {self.rows} of {self.places}")
-        state = self.state = self.state or _State.empty(self.rows, self.places, self.model.dtype, self.device)
-        state.begin(stop_ids, length, limit, drawing, sampling_noise.tokens(self.model.config.get_text_config().vocab_size,
-                                                                            self.device))  # fmt: skip
-        row, at = 0, 0
+        rows, longest, state = sum(copies), max(map(len, prompts)), self.state
+        if rows > self.rows or longest + limit > self.places:
+            raise ValueError(f"{rows} rows of {longest + limit} places; there are {self.rows} of {self.places}")
+        state.begin(stop_ids, limit, drawing)
+        row, at, self.in_prompts = 0, 0, True
         while at < len(prompts):
-            count = max(1, min(len(prompts) - at, PREFILLED // length))
+            count = max(1, min(len(prompts) - at, PREFILLED // longest))
             part, times = prompts[at : at + count], torch.tensor(copies[at : at + count], device=self.device)
-            logits = self._prefill(part, row, times, length)
-            end = row + int(times.sum())
-            positions = torch.tensor([len(prompt) for prompt in part], device=self.device)
-            state.position[row:end, 0] = positions.repeat_interleave(times)
-            places = torch.arange(self.places, device=self.device)
-            seen = (places >= length - positions[:, None]) & (places < length)
-            state.bias[row:end, 0, 0] = as_bias(seen, self.model.dtype).repeat_interleave(times, 0)
+            logits = self._prefill(part, row, times)
+            end = row + sum(copies[at : at + count])
+            state.filled[row:end] = torch.tensor([len(prompt) for prompt in part], device=self.device).repeat_interleave(times)
             state.choose(logits.repeat_interleave(times, 0), slice(row, end))
             row, at = end, at + count
         state.count.add_(1)
-        return state
 
-    def _prefill(self, prompts: list[list[int]], row: int, times: Any, length: int) -> Any:
+    def _prefill(self, prompts: list[list[int]], row: int, times: Any) -> Any:
         """The last logits of some prompts, [prompts, vocabulary]; the keys and values of each come to the next rows from `row`
-        on, `times` many, where the last token of every prompt stands at the same place.
+        on, `times` many.
         """
         import torch
 
-        ids, mask = batching.padded(prompts, 0, self.device, length)
+        ids, mask = batching.padded(prompts, 0, self.device)
+        length = ids.shape[1]
         places, seen = torch.arange(length, device=self.device), mask.bool()[:, None, None]
         # A place of padding sees itself, since attention to nothing at all is not a number.
         whole = (seen & (places <= places[:, None])) | (places == places[:, None])
+        padding = length - mask.sum(-1, keepdim=True)
+        unpadded = (places + padding).clamp(max=length - 1)[:, :, None, None]  # rows begin at their first place
 
         def write(layer: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
             if not layer.is_initialized:
-                layer.lazy_initialization(*(x[:1].expand(self.rows, -1, -1, -1) for x in (keys, values)))
+                layer.keys, layer.values = (x.new_zeros(self.rows, self.places, x.shape[1], x.shape[3]) for x in (keys, values))
+                layer.is_initialized = True
             for kept, new in ((layer.keys, keys), (layer.values, values)):
-                new = new.repeat_interleave(times, 0)
-                kept[row : row + len(new), :, :length] = new
+                new = torch.take_along_dim(new.transpose(1, 2), unpadded, 1).repeat_interleave(times, 0)
+                kept[row : row + len(new), :length] = new
             return keys, values
 
         self._write_by(write)
@@ -199,10 +185,11 @@ class Decoder:
 
     # ------------------------------------------------------------------------------------------ token by token
 
-    def _go_on(self, state: "_State", rows: int, limit: int, check_stop: Callable[[], None]) -> int:
-        """Step until all rows have ended or are at the limit; how many tokens were made."""
-        every, made = CHECK_EVERY if self.device.type == "cuda" else 1, 1
-        state.rows.copy_(state.order)
+    def _go_on(self, rows: int, longest: int, limit: int, check_stop: Callable[[], None]) -> int:
+        """Step until all rows have ended or are at the limit; how many tokens were made. `longest` is the longest prompt's
+        length.
+        """
+        every, made, state, self.in_prompts = CHECK_EVERY if self.device.type == "cuda" else 1, 1, self.state, False
         while made < limit:
             if (made - 1) % every == 0:
                 check_stop()
@@ -212,9 +199,9 @@ class Decoder:
                     break
                 fewer = self._rows_for(len(going))
                 if fewer < rows:
-                    self._move([*going, *(row for row in range(rows) if ended[row])][:fewer], state.length + made)
+                    self._move([*going, *(row for row in range(rows) if ended[row])][:fewer], longest + made)
                     rows = fewer
-            self._step(rows, state.length + made)
+            self._step(rows, longest + made)
             made += 1
         return made
 
@@ -228,53 +215,69 @@ class Decoder:
         return fitting
 
     def _move(self, rows: list[int], places: int) -> None:
-        """Make these rows the first ones; `places` of them are filled."""
+        """Make these rows the first ones; at most `places` of them are filled."""
         import torch
 
         take = torch.tensor(rows, device=self.device)
         self.state.move(take)
         for layer in self.cache.layers:
             for kept in (layer.keys, layer.values):
-                kept[: len(rows), :, :places] = kept[:, :, :places].index_select(0, take)
+                kept[: len(rows), :places] = kept[:, :places].index_select(0, take)
 
     def _step(self, rows: int, places: int) -> None:
-        """Make the next token of the first rows; their keys and values then take so many places and one more."""
+        """Make the next token of the first rows, of which at most `places` are filled then."""
         if self.device.type != "cuda":
-            self._advance(rows, min(self.places, -(-(places + 1) // ALIGNED) * ALIGNED))
-            return
-        attended = min(self.places, -(-(places + 1) // PLACES) * PLACES)
-        key = (rows, attended, self.state.temperature)
-        if key not in self.graphs:
-            # What libraries set up at their first call must not be captured. Capturing does not compute the step.
-            self._advance(rows, attended)
-            self.graphs[key] = _capture(functools.partial(self._advance, rows, attended), self.pool)
-            self.pool = self.graphs[key].pool()
-        else:
-            self.graphs[key].replay()
+            return self._advance(rows, min(self.places, -(-places // ALIGNED) * ALIGNED))
+        key = (rows, self.state.temperature)
+        if key in self.graphs:
+            return self.graphs[key].replay()
+        # What libraries set up at their first call must not be captured. Capturing does not compute the step.
+        self._advance(rows, self.places)
+        self.graphs[key] = _capture(functools.partial(self._advance, rows, self.places), self.pool)
+        self.pool = self.graphs[key].pool()
 
     def _advance(self, rows: int, attended: int) -> None:
+        """Make the next token of the first rows by attention to the first `attended` places, as far as they are filled."""
         state = self.state
+        at = state.order[:rows] * self.places + state.filled[:rows]
 
         def write(layer: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-            kept = layer.keys[:rows, :, :attended], layer.values[:rows, :, :attended]
-            for old, new in zip(kept, (keys, values), strict=True):
-                old.index_copy_(2, state.at, new)
-            return kept
+            for kept, new in ((layer.keys, keys), (layer.values, values)):
+                kept.view(-1, *kept.shape[2:]).index_copy_(0, at, new[:, :, 0])
+            return layer.keys[:rows, :attended], layer.values[:rows, :attended]
 
         self._write_by(write)
-        bias = state.bias[:rows, :, :, :attended]
-        bias.index_fill_(3, state.at, 0.0)
+        seen = state.places[:attended] <= state.filled[:rows, None]
+        self.filled = (state.filled[:rows] + 1).int()
         logits = self.model(
             input_ids=state.token[:rows],
-            attention_mask=bias,
-            position_ids=state.position[:rows],
+            attention_mask=as_bias(seen[:, None, None], self.model.dtype),
+            position_ids=state.filled[:rows, None],
             past_key_values=self.cache,
             use_cache=True,
         ).logits[:, -1]
+        state.filled[:rows].add_(1)
         state.choose(logits, slice(0, rows))
-        state.position[:rows].add_(1)
-        state.at.add_(1)
         state.count.add_(1)
+
+    def _attend(
+        self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **kwargs: Any
+    ) -> tuple[Any, None]:
+        """Attention of prompts as transformers does it; of one token a row to what the row has filled."""
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        if self.in_prompts:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        if not self.flash:
+            return attend(query, key, value, attention_mask, scaling)
+        import torch
+
+        rows, places = key.shape[:2]
+        starts = self.state.order_with_end[: rows + 1]
+        return torch.ops.aten._flash_attention_forward(
+            query[:, :, 0], key.reshape(-1, *key.shape[2:]), value.reshape(-1, *value.shape[2:]), starts, starts * places,
+            1, places, 0.0, False, False, scale=scaling, seqused_k=self.filled,
+        )[0][:, None], None  # fmt: skip
 
 
 @dataclass
@@ -283,17 +286,12 @@ class _State:
 
     token: Any
     """[rows, 1]: the last token of each row, which the next step reads."""
-    position: Any
-    """[rows, 1]: its position."""
-    bias: Any
-    """[rows, 1, 1, places]: 0 where a row sees a place, and else minus infinity."""
+    filled: Any
+    """[rows]: places of the row that are filled; the next token's position."""
     rows: Any
     """[rows]: which completion a row is."""
-    order: Any
     ended: Any
     """[rows]: whether it has come to an end mark."""
-    at: Any
-    """[1]: the place that the next step writes to."""
     count: Any
     """[1]: tokens made so far."""
     chosen: Any
@@ -302,44 +300,42 @@ class _State:
     """[completions, places]: their log probabilities, where they are drawn."""
     keys: Any
     """[rows, 2]: by which a row draws."""
+    order: Any
+    """[rows], [rows + 1] in 32 bits, and [places]: numbers from 0 on."""
+    order_with_end: Any
+    places: Any
     temperature: float = 0.0
     """0: the likeliest token is chosen."""
-    length: int = 0
-    """Places of the longest prompt."""
     stops: Any = None
-    vocabulary: Any = None
 
     @classmethod
-    def empty(cls, rows: int, places: int, dtype: Any, device: Any) -> "_State":
+    def empty(cls, rows: int, places: int, device: Any) -> "_State":
         import torch
 
         def zeros(*shape: int, dtype: Any = torch.long) -> Any:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         return cls(
-            token=zeros(rows, 1), position=zeros(rows, 1), bias=zeros(rows, 1, 1, places, dtype=dtype), rows=zeros(rows),
-            order=torch.arange(rows, device=device), ended=zeros(rows, dtype=torch.bool), at=zeros(1), count=zeros(1),
-            chosen=zeros(rows, places), log_probs=zeros(rows, places, dtype=torch.float32),
-            keys=zeros(rows, 2, dtype=torch.int32),
+            token=zeros(rows, 1), filled=zeros(rows), rows=zeros(rows), ended=zeros(rows, dtype=torch.bool), count=zeros(1),
+            chosen=zeros(rows, places), log_probs=zeros(rows, places, dtype=torch.float32), keys=zeros(rows, 2),
+            order=torch.arange(rows, device=device), places=torch.arange(places, device=device),
+            order_with_end=torch.arange(rows + 1, dtype=torch.int32, device=device),
         )  # fmt: skip
 
-    def begin(self, stop_ids: list[int], length: int, limit: int, drawing: Drawing | None, vocabulary: Any) -> None:
-        """Forget what was, for prompts up to `length` and completions up to `limit` tokens."""
+    def begin(self, stop_ids: list[int], limit: int, drawing: Drawing | None) -> None:
+        """Forget what was, for completions up to `limit` tokens."""
         import torch
 
         stops = torch.tensor(stop_ids, dtype=torch.long, device=self.token.device)
-        if self.stops is None:
-            self.stops, self.vocabulary = stops, vocabulary
-        self.stops.copy_(stops)
+        self.stops = stops if self.stops is None else self.stops.copy_(stops)
         self.chosen[:, :limit].zero_()
         self.count.zero_()
         self.ended.zero_()
-        self.at.fill_(length)
         self.rows.copy_(self.order)
-        self.length, self.temperature = length, drawing.temperature if drawing else 0.0
+        self.temperature = drawing.temperature if drawing else 0.0
         if drawing:
             keys = [key for some in drawing.keys for key in some]
-            self.keys[: len(keys)] = torch.tensor(keys, dtype=torch.int32).to(self.keys.device)
+            self.keys[: len(keys)] = torch.tensor(keys, device=self.keys.device)
 
     def choose(self, logits: Any, rows: slice) -> None:
         """Choose the next token of some rows by their logits, [rows, vocabulary]."""
@@ -347,10 +343,7 @@ class _State:
 
         completions = self.rows[rows]
         if self.temperature:
-            logits = logits.float() / self.temperature
-            noise = sampling_noise.gumbel(self.keys[rows], self.count, self.vocabulary)
-            token = noise.add_(logits).argmax(-1)
-            log_probs = logits.gather(1, token[:, None])[:, 0] - torch.logsumexp(logits, -1)
+            token, log_probs = draw(logits.float() / self.temperature, self.keys[rows], self.count)
             self.log_probs[completions, self.count] = log_probs
         else:
             token = logits.argmax(-1)
@@ -360,8 +353,18 @@ class _State:
 
     def move(self, take: Any) -> None:
         """Make the rows that `take` names the first ones."""
-        for kept in (self.token, self.position, self.bias, self.rows, self.ended, self.keys):
+        for kept in (self.token, self.filled, self.rows, self.ended, self.keys):
             kept[: len(take)] = kept.index_select(0, take)
+
+
+def _has_flash(model: Any) -> bool:
+    """Whether flash attention can attend to rows of various lengths, by torch's own operator."""
+    import torch
+
+    config = model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    on_gpu = model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) >= (8, 0)
+    return on_gpu and model.dtype in (torch.bfloat16, torch.float16) and width <= 256
 
 
 def as_bias(seen: Any, dtype: Any) -> Any:
@@ -380,22 +383,19 @@ def _capture(step: Callable[[], None], pool: Any = None) -> Any:
     return graph
 
 
-def attend(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **kwargs: Any
-) -> tuple[Any, None]:
+def attend(query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None) -> tuple[Any, None]:
     """Attention of one token a row, whose heads that share keys and values are the queries of one head: nothing is repeated for
-    them. Of more tokens, as transformers does it.
+    them.
 
-    query: [rows, heads, tokens, width]; key, value: [rows, shared heads, places, width]; gives [rows, tokens, heads, width].
+    query: [rows, heads, 1, width]; key, value: [rows, places, shared heads, width]; gives [rows, 1, heads, width].
     """
     import torch
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    rows, heads, tokens, width = query.shape
-    if tokens > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
-    out = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    rows, heads, _, width = query.shape
+    grouped = query.reshape(rows, key.shape[2], heads // key.shape[2], width)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        grouped, key.transpose(1, 2), value.transpose(1, 2), attn_mask=attention_mask, scale=scaling
+    )
     return out.reshape(rows, 1, heads, -1), None
 
 

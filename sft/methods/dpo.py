@@ -5,12 +5,14 @@ The reference's log probabilities are computed once, before anything is trained:
 """
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sft.config.batching import effective_batch_size, planned_steps
 from sft.config.method import DPO
 from sft.config.schema import MethodLoss, MethodSettings, Reference, Settings
 from sft.data.collators import PaddingFreeCollator, cut
@@ -45,6 +47,10 @@ SHORT = 300
 
 CHECKED = 64
 """Tokens of a prompt and of an answer by which shared prompts are tried."""
+
+ORDERS = {"data_seed", "train_sampling_strategy", "dataloader_num_workers"}
+"""Options of `trainer.extra` by which other pairs, or more of them, are taken than is known before the first step."""
+
 
 # ------------------------------------------------------------------------------------------------------- the loss
 
@@ -240,12 +246,18 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
         """The collator of held-out pairs, whose micro-batches are not captured."""
         pairs_seen, facts_seen = 0, 0.0
         """Pairs since the last log line, and their `pair_facts`."""
+        before_step: Any = (0, 0.0)
+        """Both as they were before this step."""
 
         def training_step(self, model, inputs, *args, **kwargs):
             self.tokens_seen = self.tokens_seen + metrics.count_tokens(inputs)
             return super().training_step(model, inputs, *args, **kwargs)
 
+        def repeat_step(self):
+            self.pairs_seen, self.facts_seen = self.before_step
+
         def get_batch_samples(self, *args, **kwargs):
+            self.before_step = self.pairs_seen, self.facts_seen
             batches, _ = super().get_batch_samples(*args, **kwargs)
             return batches, group.total(sum(len(_real(batch)) for batch in batches))
 
@@ -356,7 +368,9 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     trainer.plan, trainer.padding_free_collator = plan, rows if plan.padding_free else None
     trainer.model_accepts_loss_kwargs = True  # so that transformers does not divide by the micro-batches once more
     sft.watch(trainer, ctx, loop)
-    known = _reference(ctx, trainer, splits, type(layout).__name__)
+    reached = {name: list(range(len(split))) for name, split in splits.items()}
+    reached["train"] = _reached(trainer, settings, len(data.train), kept=measure.ROWS if data.eval is None else 0)
+    known = _reference(ctx, trainer, splits, reached, type(layout).__name__)
     if group.is_first():
         measure.note_log_probs(ctx.folder, "reference_log_probs", known["train" if data.eval is None else "eval"])
     pad = tokenizer.pad_token_id
@@ -386,9 +400,24 @@ def _choose_layout(
     return rows, shared, replace(shared, lengths=plan.capture_sizes, pairs=count)
 
 
-def _reference(ctx: RunContext, trainer: Any, splits: dict[str, Any], layout: str) -> dict[str, list[list[float]]]:
-    """`reference_log_probs` of each split: as an earlier run of this process or of this machine found them, or found now."""
+def _reached(trainer: Any, settings: Settings, count: int, kept: int) -> list[int]:
+    """Which training pairs need a reference: those that the steps of less than an epoch come to, and the first `kept`. All of
+    them where there are more steps, or where the order is not known before the first one.
+    """
+    pairs = planned_steps(settings.trainer, count) * effective_batch_size(settings.trainer)
+    pairs += settings.trainer.per_device_train_batch_size * group.world_size()  # accelerate makes one micro-batch ahead
+    if pairs >= count or ORDERS & settings.trainer.extra.keys():
+        return list(range(count))
+    order = samplers.settle_order(trainer._get_train_sampler(), count)
+    return sorted(row for row in {*itertools.islice(order, pairs), *range(kept)} if row < count)  # the rest are fillers
+
+
+def _reference(ctx: RunContext, trainer: Any, splits: dict[str, Any], reached: dict[str, Any], layout: str) -> dict[str, list]:
+    """`reference_log_probs` of the pairs in `reached` of each split, as an earlier run of this process or of this machine found
+    them, or found now; None of the others, which no micro-batch can be made of.
+    """
     data, sizes = ctx.prepared, {name: len(split) for name, split in splits.items()}
+    splits = {name: split.select(reached[name]) for name, split in splits.items()}
     key, origin = group.broadcast(reference_hash(ctx, trainer.model, splits, layout)), "sweep"
 
     def compute():
@@ -400,11 +429,15 @@ def _reference(ctx: RunContext, trainer: Any, splits: dict[str, Any], layout: st
         return found
 
     with ctx.record.timed("reference"):
-        what = key or [data.facts["data_hash"], sizes, layout, ctx.settings.method.reference]
+        what = key or [data.facts["data_hash"], reached, layout, ctx.settings.method.reference]
         known = warm_cache.of_base("reference", trainer.model, ctx.settings, what, find)
     named = {"weights": ctx.settings.method.reference.value, "hash": key, "from": origin}
     ctx.record.update(reference={name: text for name, text in named.items() if text})
-    return known
+    spread = {name: [None] * size for name, size in sizes.items()}
+    for name, pairs in known.items():
+        for row, pair in zip(reached[name], pairs, strict=True):
+            spread[name][row] = pair
+    return spread
 
 
 def _difference(model: Any, plan: Plan, pairs: list[dict[str, Any]], rows: Any, shared: Any) -> str:

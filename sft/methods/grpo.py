@@ -316,8 +316,8 @@ def _choose_layout(model: Any, plan: Plan, settings: Settings, data: Any, pad_to
     longest += settings.method.max_completion_length
     rows, shared = PaddingFreeCollator(pad_token_id, longest), SharedPromptCollator(pad_token_id, longest)
     prompts = [data.train[i]["input_ids"][-CHECKED:] for i in range(min(3, len(data.train)))]
-    tried = [Item(at, ids, Scored(said, [0.0] * len(said), True, ""), 1.0)
-             for at, ids in enumerate(prompts) for said in (ids[: CHECKED // 2], ids[: CHECKED // 4])]  # fmt: skip
+    tried = [Item(at, ids, Scored(completion, [0.0] * len(completion), True, ""), 1.0)
+             for at, ids in enumerate(prompts) for completion in (ids[: CHECKED // 2], ids[: CHECKED // 4])]  # fmt: skip
     batches = [{k: x for k, x in CompletionCollator(layout)(tried).items() if k in TAKEN} for layout in (shared, rows)]
     why_not = difference(model, plan, *batches, [len(item.scored.ids) for item in tried])
     why_not = next(filter(None, processes.gathered(why_not)), "")

@@ -18,7 +18,7 @@ from sft.data import token_cache
 from sft.distributed import group
 from sft.errors import first_line
 from sft.model.hub import weights_identity
-from sft.model.start import FILES, find_adapter
+from sft.model.start import FILES, find_adapter, hash_file
 from sft.model.structure import base_of
 from sft.storage import atomic, cache
 from sft.storage.jsonio import jsonable
@@ -122,7 +122,7 @@ def _adapter(settings: Settings) -> Any:
     if not lora.start_from:
         return [shape, settings.seed]
     folder = find_adapter(lora.start_from)
-    return [shape, [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES]]
+    return [shape, [hash_file(folder / name) for name in FILES]]
 
 
 def _hash_tokens(pairs: Any) -> str:

@@ -15,8 +15,9 @@ from sft.config.schema import MethodSettings, ScaleRewards, Settings
 from sft.distributed import group as processes
 from sft.distributed import watchdog
 from sft.errors import refuse
-from sft.generation import by_generate, sampling_noise
-from sft.generation.decoding import Completion, Decoder, Drawing, fits
+from sft.generation import by_generate
+from sft.generation.decoding import Completion, Decoder, fits
+from sft.generation.drawing import Drawing, key_of
 from sft.generation.samples import inference_mode
 from sft.model.structure import base_of
 from sft.rewards import Reward, RewardFault, reward_row
@@ -83,7 +84,7 @@ class Generator:
         self, prompts: list[list[int]], check_stop: Callable[[], None], keys: list[list[tuple[int, int]]] | None = None
     ) -> list[list[Completion]]:
         """The completions of each prompt, up to `method.max_completion_length`: one for each of its `keys`
-        (generation/sampling_noise.py), or the likeliest tokens. Raises torch.OutOfMemoryError where one prompt does not fit.
+        (generation/drawing.py), or the likeliest tokens. Raises torch.OutOfMemoryError where one prompt does not fit.
         """
         import torch
 
@@ -159,8 +160,7 @@ def compare(groups: list[Group], method: MethodSettings, others: list[float]) ->
 def keys_of(settings: Settings, rollout: int, entries: list[dict[str, Any]]) -> list[list[tuple[int, int]]]:
     """By what each completion of each prompt is drawn in the `rollout`th rollout of a run."""
     return [
-        [sampling_noise.key_of(settings.seed, rollout, entry["row"], i) for i in range(settings.method.num_generations)]
-        for entry in entries
+        [key_of(settings.seed, rollout, entry["row"], i) for i in range(settings.method.num_generations)] for entry in entries
     ]
 
 
@@ -246,7 +246,7 @@ class Rollout:
         """Have the rollout that the step after `step` trains on: the one before, or a new one of the prompts `entries`.
 
         Raises Interrupted where the run has to stop, RewardFault where a reward fails, and Refusal if the first one shows
-        that nothing can be learnt.
+        that there is nothing to learn.
         """
         number = step // self.method.num_iterations
         if number == self.number:
@@ -254,9 +254,9 @@ class Rollout:
         with self.timed("rollouts"):
             keys = keys_of(self.ctx.settings, number, entries)
             prompts = [entry["input_ids"] for entry in entries]
-            said = self.generator.complete(prompts, self.check_stop, keys) if prompts else []
-            groups = score(entries, said, self.generator, self.rewards)
-            self._try_rewards(entries[:1], said[:1], groups[:1])
+            completions = self.generator.complete(prompts, self.check_stop, keys) if prompts else []
+            groups = score(entries, completions, self.generator, self.rewards)
+            self._try_rewards(entries[:1], completions[:1], groups[:1])
             self._compare(groups)
             if step == 0:
                 self._judge_first(groups)
@@ -272,20 +272,20 @@ class Rollout:
 
     def greedy(self, entries: list[dict[str, Any]]) -> list[Group]:
         """A group of one completion for each of some rows of the data: the likeliest tokens, with their rewards."""
-        said = self.generator.complete([entry["input_ids"] for entry in entries], self.check_stop) if entries else []
-        return score(entries, said, self.generator, self.rewards)
+        completions = self.generator.complete([entry["input_ids"] for entry in entries], self.check_stop) if entries else []
+        return score(entries, completions, self.generator, self.rewards)
 
     def take_facts(self) -> list[float]:
         """`facts_of` the rollouts since the last call."""
         found, self.facts = self.facts, facts_of([], self.names)
         return found
 
-    def _try_rewards(self, entries: list[dict], said: list, groups: list[Group]) -> None:
+    def _try_rewards(self, entries: list[dict], completions: list, groups: list[Group]) -> None:
         """Score the first group of a session twice: a resumed run would differ by a reward that depends on when it is asked."""
         if self.tried or not entries:
             return
         self.tried = True
-        again = score(entries, said, self.generator, self.rewards)
+        again = score(entries, completions, self.generator, self.rewards)
         for one, other in zip(groups[0].completions, again[0].completions, strict=True):
             for name, first, second in zip(self.names, one.rewards, other.rewards, strict=True):
                 if first != second:
@@ -303,7 +303,7 @@ class Rollout:
         if self.idle >= self.method.max_idle_steps:
             stop = self.ctx.stop
             stop.failure = stop.failure or (
-                f"in {self.idle} steps in a row all completions of a prompt had the same reward: nothing is learnt "
+                f"in {self.idle} steps in a row all completions of a prompt had the same reward: there is nothing to learn "
                 f"(method.max_idle_steps={self.method.max_idle_steps})"
             )
 
@@ -314,8 +314,8 @@ class Rollout:
         if any(processes.gathered(any(group.std for group in groups))):
             more = []
         prompts, keys = [entry["input_ids"] for entry in more], keys_of(self.ctx.settings, -1, more)
-        said = self.generator.complete(prompts, self.check_stop, keys) if more else []
-        judged = [*groups, *score(more, said, self.generator, self.rewards)]
+        completions = self.generator.complete(prompts, self.check_stop, keys) if more else []
+        judged = [*groups, *score(more, completions, self.generator, self.rewards)]
         facts = processes.gathered(facts_of(judged, self.names))
         count, completions, _, reward, ended, _, zero, *_ = (sum(parts) for parts in zip(*facts, strict=True))
         mean, limit = reward / completions, self.method.max_completion_length

@@ -1,8 +1,12 @@
 """Layers with fewer kernels for generation: the norms and adapters of a model, swapped in for a while."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
+
+ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that are given the same tensor, by the names that transformers' models have for them."""
 
 
 @contextlib.contextmanager
@@ -25,14 +29,15 @@ class FusedLayers:
         self.changed: dict[Any, Callable[..., Any]] = {}
         self.read: list[Callable[[], None]] = []
         adapters = {module: name for module in model.modules() if (name := _plain_adapter(module))}
-        learnt = [module.lora_B[name].weight.any() for module, name in adapters.items()]
-        learnt = torch.stack(learnt).tolist() if learnt else []  # one wait for the GPU, not one for each
-        for (module, name), has_learnt in zip(adapters.items(), learnt, strict=True):
-            if trained or has_learnt:
-                self.changed[module], read = _fused_adapter(module, name)
+        moved = [module.lora_B[name].weight.any() for module, name in adapters.items()]
+        moved = torch.stack(moved).tolist() if moved else []  # one wait for the GPU, not one for each
+        kept = {module: name for (module, name), has_moved in zip(adapters.items(), moved, strict=True) if trained or has_moved}
+        self.changed |= {module: module.base_layer.__call__ for module in adapters if module not in kept}
+        self.downs = [_Downs(members) for members in _with_one_input(model, kept)]
+        for downs in self.downs:
+            for module in downs.members:
+                self.changed[module], read = _fused_adapter(module, kept[module], downs)
                 self.read += [read] if trained else []
-            else:
-                self.changed[module] = module.base_layer.__call__
         checked: dict[type, bool] = {}
         for module in model.modules():
             if forward := _fused_norm(module, checked):
@@ -48,6 +53,8 @@ class FusedLayers:
     def __exit__(self, *error: Any) -> None:
         for module in self.set:
             del module.forward
+        for downs in self.downs:
+            downs.forget()
 
 
 def _plain_adapter(module: Any) -> str | None:
@@ -63,14 +70,54 @@ def _plain_adapter(module: Any) -> str | None:
     return names[0] if module.lora_B[names[0]].bias is None else None
 
 
-def _fused_adapter(module: Any, name: str) -> tuple[Callable[..., Any], Callable[[], None]]:
+class _Downs:
+    """The first product of the adapters of layers with one input, as one product: a layer that comes with the same tensor as
+    the one before finds it made."""
+
+    def __init__(self, members: dict[Any, str]):
+        """`members` are LoRA layers with the name of their adapter."""
+        import torch
+
+        self.members = members
+        weights = [module.lora_A[name].weight.detach().to(module.base_layer.weight.dtype) for module, name in members.items()]
+        ends = list(itertools.accumulate(len(weight) for weight in weights))
+        self.places = dict(zip(members, itertools.pairwise([0, *ends]), strict=True))
+        self.weight = torch.cat(weights)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the last input and its product."""
+        self.x = self.found = None
+
+    def weight_of(self, module: Any) -> Any:
+        """The part that is the module's, in place."""
+        return self.weight[slice(*self.places[module])]
+
+    def __call__(self, module: Any, x: Any) -> Any:
+        import torch
+
+        if x is not self.x:
+            self.x, self.found = x, torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), self.weight)
+        return self.found[:, slice(*self.places[module])]
+
+
+def _with_one_input(model: Any, adapters: dict[Any, str]) -> list[dict[Any, str]]:
+    """The adapters, those that have one input together."""
+    left, found = dict(adapters), []
+    for parent in model.modules():
+        for names in ONE_INPUT:
+            members = [getattr(parent, name, None) for name in names]
+            members = [module for module in members if module in left]
+            if len({module.in_features for module in members}) == 1:
+                found.append({module: left.pop(module) for module in members})
+    return found + [{module: name} for module, name in left.items()]
+
+
+def _fused_adapter(module: Any, name: str, downs: _Downs) -> tuple[Callable[..., Any], Callable[[], None]]:
     """(the forward pass of a plain LoRA layer: three matrix products, the last one added in place; what reads its weights
     again).
     """
-    import torch
-
-    base = module.base_layer
-    down = module.lora_A[name].weight.detach().to(base.weight.dtype, copy=True)
+    base, down = module.base_layer, downs.weight_of(module)
     up = (module.lora_B[name].weight.detach() * module.scaling[name]).to(base.weight.dtype).T
 
     def read() -> None:
@@ -78,7 +125,7 @@ def _fused_adapter(module: Any, name: str) -> tuple[Callable[..., Any], Callable
         up.copy_((module.lora_B[name].weight.detach() * module.scaling[name]).T)
 
     def forward(x: Any) -> Any:
-        low = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), down)
+        low = downs(module, x)
         found = base(x)  # of another type than the weights' under autocast
         found.view(-1, found.shape[-1]).addmm_(low, up.to(found.dtype))
         return found

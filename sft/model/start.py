@@ -1,12 +1,13 @@
 """An adapter that training starts from: found, compared with the settings and the model, and loaded."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from sft.config import lora_rules
 from sft.config.keys import typed
 from sft.config.lora_rules import CHOOSE_LAYERS, adapter_folder, base_of_adapter, noted_base
-from sft.config.schema import LoraSettings, ModelSettings, Settings
+from sft.config.schema import LoraSettings, MethodName, ModelSettings, Reference, Settings
 from sft.errors import Problem, Refusal, first_line, refuse
 from sft.model.files import check_adapter_files
 from sft.model.targets import parameters_of, reached
@@ -77,7 +78,14 @@ def check_start(settings: Settings, model: Any) -> tuple[list[Problem], list[str
         fix = " ".join(typed(f"lora.{key}", there) for key, (there, _) in other.items())
         problems.append(Problem(what, f"The adapter was made otherwise: {', '.join(differs)}.", fix))
     facts = {"adapter": str(folder) if adapter_folder(lora.start_from) else lora.start_from, **({"base": base} if base else {})}
+    if settings.method.name == MethodName.dpo and settings.method.reference == Reference.start:
+        facts["hash"] = hash_file(folder / "adapter_model.safetensors")  # a part of every step's loss
     return problems, warnings, facts
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_start(model: Any, lora: LoraSettings) -> Any:

@@ -200,10 +200,10 @@ def _own_reward(module: types.ModuleType, function: str, name: str, weight: floa
     except (TypeError, ValueError):
         return Problem(what, "Its parameters cannot be read.", form)
     if "completions" in parameters:
-        asked = [n for n, p in parameters.items() if n in NOT_GIVEN and p.default is p.empty]
-        if asked:
-            why = f"It asks for {', '.join(asked)}, which TRL gives and this project does not."
-            return Problem(what, why, f"leave {asked[0]} out, or give it a default ({place})")
+        needed = [n for n, p in parameters.items() if n in NOT_GIVEN and p.default is p.empty]
+        if needed:
+            why = f"It asks for {', '.join(needed)}, which TRL gives and this project does not."
+            return Problem(what, why, f"leave {needed[0]} out, or give it a default ({place})")
         return Reward(short_name(name), weight, found, place, file, takes_lists=True)
     try:
         inspect.signature(found).bind("", {})

@@ -115,7 +115,8 @@ class MlflowTracker:
             if value:
                 self.client.set_tag(self.run_id, "mlflow.note.content" if key == "notes" else key, value)
         self._write_parameters()
-        page = f"{without_passwords(store)}/#/experiments/{number}/runs/{self.run_id}"
+        view = "workflowType=machine_learning"  # else MLflow shows it among traces
+        page = f"{without_passwords(store)}/#/experiments/{number}/runs/{self.run_id}?{view}"
         url = page if store.startswith("http") else None
         self.facts = {
             "mode": "offline" if local else "online",

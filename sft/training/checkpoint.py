@@ -63,10 +63,11 @@ def load_components(checkpoint: Path, components: dict[str, Component]) -> None:
             component.load_state_dict(states[name])
 
 
-def find_checkpoint(folder: Path, before: dict[str, Any] | None, data_hash: str) -> Path | None:
+def find_checkpoint(folder: Path, before: dict[str, Any] | None, facts: dict[str, Any]) -> Path | None:
     """The checkpoint that the run in `folder` goes on from; None where it begins. Clears away what a kill left behind.
 
-    Raises Refusal if the rows are others than those the checkpoint was trained on.
+    Raises Refusal if the rows, or the adapter that pairs are measured against, are others (`facts` of the preflight) than those
+    the checkpoint was trained with.
     """
     atomic.remove_leftovers(folder, "adapter", "model", "run.json", "report.html")
     if before is None and steps_saved(folder):
@@ -75,9 +76,13 @@ def find_checkpoint(folder: Path, before: dict[str, Any] | None, data_hash: str)
     checkpoint = find_last(folder)
     if checkpoint is None or before is None:
         return None
-    if (before.get("data") or {}).get("hash") != data_hash:
+    if (before.get("data") or {}).get("hash") != facts["data_hash"]:
         why = f"The data is not what it was when {folder} was trained up to {checkpoint.name.replace('-', ' ')}."
         raise refuse(f"hydra.run.dir={folder}", why, "bring the data back as it was, or start a new run")
+    known, start = (before.get("start_from") or {}).get("hash"), facts.get("start_from") or {}
+    if known and start.get("hash", known) != known:
+        why = f"The adapter that {folder} began with, the reference of its pairs, is another by now: {start['adapter']}."
+        raise refuse(f"hydra.run.dir={folder}", why, "bring the adapter back as it was, or start a new run")
     return checkpoint
 
 

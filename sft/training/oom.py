@@ -126,6 +126,7 @@ class OomRetry:
 
     def _make_room(self, model: Any) -> None:
         model.zero_grad(set_to_none=True)
+        self.trainer.repeat_step()
         free_memory()
 
 

@@ -119,6 +119,9 @@ class ResumableTrainer:
         self.nonfinite.add(loss, inputs)
         return loss
 
+    def repeat_step(self) -> None:
+        """An OOM retry begins the step anew: what a method has counted of it by now does not count."""
+
     def _clip_grad_norm(self, model):
         if not self.plan.padding_free:
             return super()._clip_grad_norm(model)

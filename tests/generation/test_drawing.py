@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from sft.generation import batching, by_generate, sampling_noise
-from sft.generation.decoding import Decoder, Drawing
+from sft.generation import batching, by_generate
+from sft.generation.decoding import Decoder
+from sft.generation.drawing import Drawing, draw, key_of, uniform
 from sft.plan import plan
 
 
@@ -29,37 +30,47 @@ def complete(model, prompts, keys, limit=12, stops=(), temperature=1.0, decoder=
 
 
 def keys_of(prompts, completions, seed=0):
-    return [[sampling_noise.key_of(seed, prompt, i) for i in range(completions)] for prompt in range(prompts)]
+    return [[key_of(seed, prompt, i) for i in range(completions)] for prompt in range(prompts)]
 
 
 def test_twenty_thousand_draws_have_the_distribution_of_the_logits():
     shares = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.04, 0.01])
-    keys = torch.tensor([sampling_noise.key_of(7, 1, i) for i in range(20_000)], dtype=torch.int32)
-    noise = sampling_noise.gumbel(keys, torch.tensor([3]), sampling_noise.tokens(6, "cpu"))
-    assert torch.isfinite(noise).all()
-    counts = torch.bincount((noise + shares.log()).argmax(-1), minlength=6)
+    keys = torch.tensor([key_of(7, 1, i) for i in range(20_000)])
+    tokens, log_probs = draw((shares.log() + 5).expand(20_000, -1), keys, torch.tensor([3]))
+    counts = torch.bincount(tokens, minlength=6)
     chi_square = float(((counts - 20_000 * shares) ** 2 / (20_000 * shares)).sum())
     assert chi_square < 20.5  # of 5 degrees of freedom; one in a thousand draws is beyond
+    assert torch.allclose(log_probs, shares.log()[tokens], atol=1e-6)
 
 
-def test_the_noise_of_one_row_is_that_of_a_gumbel_distribution_over_a_vocabulary():
-    noise = sampling_noise.gumbel(
-        torch.tensor([[5, -9]], dtype=torch.int32), torch.tensor([0]), sampling_noise.tokens(200_000, "cpu")
-    )
-    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02)  # Euler's constant
-    assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.05)
-    assert len(noise.unique()) > 0.99 * 200_000
+def test_a_token_that_cannot_be_is_never_drawn():
+    """Also where the number that is drawn is 0, or as near to 1 as it comes."""
+    logits = torch.tensor([-math.inf, 0.0, -math.inf, 1.0, -math.inf]).expand(5000, -1)
+    tokens, log_probs = draw(logits, torch.tensor([key_of(i) for i in range(5000)]), torch.tensor([0]))
+    assert set(tokens.tolist()) == {1, 3} and torch.isfinite(log_probs).all()
+    for drawn in (0.0, 1 - 2.0**-32):
+        passed = torch.softmax(logits[:1], -1).double().cumsum(-1)
+        at = int(torch.searchsorted(passed, drawn * passed[:, -1:], right=True))
+        assert at == (1 if drawn == 0 else 3)
+
+
+def test_the_numbers_are_spread_evenly_over_keys_and_places():
+    for keys, places in ((20_000, 1), (4, 5_000)):
+        rows = torch.tensor([key_of(1, i) for i in range(keys)])
+        found = torch.cat([uniform(rows, torch.tensor([place])) for place in range(places)])
+        assert float(found.min()) >= 0 and float(found.max()) < 1
+        counts = torch.histc(found, 20, 0, 1)
+        assert float(((counts - 1000) ** 2 / 1000).sum()) < 43.8  # of 19 degrees of freedom; one in a thousand is beyond
+        assert abs(float(torch.corrcoef(torch.stack([found[:-1], found[1:]]))[0, 1])) < 0.025
 
 
 @pytest.mark.parametrize("change", ["seed", "prompt", "completion", "place"])
 def test_each_counter_changes_the_draw(change):
-    def noise(**counters):
+    def number(**counters):
         n = dict(seed=1, prompt=2, completion=3, place=4) | counters
-        key = torch.tensor([sampling_noise.key_of(n["seed"], n["prompt"], n["completion"])], dtype=torch.int32)
-        return sampling_noise.gumbel(key, torch.tensor([n["place"]]), sampling_noise.tokens(1000, "cpu"))[0]
+        return float(uniform(torch.tensor([key_of(n["seed"], n["prompt"], n["completion"])]), torch.tensor([n["place"]])))
 
-    one, other = noise(), noise(**{change: 9})
-    assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.12
+    assert number() == number() != number(**{change: 9})
 
 
 @pytest.mark.parametrize("kind", plan.PADDING_FREE_KINDS)
@@ -68,7 +79,7 @@ def test_log_probs_of_drawn_tokens_are_those_of_a_forward_pass(kind, temperature
     """Prompts of unlike lengths, each completed five times; some completions end and leave the batch."""
     model = small_model(kind)
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]
-    found = complete(model, prompts, keys_of(3, 5), stops=(1, 2, 3, 4), temperature=temperature)
+    found = complete(model, prompts, keys_of(3, 5), stops=range(1, 9), temperature=temperature)
     assert len({len(one.ids) for some in found for one in some}) > 3
     for prompt, some in zip(prompts, found, strict=True):
         assert len({tuple(one.ids) for one in some}) > 1
@@ -77,7 +88,7 @@ def test_log_probs_of_drawn_tokens_are_those_of_a_forward_pass(kind, temperature
                 logits = model(torch.tensor([prompt + one.ids])).logits[0, len(prompt) - 1 : -1] / temperature
             expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(one.ids)[:, None])[:, 0]
             assert torch.allclose(torch.tensor(one.log_probs), expected, atol=1e-4)
-            assert one.ended == (one.ids[-1] in (1, 2, 3, 4)) and (one.ended or len(one.ids) == 12)
+            assert one.ended == (one.ids[-1] in range(1, 9)) and (one.ended or len(one.ids) == 12)
 
 
 def test_a_draw_is_the_same_alone_and_among_sixty_four():

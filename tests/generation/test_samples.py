@@ -134,7 +134,7 @@ def test_attention_of_one_token_is_that_of_transformers():
     mask = torch.tensor([[1, 1, 1, 1, 0], [0, 1, 1, 0, 0]]).bool()[:, None, None]
     layer = types.SimpleNamespace(num_key_value_groups=3)
     expected, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.3, is_causal=False)
-    found, _ = decoding.attend(layer, query, key, value, mask, scaling=0.3)
+    found, _ = decoding.attend(query, key.transpose(1, 2), value.transpose(1, 2), mask, scaling=0.3)
     assert found.shape == (2, 1, 6, 8) and torch.allclose(found, expected, atol=1e-6)
 
 

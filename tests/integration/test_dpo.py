@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sft.run
-from sft.export import exporter, gguf
+from sft.errors import Refusal
+from sft.export import exporter, gguf, measure
 from sft.launch.ranks import launch
 from sft.methods import dpo
 from sft.model import builtin, hub
@@ -204,6 +205,34 @@ def test_other_weights_types_pairs_and_layouts_have_a_reference_of_their_own(set
     assert run(settings(*short), tmp_path / "again").status == "finished" and len(passes) == 2 * len(jobs) + 2
 
 
+@pytest.mark.parametrize(
+    ("more", "pairs"),
+    [
+        ((), [10, 4]),  # a micro-batch is made ahead
+        (("trainer.padding_free=false",), [10, 4]),
+        (("trainer.effective_batch_size=2", "trainer.per_device_train_batch_size=2"), [6, 4]),  # accelerate makes the order
+        (("trainer.max_steps=-1", "trainer.num_train_epochs=0.5"), [10, 4]),
+        (("trainer.extra.data_seed=5",), [16, 4]),
+        (("trainer.extra.train_sampling_strategy=sequential",), [16, 4]),
+        (("trainer.max_steps=4",), [16, 4]),
+    ],
+)
+def test_the_pairs_that_no_step_comes_to_need_no_reference(settings, tmp_path, passes, monkeypatch, more, pairs):
+    chosen = settings("trainer.max_steps=2", *more)
+    assert run(chosen, tmp_path / "some").status == "finished" and passes == pairs
+    monkeypatch.setattr(dpo, "_reached", lambda trainer, settings, count, kept: list(range(count)))
+    shutil.rmtree(tmp_path / "cache" / "references")
+    assert run(chosen, tmp_path / "all").status == "finished" and passes[2:] == [16, 4]
+    assert near(tmp_path / "some", tmp_path / "all")
+
+
+def test_what_is_kept_of_the_training_pairs_has_its_reference_as_well(settings, tmp_path, passes, monkeypatch):
+    monkeypatch.setattr(measure, "ROWS", 3)
+    assert run(settings("dataset.eval_fraction=0", "trainer.max_steps=2"), tmp_path / "run").status == "finished"
+    rows = measure.read_rows(tmp_path / "run")
+    assert len(rows) == 3 and all(len(row.reference_log_probs) == 2 for row in rows) and 10 <= passes[0] <= 13
+
+
 def test_a_damaged_file_is_made_anew_and_weights_without_a_name_are_not_kept(settings, tmp_path, passes, monkeypatch):
     short = settings("trainer.max_steps=1")
     assert run(short, tmp_path / "first").status == "finished"
@@ -248,6 +277,28 @@ def test_pairs_that_do_not_fit_are_evaluated_in_halves_and_by_the_reference_too(
     assert caplog.text.count("Evaluation: ") == 2, "from 4 pairs to 2, and to 1, once and for all"
 
 
+@pytest.mark.parametrize("padding_free", ["true", "false"])
+def test_a_step_that_is_repeated_counts_its_pairs_once(settings, tmp_path, monkeypatch, caplog, padding_free):
+    chosen = settings("trainer.per_device_train_batch_size=4", "trainer.effective_batch_size=8", "trainer.max_steps=3",
+                      "trainer.logging_steps=3", "trainer.eval_steps=3", f"trainer.padding_free={padding_free}")  # fmt: skip
+    assert run(chosen, tmp_path / "whole").status == "finished"
+    original, passes = dpo.log_probs, []
+
+    def too_large(model, batch):
+        if model.training:
+            passes.append(len(batch["target_counts"]) // 2)
+            if len(passes) == 4:  # the last micro-batch of the second step
+                raise torch.OutOfMemoryError("planted")
+        return original(model, batch)
+
+    monkeypatch.setattr(dpo, "log_probs", too_large)
+    assert run(chosen, tmp_path / "repeated").status == "finished"
+    assert passes == [4, 4, 4, 4, *[2] * 8] and "it is repeated with 2" in caplog.text
+    whole, repeated = ([line for line in lines(tmp_path / n) if "loss" in line] for n in ("whole", "repeated"))
+    keys = ("loss", *dpo.SHOWN)
+    assert [repeated[0][key] for key in keys] == pytest.approx([whole[0][key] for key in keys], rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize("reference", ["start", "base"])
 def test_the_reference_is_the_start_or_the_base_as_is_set(settings, tmp_path, passes, reference):
     assert run(settings(), tmp_path / "first").status == "finished"
@@ -266,6 +317,25 @@ def test_the_reference_is_the_start_or_the_base_as_is_set(settings, tmp_path, pa
     (kept,) = (tmp_path / "cache" / "references").glob("*/log_probs.json")
     assert (json.loads(kept.read_text()) == of_base) == same
     assert len(passes) == 4 and reference_of(tmp_path / "third")["from"] == "cache"
+
+
+def test_a_reference_that_is_another_adapter_by_now_is_refused(settings, tmp_path, monkeypatch):
+    start, weights = tmp_path / "first", tmp_path / "first" / "adapter" / "adapter_model.safetensors"
+    assert run(settings("trainer.max_steps=2"), start).status == "finished"
+    chosen, before = settings(f"lora.start_from={start}"), weights.read_bytes()
+
+    def stop_at_2(self):
+        self.signal = self.signal or ("SIGTERM" if (tmp_path / "cut" / "checkpoints" / "checkpoint-2").exists() else None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "agree", stop_at_2)
+        assert run(chosen, tmp_path / "cut").status == "stopped"
+    save_file({name: 2 * w for name, w in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    with monkeypatch.context() as patch, pytest.raises(Refusal, match="the reference of its pairs, is another by now"):
+        patch.setattr("sft.model.loading.load_model", lambda *args: pytest.fail("the weights were loaded"))
+        run(chosen, tmp_path / "cut")
+    weights.write_bytes(before)
+    assert run(chosen, tmp_path / "cut").status == "finished"
 
 
 def test_the_adapter_trains_on_after_it_was_switched_off_for_the_reference(settings, tmp_path, passes):
@@ -320,6 +390,14 @@ def test_two_processes_are_the_run_of_one_and_go_on_from_each_other(settings, tm
 def test_micro_batches_of_fillers_alone_change_nothing(settings, tmp_path, forked_children, more):
     chosen = (*SPREAD, "trainer.per_device_train_batch_size=1", "trainer.max_steps=4", *more)
     assert run(settings(*chosen), tmp_path / "one").status == "finished"
+    assert launch(settings(*chosen, "distributed.num_processes=2"), tmp_path / "two", Context()).status == "finished"
+    assert near(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_processes_have_the_reference_of_all_pairs_that_their_steps_come_to(settings, tmp_path, forked_children):
+    chosen = (*SPREAD, "trainer.per_device_train_batch_size=1", "trainer.max_steps=2")
+    assert run(settings(*chosen), tmp_path / "one").status == "finished"
+    shutil.rmtree(cache_dir() / "references", ignore_errors=True)
     assert launch(settings(*chosen, "distributed.num_processes=2"), tmp_path / "two", Context()).status == "finished"
     assert near(tmp_path / "one", tmp_path / "two")
 

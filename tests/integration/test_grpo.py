@@ -119,6 +119,19 @@ class Recorded:
         return loss
 
 
+def end_every_second(monkeypatch):
+    """A model of chance hardly ever ends: have every second completion end after three tokens."""
+
+    def complete(self, prompts, check_stop, keys, copies, usual=rollouts.Generator._complete):
+        found = usual(self, prompts, check_stop, keys, copies)
+        for some in found:
+            for one in some[::2]:
+                one.ids[3:], one.log_probs[4:], one.ended = [self.tokenizer.eos_token_id], [], True
+        return found
+
+    monkeypatch.setattr(rollouts.Generator, "_complete", complete)
+
+
 def replay(recorded: Recorded, settings, folder):
     """(losses, gradient norms) of TRL's GRPOTrainer from the same adapter by the same completions and rewards."""
     from peft import LoraConfig, get_peft_model
@@ -166,12 +179,13 @@ def replay(recorded: Recorded, settings, folder):
     ("method.loss_type=dapo", "trainer.per_device_train_batch_size=1"),
     ("method.loss_type=grpo", "method.num_iterations=2", "method.epsilon=0.02", "method.epsilon_high=0.05"),
     ("method.loss_type=dr_grpo", "method.temperature=0.7", "method.reward_funcs=[{rewards}:halves]"),
-    ("method.loss_type=bnpo", "method.scale_rewards=batch", "method.mask_truncated_completions=true",
-     "method.max_completion_length=400", "model.max_seq_length=512", "trainer.max_steps=2"),
+    ("method.loss_type=bnpo", "method.scale_rewards=batch", "method.mask_truncated_completions=true"),
     ("method.loss_type=dapo", "method.beta=0.2", "trainer.padding_free=false", "trainer.learning_rate=1e-3"),
 ])  # fmt: skip
 def test_losses_and_gradients_are_those_of_trls_trainer_over_ten_updates(settings, tmp_path, monkeypatch, more):
     recorded = Recorded(monkeypatch)
+    if "method.mask_truncated_completions=true" in more:
+        end_every_second(monkeypatch)
     chosen = settings(
         "trainer.max_steps=10", "trainer.eval_steps=100", "trainer.save_steps=100", "trainer.warmup_steps=2", *more
     )
@@ -297,6 +311,17 @@ def test_a_first_rollout_with_nothing_to_learn_from_is_refused_before_anything_i
     assert not (tmp_path / "run" / "run.json").exists() and not [*(tmp_path / "run" / "checkpoints").iterdir()]
 
 
+def test_the_hint_of_that_refusal_is_typed(settings, tmp_path):
+    (tmp_path / "long.py").write_text(
+        "def reward(completion, row):\n    return sum(map(ord, completion)) % 9 if row['tokens'] > 9 else 0\n"
+    )
+    more = (f"method.reward_funcs=[{tmp_path / 'long.py'}:reward]", "trainer.max_steps=1")
+    with pytest.raises(Refusal) as refused:
+        run(settings(*more), tmp_path / "run")
+    hint = refused.value.problems[0].fix.splitlines()[0]
+    assert run(settings(*more, hint), tmp_path / "run").status == "finished"
+
+
 def test_a_run_that_learns_nothing_any_more_ends_as_failed(settings, tmp_path, monkeypatch):
     def settle(self, step, entries, usual=rollouts.Rollout.settle):
         if step == 1:
@@ -316,12 +341,14 @@ def test_a_run_that_learns_nothing_any_more_ends_as_failed(settings, tmp_path, m
 
 @pytest.mark.parametrize(("body", "told"), [
     ("    raise ValueError('no')", "raised ValueError: no"),
-    ("    import itertools\n    return next(reward.__dict__.setdefault('n', itertools.count())) / 1e6", "and then"),
+    ("    return next(reward.__dict__.setdefault('n', iter(range(10**6)))) / 1e6", "and then"),
 ])  # fmt: skip
-def test_a_reward_that_fails_ends_the_run_and_is_never_a_zero(settings, tmp_path, body, told, monkeypatch):
-    (tmp_path / "bad.py").write_text(f"def reward(completion, row):\n{body}\n")
-    monkeypatch.setattr("sft.preflight.checks.check_rewards_on_data", lambda *args: None, raising=False)
-    result = run(settings(f"method.reward_funcs=[{tmp_path / 'bad.py'}:reward]", "preflight.mode=skip"), tmp_path / "run")
+def test_a_reward_that_fails_ends_the_run_and_is_never_a_zero(settings, tmp_path, body, told):
+    """The data's own answers show nothing of it: those end."""
+    (tmp_path / "bad.py").write_text(
+        f"def reward(completion, row):\n    if row['finish'] == 'ended':\n        return 0.5\n{body}\n"
+    )
+    result = run(settings(f"method.reward_funcs=[{tmp_path / 'bad.py'}:reward]"), tmp_path / "run")
     assert (result.status, result.exit_code) == ("failed", 1)
     assert told in json.loads((tmp_path / "run" / "run.json").read_text())["reason"]
 

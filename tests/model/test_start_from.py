@@ -68,6 +68,15 @@ def test_the_last_of_three_is_exported_and_proven(chain):
     assert found["reference"]["base_loss"] == pytest.approx(losses(chain[0])[0], abs=1e-3), "the model under all three"
 
 
+def test_preferences_after_two_supervised_runs_begin_as_ties_and_are_exported_and_proven(chain, tmp_path, forked_children):
+    formats = (f"export.formats=[{','.join(['merged_16bit', *CONVERTED])}]", "export.gguf.quantizations=[q8_0]")
+    folder = train(tmp_path / "pairs", "method=dpo", f"lora.start_from={chain[1]}", *formats)
+    assert losses(folder)[0] == pytest.approx(0.693147, abs=1e-5) and losses(folder)[1] < losses(folder)[0]
+    found = read_json(folder / "export/verify.json")["artifacts"]
+    names = ["adapter", "merged_16bit", *(["gguf/q8_0"] if CONVERTED else [])]
+    assert {name: facts["status"] for name, facts in found.items()} == dict.fromkeys(names, "ok")
+
+
 def test_the_record_and_the_model_card_say_where_a_run_started_from(chain):
     first, second, third = chain
     assert read_json(second / "run.json")["start_from"] == {"adapter": str(first / "adapter"), "base": "tiny_random"}

@@ -2,7 +2,9 @@
 
 import json
 import socket
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock, Timeout
@@ -10,6 +12,7 @@ from filelock import FileLock, Timeout
 from sft.config.schema import Settings, TrackerName, TrackingMode, TrackingSettings
 from sft.errors import Refusal
 from sft.storage.jsonio import append_jsonl, read_json
+from sft.tracking import mlflow
 from sft.tracking.base import check_tracking, make_trackers
 from tests.conftest import make_settings
 
@@ -64,7 +67,8 @@ def test_a_run_of_a_sweep_is_in_the_local_store_with_its_lines_samples_settings_
     assert run.data.tags["group"] == "sweep1" and run.data.tags["mlflow.note.content"] == "python train.py"
     assert run.data.tags["tags"] == "transformers, mine" and run.data.tags["reason"] == "SIGINT at step 1"
     assert curve(client, facts["id"], "train/loss") == [(1, 2.5)] and curve(client, facts["id"], "eval/loss") == [(1, 2.25)]
-    assert curve(client, facts["id"], "train/num_tokens") == [(1, 40), (1, 40)] and run.data.metrics["final/eval_loss"] == 2.25
+    assert {*curve(client, facts["id"], "train/num_tokens")} == {(1, 40)}, "MLflow keeps one of two in one millisecond"
+    assert run.data.metrics["final/eval_loss"] == 2.25
     table = read_json(Path(client.download_artifacts(facts["id"], "samples.json", str(tmp_path))))
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert [(row["step"], row["base answer"], row["answer"]) for row in rows] == [(0, "base", "base"), (1, "base", "later")]
@@ -110,6 +114,22 @@ def test_a_server_that_takes_no_run_leaves_a_local_record(place, tmp_path, monke
     assert "it goes on here" in caplog.text and "hidden" not in caplog.text
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")  # which MLflow does not write any more
     assert make_trackers(tracked()).begin(tracked(), tmp_path, {"name": "n"}, "transformers")["id"] != facts["id"]
+
+
+def test_the_address_of_a_run_opens_among_runs_and_not_among_traces(monkeypatch):
+    client = SimpleNamespace(
+        get_run=None,  # there was none before
+        get_experiment_by_name=lambda name: SimpleNamespace(experiment_id="7"),
+        create_run=lambda number, run_name: SimpleNamespace(info=SimpleNamespace(run_id="r"), data=SimpleNamespace(params={})),
+        set_tag=lambda *args: None,
+        log_batch=lambda *args, **options: None,
+    )
+    for name, found in (("mlflow", {"MlflowClient": lambda tracking_uri: client}), ("mlflow.entities", {"Param": tuple}),
+                        ("mlflow.exceptions", {"MlflowException": OSError})):  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**found))
+    tracker = mlflow.MlflowTracker()
+    tracker._begin("http://server:5000", False, TrackingSettings(), "n", [], {})
+    assert tracker.facts["url"] == "http://server:5000/#/experiments/7/runs/r?workflowType=machine_learning"
 
 
 def test_jobs_that_start_at_once_make_the_database_one_after_the_other(place, tmp_path, monkeypatch, caplog):

@@ -87,7 +87,6 @@ SURFACE = {
     "transformers.PreTrainedConfig._commit_hash": "attribute",
     "transformers.PreTrainedConfig._name_or_path": "attribute",
     "transformers.cache_utils.StaticLayer.update": "(self, key_states, value_states, *args, **kwargs)",
-    "transformers.cache_utils.StaticLayer.lazy_initialization": "(self, key_states, value_states)",
     "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward": "(self, hidden_states)",
     "transformers.models.llama.modeling_llama.LlamaRMSNorm.variance_epsilon": "attribute",
     "peft.tuners.lora.layer.Linear.forward": "(self, x, *args, **kwargs)",
