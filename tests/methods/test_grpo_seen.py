@@ -406,6 +406,11 @@ def test_a_sweep_ranks_rewards_upwards(sweep, capsys):
     assert leaderboard.best_run(sweep).name == board.best.job.folder
 
 
+def test_what_is_rounded_in_the_curves_is_not_worse_than_before():
+    assert not GRPO.is_worse(2 / 3, 0.666667) and GRPO.is_worse(0.66, 0.666667) and not GRPO.is_worse(0.7, 0.666667)
+    assert not SFT.is_worse(1.0, 1.0) and SFT.is_worse(1.1, 1.0) and not SFT.is_worse(0.9, 1.0)
+
+
 def test_a_sweeps_page_speaks_of_rewards(sweep):
     board = leaderboard.read_leaderboard(sweep)
     text = text_of(write_sweep_report(board).read_text("utf-8"))
