@@ -192,11 +192,15 @@ def test_the_report_shows_rewards_of_exports_and_why_there_are_none(folder):
     (folder / "export" / "verify.json").write_text(json.dumps(verify), "utf-8")
     text = text_of(report_page.write_report(folder).read_text("utf-8"))
     assert "Mean reward of its greedy completions of these prompts: 0.7500." in text
-    assert "reward 0.7000 (−0.0500), 7 of 8 equal" in text
+    assert "0.7000 (−0.0500)" in text and "Same completionsRewardEnded by EOS" in text
     verify["reference"] = {"rewards_not_compared": "the file of r.py:f is gone"}
     (folder / "export" / "verify.json").write_text(json.dumps(verify), "utf-8")
     text = text_of(report_page.write_report(folder).read_text("utf-8"))
     assert "Rewards were not compared: the file of r.py:f is gone." in text
+    del facts["rewards"]
+    (folder / "export" / "verify.json").write_text(json.dumps(verify), "utf-8")
+    text = text_of(report_page.write_report(folder).read_text("utf-8"))
+    assert "Same completionsEnded by EOS" in text, "as in a run of another method"
 
 
 # ------------------------------------------------------------------------------------------------------ trackers
