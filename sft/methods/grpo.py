@@ -275,7 +275,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     trainer.padding_free_collator = PaddingFreeCollator(tokenizer.pad_token_id, layout.longest) if plan.padding_free else None
     trainer.model_accepts_loss_kwargs = True  # so that transformers does not divide by the micro-batches once more
     reference = functools.partial(_add_reference, trainer, settings) if method.beta else None
-    trainer.rollout = Rollout(ctx, loop.timed, Generator(model, settings, tokenizer, ctx.stop_ids), rewards, reference)
+    trainer.rollout = Rollout(ctx, loop.timed, Generator(model, ctx), rewards, reference)
     sft.watch(trainer, ctx, loop)
     return trainer
 

@@ -5,8 +5,10 @@
 Everything here is a function of the weights, the prompts and counters, so that a resumed run makes the same rollouts again.
 """
 
+import functools
 import logging
 import statistics
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -74,10 +76,10 @@ class Group:
 class Generator:
     """Completes prompts with the weights in memory."""
 
-    def __init__(self, model: Any, settings: Settings, tokenizer: Any, stop_ids: set[int]):
-        self.model, self.settings, self.tokenizer, self.stop_ids = model, settings, tokenizer, stop_ids
-        self.rows: int | None = None
-        """Completions at once that fit into the memory; None as long as all do."""
+    def __init__(self, model: Any, ctx: RunContext):
+        self.model, self.settings, self.tokenizer, self.stop_ids = model, ctx.settings, ctx.tokenizer, ctx.stop_ids
+        self.rows, self.places = ctx.plan.rollout_rows, ctx.plan.rollout_places
+        """Completions at once, fewer where these do not fit into the memory, and the tokens of the longest with its prompt."""
         self.decoder: Any = None
 
     def complete(
@@ -91,27 +93,25 @@ class Generator:
         copies, found = len(keys[0]) if keys else 1, []
         with inference_mode(self.model, self.settings):
             while len(found) < len(prompts):
-                count = len(prompts) - len(found)
-                count = max(1, min(count, (self.rows or count * copies) // copies))
+                count = max(1, min(len(prompts) - len(found), self.rows // copies))
                 part = slice(len(found), len(found) + count)
                 try:
                     found += self._complete(prompts[part], check_stop, keys[part] if keys else None, copies)
-                except torch.OutOfMemoryError:
-                    if count == 1:
+                except torch.OutOfMemoryError as error:
+                    least, many = self.settings.method.num_generations, self.rows
+                    if many <= least:
                         raise
-                    self.rows, self.decoder = count // 2 * copies, None
+                    traceback.clear_frames(error.__traceback__)  # they hold what has to be freed
+                    self.rows, self.decoder = max(least, many // 2), None
                     free_memory()
-                    log.warning("%d completions at once do not fit into the memory; from now on %d.", count * copies, self.rows)
+                    log.warning("%d completions at once do not fit into the memory; from now on %d.", many, self.rows)
         return found
 
     def _complete(self, prompts: list[list[int]], check_stop: Any, keys: Any, copies: int) -> list[list[Completion]]:
-        limit = self.settings.method.max_completion_length
-        rows, places = len(prompts) * copies, max(map(len, prompts)) + limit
-        base, decoder = base_of(self.model), self.decoder
-        if decoder is None or rows > decoder.rows or places > decoder.places:
-            self.decoder = None  # its memory makes room
-            larger = (max(rows, decoder.rows), max(places, decoder.places)) if decoder else (rows, places)
-            self.decoder = Decoder(base, *larger, trained=True) if fits(base) else by_generate.Decoder(base, *larger)
+        limit, base = self.settings.method.max_completion_length, base_of(self.model)
+        if self.decoder is None:
+            kind = functools.partial(Decoder, trained=True) if fits(base) else by_generate.Decoder
+            self.decoder = kind(base, self.rows, self.places)
         drawing = Drawing(self.settings.method.temperature, keys) if keys else None
         return self.decoder.complete(prompts, self.stop_ids, limit, check_stop, drawing)
 

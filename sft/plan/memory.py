@@ -80,6 +80,8 @@ class LoadPlan:
     """Whether its layers are compiled."""
     every_n_layers: int = 1
     """With checkpointing one of so many layers is recomputed, and the others are kept."""
+    rollout_tokens: int = 0
+    """Tokens of the completions that are drawn together, their prompts included: their keys and values are held throughout."""
 
     def recomputed(self, layers: int) -> int:
         """Of so many layers those that are recomputed."""
@@ -95,6 +97,8 @@ class Estimate:
     """Adapter or trained weights, their gradients and the optimiser."""
     activations: float
     """What is kept from the forward pass, and the largest need of a single layer or of the loss on top of it."""
+    rollouts: float = 0.0
+    """Keys and values of the completions that are drawn together."""
     recorded: float = 0.0
     """What captured steps (sft/model/cuda_graphs.py) hold besides, under its key in preflight.json; given up where the memory
     runs short."""
@@ -102,7 +106,7 @@ class Estimate:
     @property
     def allocated(self) -> float:
         """Held by tensors: `torch.cuda.max_memory_allocated`."""
-        return self.weights + self.trained + self.activations
+        return self.weights + self.trained + self.activations + self.rollouts
 
     @property
     def reserved(self) -> float:
@@ -142,7 +146,8 @@ def estimate(shape: ModelDims, load: LoadPlan, rows: int, length: int) -> Estima
     recorded = 0.0
     if load.padding_free and not load.dropout:
         recorded = step_kept * min(tokens, LAUNCH_BOUND / (shape.packed / layers))
-    return Estimate(weights / GIB, trained / GIB, activations / GIB, recorded / GIB)
+    rollouts = load.rollout_tokens * layers * 2 * shape.key_value_size * value
+    return Estimate(weights / GIB, trained / GIB, activations / GIB, rollouts / GIB, recorded / GIB)
 
 
 def _weight_bytes(shape: ModelDims, load: LoadPlan, value: int) -> float:

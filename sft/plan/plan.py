@@ -27,7 +27,7 @@ from sft.config.batching import (
 from sft.config.eligibility import is_compiled, why_eager, why_padded
 from sft.config.hardware import processes_of, resolve_backend
 from sft.config.schedule import with_eval_schedule
-from sft.config.schema import Backend, Dtype, Settings, Strategy
+from sft.config.schema import Backend, Dtype, MethodName, Settings, Strategy
 from sft.plan import memory
 from sft.plan.machine import Machine, look
 
@@ -59,6 +59,10 @@ class Plan:
     """Rows of a micro-batch, micro-batches of a step, checkpointing."""
     eval_batch_size: int = 1
     """Rows of a micro-batch of an evaluation."""
+    rollout_rows: int = 0
+    """Completions that are drawn together in each process, where a method draws some."""
+    rollout_places: int = 0
+    """Tokens that each of them has room for, its prompt included."""
     steps: int = 0
     padding_free: bool = False
     why_padded: str = ""
@@ -184,6 +188,7 @@ def plan_training(
     compiled = not why and bool(trainer.torch_compile or (machine.gpu and is_compiled(trainer, tokens)))
     captured = not why and machine.gpu and trainer.cuda_graphs is not False and not why_eager(settings)
     plan = replace(plan, steps=steps, padding_free=not why, why_padded=why, compiled=compiled, captured=captured)
+    plan = replace(plan, **_plan_rollouts(plan, settings, lengths))
     reused = _reusable(began, plan)
     batch = reused or _plan_batch(plan, settings, machine, dims, lengths.get("train", []))
     if batch.gradient_checkpointing is None:
@@ -199,6 +204,21 @@ def plan_training(
     keep = scheduled.trainer.load_best_model_at_end
     return replace(plan, eval_steps=scheduled.trainer.eval_steps, every_steps=scheduled.samples.every_steps, keep_best=keep,
                    reasons=reasons)  # fmt: skip
+
+
+def _plan_rollouts(plan: Plan, settings: Settings, lengths: dict[str, list[int]]) -> dict[str, int]:
+    """How many completions are drawn together, those of a step, and how long they can be. `lengths` are of prompts with all
+    their completions.
+    """
+    method = settings.method
+    if method.name != MethodName.grpo:
+        return {}
+    prompts = -(-effective_batch_size(settings.trainer) // plan.processes)
+    longest = (
+        max((max(some) for some in lengths.values() if some), default=0) - method.num_generations * method.max_completion_length
+    )
+    places = (longest or settings.model.max_seq_length) + method.max_completion_length
+    return {"rollout_rows": prompts * method.num_generations, "rollout_places": min(places, settings.model.max_seq_length)}
 
 
 def _reusable(began: BatchPlan | None, plan: Plan) -> BatchPlan | None:
@@ -241,6 +261,7 @@ def load_plan_of(settings: Settings, plan: Plan, machine: Machine) -> memory.Loa
         compiled=plan.compiled and machine.gpu,
         # One layer of several also where trainer.extra says so, and nothing was decided.
         every_n_layers=every if every > 1 else kwargs.get("every_n_layers", 1),
+        rollout_tokens=plan.rollout_rows * plan.rollout_places,
     )
 
 

@@ -44,6 +44,7 @@ def check_memory(found: Found, settings: Settings, machine: Machine, dims: memor
         "device": name, "capacity_gib": capacity, "rows": rows, "tokens": memory.tokens_at_once(load, rows, longest),
     }  # fmt: skip
     parts = f"weights {guess.weights:.1f}, trained {guess.trained:.1f}, activations {guess.activations:.1f}"
+    parts += f", keys and values of rollouts {guess.rollouts:.1f}" if guess.rollouts else ""
     text = f"about {needed:.1f} GiB at the longest rows ({parts}): {text}"
     limit = capacity or _free_memory()
     text += f"; {name} has {limit:.1f}" + ("" if capacity else " free")

@@ -161,3 +161,70 @@ def test_completions_by_a_captured_step_are_those_of_generate(small_llama, monke
             assert decoding.greedy(base, prompts, set(), 64, lambda: None) == expected
     assert len(captured) == 2
     assert len({token for completion in expected for token in completion}) > 10, "else little is compared"
+
+
+def test_drawn_completions_have_the_trainers_log_probs_and_serve_an_adapter_that_trains(small_llama):
+    """Captured steps in bf16: rows end and leave the batch, and what is captured serves after the adapter has changed."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from sft.generation.decoding import Decoder
+    from sft.generation.drawing import Drawing, key_of
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.bfloat16).to("cuda")
+    model.get_output_embeddings().weight.data.mul_(20)  # else all tokens are about as likely
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    base = get_peft_model(model, lora).eval().get_base_model()
+    prompts = [torch.randint(5, 1000, (n,)).tolist() for n in (30, 7, 21, 12)]
+    keys = [[key_of(p, i) for i in range(16)] for p in range(4)]
+    decoder, stops = Decoder(base, 64, 94, trained=True), set(range(0, 40_000, 40))
+    for turn in range(2):
+        with torch.no_grad():
+            found = decoder.complete(prompts, stops, 64, lambda: None, Drawing(0.9, keys))
+            fresh = Decoder(base, 64, 94).complete(prompts, stops, 64, lambda: None, Drawing(0.9, keys))
+            assert [[one.ids for one in some] for some in found] == [[one.ids for one in some] for some in fresh]
+            gaps = []
+            for prompt, some in zip(prompts, found, strict=True):
+                for one in some:
+                    logits = base(torch.tensor([prompt + one.ids], device="cuda")).logits[0, len(prompt) - 1 : -1].float() / 0.9
+                    ids = torch.tensor(one.ids, device="cuda")[:, None]
+                    trained = torch.log_softmax(logits, -1).gather(1, ids)[:, 0].tolist()
+                    gaps += [a - b for a, b in zip(one.log_probs, trained, strict=True)]
+            assert len({len(one.ids) for some in found for one in some}) > 10
+            assert abs(sum(gaps) / len(gaps)) < 0.01, "nats a token, on the mean"
+            assert len(decoder.graphs) > 1 and (turn == 0 or len(decoder.graphs) == graphs)
+            graphs = len(decoder.graphs)
+            for name, weight in base.named_parameters():
+                if "lora_B" in name:
+                    weight.mul_(-1.5)
+
+
+def test_rewarded_runs_are_equal_and_go_on_after_a_stop(small_llama, tmp_path):
+    """Rollouts, updates and evaluations on a GPU, twice, and once stopped inside."""
+    import signal
+    import time
+
+    (tmp_path / "reward.py").write_text("def letters(completion, row):\n    return sum(map(ord, completion)) % 17 / 17\n")
+    command = [sys.executable, str(ROOT / "train.py"), "method=grpo", f"model.name={small_llama}", "tracking=none",
+               f"method.reward_funcs=[{tmp_path / 'reward.py'}:letters]", "method.reward_weights=[1]",
+               "method.max_completion_length=48", "trainer.max_steps=12", "trainer.effective_batch_size=4",
+               "trainer.per_device_train_batch_size=2", "trainer.save_steps=4", "samples.num_held_out=1",
+               "model.backend=transformers", "dataset.eval_fraction=0.05"]  # fmt: skip
+    for name in ("one", "two", "cut"):
+        if name == "cut":
+            with subprocess.Popen(
+                [*command, f"hydra.run.dir={tmp_path / name}"], cwd=tmp_path, stderr=subprocess.DEVNULL
+            ) as run:
+                while not (tmp_path / name / "checkpoints" / "checkpoint-4").exists() and run.poll() is None:
+                    time.sleep(0.01)
+                run.send_signal(signal.SIGTERM)
+            assert run.returncode == 130
+        done = subprocess.run([*command, f"hydra.run.dir={tmp_path / name}"], capture_output=True, text=True, cwd=tmp_path,
+                              timeout=280)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    texts = [(tmp_path / name / "rollouts.jsonl").read_text(encoding="utf-8") for name in ("one", "two", "cut")]
+    assert texts[0] == texts[1] == texts[2] and len(texts[0].splitlines()) == 48
+    weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("one", "two", "cut")]
+    assert weights[0] == weights[1] == weights[2]
