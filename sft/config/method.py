@@ -27,8 +27,8 @@ class MethodFacts:
         return self.title.rpartition(" ")[2]
 
     def is_worse(self, value: float, other: float) -> bool:
-        """Whether a value of the metric is worse than another."""
-        return value < other if self.greater_is_better else value > other
+        """Whether a value of the metric is worse than another by more than metrics.jsonl rounds."""
+        return (other - value if self.greater_is_better else value - other) > 1e-6
 
 
 SFT = MethodFacts("sft", ("input_ids", "labels"))

@@ -41,10 +41,14 @@ class Trained:
     why_not_rewarded: str = ""
 
     @property
+    def rewarded(self) -> bool:
+        """Whether it was trained on rewards of its own completions."""
+        return self.settings.method.name == MethodName.grpo
+
+    @property
     def new_tokens(self) -> int:
         """Tokens that completions have at most."""
-        rewarded = self.settings.method.name == MethodName.grpo
-        return self.settings.method.max_completion_length if rewarded else self.settings.samples.max_new_tokens
+        return self.settings.method.max_completion_length if self.rewarded else self.settings.samples.max_new_tokens
 
     @property
     def reward_weights(self) -> list[float]:
@@ -126,7 +130,7 @@ def compare_with_training(trained: Trained, reference: measure.EvalResult) -> tu
         )
     ]
     sampled = measure.EvalResult(in_memory, [], _last_samples(trained), [])
-    if trained.settings.method.name == MethodName.grpo:
+    if trained.rewarded:
         kept = [row for row in trained.rows[: len(reference.completions)] if row.labels]
         sampled = replace(sampled, completions=[measure.completion_of(row) for row in kept])
         sampled.rewards = [row.rewards for row in kept if row.rewards]
@@ -193,7 +197,7 @@ def prove_folder(
         measured.append(found)
         del model
         environment.release_memory()
-        numbers, compared = verify.compare_numbers(reference, found, trained.dtype, limit)
+        numbers, compared = verify.compare_numbers(reference, found, trained.dtype, limit, trained.rewarded)
         signs, of_pairs = _compare_margins(trained, reference, found, trained.dtype, limit)
         rewarded, of_rewards = _compare_rewards(trained, reference, found, trained.dtype, limit)
         facts |= compared | of_rewards | of_pairs
@@ -239,7 +243,7 @@ def prove_gguf(trained, report, reference, rounded, name: str, file: Path, kind:
     checks = verify.compare_tokens(trained.tokens, held, tokenizer.bos_token_id)
     limit = None if kind in gguf.HIGH_PRECISION else wanted.max_loss_increase
     # llama.cpp rounds what it multiplies f16 weights with to 16 bits, so that it is as exact as a 16-bit type of torch's.
-    numbers, facts = verify.compare_numbers(reference, measured, "float16", limit)
+    numbers, facts = verify.compare_numbers(reference, measured, "float16", limit, trained.rewarded)
     signs, of_pairs = _compare_margins(trained, reference, measured, "float16", limit)
     rewarded, of_rewards = _compare_rewards(trained, reference, measured, "float16", limit)
     numbers, facts = numbers + rewarded + signs, facts | of_rewards | of_pairs
@@ -260,7 +264,7 @@ def _compare_margins(trained, reference, found, dtype: str, limit: float | None)
 
 def _compare_rewards(trained, reference, found, dtype: str, limit: float | None) -> tuple[list[verify.Check], dict[str, Any]]:
     """The rewards of completions against those of the trained model: equal where the format is lossless."""
-    ties = verify.ties_of(verify.find_divergences(reference, found), verify.TIE[dtype])
+    ties = verify.ties_of(verify.find_divergences(reference, found), verify.lossless_limits(dtype, trained.rewarded)[1])
     return verify.compare_rewards(reference.rewards, found.rewards, trained.reward_weights, ties, exact=limit is None)
 
 

@@ -22,6 +22,14 @@ Rounding SmolLM2's merged weights to float16 moved the loss by 6e-4 (docs/export
 TIE = {"float32": 0.05, "bfloat16": 0.25, "float16": 0.25}
 """Two tokens whose log probabilities are closer than this are a tie: rounding may choose either."""
 
+ROUNDED_LOSS, ROUNDED_TIE = 1e-2, 0.5
+"""LOSSLESS and TIE of a rewarded run's exports, whatever type it computes in: its own completions have a few hundred tokens, on
+which the rounding of weights to 16 bits does not average out.
+
+SmolLM2 after 12 and after 40 steps of sums: the loss moved by 4e-3 and 1e-3, and 4 of 64 completions diverged, at gaps of up to
+0.29 nats. Without its adapter the loss was 0.23 and 0.46 higher, and more than half diverged at gaps above 0.5.
+"""
+
 REWARD_FALL = 0.25
 """By how much of what can be earned the mean reward of a quantised export may be lower: that of two in eight completions."""
 
@@ -79,18 +87,24 @@ def compare_tokens(trained: Tokens, found: Tokens, bos: int | None) -> list[Chec
     return checks
 
 
+def lossless_limits(dtype: str, rewarded: bool) -> tuple[float, float]:
+    """(LOSSLESS, TIE) of an export by the type that the model computes in, and whether the run was rewarded."""
+    limits = LOSSLESS[dtype], TIE[dtype]
+    return (max(limits[0], ROUNDED_LOSS), max(limits[1], ROUNDED_TIE)) if rewarded else limits
+
+
 def compare_numbers(
-    trained: EvalResult, found: EvalResult, dtype: str, limit: float | None
+    trained: EvalResult, found: EvalResult, dtype: str, limit: float | None, rewarded: bool = False
 ) -> tuple[list[Check], dict[str, Any]]:
     """(checks, facts) of the loss and the completions; `limit` None means lossless: only then the completions are judged."""
     increase = found.loss - trained.loss
+    allowed, tie = lossless_limits(dtype, rewarded)
     if limit is None:
-        allowed = LOSSLESS[dtype]
         checks = [Check("loss", abs(increase) <= allowed, f"{trained.loss:.4f} ± {allowed:g}", f"{found.loss:.4f}")]
     else:
         allowed = limit
         checks = [Check("loss", increase <= allowed, f"at most {trained.loss + allowed:.4f}", f"{found.loss:.4f}")]
-    judged, completions = compare_completions("answers", trained, found, TIE[dtype])
+    judged, completions = compare_completions("answers", trained, found, tie)
     compared = completions["answers"]
     if limit is None:
         checks.append(judged)

@@ -117,6 +117,9 @@ def _check_search(means: DictConfig | None, overrides: list[Override]) -> list[P
             why = "A search draws each setting by itself."
             fix = "sweep.paired=[]   one setting may follow another instead: lora.lora_alpha='${lora.r}'"
             problems.append(Problem(line, why, fix))
+        if override.key_or_group in ("method", "method.name") and override.is_discrete_sweep():
+            why = "A search is for the best value of one figure, and the figures of two methods cannot be compared."
+            problems.append(Problem(line, why, f"{override.get_key_element()}={next(override.sweep_iterator())}"))
         none = override.key_or_group == "dataset.eval_fraction" and not override.is_sweep_override() and override.value() == 0
         if none and not set_apart:
             why = "A search is for the best value on held-out rows, and nothing would be held out."

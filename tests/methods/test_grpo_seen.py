@@ -192,11 +192,15 @@ def test_the_report_shows_rewards_of_exports_and_why_there_are_none(folder):
     (folder / "export" / "verify.json").write_text(json.dumps(verify), "utf-8")
     text = text_of(report_page.write_report(folder).read_text("utf-8"))
     assert "Mean reward of its greedy completions of these prompts: 0.7500." in text
-    assert "reward 0.7000 (−0.0500), 7 of 8 equal" in text
+    assert "0.7000 (−0.0500)" in text and "Same completionsRewardEnded by EOS" in text
     verify["reference"] = {"rewards_not_compared": "the file of r.py:f is gone"}
     (folder / "export" / "verify.json").write_text(json.dumps(verify), "utf-8")
     text = text_of(report_page.write_report(folder).read_text("utf-8"))
     assert "Rewards were not compared: the file of r.py:f is gone." in text
+    del facts["rewards"]
+    (folder / "export" / "verify.json").write_text(json.dumps(verify), "utf-8")
+    text = text_of(report_page.write_report(folder).read_text("utf-8"))
+    assert "Same completionsEnded by EOS" in text, "as in a run of another method"
 
 
 # ------------------------------------------------------------------------------------------------------ trackers
@@ -404,6 +408,11 @@ def test_a_sweep_ranks_rewards_upwards(sweep, capsys):
     shown = capsys.readouterr().err
     assert "held-out reward" in shown and "0.8000" in shown and "loss" not in shown
     assert leaderboard.best_run(sweep).name == board.best.job.folder
+
+
+def test_what_is_rounded_in_the_curves_is_not_worse_than_before():
+    assert not GRPO.is_worse(2 / 3, 0.666667) and GRPO.is_worse(0.66, 0.666667) and not GRPO.is_worse(0.7, 0.666667)
+    assert not SFT.is_worse(1.0, 1.0) and SFT.is_worse(1.1, 1.0) and not SFT.is_worse(0.9, 1.0)
 
 
 def test_a_sweeps_page_speaks_of_rewards(sweep):

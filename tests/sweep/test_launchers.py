@@ -119,6 +119,8 @@ def test_all_that_is_wrong_is_said_at_once(machine):
         (["hydra/launcher=ray"], "python train.py -m hydra/launcher=ray"),
         (["-m", "hydra/launcher=basic", "lora.r=4,8"], "hydra/launcher=ray "),
         (["sweep=tpe", "sweep.paired=[lora.r]"], "sweep.paired=[]"),
+        (["sweep=tpe", "method=sft,dpo"], "method=sft"),
+        (["sweep=random", "method=choice(grpo,dpo)"], "method=grpo"),
     ],
 )
 def test_what_cannot_work_is_refused(machine, argv, fix):
