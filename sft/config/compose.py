@@ -55,6 +55,7 @@ def register() -> None:
     warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     OmegaConf.register_new_resolver("pick", _pick, replace=True)
     OmegaConf.register_new_resolver("dpo_learning_rate", _dpo_learning_rate, replace=True)
+    OmegaConf.register_new_resolver("is_twist_pairs", _is_twist_pairs, replace=True)
     OmegaConf.register_new_resolver("grpo_learning_rate", _grpo_learning_rate, replace=True)
     OmegaConf.register_new_resolver("is_sums", _is_sums, replace=True)
     OmegaConf.register_new_resolver("sums_weights", _sums_weights, replace=True)
@@ -79,7 +80,12 @@ def _pick(condition: bool, if_true: Any, if_false: Any) -> Any:
 
 def _dpo_learning_rate(model: str) -> float:
     """The rate of method=dpo: that of models of billions, as recipes for LoRA have it, or of the built-in models, as tried."""
-    return 1e-4 if model in BUILT_IN else 5e-6
+    return 3e-4 if model in BUILT_IN else 5e-6
+
+
+def _is_twist_pairs(dataset: str | None, path: Any, model: str) -> bool:
+    """Whether the rows are the shipped pairs, and the model a built-in one."""
+    return dataset == "twist_pairs" and path is None and model in BUILT_IN
 
 
 def _grpo_learning_rate(model: str) -> float:
