@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from sft.programs import as_called
 from sft.sanitize import shown, without_passwords
 
 
@@ -23,6 +24,9 @@ class Problem:
     """Why it cannot work, in a sentence."""
     fix: str = ""
     """The override or command that mends it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fix", as_called(self.fix))
 
 
 class Refusal(SftError):

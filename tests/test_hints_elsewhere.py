@@ -18,8 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts import chat, export, leaderboard, wandb_sweep, wandb_workspace
+from scripts import wandb_sweep, wandb_workspace
 from sft import errors
+from sft.cli import export, leaderboard
+from sft.cli import talk as chat
 from sft.cli.chat import find_target
 from sft.config import fingerprint
 from sft.config.consent import WORD
@@ -491,13 +493,13 @@ ELSEWHERE = {
 
 UNTYPED = {
     "only the reader knows the run, the sweep, the repository or the folder that is meant": """
-        scripts.chat.read_options 4, scripts.export.read_request 2, scripts.export.read_request 4, scripts.leaderboard.main 1,
-        scripts.show_run.main, sft.cli.chat.find_target 1, sft.cli.target.find_run 1, sft.model.start.find_adapter 1,
+        sft.cli.talk.read_options 4, sft.cli.export.read_request 2, sft.cli.export.read_request 4, sft.cli.leaderboard.main 1,
+        sft.cli.show.main, sft.cli.chat.find_target 1, sft.cli.target.find_run 1, sft.model.start.find_adapter 1,
         sft.runs.resume.recorded_run 1, sft.runs.resume.recorded_run 2, sft.runs.saved.settings_of, sft.runs.saved.check_base,
         sft.sweep.leaderboard.read_leaderboard, sft.sweep.leaderboard.best_run 1, sft.export.hub._check_existing 1,
         sft.export.hub._check_existing 3, sft.export.hub._check_existing 4, sft.export.hub._create""",
     "only the reader knows the values": """
-        scripts.export.read_request 1, scripts.wandb_workspace._tracked, sft.sweep.grid.check_pairs 1,
+        sft.cli.export.read_request 1, scripts.wandb_workspace._tracked, sft.sweep.grid.check_pairs 1,
         sft.sweep.grid.check_pairs 2, sft.sweep.slurm.SlurmJobs.start""",
     "a login, a licence or a right is given by a person, on the hub": """
         sft.export.hub.check_access 2, sft.export.hub.check_access 3, sft.export.hub._check_user 1,

@@ -18,9 +18,9 @@ import torch
 import transformers.dynamic_module_utils as modules
 from peft import LoraConfig
 
-from scripts import leaderboard as leaderboard_command
-from scripts import preview
 from sft import console
+from sft.cli import leaderboard as leaderboard_command
+from sft.cli import preview
 from sft.config.rules import check_settings
 from sft.config.schema import DatasetSettings, Settings
 from sft.console import ConsoleHandler, LogFile

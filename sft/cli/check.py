@@ -5,6 +5,7 @@ schema. Here each override is checked against the schema first, then each job is
 """
 
 import contextlib
+import functools
 import os
 import shlex
 import sys
@@ -31,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sft import console
 from sft.cli.overrides import check_override, is_known, looks_secret, needs_sweep, one_line, parse_overrides, secret, takes_one
-from sft.config import schema
+from sft.config import presets, schema
 from sft.config.compose import PROCESSES, register, to_settings
 from sft.config.consent import WORD
 from sft.config.data_rules import why_lost
@@ -41,6 +42,7 @@ from sft.config.rules import check_settings
 from sft.config.schema import Settings
 from sft.distributed.group import is_first, launched
 from sft.errors import Problem, Refusal, chain_of, first_line
+from sft.programs import by_name
 from sft.runs.resume import check_folder, further, read_record, recorded_run, working_folder
 from sft.storage.cache import cache_dir
 from sft.sweep.checks import check_interval, check_means, is_search, runs_elsewhere, sweeper_params
@@ -99,6 +101,8 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
     if any(text.startswith("resume=") for text in args.overrides):
         return _check_resume(argv, hardware)
     register()
+    if left_aside := presets.left_aside():
+        _warn_once(left_aside)
     problems: list[Problem] = []
     config_name = args.config_name or "config"
     with _hydra_over(config_dir, args):
@@ -143,6 +147,11 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
         raise Refusal(list(dict.fromkeys(problems)))
 
 
+@functools.cache
+def _warn_once(text: str) -> None:
+    console.say(text)
+
+
 def read_settings(config_dir: Path, argv: list[str], hardware: bool = True) -> Settings:
     """The settings of the one job that `argv` describes, for commands other than train.py. Raises Refusal."""
     check_command_line(config_dir, argv, hardware)
@@ -182,6 +191,10 @@ def _parse_flags(config_dir: Path, argv: list[str]) -> Any:
     if args.config_path and not main.is_file():
         why = f"It would take the place of the project's own settings, and there is no {main}."
         problems.append(Problem(f"--config-path {args.config_path}", why, f"--config-dir {args.config_path}   adds to them"))
+    elif args.config_path and by_name() and not os.path.isabs(args.config_path):
+        why = "An installed command has no folder of its own that this could be relative to."
+        fix = f"--config-path {shlex.quote(os.path.abspath(args.config_path))}"
+        problems.append(Problem(f"--config-path {args.config_path}", why, fix))
     if args.config_dir and (why_lost(args.config_dir) or not Path(args.config_dir).is_dir()):
         fix = f"looked for {os.path.abspath(args.config_dir)}"
         problems.append(Problem(f"--config-dir {args.config_dir}", "There is no such folder.", fix))

@@ -12,13 +12,16 @@ from typing import Any
 from hydra._internal.utils import get_args_parser
 from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from sft.config.keys import find_field, leaf_keys, plain_type, stray_keys, unknown_key
+from sft.config.presets import OwnPresets
 from sft.config.schema import BUILT_IN, Settings
 from sft.errors import Problem, Refusal, first_line, refuse
+from sft.programs import as_called, by_name
 
 SECRET_NAME = re.compile(r"SECRET|PASSW|APIKEY|CREDENTIAL|TOKEN(?![A-Z])|(^|_)KEY(?![A-Z])")
 """Environment variables, in capitals, of which no setting is filled in."""
@@ -27,6 +30,7 @@ SECRET_NAME = re.compile(r"SECRET|PASSW|APIKEY|CREDENTIAL|TOKEN(?![A-Z])|(^|_)KE
 @functools.cache
 def register() -> None:
     """Store the schema for Hydra as `schema` and register the resolvers that the YAML files use, once in a process."""
+    Plugins.instance().register(OwnPresets)
     schema = OmegaConf.structured(Settings)
     # Free-form mappings accept new keys without Hydra's `+`: `trainer.extra.neftune_noise_alpha=5`.
     free = (
@@ -61,6 +65,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("sums_weights", _sums_weights, replace=True)
     OmegaConf.register_new_resolver("job_label", _job_label, replace=True)
     OmegaConf.register_new_resolver("one_name", lambda option: str(option).replace("/", "-"), replace=True)
+    OmegaConf.register_new_resolver("as_called", as_called, replace=True)
     OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 
@@ -179,7 +184,8 @@ def _pickled_schema() -> bytes:
 
 def command_text() -> str:
     """The command as it can be typed again."""
-    return "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    program = ["sft", "train"] if by_name() else ["python", os.path.relpath(sys.argv[0])]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def where_it_looked(command: str) -> tuple[list[str], list[str]]:

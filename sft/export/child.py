@@ -12,6 +12,7 @@ from sft.distributed import group
 from sft.environment import release_memory
 from sft.export import exporter
 from sft.processes import child_environment, python_command
+from sft.programs import as_called
 from sft.runs.record import RunRecord
 from sft.signals import StopRequest
 from sft.storage.jsonio import read_json
@@ -47,7 +48,7 @@ def export_run_apart(folder: Path, record: RunRecord, stop: StopRequest) -> tupl
     for line in failures:
         log.error("export: %s", line)
     if failures:
-        again = f"python scripts/export.py run={os.path.relpath(folder)} export.formats=[...]"
+        again = as_called(f"python scripts/export.py run={os.path.relpath(folder)} export.formats=[...]")
         log.error("hint: %s   exports again", " ".join([again, *words]))
     return failures, cut
 

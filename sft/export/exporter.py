@@ -33,6 +33,7 @@ from sft.export.proving import (
 from sft.export.requirements import FORMATS, check_export
 from sft.export.rewarding import find_rewarding
 from sft.model.tokenizer import read_tokenizer
+from sft.programs import as_called
 from sft.runs import resume
 from sft.runs.saved import prompt_form
 from sft.storage import atomic, jsonio
@@ -332,7 +333,7 @@ def _describe_and_push(folder: Path, settings: Settings, report: dict) -> None:
                 pushed[format] = {"url": url}
                 log.info("       pushed        %s", pushed[format]["url"])
             except HubError as error:
-                again = f"python scripts/export.py run={os.path.relpath(folder)} push=true export.hub.repo={repo}"
+                again = as_called(f"python scripts/export.py run={os.path.relpath(folder)} push=true export.hub.repo={repo}")
                 again = with_word(again, settings)
                 pushed[format] = {"error": str(error), "again": again}
                 log.error("%s was not pushed: %s\nhint: %s", format, error, again)

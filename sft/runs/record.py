@@ -17,7 +17,8 @@ from sft.config.consent import with_word
 from sft.config.fingerprint import config_hash, differs_from, reward_hashes
 from sft.config.method import METHODS
 from sft.config.schema import Settings
-from sft.paths import ROOT
+from sft.paths import INSTALLED, ROOT
+from sft.programs import as_called
 from sft.storage.jsonio import jsonable, now, write_json
 
 log = logging.getLogger(__name__)
@@ -181,6 +182,8 @@ def _cpu_name() -> str:
 
 def _git_commit() -> str | None:
     """Commit of the checkout this code runs from, with `+` where it was changed since; None outside a checkout."""
+    if INSTALLED:
+        return None  # a repository around it is the user's
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=5)
         changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, timeout=5)
@@ -199,6 +202,6 @@ def log_ending(settings: Settings, folder: Path, facts: dict[str, Any]) -> None:
     else:
         log.info("Done   %s%s", status, f": {reason}" if reason else "")
     if status == "stopped":
-        log.info("       go on with: %s", with_word(f"python train.py resume={os.path.relpath(folder)}", settings))
+        log.info("       go on with: %s", with_word(as_called(f"python train.py resume={os.path.relpath(folder)}"), settings))
     for name, place in facts["artifacts"].items():
         log.info("       %-8s %s", name, os.path.relpath(folder / place))

@@ -19,6 +19,7 @@ from sft.config.keys import flatten
 from sft.config.method import SFT, MethodFacts, facts_of
 from sft.config.schema import GROUPS, Settings
 from sft.errors import refuse
+from sft.programs import as_called
 from sft.sanitize import shown
 from sft.storage.jsonio import number
 from sft.sweep.index import FINISHED, Job, SweepIndex, find_sweeps, load_index, read_run, readable_index
@@ -316,7 +317,7 @@ def _command(board: Leaderboard, row: TableRow, changed: dict[str, str]) -> str:
     overrides = {**row.job.overrides, **changed}
     flags, places = where_it_looked(board.index.command)
     words = [*flags, *(f"{key}={value}" for key, value in overrides.items()), *places]
-    return "python train.py -m " + shlex.join([*words, f"hydra.sweep.dir={os.path.relpath(board.index.folder)}"])
+    return as_called("python train.py -m ") + shlex.join([*words, f"hydra.sweep.dir={os.path.relpath(board.index.folder)}"])
 
 
 # ----------------------------------------------------------------------------------------------------- the files

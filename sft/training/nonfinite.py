@@ -12,6 +12,7 @@ from typing import Any
 from sft.data.collators import cut
 from sft.data.token_cache import row_lengths
 from sft.distributed.group import any_of, gathered
+from sft.programs import as_called
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class NonFiniteSteps:
             self.still_at = step
             log.warning(
                 "Step %d: the gradients of the last %d logged steps were exactly 0, so that the weights stand still. "
-                "hint: scripts/preview.py shows what is trained on; on a GPU try trainer.cuda_graphs=false too",
+                + as_called("hint: scripts/preview.py shows what is trained on; on a GPU try trainer.cuda_graphs=false too"),
                 step, STILL,
             )  # fmt: skip
         self.losses = [*self.losses, loss][-4 * WINDOW :]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts import chat
+from sft.cli import talk as chat
 from sft.cli.chat import Speaker
 from sft.config.schema import DatasetSettings, ModelSettings, Settings, Shape
 from sft.data.templates import render_row

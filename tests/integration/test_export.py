@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from scripts.export import main
+from sft.cli.export import main
 from sft.errors import ExportError, Refusal
 from sft.export import exporter, merge
 from sft.run import run
@@ -304,7 +304,7 @@ def test_a_full_disk_is_told_before_anything_is_made(copied, monkeypatch):
     ({"target_modules": ["nothing"]}, "PEFT cannot put adapter/ on the model"),
 ])  # fmt: skip
 def test_an_adapter_config_that_peft_would_obey_or_not_know_is_refused_by_name(copied, capfd, keys, told):
-    from scripts import chat
+    from sft.cli import talk as chat
 
     file = copied / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
@@ -327,7 +327,7 @@ def test_an_adapter_whose_weights_were_cut_off_is_refused_by_name(copied, capfd)
     ("model.safetensors.index.json", {"weight_map": {"a": "../adapter/adapter_model.safetensors"}}, "own folder"),
 ])  # fmt: skip
 def test_a_merged_folder_is_checked_before_a_chat_loads_it(copied, capfd, name, keys, told):
-    from scripts import chat
+    from sft.cli import talk as chat
 
     file = copied / "export" / "merged_16bit" / name
     file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | keys))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from scripts.export import main
+from sft.cli.export import main
 from sft.export import exporter, gguf, merge
 from sft.run import run
 from sft.runs.saved import settings_of

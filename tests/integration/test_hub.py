@@ -258,7 +258,7 @@ def test_the_list_in_verify_json_names_files_of_the_export_alone(hub, tmp_path, 
 
 
 def test_the_hint_after_a_failed_push_pushes_what_is_on_disk(hub, tmp_path):
-    from scripts import export
+    from sft.cli import export
     from sft.storage.jsonio import jsonable
 
     run = tmp_path / "run"

@@ -2,7 +2,7 @@
 
 import json
 
-from scripts import show_run
+from sft.cli import show as show_run
 
 
 def write(folder, name, lines):

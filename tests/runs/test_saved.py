@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from scripts import export
+from sft.cli import export
 from sft.cli.chat import Speaker, find_target
 from sft.errors import Refusal
 from sft.model import builtin, hub

@@ -295,7 +295,7 @@ def test_defaults_of_a_sweep_change_nothing_in_a_run():
 
 
 def test_the_table_in_the_terminal(sweep, capsys):
-    from scripts import leaderboard as command
+    from sft.cli import leaderboard as command
 
     folder = sweep([("lora.r=8", 2.0), ("lora.r=16", 1.5), ("lora.r=32", None, {"reason": "OutOfMemoryError: full"})])
     assert command.main([]) == 0 and command.main([f"run={folder}"]) == 0

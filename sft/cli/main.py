@@ -1,0 +1,106 @@
+"""The installed command: sft <word> ...
+
+Each word takes what its program in a checkout takes: `sft train` is `python train.py`, `sft export` is
+`python scripts/export.py`.
+"""
+
+import difflib
+import glob
+import os
+import shlex
+import sys
+from importlib import import_module
+
+from sft import __version__
+from sft.programs import VARIABLE
+from sft.threads import spin_briefly
+
+WORDS = {
+    "train": ("dataset=local dataset.path=my.csv", "train one run"),
+    "preview": ("dataset=local dataset.path=my.csv", "show what would be trained on, token by token"),
+    "preflight": ("dataset=local dataset.path=my.csv", "check everything, train nothing"),
+    "sweep": ("lora.r=8,16 ...", "train a run for each combination"),
+    "resume": ("outputs/<run>", "go on with a run that was stopped"),
+    "show": ("run=outputs/<run>", "a run at a glance"),
+    "leaderboard": ("run=outputs/sweeps/<sweep>", "the table of a sweep"),
+    "export": ("run=outputs/<run> export=gguf", "make files of a run that other programs read"),
+    "chat": ("run=outputs/<run>", "talk to a run, or to an export of it"),
+    "install-gguf": ("", "install what GGUF exports need"),
+}
+"""Each word with an example of what follows it, and what it does."""
+
+HYDRA = ("train", "preflight", "sweep", "preview")
+"""Words that take the settings of a run, which Hydra completes in a shell."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the words ask for; returns the exit code. The libraries are loaded by the program that is called."""
+    argv = sys.argv[1:] if argv is None else argv
+    os.environ[VARIABLE] = "1"
+    spin_briefly()
+    word, *rest = argv or ["--help"]
+    if word in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if word == "--version":
+        print(__version__)
+        return 0
+    if word in ("-sc", "--shell-completion"):
+        return complete(rest)
+    if word in ("train", "sweep", "preflight", "resume"):
+        return import_module("sft.cli.train").run(training_words(word, rest))
+    if word in WORDS:
+        name = {"chat": "talk"}.get(word, word.replace("-", "_"))
+        return import_module(f"sft.cli.{name}").main(rest)
+    print(f"There is no sft {shlex.quote(word)}.\nhint: {likeliest(argv)}", file=sys.stderr)
+    return 2
+
+
+def overview() -> str:
+    """The words, with what each does."""
+    lines = [f"  {f'sft {word} {example}':<52} {about}" for word, (example, about) in WORDS.items()]
+    return "\n".join(
+        [
+            "Fine-tune a language model on your own data.",
+            "",
+            *lines,
+            "",
+            "sft <word> --help says more. Presets of your own are found in conf/ of the current folder.",
+        ]
+    )
+
+
+def training_words(word: str, rest: list[str]) -> list[str]:
+    """What `train` is given for this word."""
+    if word == "sweep":
+        return ["-m", *rest]
+    if word == "preflight":
+        return [*rest, "preflight.mode=only"]
+    if word == "resume" and not (rest and rest[0].startswith(("-", "resume="))):
+        return [f"resume={''.join(rest[:1]).removeprefix('run=')}", *rest[1:]]
+    return rest
+
+
+def likeliest(argv: list[str]) -> str:
+    """The command that was probably meant."""
+    word = argv[0]
+    if word == "-m":
+        return shlex.join(["sft", "sweep", *argv[1:]])
+    if "=" in word or word.startswith("-"):
+        return shlex.join(["sft", "train", *argv])
+    close = difflib.get_close_matches(word.removesuffix(".py"), [*WORDS, "show_run", "install_gguf"], 1, 0.5)
+    renamed = {"show_run": "show", "install_gguf": "install-gguf"}
+    return shlex.join(["sft", renamed.get(close[0], close[0]), *argv[1:]]) if close else "sft --help   lists the words"
+
+
+def complete(rest: list[str]) -> int:
+    """Answer a shell: with the function that completes, or with what may end the line in COMP_LINE; returns the exit code."""
+    before, _, last = os.environ.get("COMP_LINE", "").rpartition(" ")
+    words = before.split()[1:]
+    if not any(word.startswith("query=") for word in rest) or set(words[:1]) & set(HYDRA):
+        os.environ["COMP_LINE"] = " ".join(["sft", *words[1:], last])
+        at = words.index("--config-dir") if "--config-dir" in words else len(words)
+        return import_module("sft.cli.train").run([*words[at : at + 2], "-sc", *rest])
+    found = [f"run={place}" for place in glob.glob(f"{last[4:]}*")] if last.startswith("run=") else ["run="]
+    print("\n".join(word for word in (found if words else WORDS) if word.startswith(last)))
+    return 0

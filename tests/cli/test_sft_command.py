@@ -1,0 +1,211 @@
+"""The installed command: the words of train.py and the scripts, presets of one's own, completion, and a wheel that is whole."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sft.cli import check
+from sft.cli.check import check_command_line, read_settings
+from sft.cli.main import WORDS, likeliest, main, training_words
+from sft.config.compose import command_text
+from sft.errors import Problem, Refusal
+from sft.paths import CONF
+from sft.programs import VARIABLE, as_called
+from tests.conftest import ROOT
+
+PROGRAM = f"#!{sys.executable}\nimport sys\nfrom sft.cli.main import main\nsys.exit(main())\n"
+EXPERIMENT = "# @package _global_\nlora: {r: 4}\n"
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """As where `sft` was typed."""
+    monkeypatch.setenv(VARIABLE, "1")
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> Path:
+    """An empty folder but for a preset in its conf/, as the working folder."""
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/x.yaml").write_text(EXPERIMENT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_program(folder: Path) -> dict[str, str]:
+    """`sft` in a folder; returns the environment that finds it."""
+    folder.mkdir()
+    (folder / "sft").write_text(PROGRAM, encoding="utf-8")
+    (folder / "sft").chmod(0o755)
+    return os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["trian"]], ids=["alone", "help", "unknown"])
+def test_the_overview_and_a_refusal_load_neither_hydra_nor_torch(words):
+    heavy = {"hydra", "omegaconf", "torch", "transformers", "numpy", "yaml"}
+    code = f"import sys; from sft.cli.main import main; code = main({words!r}); assert not {heavy!r} & set(sys.modules); "
+    done = subprocess.run([sys.executable, "-c", code + "sys.exit(code)"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if words == ["trian"]:
+        assert done.returncode == 2 and done.stderr == "There is no sft trian.\nhint: sft train\n"
+    else:
+        assert done.returncode == 0 and all(f"\n  sft {word} " in done.stdout for word in WORDS), done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv, meant",
+    [
+        (["trian", "lora.r=8"], "sft train lora.r=8"),
+        (["lora.r=8"], "sft train lora.r=8"),
+        (["-m", "lora.r=8,16"], "sft sweep lora.r=8,16"),
+        (["show_run.py", "run=outputs/a"], "sft show run=outputs/a"),
+        (["leader"], "sft leaderboard"),
+        (["xyzzy"], "sft --help   lists the words"),
+    ],
+    ids=" ".join,
+)
+def test_an_unknown_word_is_refused_with_the_likeliest_command(argv, meant, typed, capsys):
+    assert likeliest(argv) == meant
+    assert main(argv) == 2 and f"hint: {meant}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "typed_words, given",
+    [
+        (["train", "lora.r=8"], ["lora.r=8"]),
+        (["sweep", "lora.r=8,16"], ["-m", "lora.r=8,16"]),
+        (["preflight", "lora.r=8"], ["lora.r=8", "preflight.mode=only"]),
+        (["resume", "outputs/a b", "distributed.num_processes=2"], ["resume=outputs/a b", "distributed.num_processes=2"]),
+        (["resume", "run=outputs/a"], ["resume=outputs/a"]),
+        (["resume", "resume=outputs/a"], ["resume=outputs/a"]),
+        (["resume"], ["resume="]),
+        (["resume", "--help"], ["--help"]),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_a_word_is_train_py_with_other_words(typed_words, given):
+    assert training_words(typed_words[0], typed_words[1:]) == given
+
+
+@pytest.mark.parametrize("word", ["preview", "export", "leaderboard", "show", "chat", "install-gguf"])
+def test_the_help_of_each_word_says_sft(word, typed, capsys):
+    assert main([word, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"sft {word}" in shown and "scripts/" not in shown
+
+
+def test_hints_are_commands_as_they_were_typed(monkeypatch):
+    text = "python train.py -m lora.r=8   or   python scripts/show_run.py run=a\nscripts/preview.py\n"
+    text += "python scripts/install_gguf.py"
+    assert as_called(text) == text == Problem("a", "b", text).fix
+    monkeypatch.setenv(VARIABLE, "1")
+    assert Problem("a", "b", text).fix == "sft train -m lora.r=8   or   sft show run=a\nsft preview\nsft install-gguf"
+    assert as_called("torchrun --nproc-per-node 2 train.py a=b") == "torchrun --nproc-per-node 2 -m sft train a=b"
+    assert as_called('pip install -e ".[ray]"') == 'pip install -e ".[ray]"'  # of a checkout
+    monkeypatch.setattr("sft.programs.INSTALLED", True)
+    assert as_called('pip install -e ".[ray]"') == 'pip install "sft-lora[ray]"'
+    assert as_called("pip install -e .   brings") == 'pip install "sft-lora"   brings'
+
+
+def test_the_recorded_command_is_the_one_that_was_typed(typed, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/sft", "-m", "lora.r=8,16"])
+    assert command_text() == "sft train -m lora.r=8,16"
+
+
+def test_presets_in_conf_of_the_current_folder_are_found_and_win(own):
+    assert read_settings(CONF, ["experiment=x"], hardware=False).lora.r == 4
+    (own / "conf/model").mkdir()
+    (own / "conf/model/tiny_random.yaml").write_text("name: tiny_random\nmax_seq_length: 77\n", encoding="utf-8")
+    assert read_settings(CONF, ["model=tiny_random"], hardware=False).model.max_seq_length == 77
+    assert read_settings(CONF, ["lora=r32"], hardware=False).lora.r == 32
+
+
+def test_a_folder_that_is_named_is_searched_as_well(own):
+    (own / "more/lora").mkdir(parents=True)
+    (own / "more/lora/mine.yaml").write_text("r: 5\n", encoding="utf-8")
+    assert read_settings(CONF, ["--config-dir", "more", "lora=mine"], hardware=False).lora.r == 5
+    assert read_settings(CONF, ["--config-dir", "more", "experiment=x"], hardware=False).lora.r == 4
+
+
+def test_a_primary_config_beside_the_user_is_left_aside_and_named(own, capsys):
+    (own / "conf/config.yaml").write_text("a: 1\n", encoding="utf-8")
+    assert read_settings(CONF, ["lora=r32"], hardware=False).lora.r == 32
+    assert capsys.readouterr().err.count(f"{own}/conf is left aside") == 1
+    with pytest.raises(Refusal):
+        read_settings(CONF, ["experiment=x"], hardware=False)
+    assert read_settings(CONF, ["--config-dir", "conf", "experiment=x"], hardware=False).lora.r == 4  # as the hint says
+
+
+def test_a_relative_config_path_is_refused_with_the_one_that_works(own, typed, monkeypatch):
+    monkeypatch.setattr(check, "_main_folder", lambda *_: CONF)
+    with pytest.raises(Refusal) as refused:
+        check_command_line(CONF, ["--config-path", "conf", "lora.r=8"], hardware=False)
+    assert [problem.fix for problem in refused.value.problems] == [f"--config-path {own}/conf"]
+
+
+def test_bash_completes_words_settings_and_presets_of_ones_own(own):
+    script = 'eval "$(sft train -sc install=bash)"\n'
+    lines = ["sft pre", "sft train experiment=", "sft sweep lora.r", "sft show ", "sft show run=conf/e", "sft train model=tiny"]
+    for line in lines:
+        words = line.split(" ")
+        script += f"COMP_LINE='{line}' COMP_POINT={len(line)} COMP_CWORD={len(words) - 1}\n"
+        script += "COMPREPLY=(); hydra_bash_completion; echo ${COMPREPLY[@]}\n"
+    done = subprocess.run(["bash", "-c", script], env=write_program(own / "bin"), capture_output=True, text=True, timeout=120)
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert found[0] == ["preview", "preflight"] and "experiment=x" in found[1] and "experiment=chat" in found[1], done.stderr
+    assert found[2:] == [["lora.r="], ["run="], ["run=conf/experiment"], ["model=tiny_random"]]
+
+
+@pytest.mark.slow
+def test_a_wheel_trains_in_a_folder_that_knows_no_checkout(own):
+    """Built and installed as pip does it; the packages are those of this environment."""
+    source = own / "source"
+    source.mkdir()
+    for name in ("sft", "conf", "hydra_plugins"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    plain = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", VARIABLE)}
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", "wheels", str(source)]
+    subprocess.run(build, cwd=own, env=plain, check=True, capture_output=True, timeout=120)
+    [wheel] = (own / "wheels").iterdir()
+    place = own / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", place, wheel], env=plain, check=True, timeout=120)
+    shutil.rmtree(source)
+    packed = {file.relative_to(CONF) for file in CONF.rglob("*.yaml")}
+    assert {file.relative_to(place / "sft/conf") for file in (place / "sft/conf").rglob("*.yaml")} == packed
+    assert {file.name for file in (place / "sft/assets").iterdir()} >= {file.name for file in (ROOT / "sft/assets").iterdir()}
+
+    rows = "".join(f"question {number},answer {number}\n" for number in range(12))
+    (own / "my.csv").write_text(f"instruction,output\n{rows}", encoding="utf-8")
+
+    def sft(*words: str) -> subprocess.CompletedProcess:
+        environment = plain | {"PYTHONPATH": str(place)}
+        return subprocess.run(
+            [place / "bin/sft", *words], cwd=own, env=environment, capture_output=True, text=True, timeout=240
+        )
+
+    words = [
+        "model=tiny_random",
+        "trainer.max_steps=2",
+        "tracking=none",
+        "dataset=local",
+        "dataset.path=my.csv",
+        "experiment=x",
+    ]
+    trained = sft("train", *words, "samples.num_held_out=0", "hydra.run.dir=run")
+    assert trained.returncode == 0, trained.stderr
+    run = json.loads((own / "run/run.json").read_text(encoding="utf-8"))
+    assert run["status"] == "finished" and run["settings"]["lora"]["r"] == 4 and not run.get("git_commit")
+    assert run["command"].startswith("sft train model=tiny_random ")
+    assert (own / "run/report.html").is_file()
+    resumed = sft("resume", "run")
+    assert resumed.returncode == 2 and "hint: sft train model=tiny_random" in resumed.stderr
+    assert sft("show", "run=run").returncode == 0 and (own / "run/curves.png").is_file()
+    ranked = sft("leaderboard")
+    assert ranked.returncode == 2 and "hint: sft train -m lora.r=8,16" in ranked.stderr
