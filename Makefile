@@ -43,10 +43,12 @@ lint: $(VENV)/.testing
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/python scripts/settings_table.py --check
+	$(VENV)/bin/python scripts/config_schema.py --check
 	$(VENV)/bin/python scripts/make_notebook.py --check
 
 docs: $(VENV)/.testing
 	$(VENV)/bin/python scripts/settings_table.py
+	$(VENV)/bin/python scripts/config_schema.py
 	$(VENV)/bin/python scripts/make_notebook.py
 
 # The pages of docs/ in site/, with warnings as errors. To read them with a search: python -m http.server -d site

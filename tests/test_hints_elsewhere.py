@@ -523,7 +523,7 @@ UNTYPED = {
     "the user's own function is mended by them": """
         sft.rewards.__init__._run_file, sft.rewards.__init__._own_reward 1, sft.rewards.__init__._own_reward 2,
         sft.rewards.__init__._own_reward 3, sft.rewards.__init__._own_reward 4, sft.rewards.__init__._own_reward 5,
-        scripts.preview.show_rewards""",
+        sft.cli.preview.show_rewards""",
     "it passes on what another site made": """
         sft.errors.refuse, sft.model.files.check_model_files 2, sft.model.files.check_adapter_files 3""",
 }

@@ -6,7 +6,12 @@ import sys
 import time
 from dataclasses import fields, is_dataclass
 
-from scripts import settings_table
+import jsonschema
+import pytest
+import yaml
+from omegaconf._utils import get_yaml_loader
+
+from scripts import config_schema, settings_table
 from sft.config.schema import DATASETS, Settings, field_docs
 from tests.conftest import ROOT
 
@@ -35,6 +40,56 @@ def test_promised_keys_exist():
 
 def test_the_settings_table_is_up_to_date():
     assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings_table.make_page()
+
+
+def problems_by_schema(text: str, form: str = "") -> list[str]:
+    """What the JSON schema finds in a file of conf/, as an editor shows it; `form` is the one that it has to have."""
+    whole = json.loads(config_schema.TARGET.read_text(encoding="utf-8"))
+    part = {"$ref": f"#/$defs/{form}", "$defs": whole["$defs"]} if form else whole
+    values = yaml.load(text, Loader=get_yaml_loader()) or {}
+    return [error.message for error in jsonschema.Draft7Validator(part).iter_errors(values)]
+
+
+def test_the_json_schema_of_presets_is_up_to_date():
+    assert config_schema.main(["--check"]) == 0
+
+
+def test_the_json_schema_takes_every_preset():
+    for file in [*(ROOT / "conf").glob("*.yaml"), *(ROOT / "conf").glob("*/*.yaml")]:
+        text = file.read_text(encoding="utf-8")
+        form = "global" if "# @package _global_" in text or file.parent.name == "conf" else file.parent.name
+        assert problems_by_schema(text, form) == problems_by_schema(text) == [], file
+
+
+@pytest.mark.parametrize(
+    "text, form",
+    [
+        ("path: a.csv\nshap: pairs\n", "dataset"),
+        ("path: {a: b}\n", "dataset"),
+        ("r: eight\n", "lora"),
+        ("overlong: keep\n", "dataset"),
+        ("trainer: {learning_rates: 1}\n", "global"),
+        ("keep: {a: [b]}\n", "dataset"),
+    ],
+    ids=lambda text: text.strip(),
+)
+def test_the_json_schema_shows_a_misspelt_key_and_a_wrong_type(text, form):
+    assert problems_by_schema(text, form) and problems_by_schema(text)
+
+
+@pytest.mark.parametrize(
+    "text, form",
+    [
+        ("path: [a.csv, b.csv]\nmax_rows: null\nshape: auto\n", "dataset"),
+        ("r: ${oc.env:RANK,8}\ntarget_modules: [q_proj]\nextra: {use_x: true}\n", "lora"),
+        ("defaults:\n  - override /lora: r8\nhydra: {mode: MULTIRUN}\ntrainer: {learning_rate: 1e-4}\n", "global"),
+        ("num_processes: 2\n", "distributed"),
+        ("num_processes: auto\n", "distributed"),
+    ],
+    ids=["dataset", "lora", "global", "number", "auto"],
+)
+def test_the_json_schema_takes_what_hydra_takes(text, form):
+    assert problems_by_schema(text, form) == problems_by_schema(text) == []
 
 
 def test_the_shipped_data_is_whole():
