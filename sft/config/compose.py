@@ -85,7 +85,7 @@ def _pick(condition: bool, if_true: Any, if_false: Any) -> Any:
 
 def _dpo_learning_rate(model: str) -> float:
     """The rate of method=dpo: that of models of billions, as recipes for LoRA have it, or of the built-in models, as tried."""
-    return 3e-4 if model in BUILT_IN else 5e-6
+    return 2e-4 if model in BUILT_IN else 5e-6
 
 
 def _is_twist_pairs(dataset: str | None, path: Any, model: str) -> bool:

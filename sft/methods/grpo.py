@@ -91,6 +91,8 @@ class Item:
     scored: Scored
     weight: float
     """Of each of its tokens in the loss."""
+    row_number: int = 0
+    """The prompt's number in the data."""
 
     @property
     def row(self) -> tuple[list[int], list[int]]:
@@ -166,11 +168,14 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
         rollout: Rollout
         sums: Any = 0.0
         """Over trained tokens since the last log line: OF_TOKENS, in float64."""
+        before_step: Any = 0.0
+        """The same before this step."""
 
         # ------------------------------------------------------------------------------------------ a step
 
         def get_batch_samples(self, *args, **kwargs):
             batches, _ = super().get_batch_samples(*args, **kwargs)
+            self.before_step = self.sums
             entries = [entry for batch in batches for entry in batch["prompts"] if entry["row"]]
             try:
                 self.rollout.settle(self.state.global_step, entries)
@@ -183,8 +188,8 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
             """The rollout in `count` micro-batches, with about as many tokens each; groups without variance are left out."""
             pad, groups = tokenizer.pad_token_id, self.rollout.groups
             items = [
-                [Item(at, group.prompt_ids, one, weight_of(one, method, self.rollout.tokens, self.rollout.completions))
-                 for one in group.completions]
+                [Item(at, group.prompt_ids, one, weight_of(one, method, self.rollout.tokens, self.rollout.completions),
+                      group.row) for one in group.completions]
                 for at, group in enumerate(groups) if group.std
             ]  # fmt: skip
             lengths = [len(some[0].prompt_ids) + sum(len(item.scored.ids) for item in some) for some in items]
@@ -197,6 +202,12 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
         def training_step(self, model, inputs, *args, **kwargs):
             self.tokens_seen = self.tokens_seen + metrics.count_tokens(inputs)
             return super().training_step(model, inputs, *args, **kwargs)
+
+        def repeat_step(self):
+            self.sums = self.before_step
+
+        def row_numbers(self, inputs):
+            return [item.row_number for item in inputs["items"] if item.row_number]
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             items, weights = inputs["items"], inputs["weights"]

@@ -16,7 +16,7 @@ from typing import Any
 from sft.config.schema import MethodSettings, ScaleRewards, Settings
 from sft.distributed import group as processes
 from sft.distributed import watchdog
-from sft.errors import refuse
+from sft.errors import first_line, refuse
 from sft.generation import by_generate
 from sft.generation.decoding import Completion, Decoder, fits
 from sft.generation.drawing import Drawing, key_of
@@ -105,6 +105,11 @@ class Generator:
                     self.rows, self.decoder = max(least, many // 2), None
                     free_memory()
                     log.warning("%d completions at once do not fit into the memory; from now on %d.", many, self.rows)
+                except RuntimeError as error:  # what CUDA says where a step cannot be captured
+                    if self.model.device.type != "cuda" or isinstance(self.decoder, by_generate.Decoder):
+                        raise
+                    log.warning("Rollouts are slow: they come from transformers' generate. %s", first_line(error))
+                    self.decoder = by_generate.Decoder(base_of(self.model), self.rows, self.places)
         return found
 
     def _complete(self, prompts: list[list[int]], check_stop: Any, keys: Any, copies: int) -> list[list[Completion]]:

@@ -115,8 +115,10 @@ class NonFiniteSteps:
     def _names(self, batches: list[Any]) -> str:
         """The rows of a step by their number in the data, found by their tokens."""
         column, lengths = self.rows.data.column("input_ids"), row_lengths(self.rows)[0]
-        names = []
-        for row in (row["input_ids"] for batch in batches for row in cut(batch)):
+        known = [self.trainer.row_numbers(batch) for batch in batches]
+        names = [f"row {number}" for numbers in known for number in dict.fromkeys(numbers or ())]
+        unknown = [batch for batch, numbers in zip(batches, known, strict=True) if numbers is None]
+        for row in (row["input_ids"] for batch in unknown for row in cut(batch)):
             same = [i for i in (lengths == len(row)).nonzero()[0] if column[i].as_py() == row]
             names += [f"row {self.rows[int(i)]['row']}" for i in same[:1]]
         names = [name for part in gathered(names) for name in part]

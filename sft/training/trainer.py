@@ -122,6 +122,9 @@ class ResumableTrainer:
     def repeat_step(self) -> None:
         """An OOM retry begins the step anew: what a method has counted of it by now does not count."""
 
+    def row_numbers(self, inputs) -> list[int] | None:
+        """The numbers in the data of the rows of a micro-batch; None if they are to be found by their tokens."""
+
     def _clip_grad_norm(self, model):
         if not self.plan.padding_free:
             return super()._clip_grad_norm(model)

@@ -175,7 +175,7 @@ def test_the_demo_of_rewards_composes_from_one_word():
     assert check_settings(settings, False) == []
     assert (settings.dataset.name, method.reward_funcs, method.reward_weights) == ("sums", ["number", "ends"], [0.8, 0.2])
     assert (method.loss_type.value, method.beta, method.max_completion_length) == ("dapo", 0, 12)
-    assert (trainer.learning_rate, trainer.max_steps, trainer.effective_batch_size, trainer.eval_steps) == (3e-4, 40, 2, 0.5)
+    assert (trainer.learning_rate, trainer.max_steps, trainer.effective_batch_size, trainer.eval_steps) == (3e-4, 75, 2, 0.5)
 
 
 def test_another_model_and_data_set_take_nothing_from_the_demo():

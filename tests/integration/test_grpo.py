@@ -370,6 +370,21 @@ def test_rollouts_that_do_not_fit_are_made_in_halves_and_are_the_same(settings, 
     assert texts[0] == texts[1]
 
 
+def test_the_rows_of_a_step_that_is_not_finite_are_named(settings, tmp_path, monkeypatch, caplog):
+    usual, calls = grpo.token_losses, []
+
+    def spoiled(*args):
+        calls.append(1)
+        losses, clipped = usual(*args)
+        return (losses * float("nan") if len(calls) in (3, 4) else losses), clipped  # both micro-batches of the second step
+
+    monkeypatch.setattr(grpo, "token_losses", spoiled)
+    assert run(settings(), tmp_path / "run").status == "finished"
+    rows = [line["row"] for line in lines(tmp_path / "run", "rollouts.jsonl") if line["step"] == 2]
+    (text,) = [record.getMessage() for record in caplog.records if "not a finite number; it was skipped" in record.getMessage()]
+    assert sorted(text.partition("Its rows: ")[2].split(", ")) == sorted(f"row {row}" for row in rows)
+
+
 def test_a_micro_batch_that_does_not_fit_is_cut_and_the_step_is_the_same(settings, tmp_path, monkeypatch):
     chosen = settings("trainer.max_steps=2", "trainer.per_device_train_batch_size=4")
     assert run(chosen, tmp_path / "whole").status == "finished"
@@ -381,8 +396,18 @@ def test_a_micro_batch_that_does_not_fit_is_cut_and_the_step_is_the_same(setting
         return usual(model, inputs, temperature)
 
     monkeypatch.setattr(grpo, "token_log_probs", limited)
+    counted, log_line = [], grpo.build_trainer
+
+    def build_trainer(*args):
+        trainer = log_line(*args)
+        usual = trainer.take_line
+        trainer.take_line = lambda *args, **kwargs: counted.append(float(trainer.sums[0])) or usual(*args, **kwargs)
+        return trainer
+
+    monkeypatch.setattr(grpo, "build_trainer", build_trainer)
     assert run(chosen, tmp_path / "cut").status == "finished"
     ours, theirs = ([line for line in lines(tmp_path / name) if "loss" in line] for name in ("whole", "cut"))
+    assert counted == [16 * line["length"] for line in theirs], "a token counts once"
     for a, b in zip(ours, theirs, strict=True):
         assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), abs=1e-5)
         assert b["sampler_gap"] < 1e-4 and b["rows_at_once"] < 16

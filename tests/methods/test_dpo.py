@@ -96,12 +96,12 @@ OWN = ("dataset=local", "dataset.path=pairs.json")
 
 @pytest.mark.parametrize(
     ("words", "epochs"),
-    [((), 0.4), (LLAMA, 1), (OWN, 1), (("trainer=long",), 3), (("trainer.num_train_epochs=1",), 1), (("trainer=quick",), 1)],
+    [((), 0.5), (LLAMA, 1), (OWN, 1), (("trainer=long",), 3), (("trainer.num_train_epochs=1",), 1), (("trainer=quick",), 1)],
 )
 def test_a_part_of_an_epoch_is_for_the_shipped_pairs_on_a_built_in_model_alone(words, epochs):
     made = make_settings("method=dpo", *words)
     assert made.trainer.num_train_epochs == epochs and made.dataset.name == (None if words == OWN else "twist_pairs")
-    assert made.trainer.learning_rate == (5e-6 if words == LLAMA else 3e-4)
+    assert made.trainer.learning_rate == (5e-6 if words == LLAMA else 2e-4)
 
 
 @pytest.mark.parametrize("kind", [MethodLoss(name) for name in DPO.losses])
