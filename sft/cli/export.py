@@ -13,7 +13,6 @@ Exit codes: 0 all hold, 1 one failed, 2 refused.
 
 import logging
 import shlex
-import sys
 from pathlib import Path
 
 from sft import console, environment
@@ -44,14 +43,14 @@ def main(argv: list[str]) -> int:
         report = exporter.push_run(folder, settings) if push else exporter.export_run(folder, settings, weights)
         _renew_report(folder)
     except Refusal as refusal:
-        print(refusal, file=sys.stderr)
+        console.say(refusal)
         return 2
     except ExportError as error:
-        print(console.safe(f"Failed: {error}"), file=sys.stderr)
+        console.say(f"Failed: {error}")
         return 1
     failures = exporter.failures(report)
     for line in failures:
-        print(console.safe(f"Failed: {line}"), file=sys.stderr)
+        console.say(f"Failed: {line}")
     return 1 if failures else 0
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+from sft import console
 from sft.errors import Refusal, refuse
 from sft.programs import as_called
 from sft.sweep import leaderboard, publish
@@ -39,6 +40,6 @@ def main(argv: list[str]) -> int:
         leaderboard.show(named, sys.stdout)
         publish.refresh(named)
     except Refusal as refusal:
-        print(refusal, file=sys.stderr)
+        console.say(refusal)
         return 2
     return 0

@@ -11,7 +11,7 @@ import shlex
 import sys
 from importlib import import_module
 
-from sft import __version__
+from sft import __version__, console
 from sft.programs import VARIABLE
 from sft.threads import spin_briefly
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if word in WORDS:
         name = {"chat": "talk"}.get(word, word.replace("-", "_"))
         return import_module(f"sft.cli.{name}").main(rest)
-    print(f"There is no sft {shlex.quote(word)}.\nhint: {likeliest(argv)}", file=sys.stderr)
+    console.say(f"There is no sft {shlex.quote(word)}.\nhint: {likeliest(argv)}")
     return 2
 
 

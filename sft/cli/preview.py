@@ -6,9 +6,9 @@
 Takes the overrides of train.py. Loads the tokenizer but no weights, writes no run folder, and needs no GPU.
 """
 
-import sys
 from typing import Any
 
+from sft import console
 from sft.cli.check import read_settings
 from sft.config.schema import MethodName, Settings
 from sft.environment import prepare_environment, quiet_libraries
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     try:
         show(read_settings(CONF, argv, hardware=False))
     except Refusal as refusal:
-        print(refusal, file=sys.stderr)
+        console.say(refusal)
         return 2
     return 0
 

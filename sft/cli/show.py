@@ -6,11 +6,11 @@ Writes curves.png into the run folder and prints the completions. It reads only 
 while the run is going on. The whole report, to look at in a browser, is report.html in the same folder.
 """
 
-import sys
 from pathlib import Path
 
 import vl_convert
 
+from sft import console
 from sft.cli.target import find_run
 from sft.errors import Refusal, refuse
 from sft.programs import as_called
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             raise refuse(stray[0], "Only the run can be named here.", "run=outputs/<run>")
         folder, _ = find_run(argv[-1].partition("=")[2])
     except Refusal as refusal:
-        print(refusal, file=sys.stderr)
+        console.say(refusal)
         return 2
     status = read_json(folder / "run.json").get("status")
     picture = draw_curves(folder)

@@ -13,8 +13,8 @@ In the chat: /reset forgets what was said, /quit or Ctrl-D ends, Ctrl-C stops a 
 """
 
 import difflib
-import sys
 
+from sft import console
 from sft.cli.chat import Speaker, find_target
 from sft.config.consent import WORD
 from sft.errors import ExportError, Problem, Refusal
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
             targets.append(find_target(other, consent, base if other.startswith("base:") else None))
         speakers = load(targets)
     except Refusal as refusal:
-        print(refusal, file=sys.stderr)
+        console.say(refusal)
         return 2
     try:
         if "prompt" in options:
@@ -47,10 +47,10 @@ def main(argv: list[str]) -> int:
         else:
             talk(speakers, options)
     except Refusal as refusal:
-        print(refusal, file=sys.stderr)
+        console.say(refusal)
         return 2
     except ExportError as error:
-        print(shown(f"Failed: {error}"), file=sys.stderr)
+        console.say(f"Failed: {error}")
         return 1
     except KeyboardInterrupt:
         print()
