@@ -136,6 +136,7 @@ SURFACE = {
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper.sweep": "(self, arguments)",
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper.split_arguments": "(overrides, max_batch_size)",
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper.validate_batch_is_legal": "(self, batch)",
+    "hydra.plugins.search_path_plugin.SearchPathPlugin.manipulate_search_path": "(self, search_path)",
     "hydra.plugins.launcher.Launcher.setup": "(self, hydra_context, task_function, config)",
     "hydra.plugins.launcher.Launcher.launch": "(self, job_overrides, initial_job_idx)",
     "hydra.core.config_store.ConfigStore.__deepcopy__": "taken",
