@@ -37,6 +37,10 @@ groups: `reward_std`, and `zero_groups`, the share whose rewards are all equal; 
 probability, whose mean is the entropy; over trained tokens: `kl` from the reference, the `clipped` share, and `sampler_gap`,
 how far the log probability of a token is from what it was when it was drawn."""
 
+FAR = 0.3
+"""Nats between the log probability of a token as it was drawn and as it is trained, from which on it is said. Rounding in 16
+bits makes some hundredths of them."""
+
 CHECKED = 64
 """Tokens of a prompt by which shared prompts are tried."""
 
@@ -255,6 +259,13 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
                 logs |= {"clipped": clipped / trained} if trained and method.num_iterations > 1 else {}
                 logs |= {"kl": kl / trained} if trained and method.beta else {}
             super().log(logs, *args, **kwargs)
+            if logs.get("sampler_gap", 0.0) > FAR and "sampler_differs_at" not in loop.recorder.final:
+                loop.recorder.final["sampler_differs_at"] = self.state.global_step
+                log.warning(
+                    "Step %d: tokens were drawn with log probabilities %.2f nats from those in the training, on the mean: the "
+                    "model computes otherwise when it completes, and its rewards are those of another one. "
+                    "hint: model.attn_implementation=eager", self.state.global_step, logs["sampler_gap"],
+                )  # fmt: skip
 
         def components(self):
             return super().components() | {"rollout": self.rollout, "token_sums": _TokenSums(self)}

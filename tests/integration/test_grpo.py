@@ -353,6 +353,20 @@ def test_a_reward_that_fails_ends_the_run_and_is_never_a_zero(settings, tmp_path
     assert told in json.loads((tmp_path / "run" / "run.json").read_text())["reason"]
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_a_model_that_draws_by_other_numbers_than_it_trains_is_told_once(settings, tmp_path, monkeypatch, caplog, shift):
+    def complete(self, *args, usual=rollouts.Generator._complete):
+        found = usual(self, *args)
+        for one in (one for some in found for one in some):
+            one.log_probs = [value - shift for value in one.log_probs]
+        return found
+
+    monkeypatch.setattr(rollouts.Generator, "_complete", complete)
+    assert run(settings("trainer.max_steps=3"), tmp_path / "run").status == "finished"
+    told = [record for record in caplog.records if "nats from those in the training" in record.getMessage()]
+    assert len(told) == (1 if shift else 0)
+
+
 def test_rollouts_that_do_not_fit_are_made_in_halves_and_are_the_same(settings, tmp_path, monkeypatch, caplog):
     chosen = settings("trainer.max_steps=2")
     assert run(chosen, tmp_path / "whole").status == "finished"
