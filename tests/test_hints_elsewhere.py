@@ -485,6 +485,7 @@ ELSEWHERE = {
     "sft.sweep.checks.": "tests/sweep/test_launchers.py",
     "sft.sweep.runner.Sweep._folder_of": "tests/cli/test_composition.py",
     "sft.preflight.fit.": "tests/preflight/test_checks.py",
+    "sft.preflight.checks.check_data": "tests/preflight/test_checks.py",
     "sft.preflight.optimizer.": "tests/preflight/test_checks.py",
     "sft.preflight.rewards.": "tests/preflight/test_rewards.py",
     "sft.methods.rollouts.": "tests/integration/test_grpo.py",

@@ -583,6 +583,9 @@ class PreflightSettings:
     """`run`: check, then train. `only`: check, show everything and train nothing. `skip`: check no more than the data."""
     gpu: Gpu | None = None
     """With `preflight.mode=only`: check for this GPU in place of what this machine has."""
+    strict: bool = False
+    """Refuse data that would only be warned of: copies, pairs that contradict each other, held-out prompts that are trained
+    on, columns that are not used."""
 
 
 @dataclass

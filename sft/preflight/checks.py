@@ -140,6 +140,10 @@ def check_data(found: Found, settings: Settings) -> None:
         found.ok(part, "no held-out row is trained on as well")
     if facts["duplicates"]["train"]:
         found.ok(part, f"{facts['duplicates']['train']} rows to train on are copies of others")
+    if settings.preflight.strict:
+        fix = "mend the data   or preflight.strict=false"
+        found.refuse(part, [Problem("preflight.strict=true", warning, fix) for warning in facts["warnings"]])
+        return
     for warning in facts["warnings"]:
         found.warn(part, warning)
 

@@ -133,6 +133,33 @@ def test_origins_follow_the_order_of_composition(tmp_path):
     assert describe(Settings(), provenance)["lora.r"] == {"value": 16, "origin": "conf/lora/r8.yaml"}
 
 
+@pytest.mark.parametrize("strict", ["true", "false"])
+def test_data_that_is_warned_of_is_refused_on_request_and_the_hint_takes_that_back(tmp_path, strict):
+    pair = {"prompt": "Say it.", "chosen": "one", "rejected": "two"}
+    turned = pair | {"chosen": "two", "rejected": "one"}
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([pair, turned, *({**pair, "prompt": f"Say {n}.", "chosen": f"{n} it is"} for n in range(8))]))
+    words = [
+        "method=dpo",
+        "dataset=local",
+        f"dataset.path={path}",
+        "dataset.eval_fraction=0",
+        "model=tiny_random",
+        "tracking=none",
+    ]
+
+    def examined(*more):
+        return examine(make_settings(*words, "preflight.mode=only", *more), tmp_path / "run", Plan(), {})
+
+    found = examined(f"preflight.strict={strict}")
+    told = [line for line in found.lines if "2 pairs contradict another" in line.text]
+    assert [line.state for line in told] == ["refused" if strict == "true" else "warning"]
+    assert bool(found.problems) == (strict == "true")
+    for problem in found.problems:
+        assert problem.what == "preflight.strict=true" and problem.fix.endswith("preflight.strict=false")
+        assert not examined(problem.fix.rpartition(" ")[2]).problems
+
+
 def test_held_out_rows_that_are_trained_on_are_counted_and_named(look, tmp_path):
     rows = [{"instruction": f"q {i % 12}", "output": f"a {i % 12}"} for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
