@@ -144,6 +144,21 @@ class CompletionCollator:
         return batch | {"items": tuple(rows)}
 
 
+def micro_batches(rollout: Rollout, method: MethodSettings, rows: int, count: int, pad: int) -> list[list[Item]]:
+    """The items of a rollout in `count` micro-batches of up to `rows` groups, with about as many tokens each. Groups without
+    variance are left out; a micro-batch that is left without any has one token to learn nothing from.
+    """
+    items = [
+        [Item(at, group.prompt_ids, one, weight_of(one, method, rollout.tokens, rollout.completions), group.row)
+         for one in group.completions]
+        for at, group in enumerate(rollout.groups) if group.std
+    ]  # fmt: skip
+    lengths = [len(some[0].prompt_ids) + sum(len(item.scored.ids) for item in some) for some in items]
+    parts = samplers.balance_micro_batches(range(len(items)), lengths, rows)
+    filler = [Item(-1, [pad], Scored([pad], [0.0], False, "", reference=[0.0]), 0.0)]
+    return [[item for at in part for item in items[at]] for part in parts] + [filler] * (count - len(parts))
+
+
 OF_LOSS = ("advantages", "weights", "drawn", "old", "reference", "items")
 """What the loss takes of a micro-batch, and not the model."""
 
@@ -186,22 +201,9 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
             except Interrupted:  # it will be made again, by the same weights
                 self.end_step()
                 return [], None
-            return self.micro_batches(len(batches)), 1
-
-        def micro_batches(self, count):
-            """The rollout in `count` micro-batches, with about as many tokens each; groups without variance are left out."""
-            pad, groups = tokenizer.pad_token_id, self.rollout.groups
-            items = [
-                [Item(at, group.prompt_ids, one, weight_of(one, method, self.rollout.tokens, self.rollout.completions),
-                      group.row) for one in group.completions]
-                for at, group in enumerate(groups) if group.std
-            ]  # fmt: skip
-            lengths = [len(some[0].prompt_ids) + sum(len(item.scored.ids) for item in some) for some in items]
             rows = settings.trainer.per_device_train_batch_size
-            parts = samplers.balance_micro_batches(range(len(items)), lengths, rows)
-            filler = [Item(-1, [pad], Scored([pad], [0.0], False, "", reference=[0.0]), 0.0)]  # its gradient is 0
-            parts = [[item for at in part for item in items[at]] for part in parts] + [filler] * (count - len(parts))
-            return [self.data_collator(part) for part in parts]
+            parts = micro_batches(self.rollout, method, rows, len(batches), tokenizer.pad_token_id)
+            return [self.data_collator(part) for part in parts], 1
 
         def training_step(self, model, inputs, *args, **kwargs):
             self.tokens_seen = self.tokens_seen + metrics.count_tokens(inputs)

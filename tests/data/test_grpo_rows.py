@@ -45,15 +45,18 @@ def refusal_of(rows: list[dict], tmp_path, loaded_tokenizer, *overrides: str):
     return problem
 
 
-@pytest.mark.parametrize("template", ["chat", "alpaca"])
+OF_SHAPES = {
+    "instruction": (INSTRUCTION, ()), "chinese": (CHINESE, ()), "messages": (MESSAGES, ()), "sharegpt": (SHAREGPT, ()),
+    "gsm8k": (GSM8K, GSM8K_COLUMNS), "prompt_completion": (PAIRS, ()),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("rows", "words"),
-    [(INSTRUCTION, ()), (CHINESE, ()), (MESSAGES, ()), (SHAREGPT, ()), (GSM8K, GSM8K_COLUMNS), (PAIRS, ())],
-    ids=["instruction", "chinese", "messages", "sharegpt", "gsm8k", "prompt_completion"],
-)
-def test_the_prompt_is_what_sft_has_before_its_last_answer(rows, words, template, tmp_path, loaded_tokenizer):
-    if rows is MESSAGES and template == "alpaca":
-        pytest.skip("a template text takes one question")
+    ("shape", "template"),
+    [(shape, "chat") for shape in OF_SHAPES] + [(shape, "alpaca") for shape in OF_SHAPES if shape != "messages"],
+)  # a template text takes one question, and these have several
+def test_the_prompt_is_what_sft_has_before_its_last_answer(shape, template, tmp_path, loaded_tokenizer):
+    rows, words = OF_SHAPES[shape]
     words = (*words, f"dataset.template={template}")
     sft = prepared("sft", rows, tmp_path, loaded_tokenizer, *words).train
     grpo = prepared("grpo", rows, tmp_path, loaded_tokenizer, *words).train

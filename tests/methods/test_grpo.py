@@ -3,6 +3,7 @@ completions.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from sft.config.schema import MethodLoss, MethodSettings, ScaleRewards
 from sft.data.collators import PaddingFreeCollator
 from sft.data.shared_prompt import SharedPromptCollator
 from sft.methods.answers import TAKEN, difference, padded, token_log_probs
-from sft.methods.grpo import OF_LOSS, CompletionCollator, Item, kl_from, token_losses, weight_of
+from sft.methods.grpo import OF_LOSS, CompletionCollator, Item, kl_from, micro_batches, token_losses, weight_of
 from sft.methods.rollouts import Group, Scored, compare, facts_of, keys_of, line_of, means_of
 from sft.plan.plan import Plan
 from tests.conftest import make_settings
@@ -169,3 +170,16 @@ def test_the_gradient_of_a_shared_prompt_is_the_sum_of_its_parts():
     (gather_keys(x, batch["key_index"], batch["key_uses"]) * weights).sum().backward()
     expected = torch.zeros_like(x).index_add(0, batch["key_index"], weights)
     assert torch.allclose(x.grad, expected) and batch["key_uses"].shape == (5, tokens)
+
+
+def test_micro_batches_hold_the_groups_with_variance_and_a_filler_where_none_is_left():
+    groups = [group_of([0.0, 1.0]), group_of([1.0, 1.0], seed=1), group_of([0.5, 0.0], seed=2), group_of([0.0, 0.0], seed=3)]
+    rollout = SimpleNamespace(groups=groups, tokens=24, completions=8)
+    parts = micro_batches(rollout, MethodSettings(loss_type=MethodLoss.dapo), 1, 4, PAD)
+    assert sorted(item.row_number for part in parts for item in part) == [0, 0, 1, 1, 3, 3] and [
+        len(part) for part in parts[2:]
+    ] == [1, 1]
+    model = make_model(moved=True)
+    loss = loss_of(model, CompletionCollator(LAYOUTS[0])(parts[3]), MethodSettings())
+    loss.backward()
+    assert loss.item() == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
