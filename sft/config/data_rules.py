@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import string
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from sft.config import schema
 from sft.config.data_files import KINDS, SAVED, by_split, find_files, find_splits, kind_of, list_files, naming
 from sft.config.keys import typed
+from sft.config.patterns import pattern_fault
 from sft.config.schema import DatasetSettings
 from sft.errors import Problem
 
@@ -37,13 +37,10 @@ def check_dataset(data: DatasetSettings) -> list[Problem]:
     problems += _check_template(data)
     for group in ("keep", "drop"):
         for column, pattern in getattr(data, group).items():
-            try:
-                with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of brackets that may mean more one day
-                    re.compile(pattern)
-            except re.error as error:
+            if fault := pattern_fault(pattern):
                 quoted = re.escape(pattern).replace('"', '\\"')
                 fix = shlex.quote(f'dataset.{group}.{column}="{quoted}"') + "   for these very characters"
-                problems.append(Problem(f"dataset.{group}.{column}={pattern}", f"Not a regular expression: {error}.", fix))
+                problems.append(Problem(f"dataset.{group}.{column}={pattern}", fault, fix))
     return problems
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from sft.config.data_rules import why_lost
 from sft.config.keys import shown, typed
+from sft.config.patterns import pattern_fault
 from sft.config.schema import Dtype, LoraSettings, Settings
 from sft.config.upstream import fits, lora_config_options
 from sft.errors import Problem, first_line
@@ -87,11 +88,13 @@ def changes_base(lora: LoraSettings) -> bool:
 def _check_patterns(lora: LoraSettings) -> list[Problem]:
     problems = []
     for target in filter(is_pattern, lora.target_modules):
-        try:
-            re.compile(target)
-        except re.error as error:
-            what = typed("lora.target_modules", [target])
-            problems.append(Problem(what, f"Not a regular expression: {error}.", "lora.target_modules=[all-linear]"))
+        if fault := pattern_fault(target):
+            problems.append(Problem(typed("lora.target_modules", [target]), fault, "lora.target_modules=[all-linear]"))
+    for name in ("rank_pattern", "alpha_pattern", "exclude_modules"):
+        value = lora.extra.get(name)
+        for pattern in value if isinstance(value, dict) else [value] * isinstance(value, str):
+            if fault := pattern_fault(str(pattern)):
+                problems.append(Problem(typed(f"lora.extra.{name}", value), fault, f"leave lora.extra.{name} out"))
     return problems
 
 

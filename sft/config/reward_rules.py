@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.keys import shown, typed
+from sft.config.patterns import pattern_fault
 from sft.config.reward_names import JSON_TYPES, NEEDED, SHIPPED, OwnReward, own_reward, short_name
 from sft.config.schema import MethodSettings
 from sft.errors import Problem
@@ -148,12 +149,9 @@ def _check_given(name: str, given: dict[str, Any], options: dict[str, Any]) -> l
             problems.append(Problem(what, f"It has to be {kind}.", _with(name, rest, options)))
         elif known[option] is int and value < 1:
             problems.append(Problem(what, "It has to be at least 1.", _with(name, rest, options)))
-        elif name == "regex":
-            try:
-                re.compile(value)
-            except (re.error, RecursionError) as error:
-                fix = _with(name, {"pattern": re.escape(value)}, options) + "   for these very characters"
-                problems.append(Problem(what, f"Not a regular expression: {error}.", fix))
+        elif name == "regex" and (fault := pattern_fault(value)):
+            fix = _with(name, {"pattern": re.escape(value)}, options) + "   for these very characters"
+            problems.append(Problem(what, fault, fix))
         elif name == "contains" and not value.strip():
             problems.append(Problem(what, "A blank text stands in every completion.", _with(name, rest, options)))
     return problems

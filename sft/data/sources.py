@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import re
-import warnings
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 from sft import limits
 from sft.config import schema
 from sft.config.data_files import SAVED, find_files, find_splits, kind_of, shown_files
+from sft.config.patterns import compile_pattern
 from sft.config.schema import DatasetSettings
 from sft.data.columns import as_text
 from sft.data.readers import JoinedRows, hash_file, read_files, with_names
@@ -136,10 +136,8 @@ def choose_indices(rows: Sequence[dict], data: DatasetSettings, seed: int, held_
     `held_out_in` as in `name_rows`.
     """
     index = array("q", range(len(rows)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of brackets in brackets
-        rules = [(column, re.compile(pattern, re.S), True) for column, pattern in data.keep.items()]
-        rules += [(column, re.compile(pattern, re.S), False) for column, pattern in data.drop.items()]
+    rules = [(column, compile_pattern(pattern, re.S), True) for column, pattern in data.keep.items()]
+    rules += [(column, compile_pattern(pattern, re.S), False) for column, pattern in data.drop.items()]
     if rules:
         with limits.seconds_limited() as begin_row:
             index = array("q", (i for i in index if _passes(rows, i, rules, begin_row, held_out_in)))

@@ -10,6 +10,7 @@ from typing import Any
 
 from sft.config.keys import typed
 from sft.config.lora_rules import CHOOSE_LAYERS, LORAPLUS, is_pattern
+from sft.config.patterns import compile_pattern
 from sft.config.schema import LoraSettings
 from sft.errors import Problem, first_line
 
@@ -213,7 +214,7 @@ def _named(model: Any, target: str) -> dict[str, Any]:
 
     if is_pattern(target):
         fitting = {n: m for n, m in model.named_modules() if _is_linear(m) or isinstance(m, torch.nn.Embedding)}
-        return {name: module for name, module in fitting.items() if re.fullmatch(target, name)}
+        return {name: module for name, module in fitting.items() if compile_pattern(target).fullmatch(name)}
     return {name: m for name, m in model.named_modules() if name == target or name.endswith(f".{target}")}
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
+from sft.config.patterns import compile_pattern
+
 ASCII = {0xFF01 + i: 0x21 + i for i in range(94)} | {0x3000: " ", 0x2212: "-", ord("负"): "-", ord("負"): "-"}
 """Fullwidth characters, and other minus signs, in ASCII."""
 
@@ -93,7 +95,7 @@ def contains(completion: str, row: dict, text: str | None = None) -> float:
 
 def regex(completion: str, row: dict, pattern: str = "") -> float:
     """1 if the pattern matches somewhere in the completion."""
-    return float(re.search(pattern, completion) is not None)
+    return float(compile_pattern(pattern).search(completion) is not None)
 
 
 def json_schema(completion: str, row: dict, **schema: Any) -> float:
