@@ -15,7 +15,7 @@ from sft.config.consent import with_word
 from sft.config.schema import Settings
 from sft.errors import ExportError, Refusal, refuse
 from sft.generation import batching
-from sft.paths import PACKAGE
+from sft.paths import PACKAGE, expanded
 from sft.processes import child_environment
 from sft.runs.saved import check_base, prompt_form, settings_of
 
@@ -42,7 +42,7 @@ def find_target(text: str, consent: bool = False, base: str | None = None) -> Ta
     allow (`consent`).
     """
     kind, _, rest = text.partition(":")
-    place = Path(rest if kind == "base" and rest else text).expanduser()
+    place = expanded(rest if kind == "base" and rest else text)
     if place.suffix == ".gguf":
         owner = next((p for p in place.resolve().parents if (p / "run.json").is_file()), None)
         if not place.is_file() or owner is None:

@@ -42,6 +42,7 @@ from sft.config.rules import check_settings
 from sft.config.schema import Settings
 from sft.distributed.group import is_first, launched
 from sft.errors import Problem, Refusal, chain_of, first_line
+from sft.paths import expanded
 from sft.programs import by_name
 from sft.runs.resume import check_folder, further, read_record, recorded_run, working_folder
 from sft.storage.cache import cache_dir
@@ -63,7 +64,7 @@ def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: b
         others = [w for w in sys.argv[1:] if w == WORD or w.startswith(PROCESSES) or w.partition("=")[0] in KEYS]
         words = [word for word in sys.argv[1:] if word not in others]
         if argv is None and len(words) == 1 and words[0].startswith("resume="):  # not beside --help
-            folder = Path(words[0].partition("=")[2]).expanduser().resolve()
+            folder = expanded(words[0].partition("=")[2]).resolve()
             place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
             sys.argv[1:] = [f"resume='{place}'", f"hydra.run.dir='{place}'", "hydra.output_subdir=null", *others]
     except Refusal as refusal:
@@ -159,7 +160,7 @@ def read_settings(config_dir: Path, argv: list[str], hardware: bool = True) -> S
     if args.multirun:
         raise Refusal([Problem("-m", "A sweep has many jobs, and this command is about one.", "leave -m out")])
     if folders := [text.partition("=")[2] for text in args.overrides if text.startswith("resume=")]:
-        return recorded_run(Path(folders[0]).expanduser(), WORD in argv)[0]
+        return recorded_run(expanded(folders[0]), WORD in argv)[0]
     with _hydra_over(config_dir, args):
         return to_settings(compose(args.config_name or "config", overrides=args.overrides))
 
@@ -338,7 +339,7 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
     others = [a for a in argv if a not in (text, WORD, *counts, *sent)]
     if others:
         why = f"A run goes on with its own settings, so that {shlex.join(others)} would be ignored."
-        place = Path(text.partition("=")[2]).expanduser()
+        place = expanded(text.partition("=")[2])
         before = read_record(place) if text.partition("=")[2] and not why_lost(text.partition("=")[2]) else None
         if before and before.get("status") == "finished":  # alone it would be refused as well
             raise Refusal([Problem(shlex.join(argv), "This run is finished.", further(place, before, others))])
@@ -348,7 +349,7 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
         raise Refusal([Problem(text, "It names no folder.", "resume=outputs/<run>")])
     if lost := why_lost(folder):
         raise Refusal([Problem(text.replace("\n", "\\n"), lost, "resume=outputs/<run>")])
-    place = Path(folder).expanduser().resolve()
+    place = expanded(folder).resolve()
     settings, record = recorded_run(place, WORD in argv, counts[-1].removeprefix(PROCESSES) if counts else None)
     goes_to = [f"{key}={value}" for key, value in destinations(settings).items()]
     others = [word for word in sent if word not in goes_to]

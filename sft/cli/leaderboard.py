@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sft import console
 from sft.errors import Refusal, refuse
+from sft.paths import expanded
 from sft.programs import as_called
 from sft.sweep import leaderboard, publish
 from sft.sweep.index import find_sweeps, readable_index
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
         stray = [word for word in words if not word.startswith("run=")]
         if stray:
             raise refuse(stray[0], "Only the sweep can be named here.", "run=outputs/sweeps/<stamp>")
-        named = Path(words[-1].partition("=")[2]).expanduser() if words else None
+        named = expanded(words[-1].partition("=")[2]) if words else None
         if "--best" in argv:
             print(os.path.relpath(leaderboard.best_run(named)))
             return 0

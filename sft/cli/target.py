@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from sft.errors import refuse
+from sft.paths import expanded
 
 
 def find_run(text: str) -> tuple[Path, Path | None]:
@@ -12,7 +13,7 @@ def find_run(text: str) -> tuple[Path, Path | None]:
 
     Raises Refusal, with the runs there are, if it names none.
     """
-    place = Path(text).expanduser()
+    place = expanded(text)
     if text == "best" or (place / "sweep.json").is_file():
         from sft.sweep.leaderboard import best_run
 

@@ -9,6 +9,8 @@ import json
 import re
 from pathlib import Path
 
+from sft.paths import expanded
+
 KINDS = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".json.gz", ".jsonl.gz", ".csv.gz")
 """Endings of files that are read."""
 
@@ -33,7 +35,7 @@ def list_files(text: str) -> tuple[list[Path], list[Path]]:
 
     A folder's hidden files, and those of folders in it, are neither.
     """
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_dir() and not is_saved(path):
         found = [inner for inner in path.iterdir() if not inner.name.startswith(".")]
         files = [inner for inner in found if not inner.is_dir() and kind_of(inner)]
@@ -80,7 +82,7 @@ def shown_files(value: str | list[str]) -> str:
     files = len(find_files(value))
     if len(texts) > 1:
         return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
-    return texts[0] if find_files(value) == [Path(texts[0]).expanduser()] else f"{texts[0]} ({files} files)"
+    return texts[0] if find_files(value) == [expanded(texts[0])] else f"{texts[0]} ({files} files)"
 
 
 def naming(files: list[Path]) -> str | list[str]:

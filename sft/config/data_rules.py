@@ -20,6 +20,7 @@ from sft.config.keys import typed
 from sft.config.patterns import pattern_fault
 from sft.config.schema import DatasetSettings
 from sft.errors import Problem
+from sft.paths import expanded
 
 ANSWER_ROLES = ("output", "completion")
 
@@ -64,13 +65,13 @@ def _check_columns(data: DatasetSettings) -> list[Problem]:
 
 def why_lost(path_text: str) -> str:
     """Why the system cannot even look a path up; an empty text where it can."""
+    path = expanded(path_text)
     try:
-        Path(path_text).expanduser().exists()
-    except RuntimeError:
-        return "There is no such user, whose home folder ~ would stand for."
+        there = path.exists()
     except OSError as error:
         return f"The system cannot look it up: {error.strerror}."
-    return ""
+    unknown = str(path).startswith("~") and not there
+    return "There is no such user, whose home folder ~ would stand for." if unknown else ""
 
 
 def shortened(text: str) -> str:
@@ -112,7 +113,7 @@ def _check_paths(name: str, data: DatasetSettings, taken: list[Path]) -> list[Pr
         if files:
             found = _check_choice(what, text, files, replaced, alone)
         else:
-            found = _find_none(what, Path(text).expanduser(), replaced, taken)
+            found = _find_none(what, expanded(text), replaced, taken)
         problems += [found] if found else _check_files(what, files)
     return problems
 
@@ -136,7 +137,7 @@ def _check_choice(
         fix = "\n".join(instead(name) for name in names if isinstance(name, str) or len(name) < 10)
         fix = fix or "put the files of one kind into a folder of their own"
         return Problem(what, f"Files of one kind are read together, and these are several: {counts}.", fix)
-    train, held_out = by_split(files) if Path(text).expanduser().is_dir() else ([], [])
+    train, held_out = by_split(files) if expanded(text).is_dir() else ([], [])
     if train and held_out:
         why = f"It holds files of several splits, such as {train[0].name} and {held_out[0].name}; all would be trained on."
         fix = instead(naming(train))

@@ -16,6 +16,7 @@ from sft.config.patterns import pattern_fault
 from sft.config.schema import Dtype, LoraSettings, Settings
 from sft.config.upstream import fits, lora_config_options
 from sft.errors import Problem, first_line
+from sft.paths import expanded
 from sft.storage.jsonio import read_json
 
 LORAPLUS = "loraplus_lr_ratio"
@@ -188,7 +189,7 @@ def _text_of(kind: Any) -> str:
 
 def adapter_folder(text: str) -> Path | None:
     """The folder of the adapter that a local folder is or, as a run, holds; None where it has none."""
-    folder = Path(text).expanduser()
+    folder = expanded(text)
     places = (folder, folder / "adapter")
     return next((p.absolute() for p in places if (p / "adapter_config.json").is_file()), None)
 
@@ -244,7 +245,7 @@ def base_of_adapter(folder: Path) -> str | None:
     for run in (folder.parent, folder.parent.parent):
         name = ((read_json(run / "run.json").get("settings") or {}).get("model") or {}).get("name")
         if isinstance(name, str) and name:
-            if not Path(name).expanduser().is_dir() and (noted := noted_base(folder)) and Path(noted).is_dir():
+            if not expanded(name).is_dir() and (noted := noted_base(folder)) and Path(noted).is_dir():
                 return name if name == "tiny_random" or is_hub_id(name) else noted
             return name
     return noted_base(folder)
@@ -278,7 +279,7 @@ def _check_start(lora: LoraSettings) -> list[Problem]:
     what = typed("lora.start_from", text)
     if lost := why_lost(text):
         return [Problem(what, lost, "lora.start_from=outputs/<run>")]
-    folder = Path(text).expanduser()
+    folder = expanded(text)
     if not folder.is_dir():
         if is_hub_id(text) and not folder.parent.is_dir():
             return []  # asked for in the preflight

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sft.paths import expanded
+
 SHIPPED: dict[str, dict[str, Any]] = {
     "number": {},
     "exact": {},
@@ -39,7 +41,7 @@ class OwnReward:
 def own_reward(name: str) -> OwnReward | None:
     """What `file.py:function` names; None for a text of another form. A relative file is that of the working directory."""
     found = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)", name, re.S)
-    return OwnReward(Path(found[1]).expanduser(), found[2]) if found else None
+    return OwnReward(expanded(found[1]), found[2]) if found else None
 
 
 def short_name(name: str) -> str:

@@ -35,6 +35,7 @@ from sft.config.schema import (
 from sft.config.tracking_rules import check_packages, check_tracking, warn_of_tracking
 from sft.config.upstream import NEED_MATRIX, enum_values, gguf_types, sft_config_options
 from sft.errors import Problem
+from sft.paths import expanded
 
 # SFTConfig options that another setting of ours decides; two ways to set one thing would let one be ignored.
 DECIDED_ELSEWHERE = {
@@ -225,7 +226,7 @@ def warnings_for(settings: Settings) -> list[str]:
     found += warn_of_paths(dataset)
     if not wants_evaluation(settings) and trainer.load_best_model_at_end:
         found.append("Nothing is held out, so the last weights are kept, not the best (trainer.load_best_model_at_end).")
-    if Path(settings.model.name).expanduser().is_dir() and settings.model.revision:
+    if expanded(settings.model.name).is_dir() and settings.model.revision:
         found.append("model.revision is ignored: model.name is a local folder.")
     found += warn_of_tracking(settings.tracking)
     return found
@@ -333,7 +334,7 @@ def _check_model(settings: Settings) -> list[Problem]:
         problems.append(
             Problem(f"model.chat_template={shortened(model.chat_template)}", lost_file, "model.chat_template=chatml")
         )
-    folder = Path(model.name).expanduser()
+    folder = expanded(model.name)
     if not model.name:
         pass  # refused as blank
     elif folder.is_dir():

@@ -4,11 +4,11 @@ import difflib
 import json
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 from sft.config.keys import shown
 from sft.errors import first_line, refuse
+from sft.paths import expanded
 
 # ChatML with every turn closed by <|im_end|>; for base models that bring no chat template.
 CHATML = (
@@ -112,7 +112,7 @@ def _read_template(value: str, names: list[str]) -> str:
         return CHATML
     if "{" in value:
         return value
-    path = Path(value).expanduser()
+    path = expanded(value)
     if not path.is_file():
         why = "Neither chatml, nor Jinja text, nor a file"
         why += f", nor one of the tokenizer's own templates: {', '.join(names)}." if names else "."

@@ -13,6 +13,7 @@ from sft.config.schema import LoraSettings, ModelSettings
 from sft.environment import hub_reachable, hub_unreachable
 from sft.errors import Problem, Refusal, is_page, refuse
 from sft.model import builtin
+from sft.paths import expanded
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def locate(model: ModelSettings, weights: bool = True) -> tuple[str, str]:
     In this order: a local folder; the hub, if it can be reached or already has the model in its cache; the copy that
     comes with the project. `weights=False` is enough for the tokenizer.
     """
-    folder = Path(model.name).expanduser()
+    folder = expanded(model.name)
     if folder.is_dir():
         return str(folder.absolute()), f"local folder {folder.resolve()}"  # PEFT writes the first into adapter_config.json
     if model.name != builtin.TINY_RANDOM and _hub_has(model):
@@ -92,7 +93,7 @@ def refusing_failures(model: ModelSettings) -> Iterator[None]:
     except OSError as error:
         raise _load_failed(model, error) from error
     except ValueError as error:
-        if is_page(error) and not Path(model.name).expanduser().is_dir():
+        if is_page(error) and not expanded(model.name).is_dir():
             raise _load_failed(model, error) from error
         if not asks_for_code(error):
             raise
@@ -116,7 +117,7 @@ def _load_failed(model: ModelSettings, error: OSError | ValueError):
     what = f"model.name={model.name}"
     if is_page(error):  # its text names the file that was asked for
         return hub_unreachable(what, error, "model.name=/path/to/the/model")
-    remote = not Path(model.name).expanduser().is_dir()  # whose name may hold any number
+    remote = not expanded(model.name).is_dir()  # whose name may hold any number
     if remote and ("gated" in text.lower() or "401" in text or "403" in text):
         fix = f"accept its licence at https://huggingface.co/{model.name}, then: hf auth login   or set HF_TOKEN"
         return refuse(what, "The model is gated or private, and this machine has no access to it.", fix)

@@ -11,6 +11,7 @@ from sft.config.schema import LoraSettings, MethodName, ModelSettings, Reference
 from sft.errors import Problem, Refusal, first_line, refuse
 from sft.model.files import check_adapter_files
 from sft.model.targets import parameters_of, reached
+from sft.paths import expanded
 from sft.storage.jsonio import read_json
 
 MUTATED = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -24,7 +25,7 @@ def find_adapter(text: str) -> Path:
     if place := adapter_folder(text):
         return place
     what = typed("lora.start_from", text)
-    if not lora_rules.is_hub_id(text) or Path(text).expanduser().exists():
+    if not lora_rules.is_hub_id(text) or expanded(text).exists():
         raise refuse(what, "There is no adapter.", "lora.start_from=outputs/<run>")
     from huggingface_hub import hf_hub_download
 
@@ -123,7 +124,7 @@ def _is_model(model: ModelSettings, base: str, folder: Path) -> bool:
 
     names = [model.name, locate(model, weights=False)[0]]
     known = [base, *filter(None, [noted_base(folder)])]
-    folders = [Path(name).expanduser() for name in known]
+    folders = [expanded(name) for name in known]
     here = Path(names[1])
     return bool({*names} & {*known}) or any(f.is_dir() and here.is_dir() and f.samefile(here) for f in folders)
 

@@ -6,6 +6,7 @@ from typing import Any
 from sft.config.consent import check_consent
 from sft.config.schema import Settings, Shape
 from sft.errors import Problem, refuse
+from sft.paths import expanded
 from sft.storage.jsonio import read_json
 
 
@@ -38,12 +39,12 @@ def settings_of(folder: Path, consent: bool = False, base: str | None = None) ->
 
 def check_base(folder: Path, settings: Settings) -> list[Problem]:
     """Whether the model's folder is there, if it is one; `settings` are the run's as `settings_of` gives them."""
-    name, record = Path(settings.model.name).expanduser(), read_json(folder / "run.json")
+    name, record = expanded(settings.model.name), read_json(folder / "run.json")
     if not name.is_absolute() or name.is_dir():
         return []
     trained_on, began = record["settings"]["model"]["name"], record.get("working_folder")
     why = f"The model's folder is not there: {name}."
-    if str(name) == _recorded_folder(record) and not Path(trained_on).expanduser().is_absolute():
+    if str(name) == _recorded_folder(record) and not expanded(trained_on).is_absolute():
         why = f"The folder {trained_on} was relative to {began}, and {name} is not there."
     return [Problem(f"run={folder}", why, "model.name=<the folder that it is in now>   beside it")]
 
@@ -59,5 +60,5 @@ def _name_of_base(settings: Settings, record: dict[str, Any]) -> str:
     name, place = settings.model.name, _recorded_folder(record)
     if place is None:
         return name
-    tried = [Path(place), Path(record.get("working_folder") or ".", Path(name).expanduser()), Path(name).expanduser()]
+    tried = [Path(place), Path(record.get("working_folder") or ".", expanded(name)), expanded(name)]
     return str(next((p.absolute() for p in tried if (p / "config.json").is_file()), place))

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from sft.config.method import METHODS
 from sft.config.schema import Settings, TrackingMode, TrackingSettings
 from sft.errors import first_line, refuse
+from sft.paths import expanded
 from sft.storage.jsonio import jsonable
 from sft.tracking.names import AXIS, PROJECT, SAMPLES, TOKENS, Tokens, define_metrics, name_metrics, sample_rows
 from sft.tracking.server import takes_connection
@@ -279,7 +280,7 @@ def wandb_settings() -> Any:
 
         own = Own(silent=True)
         place = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
-        own.settings_system = str(place.expanduser() / "settings")
+        own.settings_system = str(expanded(place) / "settings")
         own.update_from_system_settings()
         own.update_from_env_vars(os.environ)
     except ImportError as error:

@@ -51,3 +51,9 @@ def test_a_run_knows_no_hydra():
 def test_only_methods_import_trl():
     users = {name for name in house.modules() if "trl" in imported(name)}
     assert users and {".".join(name.split(".")[:2]) for name in users} == {"sft.methods"}
+
+
+def test_paths_of_a_user_are_read_by_one_function():
+    """`Path.expanduser` raises for `~somebody`; `paths.expanded` does not. The cache has to have a home, and raises."""
+    sources = {name: path.read_text(encoding="utf-8") for name, path in house.modules().items()}
+    assert {name for name, text in sources.items() if ".expanduser()" in text} == {"sft.storage.cache"}
