@@ -15,8 +15,8 @@ RESULTS, TARGET = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.m
 HEAD = """\
 # Benchmarks
 
-The newest figure of each measurement. `benchmarks/README.md` says how to run each program, and `benchmarks/LOG.md` is the dated diary
-with the circumstances. Machines were often shared with other work, so seconds are upper bounds.
+The newest figure of each measurement. `benchmarks/README.md` says how to run each program, and `benchmarks/LOG.md` is the dated
+diary with the circumstances. Machines were often shared with other work, so seconds are upper bounds.
 
 Generated from `benchmarks/results/` by `python scripts/benchmarks_page.py`.
 """
