@@ -11,7 +11,7 @@ from sft.errors import Refusal
 from sft.model import warm_cache
 from sft.model.hub import read_config
 from sft.plan.machine import look as look_at
-from sft.plan.plan import plan_model, with_backend
+from sft.plan.plan import plan_model, plan_targets, with_model_plan
 from sft.preflight import checks, show
 from sft.runs import record, resume
 from sft.runs.failures import log_failure, reason_of
@@ -27,7 +27,8 @@ def check_only(settings: Settings, folder: Path, context: Context) -> RunResult:
     environment.quiet_libraries()
     machine = look_at(settings)
     plan = plan_model(settings, machine, lambda: read_config(settings.model))
-    found = checks.examine(with_backend(settings, plan), folder, plan, context.provenance, machine)
+    plan = plan_targets(plan, settings, lambda: read_config(settings.model), context.provenance)
+    found = checks.examine(with_model_plan(settings, plan), folder, plan, context.provenance, machine)
     show.show(found)
     if found.problems:
         raise Refusal(found.problems)

@@ -218,6 +218,8 @@ def check_plan(found: Found) -> None:
     plan = found.plan
     found.facts["decided"] = plan.facts()
     found.ok("Plan", f"model.backend={plan.backend}, computes in {plan.dtype}   {plan.reasons.get('backend', 'as set')}")
+    if plan.target_modules:
+        found.ok("Plan", f"adapters on {', '.join(plan.target_modules)}   {plan.reasons['targets']}")
     speed = [word for word, on in (("padding-free rows", plan.padding_free), ("compiled layers", plan.compiled),
                                    ("captured micro-batches", plan.captured)) if on]  # fmt: skip
     why = plan.why_padded or plan.reasons.get("padding_free", "")
