@@ -1,0 +1,120 @@
+"""The model families that people train, each as a tiny random twin of its own architecture."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from sft.lifecycle import run
+from sft.model import builtin
+from sft.plan import families
+from sft.storage.jsonio import read_json
+from sft.training import checkpoint
+from tests.conftest import make_settings
+from tests.faults.fault_campaign import compare, write_rows
+
+pytestmark = pytest.mark.usefixtures("forked_children")
+
+JOB = ("tracking=none", "dataset=local", "samples.max_new_tokens=4", "samples.num_held_out=2", "trainer=debug",
+       "trainer.per_device_train_batch_size=2", "trainer.learning_rate=1e-2", "trainer.warmup_steps=0")  # fmt: skip
+
+HEADS = {"head_dim": 16}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+STATES = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
+
+TWINS = {
+    "llama": {},
+    "qwen3": HEADS,
+    "smollm3": {},
+    "granite": {},
+    "phi3": {},
+    "ministral3": HEADS,
+    "gemma3_text": {**HEADS, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma4_text": {**HEADS, "global_head_dim": 32, "sliding_window": 64, "hidden_size_per_layer_input": 16,
+                    "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3_5_text": {**HEADS, **STATES, **LAYERS},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_moe": {**HEADS, **EXPERTS, "num_experts": 4},
+    "gpt_oss": {**HEADS, **EXPERTS, "num_local_experts": 4, "sliding_window": 64},
+}  # fmt: skip
+"""By `model_type`, what a family's config needs beside the sizes that all share."""
+
+
+@functools.cache
+def make_twin(family: str, place: Path) -> Path:
+    """A random model of this family in two layers, with the tokenizer of tiny_random."""
+    tokenizer = AutoTokenizer.from_pretrained(builtin.local_model(builtin.TINY_RANDOM))
+    ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=2048)  # fmt: skip
+    more = {"vocab_size_per_layer_input": len(tokenizer)} if family == "gemma4_text" else {}
+    config = CONFIG_MAPPING[family](**sizes, **ends, **more, **TWINS[family])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert sum(p.numel() for p in model.parameters()) < 3_000_000 or len(tokenizer) > 10_000
+    model.save_pretrained(place / family)
+    tokenizer.save_pretrained(place / family)
+    return place / family
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """`twin("lfm2")`: the folder of a tiny random model of this family."""
+    return functools.partial(make_twin, place=tmp_path_factory.mktemp("twins"))
+
+
+@pytest.fixture(autouse=True)
+def without_charts(monkeypatch):
+    monkeypatch.setattr("sft.report.page.bundled_charts", lambda: "")
+
+
+def train(folder: Path, *overrides: str) -> Path:
+    result = run(make_settings(*JOB, *overrides), folder)
+    assert (result.status, result.exit_code) == ("finished", 0), read_json(folder / "run.json").get("reason")
+    return folder
+
+
+def adapted(folder: Path) -> set[str]:
+    return set(read_json(folder / "adapter" / "adapter_config.json")["target_modules"])
+
+
+@pytest.mark.parametrize("family", TWINS)
+def test_a_family_trains_and_its_merged_model_is_proven(family, twin, tmp_path):
+    job = (f"model.name={twin(family)}", write_rows(tmp_path), "export=merged_16bit")
+    folder = train(tmp_path / "run", *job, "trainer.max_steps=3", "trainer.save_steps=3")
+    own = families.OWN.get(family.removesuffix("_text"), families.DEFAULT)
+    assert adapted(folder) == {*own} and read_json(folder / "run.json")["plan"]["target_modules"] == (
+        None if own == families.DEFAULT else own)  # fmt: skip
+    lines = [line["text"] for line in read_json(folder / "preflight.json")["checks"] if line["part"] == "Plan"]
+    assert any(line.startswith(f"adapters on {', '.join(own)}") for line in lines) == (own != families.DEFAULT)
+    proof = read_json(folder / "export" / "verify.json")["artifacts"]["merged_16bit"]
+    assert (proof["status"], proof["failed"]) == ("ok", [])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5_text", "lfm2", "qwen3_moe", "gpt_oss"])
+def test_a_family_that_was_cut_and_resumed_ends_as_the_whole_run(family, twin, tmp_path):
+    job = (f"model.name={twin(family)}", write_rows(tmp_path))
+    whole, cut = train(tmp_path / "whole", *job), tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    (cut / "run.json").write_text(json.dumps({**read_json(whole / "run.json"), "status": "running"}), encoding="utf-8")
+    shutil.rmtree(checkpoint.place_of(cut, 4))
+    shutil.rmtree(cut / "adapter")
+    train(cut, *job)
+    assert read_json(cut / "run.json")["sessions"][-1]["from"] == "checkpoint-2"
+    assert compare(whole, cut) == [] and adapted(cut) == adapted(whole)
+
+
+def test_the_loss_of_a_mixture_is_the_same_padded_and_padding_free_unless_load_balancing_is_asked_for(twin, tmp_path):
+    job = (f"model.name={twin('qwen3_moe')}", write_rows(tmp_path), "trainer.max_steps=1", "trainer.padding_free=false")
+    first = read_json(train(tmp_path / "padded", *job) / "run.json")["metrics"]["eval_loss_start"]
+    free = read_json(train(tmp_path / "free", *job[:-1]) / "run.json")
+    assert free["plan"]["padding_free"] and free["metrics"]["eval_loss_start"] == pytest.approx(first, abs=1e-5)
+    balanced = read_json(train(tmp_path / "balanced", *job[:-1], "trainer.extra.router_aux_loss_coef=0.1") / "run.json")
+    assert not balanced["plan"]["padding_free"] and balanced["metrics"]["eval_loss_start"] > first + 0.05
