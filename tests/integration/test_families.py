@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -118,3 +119,15 @@ def test_the_loss_of_a_mixture_is_the_same_padded_and_padding_free_unless_load_b
     assert free["plan"]["padding_free"] and free["metrics"]["eval_loss_start"] == pytest.approx(first, abs=1e-5)
     balanced = read_json(train(tmp_path / "balanced", *job[:-1], "trainer.extra.router_aux_loss_coef=0.1") / "run.json")
     assert not balanced["plan"]["padding_free"] and balanced["metrics"]["eval_loss_start"] > first + 0.05
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_an_adapter_on_the_experts_trains_resumes_and_is_proven_merged(family, twin, tmp_path):
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    job = (f"model.name={twin(family)}", write_rows(tmp_path), f"lora.extra.target_parameters=[{','.join(names)}]", "lora.r=4")
+    whole = train(tmp_path / "whole", *job, "export=merged_16bit")
+    assert "; 8 of 8 experts" in read_json(whole / "preflight.json")["coverage"]
+    weights = load_file(whole / "adapter" / "adapter_model.safetensors")
+    assert any("experts" in name and "lora_B" in name and bool(tensor.any()) for name, tensor in weights.items())
+    proof = read_json(whole / "export" / "verify.json")["artifacts"]
+    assert {name: facts["failed"] for name, facts in proof.items()} == {"adapter": [], "merged_16bit": []}
