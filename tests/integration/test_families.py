@@ -90,7 +90,7 @@ def adapted(folder: Path) -> set[str]:
 def test_a_family_trains_and_its_merged_model_is_proven(family, twin, tmp_path):
     job = (f"model.name={twin(family)}", write_rows(tmp_path), "export=merged_16bit")
     folder = train(tmp_path / "run", *job, "trainer.max_steps=3", "trainer.save_steps=3")
-    own = families.OWN.get(family.removesuffix("_text"), families.DEFAULT)
+    own = families.OWN.get(family, families.DEFAULT)
     assert adapted(folder) == {*own} and read_json(folder / "run.json")["plan"]["target_modules"] == (
         None if own == families.DEFAULT else own)  # fmt: skip
     lines = [line["text"] for line in read_json(folder / "preflight.json")["checks"] if line["part"] == "Plan"]

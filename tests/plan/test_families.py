@@ -7,7 +7,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sft.config.provenance import DEFAULT
 from sft.config.schema import Backend
-from sft.model import adapters
+from sft.model import adapters, targets
 from sft.plan import families
 from sft.plan.plan import Plan, plan_targets, with_model_plan
 from tests.conftest import make_settings
@@ -28,15 +28,19 @@ def planned(model_type, *overrides, sources=SOURCES, before=None):
 
 @pytest.mark.parametrize("family", families.OWN)
 def test_a_familys_own_layers_are_in_its_models_and_leave_no_token_mixer_out(family):
-    name = family if family in ("lfm2", "phi3", "glm4", "gpt_oss", "mixtral", "qwen3_moe", "qwen3_next") else f"{family}_text"
-    config = CONFIG_MAPPING[name](**SIZES, **({"layer_types": ["conv", "full_attention"] * 2} if family == "lfm2" else {}))
+    parts = {"text_config": SIZES, "vision_config": {}, "audio_config": {}} if family in ("gemma4",) else SIZES
+    kinds = {"layer_types": ["conv", "full_attention"] * 2} if family == "lfm2" else {}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    lora = planned(name)[0].lora
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**parts, **kinds))
+    lora = planned(family)[0].lora
     assert lora.target_modules == families.OWN[family]
     assert adapters.check_modules(model, lora) == ([], [])
     text, problems, warnings = adapters.coverage(model, lora)
     assert not problems and not [w for w in warnings if not w.startswith("None of the")], text
+    if family == "gemma4":
+        names = [*targets.reached(model, lora)]
+        assert len(names) == 7 * 4 and all("language_model" in name for name in names)
+        return
     assert bool(warnings) == (family in families.MIXTURES), "the experts are said to be left out"
     rest = text.partition("; not: ")[2].partition(";")[0].split(", ")
     assert {*rest} <= {"lm_head", "in_proj_a", "in_proj_b", "in_proj_ba", "shared_expert_gate"}
@@ -56,7 +60,7 @@ def test_targets_that_were_chosen_are_never_changed():
 
 def test_the_plan_gives_the_reason_and_says_that_experts_are_left_out():
     assert planned("lfm2")[1].reasons["targets"] == "lfm2's own layers"
-    assert planned("qwen3_5_text")[1].reasons["targets"] == "qwen3_5's own layers"
+    assert planned("qwen3_5_text")[1].reasons["targets"] == "qwen3_5_text's own layers"
     assert planned("gpt_oss")[1].reasons["targets"].endswith("the experts, which are parameters and no layers, are left out")
 
 
