@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sft.lifecycle import run
 from sft.model import builtin
 from sft.plan import families
 from sft.storage.jsonio import read_json
-from sft.training import checkpoint
+from sft.training import acceleration, checkpoint
 from tests.conftest import make_settings
 from tests.faults.fault_campaign import compare, write_rows
 
@@ -41,12 +41,21 @@ TWINS = {
     "gemma3_text": {**HEADS, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma4_text": GEMMA4,
     "gemma4": {},
+    "qwen3_5": {},
     "qwen3_5_text": {**HEADS, **STATES, **LAYERS},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "qwen3_moe": {**HEADS, **EXPERTS, "num_experts": 4},
     "gpt_oss": {**HEADS, **EXPERTS, "num_local_experts": 4, "sliding_window": 64},
 }  # fmt: skip
 """By `model_type`, what a family's config needs beside the sizes that all share."""
+
+PADDED = {
+    "qwen3_5": "takes no attention of another's making",
+    "qwen3_5_text": "takes no attention of another's making",
+    "lfm2": "its convolutions run from one row into the next",
+    "gpt_oss": "its attention has sinks, which padding-free attention does not",
+}
+"""Families whose rows are padded, and why."""
 
 
 @functools.cache
@@ -64,9 +73,14 @@ def make_twin(family: str, place: Path) -> Path:
                  "num_key_value_heads": 2}  # fmt: skip
         text = {**sizes, **ends, **GEMMA4, "vocab_size_per_layer_input": len(tokenizer)}
         config = CONFIG_MAPPING[family](text_config=text, vision_config=small, **ends)
+    if family == "qwen3_5":
+        small = {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+        text = {**sizes, **ends, **TWINS["qwen3_5_text"]}
+        config = CONFIG_MAPPING[family](text_config=text, vision_config=small, **ends)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        kind = AutoModelForImageTextToText if family in ("gemma4", "qwen3_5") else AutoModelForCausalLM
+        model = kind.from_config(config, dtype=torch.float32)
     assert sum(p.numel() for p in model.parameters()) < 3_000_000 or len(tokenizer) > 10_000
     model.save_pretrained(place / family)
     tokenizer.save_pretrained(place / family)
@@ -102,6 +116,8 @@ def test_a_family_trains_and_its_merged_model_is_proven(family, twin, tmp_path):
     assert read_json(folder / "run.json")["plan"]["target_modules"] == (
         None if own == families.DEFAULT else own)  # fmt: skip
     assert {name.rpartition(".")[2] for name in adapted(folder)} == {*(families.DEFAULT if family == "gemma4" else own)}
+    speed = read_json(folder / "run.json")["speed"]
+    assert speed["padding_free"] == (family not in PADDED) and speed["why_not"].endswith(PADDED.get(family, ""))
     lines = [line["text"] for line in read_json(folder / "preflight.json")["checks"] if line["part"] == "Plan"]
     assert any(line.startswith(f"adapters on {', '.join(own)}") for line in lines) == (own != families.DEFAULT)
     proof = read_json(folder / "export" / "verify.json")["artifacts"]["merged_16bit"]
@@ -140,3 +156,21 @@ def test_an_adapter_on_the_experts_trains_resumes_and_is_proven_merged(family, t
     assert any("experts" in name and "lora_B" in name and bool(tensor.any()) for name, tensor in weights.items())
     proof = read_json(whole / "export" / "verify.json")["artifacts"]
     assert {name: facts["failed"] for name, facts in proof.items()} == {"adapter": [], "merged_16bit": []}
+
+
+def test_a_model_that_caps_the_logits_of_its_attention_is_not_padding_free():
+    config = CONFIG_MAPPING["gemma2"](
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=64,
+        attn_logit_softcapping=50.0,
+    )
+    with torch.device("meta"):
+        assert "caps its logits" in acceleration._obstacle(AutoModelForCausalLM.from_config(config))
+    config.attn_logit_softcapping = None
+    with torch.device("meta"):
+        assert acceleration._obstacle(AutoModelForCausalLM.from_config(config)) == ""
