@@ -339,7 +339,7 @@ def check_export(found: Found, settings: Settings) -> None:
         found.ok("Export", "nothing but the adapter" if settings.lora.enabled else "nothing but the model")
         return
     if "gguf" in wanted.formats:
-        missing = gguf.missing_parts()
+        missing = gguf.missing_parts() or gguf.check_architecture(hub.read_config(settings.model), wanted.formats)
         found.refuse("Export", missing)
         if not missing:
             found.ok("Export", "llama.cpp's converter and quantiser are installed")

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from sft.errors import ExportError, Refusal
+from sft.export import gguf
 from sft.lifecycle import run
 from sft.model import builtin
 from sft.plan import families
@@ -27,7 +29,7 @@ JOB = ("tracking=none", "dataset=local", "samples.max_new_tokens=4", "samples.nu
 HEADS = {"head_dim": 16}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 STATES = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
-LAYERS = {"layer_types": ["linear_attention", "full_attention"]}
+LAYERS = {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
 GEMMA4 = {**HEADS, "global_head_dim": 32, "sliding_window": 64, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0,
           "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
 
@@ -42,7 +44,7 @@ TWINS = {
     "gemma4_text": GEMMA4,
     "gemma4": {},
     "qwen3_5": {},
-    "qwen3_5_text": {**HEADS, **STATES, **LAYERS},
+    "qwen3_5_text": {**STATES, **LAYERS, "head_dim": 256},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "qwen3_moe": {**HEADS, **EXPERTS, "num_experts": 4},
     "gpt_oss": {**HEADS, **EXPERTS, "num_local_experts": 4, "sliding_window": 64},
@@ -67,7 +69,7 @@ def make_twin(family: str, place: Path) -> Path:
                  num_key_value_heads=2, max_position_embeddings=2048)  # fmt: skip
     if family == "gemma4_text":
         sizes |= {"vocab_size_per_layer_input": len(tokenizer)}
-    config = CONFIG_MAPPING[family](**sizes, **ends, **TWINS[family])
+    config = CONFIG_MAPPING[family](**{**sizes, **ends, **TWINS[family]})
     if family == "gemma4":  # as on the hub, with a part for images beside that for text
         small = {**HEADS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
                  "num_key_value_heads": 2}  # fmt: skip
@@ -174,3 +176,35 @@ def test_a_model_that_caps_the_logits_of_its_attention_is_not_padding_free():
     config.attn_logit_softcapping = None
     with torch.device("meta"):
         assert acceleration._obstacle(AutoModelForCausalLM.from_config(config)) == ""
+
+
+@pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's parts are not installed: {gguf.INSTALL}")
+@pytest.mark.parametrize("family", ["lfm2", "gpt_oss", "qwen3_5_text"])
+def test_the_gguf_file_of_a_family_is_proven(family, all_tokens, tmp_path):
+    job = (f"model.name={make_twin(family, tmp_path)}", write_rows(tmp_path), "export.formats=[gguf]")
+    folder = train(tmp_path / "run", *job, "export.gguf.quantizations=[f16]", "trainer.max_steps=2")
+    proof = read_json(folder / "export" / "verify.json")["artifacts"]["gguf/f16"]
+    assert (proof["status"], proof["failed"]) == ("ok", [])
+
+
+@pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's parts are not installed: {gguf.INSTALL}")
+@pytest.mark.parametrize(
+    ("family", "why"), [("ministral3", "asks its own package gguf"), ("gemma4", "looks for global_head_dim")]
+)
+def test_gguf_files_that_upstream_cannot_make_are_refused_before_training(family, why, twin, tmp_path):
+    job = (f"model.name={twin(family)}", write_rows(tmp_path), "export.formats=[merged_16bit,gguf]")
+    with pytest.raises(Refusal, match=why) as refused:
+        run(make_settings(*JOB, *job), tmp_path / "run")
+    (problem,) = refused.value.problems
+    assert problem.fix == "export.formats=[merged_16bit]" and not (tmp_path / "run" / "run.json").exists()
+    assert run(make_settings(*JOB, *job, problem.fix, "trainer.max_steps=1"), tmp_path / "run").exit_code == 0
+    with pytest.raises(ExportError):  # so the table does not outlive the fault
+        gguf.convert(twin(family), tmp_path / "model.gguf")
+
+
+def test_an_architecture_that_the_converter_does_not_name_is_refused():
+    if not gguf.missing_parts():
+        (problem,) = gguf.check_architecture({"model_type": "new", "architectures": ["NewForCausalLM"]}, ["gguf"])
+        assert "does not know NewForCausalLM" in problem.why
+    assert gguf.check_architecture({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, ["gguf"]) == []
+    assert gguf.check_architecture({}, ["gguf"]) == []
