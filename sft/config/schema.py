@@ -331,7 +331,8 @@ class LoraSettings:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     """Names of the linear layers that get an adapter, or regular expressions over their whole names, as PEFT matches them:
-    `[".*self_attn.*"]`; `[all-linear]` for every one of them."""
+    `[".*self_attn.*"]`; `[all-linear]` for every one of them. Where it is not set, families that name their layers otherwise
+    get their own."""
     bias: Bias = Bias.none
     """Which bias terms are trained."""
     use_rslora: bool = False
