@@ -2,7 +2,10 @@
 
 import pytest
 
-from sft.config import fingerprint
+from sft.config import compose, fingerprint
+from sft.config.schema import Settings
+from sft.errors import Refusal
+from sft.storage.jsonio import jsonable
 from tests.conftest import make_settings
 
 STORED = {
@@ -33,6 +36,35 @@ STORED = {
 @pytest.mark.parametrize("overrides", STORED)
 def test_the_hash_of_stored_settings_is_what_it_was(overrides):
     assert fingerprint.config_hash(make_settings(*overrides.split())) == STORED[overrides]
+
+
+ODD = {
+    "lora": {"r": True, "lora_alpha": 16.0, "lora_dropout": -0.0, "target_modules": ["${x}"], "extra": {"a": {"b": [1]}}},
+    "trainer": {"learning_rate": 1, "max_steps": "7", "extra": {"x": None}, "padding_free": None},
+    "dataset": {"keep": {"a": "b"}, "shuffle": "false"},
+    "seed": 7.0,
+}
+
+
+@pytest.mark.parametrize("overrides", ["", "method=grpo model=tiny_random", "experiment=chat +trainer.extra.x=1", "ODD"])
+def test_settings_are_those_of_all_values_merged_into_the_schema(monkeypatch, overrides):
+    """Those that are at their default need not be; `repr` tells the types too."""
+    values = [ODD] if overrides == "ODD" else [jsonable(make_settings(*overrides.split()))]
+    values += [{"lora": {"r": float(Settings().lora.r)}}, {"seed": f"{Settings().seed}"}, {"lora": {"lora_dropout": -0.0}}]
+    values += [{group: {key: value}} for group, pairs in ODD.items() if isinstance(pairs, dict) for key, value in pairs.items()]
+
+    def filled() -> list[str]:
+        found = []
+        for plain in values:
+            try:
+                found.append(repr(compose.fill_settings(plain)))
+            except Refusal as refusal:
+                found.append(str(refusal))
+        return found
+
+    differing = filled()
+    monkeypatch.setattr(compose, "_set", lambda plain, defaults: plain)
+    assert differing == filled()
 
 
 @pytest.mark.parametrize(
