@@ -24,7 +24,6 @@ import psutil
 
 from sft.export.gguf import CONVERTER
 from sft.model import warm_cache
-from sft.model.backend import import_bitsandbytes
 from tests.conftest import ROOT
 
 PRELOADED = ("sft.lifecycle", "sft.cli.job", "sft.cli.chat", "sft.export.exporter", "sft.methods.arguments", "sft.methods.sft",
