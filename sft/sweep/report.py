@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.method import METHODS
-from sft.report.page import MAX_POINTS, downsample, render
+from sft.report.charts import MAX_POINTS, downsample
+from sft.report.page import render
 from sft.report.summary import merge_steps
 from sft.storage.jsonio import number, read_lines
 from sft.sweep.index import FINISHED
