@@ -54,7 +54,7 @@ def write_report(run_folder: Path, run: dict | None = None) -> Path:
             "metrics": metrics,
             "verdict": judge({**run, "metrics": metrics}, rows, read_lines(run_folder / "eval_rows.jsonl"), margins, say),
             "charts": charts,
-            "pairs": summarise_pairs(margins),
+            "pairs": summarise_pairs(margins, say),
             "rollouts": summarise_rollouts(run_folder / "rollouts.jsonl"),
             "broken": find_broken(rows),
             "samples": judge_samples(read_lines(run_folder / "samples.jsonl")),

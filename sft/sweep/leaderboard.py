@@ -81,7 +81,7 @@ class Leaderboard:
     """Standard deviation of `value` between runs that differ in their seed alone; None without such runs."""
     noise_factor: float = 0.0
     """Times how much `noise` the mean of one run is known, with 95 % confidence."""
-    said: list[list[tuple[str, dict[str, Any]]]] = field(default_factory=list)
+    sentences: list[list[tuple[str, dict[str, Any]]]] = field(default_factory=list)
     """What has to be known before a row is called better than another: of each remark the sentences, with their values."""
     next_commands: list[str] = field(default_factory=list)
     """Commands that would settle what is open."""
@@ -93,7 +93,7 @@ class Leaderboard:
 
     def remarks_in(self, say: Say) -> list[str]:
         """The remarks in the language of `say`."""
-        return [say(" ").join(say(sentence, **values) for sentence, values in remark) for remark in self.said]
+        return [say(" ").join(say(sentence, **values) for sentence, values in remark) for remark in self.sentences]
 
     def value(self, row: TableRow) -> float:
         """What ranks a row: its metric, or how far that changed."""
@@ -213,7 +213,7 @@ def remark(board: Leaderboard) -> None:
     if not ranked:
         if board.rows and all(row.job.status == FINISHED for row in board.rows):
             text = "Nothing was held out, so there is no {noun} to rank by (dataset.eval_fraction=0.1)."
-            board.said.append([(text, {"noun": board.method.noun})])
+            board.sentences.append([(text, {"noun": board.method.noun})])
         return
     for check in (_check_rows, _check_budget, _check_noise, _check_edges):
         check(board, ranked)
@@ -229,7 +229,7 @@ def _check_rows(board: Leaderboard, ranked: list[TableRow]) -> None:
         remark.append(("They are ranked by the change from before training.", {}))
     if "seed" in board.keys and not any("dataset" in key for key in board.keys):
         remark.append(("The seed chooses the rows; dataset.seed=3407 gives every job the same ones.", {}))
-    board.said.append(remark)
+    board.sentences.append(remark)
 
 
 def _check_budget(board: Leaderboard, ranked: list[TableRow]) -> None:
@@ -237,8 +237,9 @@ def _check_budget(board: Leaderboard, ranked: list[TableRow]) -> None:
     if tokens and max(tokens) > 1.02 * min(tokens):
         text = (
             "The jobs did not train on equally many tokens ({least} to {most}): part of a difference is the longer training, "
+            "not the setting."
         )
-        board.said.append([(text + "not the setting.", {"least": f"{min(tokens):,}", "most": f"{max(tokens):,}"})])
+        board.sentences.append([(text, {"least": f"{min(tokens):,}", "most": f"{max(tokens):,}"})])
 
 
 def setting_groups(board: Leaderboard, rows: list[TableRow]) -> list[list[TableRow]]:
@@ -261,11 +262,12 @@ def _check_noise(board: Leaderboard, ranked: list[TableRow]) -> None:
         if board.seeds_apart:
             text = (
                 "Settings were run under several seeds, each with held-out rows of its own: these values do not tell what is "
+                "chance."
             )
-            board.said.append([(text + "chance.", {})])
+            board.sentences.append([(text, {})])
         elif len(ranked) > 1:
             text = "No setting was run under several seeds, so it is not known how much of a difference is chance."
-            board.said.append([(text, {}), ("Repeat the best one:", {})])
+            board.sentences.append([(text, {}), ("Repeat the best one:", {})])
             board.next_commands.append(
                 _command(board, ranked[0], {"seed": _other_seeds(ranked[0]), "dataset.seed": _rows_seed(ranked[0])})
             )
@@ -289,7 +291,7 @@ def _check_noise(board: Leaderboard, ranked: list[TableRow]) -> None:
         remark.append((text, {"count": within}))
     else:
         remark.append(("The best setting is ahead of all others by more than this noise.", {}))
-    board.said.append(remark)
+    board.sentences.append(remark)
 
 
 def _other_seeds(row: TableRow) -> str:
@@ -317,7 +319,7 @@ def _check_edges(board: Leaderboard, ranked: list[TableRow]) -> None:
             if top
             else "The best {key}, {value}, is the smallest one tried: a better one may lie beyond. Try:"
         )
-        board.said.append([(text, {"key": key, "value": _text(best.values[key])})])
+        board.sentences.append([(text, {"key": key, "value": _text(best.values[key])})])
         board.next_commands.append(_command(board, best, {key: ",".join(map(_text, steps))}))
 
 
