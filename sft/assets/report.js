@@ -53,13 +53,14 @@
   }
 
   function copyText(text) {
-    if (navigator.clipboard && window.isSecureContext) return navigator.clipboard.writeText(text);
-    const area = document.body.appendChild(document.createElement("textarea"));
-    area.value = text;
-    area.select();
-    document.execCommand("copy");
-    area.remove();
-    return Promise.resolve();
+    const byHand = () => {
+      const area = document.body.appendChild(document.createElement("textarea"));
+      area.value = text;
+      area.select();
+      document.execCommand("copy");
+      area.remove();
+    };
+    return navigator.clipboard ? navigator.clipboard.writeText(text).catch(byHand) : Promise.resolve(byHand());
   }
   for (const button of document.querySelectorAll("button.copy")) {
     const label = button.textContent;
@@ -67,7 +68,7 @@
     button.addEventListener("click", () => copyText(button.previousElementSibling.textContent.trim()).then(() => {
       button.textContent = button.dataset.done;
       setTimeout(() => { button.textContent = label; }, 1500);
-    }, () => {}));
+    }));
   }
 
   // What the reader says of the samples. A browser may keep nothing for a file: then it lasts as long as the page is open.
@@ -85,7 +86,8 @@
         count.textContent = rows.filter((row) => (said[row.dataset.key] || "") === count.dataset.count).length;
       }
       const lines = rows.filter((row) => said[row.dataset.key]);
-      tally.querySelector(".list").textContent = lines.map((row) => `${said[row.dataset.key]}\t${row.dataset.text.replace(/\s+/g, " ")}`).join("\n");
+      const word = (row) => row.querySelector(`[data-value="${said[row.dataset.key]}"]`)?.textContent;
+      tally.querySelector(".list").textContent = lines.map((row) => `${word(row)}\t${row.dataset.text.replace(/\s+/g, " ")}`).join("\n");
       tally.querySelector("details").hidden = !lines.length;
     };
     for (const row of rows) {

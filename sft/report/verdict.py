@@ -70,7 +70,12 @@ def _of_metric(method: MethodFacts, start: float, end: float, say: Say) -> str:
                end=f"{end:.4f}")  # fmt: skip
     if method.metric != "eval_loss" or method is DPO or max(start, end) > 100:
         return say("{text}.", text=text)
-    return say("{text}; perplexity {start}, then {end}.", text=text, start=f"{math.exp(start):.3g}", end=f"{math.exp(end):.3g}")
+    return say("{text}; perplexity {start}, then {end}.", text=text, start=_perplexity(start), end=_perplexity(end))
+
+
+def _perplexity(loss: float) -> str:
+    value = math.exp(loss)
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _no_rows(say: Say) -> str:
