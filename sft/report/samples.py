@@ -8,7 +8,7 @@ from sft.storage.jsonio import number
 LOOP = 12
 """Tokens that a repetition at the end of a completion takes at least."""
 
-COMPARED = 600
+COMPARED = 300
 """Characters by which two completions are compared."""
 
 

@@ -50,8 +50,9 @@ def write_sweep_report(board: Leaderboard) -> Path:
 
 
 def language_of(board: Leaderboard) -> str:
-    """`report.lang` of the jobs."""
-    return "zh" if any(job.settings.get("report.lang") == "zh" for job in board.index.jobs[:1]) else "en"
+    """`report.lang` of the first job."""
+    jobs = board.index.jobs
+    return "zh" if jobs and jobs[0].settings.get("report.lang") == "zh" else "en"
 
 
 def pair_commands(board: Leaderboard, say: Say = str) -> list[tuple[str, str | None]]:
