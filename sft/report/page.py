@@ -65,6 +65,7 @@ def write_report(run_folder: Path, run: dict | None = None) -> Path:
             "settings": group_settings(run.get("settings", {})),
             "commands": next_commands(run_folder, run, verify, say),
             "links": find_links(run_folder, run),
+            "sweep": (run_folder.resolve().parent / "sweep.json").is_file(),
         }
     )
     target, temporary = run_folder / "report.html", run_folder / f".report.html-{os.getpid()}"

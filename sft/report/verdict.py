@@ -50,9 +50,10 @@ def judge(run: dict, rows: list[dict], lines: list[dict], margins: list[dict], s
     """
     method, metrics = facts_of(run), run.get("metrics") or {}
     start, end = number(metrics.get(f"{method.metric}_start")), number(metrics.get(method.metric))
-    if start is None or end is None or not metrics.get("steps"):
+    evaluated = any(row["step"] and row.get(method.metric) is not None for row in rows)
+    if start is None or end is None or not evaluated:
         return None
-    kept = metrics.get("kept_step", metrics["steps"])
+    kept = metrics.get("kept_step", metrics.get("steps"))
     before, after = _line_of(lines, 0), _line_of(lines, kept)
     found = _of_pairs(margins, kept, say) if method is DPO else _of_rows(method, before, after, say)
     verdict = found or {"tone": "warn", "headline": say("The change has no interval"), "lines": [_no_rows(say)]}

@@ -252,6 +252,15 @@ def test_what_to_type_next_depends_on_the_ending_and_names_the_folder(page, tmp_
     assert f"chat.py run={tmp_path}" in text_of(page({**run, "working_folder": "/nowhere"}))
 
 
+def test_the_page_of_a_job_leads_to_that_of_its_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_page, "bundled_charts", lambda: "/* charts */")
+    (job := tmp_path / "0_r=8").mkdir()
+    link = '<a class="link" href="../report.html">'
+    assert link not in report_page.write_report(job).read_text("utf-8")
+    (tmp_path / "sweep.json").write_text("{}", "utf-8")
+    assert link in report_page.write_report(job).read_text("utf-8")
+
+
 def test_files_of_the_run_are_links_and_what_is_elsewhere_is_text(page, tmp_path):
     (tmp_path / "adapter é").mkdir()
     places = {"adapter": "adapter é", "gone": "gone", "up": f"../{tmp_path.name}", "root": "/etc", "odd": "javascript:alert(1)"}

@@ -96,9 +96,13 @@ def test_without_values_of_rows_it_is_said_that_there_is_no_interval(kept):
     assert found["headline"] == "The change has no interval" and found["tone"] == "warn"
 
 
-@pytest.mark.parametrize("metrics", [{}, {"eval_loss_start": 1.0}, {"eval_loss_start": 1.0, "eval_loss": 1.0, "steps": 0}])
+@pytest.mark.parametrize("metrics", [{}, {"eval_loss_start": 1.0}, {"eval_loss": 1.0}])
 def test_without_a_value_before_and_after_there_is_no_verdict(metrics):
-    assert verdict([], [], metrics) is None
+    assert verdict(curve(s0=2.0, s20=1.0), [], metrics) is None
+
+
+def test_a_run_that_ended_before_its_second_evaluation_has_no_verdict():
+    assert verdict(curve(s0=2.0), lines([2.0] * 9, [2.0] * 9), {"eval_loss_start": 2.0, "eval_loss": 2.0, "steps": 3}) is None
 
 
 def test_lines_that_a_resumed_run_wrote_anew_replace_the_earlier_ones():
