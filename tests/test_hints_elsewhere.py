@@ -407,6 +407,10 @@ CASES: dict[str, tuple[Callable, list[str], Callable[[World], object], str]] = {
     "a preset that is there": (
         beginning, ["faq.csv"], lambda w: (write_faq(), Path("conf/experiment").mkdir(parents=True),
                                            Path("conf/experiment/faq.yaml").touch()), "There is a file"),
+    "a preset of a misspelt config": (
+        beginning, ["from=confg.yaml"], lambda w: write_config(), "There is no such file"),
+    "a preset of a method that is not here": (
+        beginning, ["from=config.yaml"], lambda w: write_config(rl="kto"), "no such method"),
     "a table without a sweep": (ranking, [], lambda w: None, "no sweep here"),
     "a workspace without a sweep": (looking, [], lambda w: None, "no sweep here"),
     "a workspace without a login": (
@@ -426,6 +430,12 @@ CASES: dict[str, tuple[Callable, list[str], Callable[[World], object], str]] = {
 
 def write_faq() -> None:
     Path("faq.csv").write_text("instruction,output\n" + "".join(f"question {n},answer {n}\n" for n in range(12)))
+
+
+def write_config(**further) -> None:
+    write_faq()
+    config = {"base_model": "tiny_random", "adapter": "lora", "lora_r": 4, "datasets": [{"path": "faq.csv"}], **further}
+    Path("config.yaml").write_text(json.dumps(config))
 
 
 def make_merged(folder: str, **config) -> None:
@@ -517,7 +527,8 @@ UNTYPED = {
         sft.runs.resume.recorded_run 1, sft.runs.resume.recorded_run 2, sft.runs.saved.settings_of, sft.runs.saved.check_base,
         sft.sweep.leaderboard.read_leaderboard, sft.sweep.leaderboard.best_run 1, sft.export.hub._check_existing 1,
         sft.export.hub._check_existing 3, sft.export.hub._check_existing 4, sft.export.hub._create,
-        sft.cli.preset_file.write_preset 2""",
+        sft.cli.preset_file.write_preset 2, sft.cli.init.from_config, sft.cli.conversion.convert,
+        sft.cli.conversion._read_yaml 2, sft.cli.conversion.convert_notebook""",
     "only the reader knows the values": """
         sft.cli.export.read_request 1, sft.cli.init.read_words 2, scripts.wandb_workspace._tracked,
         sft.sweep.grid.check_pairs 1, sft.sweep.grid.check_pairs 2, sft.sweep.slurm.SlurmJobs.start""",
@@ -531,6 +542,7 @@ UNTYPED = {
     "room on a disk is made by a person": "sft.export.requirements.check_disk",
     "another process has to end": "sft.export.exporter.export_run, sft.runs.resume._taken, sft.sweep.runner._choose_folder",
     "files that are damaged or gone have to come back as they were": """
+        sft.cli.conversion._read_yaml 1, sft.cli.notebook_calls._cells,
         sft.export.merge.load_trained 1, sft.export.merge.load_trained 2, sft.model.files.check_model_files 1,
         sft.model.files.check_adapter_files 1, sft.model.files.check_adapter_files 2, sft.model.files._check_stop_tokens,
         sft.model.files._check_index, sft.model.files._check_weights 1, sft.model.files._check_weights 2,

@@ -37,7 +37,7 @@ from sft.config.compose import PROCESSES, register, to_settings
 from sft.config.consent import WORD
 from sft.config.data_rules import why_lost
 from sft.config.destinations import KEYS, check_destinations, destinations, own_code
-from sft.config.keys import in_shell
+from sft.config.keys import in_shell, typed
 from sft.config.rules import check_settings
 from sft.config.schema import Settings
 from sft.distributed.group import is_first, launched
@@ -444,9 +444,7 @@ def _check_overruled(config: DictConfig, config_name: str, overrides: list[str])
         wrong = [key for key in meant if got[key] != meant[key]]
         if wrong:
             sets = ", ".join(f"{group}.{key}={got[key]}" for key in wrong)
-            fix = " ".join(
-                f"{group}.{key}={str(meant[key]).lower() if meant[key] in (True, False, None) else meant[key]}" for key in wrong
-            )
+            fix = " ".join(typed(f"{group}.{key}", meant[key]) for key in wrong)
             why = f"The experiment sets {sets}, over what {group}={option} brings."
             problems.append(Problem(f"experiment={experiment} {group}={option}", why, f"{fix}   to have the option's values"))
     return problems

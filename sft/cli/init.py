@@ -2,6 +2,7 @@
 
     python scripts/init.py my.csv                              looks at the file, asks for model and goal in a terminal
     python scripts/init.py my.csv model=qwen3_4b goal=answer   or takes them as words; model is a preset, a hub id or a folder
+    python scripts/init.py from=notebook.ipynb                 settings of an Unsloth notebook, an Axolotl or LLaMA-Factory YAML
     python scripts/init.py my.jsonl name=faq lora=r32 trainer.num_train_epochs=3      further settings are written as well
 
 goal is chat (through the model's chat template), answer (a question and its answer), preferences (a better and a worse
@@ -18,6 +19,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from sft import console
 from sft.cli import preset_file
@@ -39,7 +42,9 @@ GOALS = {
 
 METHODS = {"chat": "sft", "answer": "sft", "preferences": "dpo", "rewards": "grpo"}
 
-OWN = ("data", "model", "goal", "name", "force")
+GOAL_OF = {method: goal for goal, method in METHODS.items()}
+
+OWN = ("data", "from", "model", "goal", "name", "force")
 """Words that are no settings."""
 
 NO_PLACE = {
@@ -73,13 +78,16 @@ def begin(argv: list[str]) -> None:
     """Read the words, look at the rows, write the preset, print what comes next. Raises Refusal."""
     problems: list[Problem] = []
     own, words = read_words(argv, problems)
-    from_data(own, words, problems)
+    if "from" in own:
+        from_config(own, words, problems)
+    else:
+        from_data(own, words, problems)
 
 
 def read_words(argv: list[str], problems: list[Problem]) -> tuple[dict[str, Any], list[str]]:
     """(own words by name, words that are settings); what cannot be used goes to `problems`."""
     own, words, files = {}, [], []
-    for text in argv:
+    for text in _without_dashes(argv):
         key, equals, value = text.partition("=")
         if text.startswith("-"):
             bare = text.lstrip("-")
@@ -112,12 +120,67 @@ def read_words(argv: list[str], problems: list[Problem]) -> tuple[dict[str, Any]
         problems.append(Problem(f"force={own['force']}", "It is true or false.", "force=true"))
     if "name" in own:
         problems += preset_file.name_problems(own["name"])
-    if "path" not in own and not any(word.startswith("dataset.path=") for word in words):
+    if "from" in own and not expanded(own["from"]).is_file():
+        near = [file.name for file in Path().iterdir() if file.suffix in (".ipynb", ".py", ".yaml", ".yml") and file.is_file()]
+        close = difflib.get_close_matches(own["from"], near, 1, 0.3)
+        fix = typed("from", close[0]) if close else "from=<notebook.ipynb or config.yaml>"
+        problems.append(Problem(f"from={own['from']}", "There is no such file.", fix))
+        raise Refusal(problems)
+    if not {"path", "from"} & own.keys() and not any(word.startswith("dataset.path=") for word in words):
         found = sorted(file.name for file in Path().iterdir() if file.is_file() and kind_of(file) and file.name[0] != ".")
         fix = typed("data", found[0]) if found else "data=my_data.jsonl   for example"
         problems.append(Problem(" ".join(argv), "It names no file with data.", fix))
         raise Refusal(problems)
     return own, words
+
+
+def _without_dashes(argv: list[str]) -> list[str]:
+    """The words, with `--from x` and `--from=x` as `from=x`."""
+    words = list(argv)
+    while "--from" in words:
+        at = words.index("--from")
+        words[at : at + 2] = [f"from={''.join(words[at + 1 : at + 2])}"]
+    return [word.removeprefix("--") if word.startswith("--from=") else word for word in words]
+
+
+def from_config(own: dict[str, Any], words: list[str], problems: list[Problem]) -> None:
+    """Write the preset for a notebook or a config of another project. Raises Refusal as `from_data` does."""
+    from sft.cli.conversion import convert
+
+    path = expanded(own["from"])
+    try:
+        made = convert(path, METHODS.get(own.get("goal")))
+        goal = own.get("goal") or GOAL_OF[made.choices.get("method", "sft")]
+        given = [*method_words(goal, words), *model_words(own.get("model")), *words]
+        settings = read_settings(CONF, given, hardware=False)
+    except Refusal as refusal:
+        problems += refusal.problems
+    if problems:
+        raise Refusal(problems)
+    if "path" in own:
+        made.replace_rows(own["path"])
+    for key, _, value in (word.partition("=") for word in given):
+        if key in GROUPS:
+            made.choose(key, value)
+            for name in option_keys(key, value):
+                made.values.pop(f"{key}.{name}", None)
+        elif f"{key}={value}" not in method_words(goal, words):
+            made.put(key.lstrip("+"), value_at(settings, key.lstrip("+")), "as typed")
+    if not {"dataset.name", "dataset.path"} & made.values.keys():
+        why = "It does not say where rows are that can be found from here."
+        raise Refusal([Problem(f"from={own['from']}", why, "data=my_data.jsonl   or   dataset.name=<id on the hub>")])
+    made.choices = {"dataset": "local", **made.choices}
+    name = own.get("name") or preset_file.name_from(path.stem)
+    while True:
+        text = preset_file.preset_text(name, made.about(path.name), made.choices, made.values, made.comments())
+        try:
+            written, _ = preset_file.write_preset(name, text, own.get("force") == "true")
+            break
+        except Refusal as refusal:
+            if not made.leave_out(refusal.problems):
+                raise
+    print(console.safe(made.report(path.name)))
+    show_next(written, name)
 
 
 def from_data(own: dict[str, Any], words: list[str], problems: list[Problem]) -> None:
@@ -184,6 +247,13 @@ def choose(question: str, options: dict[str, str] | Sequence[str], default: str,
 def model_options() -> list[str]:
     """The presets of models, those of the current folder too."""
     return sorted({file.stem for folder in (CONF, Path("conf")) for file in (folder / "model").glob("*.yaml")})
+
+
+def option_keys(group: str, option: str) -> list[str]:
+    """The settings that an option of a group has values for."""
+    files = [folder / group / f"{option}.yaml" for folder in (Path("conf"), CONF)]
+    file = next((file for file in files if file.is_file()), None)
+    return list(yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file else []
 
 
 def model_words(model: str | None) -> list[str]:

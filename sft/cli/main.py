@@ -16,7 +16,7 @@ from sft.programs import VARIABLE
 from sft.threads import spin_briefly
 
 WORDS = {
-    "init": ("my.csv", "begin with a file of your own: writes a preset, says what to type next"),
+    "init": ("my.csv", "begin with a file of your own, or --from notebook.ipynb: writes a preset"),
     "train": ("dataset=local dataset.path=my.csv", "train one run"),
     "preview": ("dataset=local dataset.path=my.csv", "show what would be trained on, token by token"),
     "preflight": ("dataset=local dataset.path=my.csv", "check everything, train nothing"),

@@ -24,6 +24,9 @@ RESERVED = ("null", "true", "false", "yes", "no", "on", "off", "inf", "nan")
 WIDTH = 118
 """Columns of a line with its comment."""
 
+ORDER = ("model", "dataset", "lora", "method", "trainer", "samples", "export", "tracking")
+"""In which groups of settings stand in the file."""
+
 GROUP_COMMENTS = {
     "model": "the model; another file of conf/model/, or model.name=<hub id or folder>",
     "dataset": "rows of a file, a folder or the hub",
@@ -76,7 +79,8 @@ def preset_text(name: str, about: list[str], choices: dict[str, str], values: di
             _commented(f"  - override /{group}: {option}", GROUP_COMMENTS.get(group, "")) for group, option in choices.items()
         ]
     tree: dict[str, Any] = {}
-    for key, value in values.items():
+    for key in sorted(values, key=lambda key: ORDER.index(first) if (first := key.partition(".")[0]) in ORDER else len(ORDER)):
+        value = values[key]
         *above, last = key.split(".")
         table = tree
         for part in above:
@@ -138,7 +142,7 @@ def _tree_lines(tree: dict[str, Any], comments: dict[str, str], indent: str = ""
     lines = []
     for name, inner in tree.items():
         if isinstance(inner, _Leaf):
-            comment = comments.get(inner.key) or COMMENTS.get(inner.key) or first_words(inner.key)
+            comment = comments.get(inner.key) or comment_of(inner.key)
             lines += _leaf_lines(f"{indent}{name}:", inner, comment)
         else:
             lines += [f"{indent}{name}:", *_tree_lines(inner, comments, indent + "  ")]
@@ -159,12 +163,14 @@ def _commented(line: str, comment: str) -> str:
     return f"{line:<38}  # {comment}" if comment else line
 
 
-def first_words(key: str) -> str:
-    """The first sentence of a setting's docstring, or as much of it as fits on a line."""
+def comment_of(key: str) -> str:
+    """What a setting is: words for a beginner, or the first sentence of its docstring, or as much as fits on a line."""
+    if key in COMMENTS:
+        return COMMENTS[key]
     cls, name = find_field(key)
     text = field_docs(cls).get(name, "") if cls else ""
-    sentence = re.split(r"(?<=\w\w[.;)]) ", text.replace("`", ""))[0].rstrip(".;:")
-    return sentence if len(sentence) < 100 else sentence[:97].rpartition(" ")[0] + " ..."
+    sentence = re.split(r"(?<=\w\w[.;)]) ", text.replace("`", ""))[0].rstrip(" .;:")
+    return sentence if len(sentence) < 90 else sentence[:87].rpartition(" ")[0].rstrip(",;:") + " ..."
 
 
 def _free(name: str) -> str:
