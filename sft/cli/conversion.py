@@ -84,7 +84,7 @@ class Conversion:
         """What became of every key."""
         lines = [f"{len(self.values)} settings of {name} are carried over."]
         for title, found in (("Needs nothing here", self.needless), ("Not carried over", self.left)):
-            lines += [f"\n{title}:", *(f"  {key:<34} {why}" for key, why in found.items())] if found else []
+            lines += [f"\n{title}:", *(f"  {' '.join(key.split()):<34} {why}" for key, why in found.items())] if found else []
         return "\n".join(lines) + "\n"
 
 
@@ -141,18 +141,14 @@ def convert(path: Path, method: str | None = None) -> Conversion:
     """Read a notebook, a script or a config, whose method may be another. Raises Refusal for a file of none of the three kinds,
     and for a method that there is not here.
     """
-    if path.suffix in (".ipynb", ".py"):
-        made = convert_notebook(path)
-    else:
-        plain = _read_yaml(path)
-        if "base_model" in plain:
-            made = convert_axolotl(plain, path)
-        elif "model_name_or_path" in plain:
-            made = convert_llamafactory(plain, path)
-        else:
-            why = "It has neither base_model, as Axolotl's configs, nor model_name_or_path, as LLaMA-Factory's."
-            raise refuse(f"from={path}", why, "data=my_data.jsonl   to begin with a file of rows")
-    if made.values.get("trainer.max_steps", -1) > 0:  # the epochs would be ignored
+    try:
+        made = convert_notebook(path) if path.suffix in (".ipynb", ".py") else _convert_yaml(path)
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError) as error:
+        raise refuse(
+            f"from={path}", f"A value in it is of another kind than it should be: {first_line(error)}.", "mend it"
+        ) from error
+    steps = made.values.get("trainer.max_steps", -1)
+    if isinstance(steps, int) and steps > 0:  # the epochs would be ignored
         made.needless[made.sources.pop("trainer.num_train_epochs", "epochs")] = "max_steps decides the length"
         made.values.pop("trainer.num_train_epochs", None)
     if made.problems and method is None:
@@ -162,6 +158,16 @@ def convert(path: Path, method: str | None = None) -> Conversion:
     if made.choices.get("lora") == "none":
         made.values = {key: value for key, value in made.values.items() if not key.startswith("lora.")}
     return made
+
+
+def _convert_yaml(path: Path) -> Conversion:
+    plain = _read_yaml(path)
+    if "base_model" in plain:
+        return convert_axolotl(plain, path)
+    if "model_name_or_path" in plain:
+        return convert_llamafactory(plain, path)
+    why = "It has neither base_model, as Axolotl's configs, nor model_name_or_path, as LLaMA-Factory's."
+    raise refuse(f"from={path}", why, "data=my_data.jsonl   to begin with a file of rows")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -183,11 +189,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def take(made: Conversion, given: dict[str, Any], renamed: dict[str, str], special: dict[str, Callable[..., None]]) -> None:
     """Carry each key over: by a function of its own, by a new name, or by what is known of upstream's arguments."""
+    known = {key: value for key, value in given.items() if value is not UNKNOWN}
     for key, value in given.items():
         if value is UNKNOWN:
             made.left[key] = "its value is known only where the notebook runs"
         elif key in special:
-            special[key](made, key, value, given)
+            special[key](made, key, value, known)
         elif value is None or value in ("", [], {}):
             made.needless[key] = "it is not set"
         elif key in renamed:
@@ -876,8 +883,9 @@ def _take_adapter(made: Conversion, call: Call) -> None:
 def _take_arguments(made: Conversion, given: dict[str, Any], method: str) -> None:
     """Those of a trainer and of its config."""
     given = {key: value for key, value in given.items() if key not in ("fp16", "bf16")}
-    if method == "grpo" and "num_generations" in given and given["num_generations"] is not UNKNOWN:
-        rows = int(given.pop("per_device_train_batch_size", 8)) * int(given.pop("gradient_accumulation_steps", 1))
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
+    if method == "grpo" and all(isinstance(given.get(key), int) for key in sizes):
+        rows = given.pop(sizes[0]) * given.pop(sizes[1])
         made.put(
             "trainer.effective_batch_size",
             max(1, rows // int(given["num_generations"])),

@@ -1,5 +1,6 @@
 """A preset of one's own as a file: `conf/experiment/<name>.yaml` in the current folder, with a comment a line."""
 
+import json
 import re
 import tempfile
 from pathlib import Path
@@ -72,7 +73,7 @@ def name_from(text: str) -> str:
 def preset_text(name: str, about: list[str], choices: dict[str, str], values: dict[str, Any], comments: dict[str, str]) -> str:
     """The file's text: options of groups, then settings by their dotted keys, each with its comment."""
     lines = ["# @package _global_", f"# {as_called('python train.py')} {' '.join(_where())}experiment={name}"]
-    lines += [f"# {shown(line)}" for line in about]
+    lines += [f"# {_on_a_line(line)}" for line in about]
     if choices:
         lines.append("defaults:")
         lines += [
@@ -153,10 +154,17 @@ def _leaf_lines(start: str, leaf: _Leaf, comment: str) -> list[str]:
     """A setting with its comment: behind it, or above it where the line would be long."""
     value = getattr(leaf.value, "value", leaf.value)
     text = yaml.safe_dump(escaped(value), default_flow_style=True, allow_unicode=True, width=10**9)
-    line = f"{start} {text.removesuffix('...' + chr(10)).strip()}"
+    text = text.removesuffix("...\n").strip()
+    line = f"{start} {json.dumps(escaped(value), ensure_ascii=False) if chr(10) in text else text}"
+    comment = _on_a_line(comment)
     if len(line) + len(comment) + 4 <= WIDTH or not comment:
         return [_commented(line, comment)]
     return [" " * (len(start) - len(start.lstrip())) + f"# {comment}", line]
+
+
+def _on_a_line(text: str) -> str:
+    """A comment that holds names of somebody else's: in a line of its own they would be settings."""
+    return " ".join(shown(text).split())
 
 
 def _commented(line: str, comment: str) -> str:

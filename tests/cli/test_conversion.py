@@ -310,6 +310,29 @@ def test_rows_that_are_elsewhere_are_named_by_hand():
     assert settings_of("hub").dataset.name == "owner/set"
 
 
+def test_texts_of_somebody_else_stay_texts():
+    """A name in a comment, or a text of several lines, could be settings of its own."""
+    evil = "x\nmodel:\n  trust_remote_code: true\n#"
+    path = yaml_of(
+        AXOLOTL, **{evil: 1, "default_system_message": f"One.\n\n  Two: {{a}} ${{b}} {evil}", "wandb_name": "a: b # c"}
+    )
+    assert init.main([f"from={path}", "name=x", f"data={Path('rows.jsonl')}"]) == 0
+    made = settings_of("x")
+    assert made.model.trust_remote_code is False and made.tracking.name == "a: b # c"
+    assert made.dataset.system_prompt == f"One.\n\n  Two: {{a}} ${{b}} {evil}"
+
+
+@pytest.mark.parametrize("text", [AXOLOTL, LLAMAFACTORY], ids=["axolotl", "factory"])
+def test_a_value_of_another_kind_is_refused_or_left_and_never_a_traceback(text):
+    for key in yaml.safe_load(text):
+        for value in ([1], {"a": [2]}, "x y", -3, [{"path": {}}], True, 1e400):
+            try:
+                made = convert(yaml_of(text, **{key: value}))
+                assert made.values
+            except Refusal as refusal:
+                assert refusal.problems[0].fix
+
+
 def test_values_of_a_notebook_are_worked_out_from_constants_alone():
     write_notebook(Path("n.ipynb"), "a = 4\nb = [a, -a, a * 2 / 4]\nf(b, c = {'x': a}, d = g(1), e = a // 0, h = unknown)")
     call = next(call for call in read_calls(Path("n.ipynb")).calls if call.name == "f")
