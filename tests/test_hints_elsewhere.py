@@ -530,7 +530,7 @@ UNTYPED = {
         sft.cli.preset_file.write_preset 2, sft.cli.init.from_config, sft.cli.conversion._convert_yaml,
         sft.cli.conversion._read_yaml 2, sft.cli.conversion.convert_notebook""",
     "only the reader knows the values": """
-        sft.cli.export.read_request 1, sft.cli.init.read_words 2, scripts.wandb_workspace._tracked,
+        sft.cli.export.read_request 1, sft.cli.init.read_words 2, sft.cli.doctor.main, scripts.wandb_workspace._tracked,
         sft.sweep.grid.check_pairs 1, sft.sweep.grid.check_pairs 2, sft.sweep.slurm.SlurmJobs.start""",
     "a login, a licence or a right is given by a person, on the hub": """
         sft.export.hub.check_access 2, sft.export.hub.check_access 3, sft.export.hub._check_user 1,

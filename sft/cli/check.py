@@ -301,14 +301,14 @@ def _run_folder(overrides: list[Override]) -> Path | None:
 def _check_writable(folder: Path) -> list[Problem]:
     """The problems of a run folder and of the cache folder if they cannot be written. Leaves no trace."""
     problems = []
-    if why := _why_unwritable(folder):
+    if why := why_unwritable(folder):
         problems.append(Problem(f"hydra.run.dir={folder}", why, "hydra.run.dir=<a folder that can be written>"))
     try:
         cache = cache_dir()
     except RuntimeError:  # no home folder, as in some containers
         why, cache = "There is no home folder for it.", "~/.cache/sft"
     else:
-        why = _why_unwritable(cache)
+        why = why_unwritable(cache)
     if why:
         problems.append(
             Problem(f"the cache folder {cache}", why, "SFT_CACHE=<a folder that can be written> python train.py ...")
@@ -316,7 +316,7 @@ def _check_writable(folder: Path) -> list[Problem]:
     return problems
 
 
-def _why_unwritable(folder: Path) -> str:
+def why_unwritable(folder: Path) -> str:
     """Why nothing can be written to a folder, by the nearest one that is there; an empty text where it can."""
     if lost := why_lost(str(folder)):
         return lost

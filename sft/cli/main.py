@@ -26,6 +26,7 @@ WORDS = {
     "leaderboard": ("run=outputs/sweeps/<sweep>", "the table of a sweep"),
     "export": ("run=outputs/<run> export=gguf", "make files of a run that other programs read"),
     "chat": ("run=outputs/<run>", "talk to a run, or to an export of it"),
+    "doctor": ("", "what a run needs: is it here, and what mends it"),
     "install-gguf": ("", "install what GGUF exports need"),
 }
 """Each word with an example of what follows it, and what it does."""
