@@ -68,7 +68,7 @@ def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: b
             place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
             sys.argv[1:] = [f"resume='{place}'", f"hydra.run.dir='{place}'", "hydra.output_subdir=null", *others]
     except Refusal as refusal:
-        console.say(refusal)
+        console.say_refusal(refusal)
         raise SystemExit(2) from None
 
 

@@ -8,7 +8,6 @@ Exit codes: 0 nothing that a run needs is missing, 1 something is, 2 refused.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -48,22 +47,22 @@ class Row:
     """The command that mends it."""
 
 
+@console.takes_json
 def main(argv: list[str]) -> int:
     """Print the table; returns the exit code."""
     if {"-h", "--help"} & set(argv):
         print(as_called(__doc__))
         return 0
     try:
-        stray = [word for word in argv if word != "--json"]
-        if stray:
-            raise refuse(stray[0], "It takes --json and nothing else.", f"leave {stray[0]} out")
+        if argv:
+            raise refuse(argv[0], "It takes --json and nothing else.", f"leave {argv[0]} out")
     except Refusal as refusal:
-        console.say(refusal)
+        console.say_refusal(refusal)
         return 2
     rows = examine()
     healthy = all(row.state != MISSING for row in rows)
-    if "--json" in argv:
-        print(json.dumps({"ok": healthy, "rows": [asdict(row) for row in rows]}, indent=1))
+    if console.wants_json():
+        console.say_json({"ok": healthy, "rows": [asdict(row) for row in rows]})
     else:
         print(table(rows))
     return 0 if healthy else 1

@@ -57,6 +57,7 @@ LOOKED_AT = 50
 """Rows whose answers decide between rewards."""
 
 
+@console.takes_json
 def main(argv: list[str]) -> int:
     """Write the preset that `argv` asks for; returns the exit code."""
     if {"-h", "--help"} & set(argv) or not argv:
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
         register()
         begin(argv)
     except Refusal as refusal:
-        console.say(refusal)
+        console.say_refusal(refusal)
         return 2
     except (KeyboardInterrupt, EOFError):
         console.say("Interrupted; nothing was written.")

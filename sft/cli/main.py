@@ -54,7 +54,13 @@ def main(argv: list[str] | None = None) -> int:
     if word in WORDS:
         name = {"chat": "talk"}.get(word, word.replace("-", "_"))
         return import_module(f"sft.cli.{name}").main(rest)
-    console.say(f"There is no sft {shlex.quote(word)}.\nhint: {likeliest(argv)}")
+    if "--json" in argv:
+        argv = [word for word in argv if word != "--json"]
+        problem = {"what": f"sft {word}", "why": "There is no such word.", "fix": likeliest(argv) if argv else "sft --help"}
+        with console.json_output():
+            console.say_json({"refused": [problem]})
+    else:
+        console.say(f"There is no sft {shlex.quote(word)}.\nhint: {likeliest(argv)}")
     return 2
 
 
@@ -67,7 +73,7 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "sft <word> --help says more. Presets of your own are found in conf/ of the current folder.",
+            "sft <word> --help says more; --json is for programs. Presets of your own: conf/ of the current folder.",
         ]
     )
 
