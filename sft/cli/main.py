@@ -10,8 +10,10 @@ import os
 import shlex
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from sft import __version__, console
+from sft.paths import CONF
 from sft.programs import VARIABLE
 from sft.threads import spin_briefly
 
@@ -30,6 +32,9 @@ WORDS = {
     "install-gguf": ("", "install what GGUF exports need"),
 }
 """Each word with an example of what follows it, and what it does."""
+
+INIT = ("goal=chat", "goal=answer", "goal=preferences", "goal=rewards", "model=", "name=", "from=", "data=", "force=true")
+"""What `sft init` takes besides settings."""
 
 HYDRA = ("train", "preflight", "sweep", "preview")
 """Words that take the settings of a run, which Hydra completes in a shell."""
@@ -109,6 +114,18 @@ def complete(rest: list[str]) -> int:
         os.environ["COMP_LINE"] = " ".join(["sft", *words[1:], last])
         at = words.index("--config-dir") if "--config-dir" in words else len(words)
         return import_module("sft.cli.train").run([*words[at : at + 2], "-sc", *rest])
-    found = [f"run={place}" for place in glob.glob(f"{last[4:]}*")] if last.startswith("run=") else ["run="]
-    print("\n".join(word for word in (found if words else WORDS) if word.startswith(last)))
+    found = endings_of(words[0], last) if words else WORDS
+    print("\n".join(word for word in found if word.startswith(last)))
     return 0
+
+
+def endings_of(word: str, last: str) -> list[str]:
+    """What may follow a word whose last part is typed so far: its own words, and files."""
+    key, equals, begun = last.partition("=")
+    if word == "doctor":
+        return ["--json"]
+    if equals and key == "model":
+        return [f"model={file.stem}" for folder in (CONF, Path("conf")) for file in sorted((folder / "model").glob("*.yaml"))]
+    if equals and key in ("run", "data", "from"):
+        return [f"{key}={place}" for place in sorted(glob.glob(f"{glob.escape(begun)}*"))]
+    return [*INIT, *sorted(glob.glob(f"{glob.escape(last)}*"))] if word == "init" else ["run="]

@@ -150,6 +150,7 @@ def test_a_relative_config_path_is_refused_with_the_one_that_works(own, typed, m
 def test_bash_completes_words_settings_and_presets_of_ones_own(own):
     script = 'eval "$(sft train -sc install=bash)"\n'
     lines = ["sft pre", "sft train experiment=", "sft sweep lora.r", "sft show ", "sft show run=conf/e", "sft train model=tiny"]
+    lines += ["sft in", "sft init con", "sft init goal=re", "sft init model=tiny", "sft init from=con", "sft doctor "]
     for line in lines:
         words = line.split(" ")
         script += f"COMP_LINE='{line}' COMP_POINT={len(line)} COMP_CWORD={len(words) - 1}\n"
@@ -157,7 +158,9 @@ def test_bash_completes_words_settings_and_presets_of_ones_own(own):
     done = subprocess.run(["bash", "-c", script], env=write_program(own / "bin"), capture_output=True, text=True, timeout=120)
     found = [line.split() for line in done.stdout.splitlines()]
     assert found[0] == ["preview", "preflight"] and "experiment=x" in found[1] and "experiment=chat" in found[1], done.stderr
-    assert found[2:] == [["lora.r="], ["run="], ["run=conf/experiment"], ["model=tiny_random"]]
+    assert found[2:6] == [["lora.r="], ["run="], ["run=conf/experiment"], ["model=tiny_random"]]
+    own_words = [["init", "install-gguf"], ["conf"], ["goal=rewards"], ["model=tiny_random"], ["from=conf"], ["--json"]]
+    assert found[6:] == own_words
 
 
 @pytest.mark.slow
