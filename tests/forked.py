@@ -26,7 +26,7 @@ from sft.export.gguf import CONVERTER
 from sft.model import warm_cache
 from tests.conftest import ROOT
 
-PRELOADED = ("sft.run", "sft.cli.job", "sft.cli.chat", "sft.export.exporter", "sft.methods.arguments", "sft.methods.sft",
+PRELOADED = ("sft.lifecycle", "sft.cli.job", "sft.cli.chat", "sft.export.exporter", "sft.methods.arguments", "sft.methods.sft",
              "sft.sweep.runner", "transformers.trainer", "transformers.models.llama.modeling_llama", "peft", "tests.forked",
              "trl.trainer.sft_trainer")  # fmt: skip
 

@@ -553,9 +553,10 @@ UNTYPED = {
         sft.training.checkpoint.find_checkpoint 1, sft.training.checkpoint.find_checkpoint 2,
         sft.training.checkpoint.find_checkpoint 3""",
     "the user's own function is mended by them": """
-        sft.rewards.__init__._run_file, sft.rewards.__init__._own_reward 1, sft.rewards.__init__._own_reward 2,
+        sft.rewards.__init__._own_reward 1, sft.rewards.__init__._own_reward 2,
         sft.rewards.__init__._own_reward 3, sft.rewards.__init__._own_reward 4, sft.rewards.__init__._own_reward 5,
         sft.cli.preview.show_rewards""",
+    "it is an argument of a Python call": "sft.cli.api.run",
     "it passes on what another site made": """
         sft.errors.refuse, sft.model.files.check_model_files 2, sft.model.files.check_adapter_files 3""",
 }

@@ -36,7 +36,7 @@ from sft.config import presets, schema
 from sft.config.compose import PROCESSES, register, to_settings
 from sft.config.consent import WORD
 from sft.config.data_rules import why_lost
-from sft.config.destinations import KEYS, check_destinations, destinations, own_code
+from sft.config.destinations import CODE, KEYS, check_destinations, destinations, own_code
 from sft.config.keys import in_shell, typed
 from sft.config.rules import check_settings
 from sft.config.schema import Settings
@@ -355,9 +355,9 @@ def _check_resume(argv: list[str], hardware: bool) -> None:
     others = [word for word in sent if word not in goes_to]
     problems = check_destinations(settings, record, sent, shlex.quote(text))
     code = [f"{key}={value}" for key, value in own_code(settings).items()]
-    if beside := [word for word in others if word.startswith("method.")]:
+    if beside := [word for word in others if word.partition("=")[0] in CODE]:
         others = [word for word in others if word not in beside]
-        if beside != code:
+        if not set(beside) <= set(code):
             why = f"A run goes on with its own settings, so that {shlex.join(beside)} would be ignored."
             problems.append(Problem(shlex.join(argv), why, f"{shlex.quote(text)}   alone"))
     if others:

@@ -264,6 +264,9 @@ class DatasetSettings:
     path: Any = None
     """In place of `dataset.name`: a json, jsonl, csv, parquet or arrow file, also `.jsonl.gz` and the like; a folder of such
     files, or one of `save_to_disk`; a glob; or a list of these, `[a.jsonl,b.jsonl]`."""
+    format: str | None = None
+    """A function of your own, `file.py:function`, that makes of each row of the file a list of messages, or a row of one of the
+    shapes. Filters, columns and templates are given what it returns."""
     shape: Shape = Shape.auto
     """How a row is laid out; `auto` goes by the columns and says what it found."""
     columns: ColumnSettings = field(default_factory=ColumnSettings)

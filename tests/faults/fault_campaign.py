@@ -182,7 +182,7 @@ def start(folder: Path, shape: str) -> int:
         output = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        from sft.run import run
+        from sft.lifecycle import run
 
         code = run(settings_of(folder.parent, shape), folder).exit_code
     except BaseException:

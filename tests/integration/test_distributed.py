@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from sft.errors import Refusal
 from sft.launch.ranks import launch
-from sft.run import run
+from sft.lifecycle import run
 from sft.runs.record import Context
 from tests import forked
 from tests.conftest import ROOT, make_settings

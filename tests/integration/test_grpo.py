@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from sft.errors import Refusal
 from sft.generation.decoding import Decoder
 from sft.launch.ranks import launch
+from sft.lifecycle import run
 from sft.methods import grpo, rollouts
-from sft.run import run
 from sft.runs.record import Context
 from sft.signals import StopRequest
 from tests.conftest import make_settings

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sft.run import run
+from sft.lifecycle import run
 from sft.runs.record import Context
 from sft.signals import StopRequest
 from sft.tracking.names import name_metric

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from sft.config.compose import to_settings
 from sft.config.fingerprint import config_hash
 from sft.config.schema import Settings
+from sft.lifecycle import run
 from sft.model import builtin
-from sft.run import run
 from sft.storage import atomic
 from tests import forked
 from tests.conftest import ROOT, SMALL, make_settings

@@ -11,7 +11,7 @@ import types
 import huggingface_hub
 import pytest
 
-import sft.run as sft_run
+import sft.lifecycle as sft_run
 from sft.config.method import DPO, GRPO, SFT
 from sft.report import page as report_page
 from sft.report.rollouts import reward_charts, summarise_rollouts

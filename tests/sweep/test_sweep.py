@@ -321,7 +321,7 @@ def test_a_sweep_without_the_chart_engine_has_its_table_and_says_that_no_report_
     for name in ("leaderboard.csv", "report.html"):
         (folder / name).unlink(missing_ok=True)
     code = "import sys; sys.modules['vl_convert'] = None\n"
-    code += "import sft.run, sft.sweep.runner, sft.launch.isolated; from sft.sweep.publish import refresh\n"
+    code += "import sft.lifecycle, sft.sweep.runner, sft.launch.isolated; from sft.sweep.publish import refresh\n"
     code += f"from pathlib import Path; refresh(Path({str(folder.resolve())!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
