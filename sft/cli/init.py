@@ -149,10 +149,14 @@ def from_config(own: dict[str, Any], words: list[str], problems: list[Problem]) 
     from sft.cli.conversion import convert
 
     path = expanded(own["from"])
+    goal = own.get("goal")
     try:
-        made = convert(path, METHODS.get(own.get("goal")))
-        goal = own.get("goal") or GOAL_OF[made.choices.get("method", "sft")]
-        given = [*method_words(goal, words), *model_words(own.get("model")), *words]
+        made = convert(path, METHODS.get(goal))
+        goal = goal or GOAL_OF[made.choices.get("method", "sft")]
+    except Refusal as refusal:
+        problems += refusal.problems
+    given = [*method_words(goal, words), *model_words(own.get("model")), *words]
+    try:
         settings = read_settings(CONF, given, hardware=False)
     except Refusal as refusal:
         problems += refusal.problems

@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     if word in ("-sc", "--shell-completion"):
         return complete(rest)
     if word in ("train", "sweep", "preflight", "resume"):
-        return import_module("sft.cli.train").run(training_words(word, rest))
+        plain = [one for one in rest if one != "--json"]
+        return import_module("sft.cli.train").run([*training_words(word, plain), *["--json"][: len(rest) - len(plain)]])
     if word in WORDS:
         name = {"chat": "talk"}.get(word, word.replace("-", "_"))
         return import_module(f"sft.cli.{name}").main(rest)

@@ -302,6 +302,11 @@ def test_a_file_that_cannot_be_converted_is_refused(argv, what, fix):
     assert not Path("EXECUTED").exists() and not Path("conf").exists()
 
 
+def test_what_is_wrong_with_the_config_and_with_the_words_comes_at_once():
+    path = yaml_of(AXOLOTL, rl="kto")
+    assert [what for what, _ in refused(f"from={path}", "lora.rr=8", "name=null")] == ["name=null", "rl: kto", "lora.rr=8"]
+
+
 def test_rows_that_are_elsewhere_are_named_by_hand():
     shutil.rmtree("data")
     assert refused("from=factory.yaml") == [("from=factory.yaml", "data=my_data.jsonl   or   dataset.name=<id on the hub>")]

@@ -57,6 +57,13 @@ def test_a_refusal_of_every_word_is_one_object(word, capsys, monkeypatch):
     assert found["refused"][0]["fix"] and "--json" not in found["refused"][0]["what"] + found["refused"][0]["fix"]
 
 
+def test_the_flag_may_stand_before_the_words(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sft"])
+    with pytest.raises(SystemExit):
+        main(["resume", "--json", "outputs/none"])
+    assert printed(capsys)["refused"][0]["what"].endswith("/outputs/none")
+
+
 def test_all_problems_are_in_the_object_and_secrets_are_not(capsys):
     assert main(["preview", "--json", "lora.rr=8", "trainer.learning_rate=fast", "hub_token=hf_" + "a" * 30]) == 2
     found = printed(capsys)["refused"]

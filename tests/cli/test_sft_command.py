@@ -124,6 +124,14 @@ def test_presets_in_conf_of_the_current_folder_are_found_and_win(own):
     assert read_settings(CONF, ["lora=r32"], hardware=False).lora.r == 32
 
 
+def test_a_value_that_an_option_leaves_blank_is_null_in_the_hint(own):
+    (own / "conf/experiment/x.yaml").write_text("# @package _global_\ntracking: {project: mine}\n", encoding="utf-8")
+    with pytest.raises(Refusal) as refused:
+        read_settings(CONF, ["experiment=x", "tracking=none"], hardware=False)
+    assert [problem.fix for problem in refused.value.problems] == ["tracking.project=null   to have the option's values"]
+    assert read_settings(CONF, ["experiment=x", "tracking=none", "tracking.project=null"]).tracking.project is None
+
+
 def test_a_folder_that_is_named_is_searched_as_well(own):
     (own / "more/lora").mkdir(parents=True)
     (own / "more/lora/mine.yaml").write_text("r: 5\n", encoding="utf-8")
