@@ -387,6 +387,22 @@ def write_csv(board: Leaderboard) -> Path:
     return target
 
 
+def as_json(board: Leaderboard) -> dict[str, Any]:
+    """The table as plain values: of each row the rank, the varying settings, and the columns of leaderboard.csv."""
+    columns = columns_of(board.method)
+    rows = [{"rank": row.rank, "settings": row.values, **{name: get(row) for name, get in columns}} for row in board.rows]
+    return {
+        "sweep": os.path.relpath(board.index.folder),
+        "metric": board.method.metric,
+        "greater_is_better": board.method.greater_is_better,
+        "best": os.path.relpath(board.index.folder / board.best.job.folder) if board.best else None,
+        "noise": board.noise,
+        "rows": rows,
+        "remarks": board.remarks,
+        "next_commands": board.next_commands,
+    }
+
+
 def show(folder: Path, file: TextIO | None = None) -> None:
     """Print the table and the remarks to `file` (stderr if none), as wide as the terminal. Raises Refusal without a sweep."""
     from rich.console import Console

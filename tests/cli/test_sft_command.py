@@ -124,6 +124,14 @@ def test_presets_in_conf_of_the_current_folder_are_found_and_win(own):
     assert read_settings(CONF, ["lora=r32"], hardware=False).lora.r == 32
 
 
+def test_a_value_that_an_option_leaves_blank_is_null_in_the_hint(own):
+    (own / "conf/experiment/x.yaml").write_text("# @package _global_\ntracking: {project: mine}\n", encoding="utf-8")
+    with pytest.raises(Refusal) as refused:
+        read_settings(CONF, ["experiment=x", "tracking=none"], hardware=False)
+    assert [problem.fix for problem in refused.value.problems] == ["tracking.project=null   to have the option's values"]
+    assert read_settings(CONF, ["experiment=x", "tracking=none", "tracking.project=null"]).tracking.project is None
+
+
 def test_a_folder_that_is_named_is_searched_as_well(own):
     (own / "more/lora").mkdir(parents=True)
     (own / "more/lora/mine.yaml").write_text("r: 5\n", encoding="utf-8")
@@ -150,6 +158,7 @@ def test_a_relative_config_path_is_refused_with_the_one_that_works(own, typed, m
 def test_bash_completes_words_settings_and_presets_of_ones_own(own):
     script = 'eval "$(sft train -sc install=bash)"\n'
     lines = ["sft pre", "sft train experiment=", "sft sweep lora.r", "sft show ", "sft show run=conf/e", "sft train model=tiny"]
+    lines += ["sft in", "sft init con", "sft init goal=re", "sft init model=tiny", "sft init from=con", "sft doctor "]
     for line in lines:
         words = line.split(" ")
         script += f"COMP_LINE='{line}' COMP_POINT={len(line)} COMP_CWORD={len(words) - 1}\n"
@@ -157,7 +166,9 @@ def test_bash_completes_words_settings_and_presets_of_ones_own(own):
     done = subprocess.run(["bash", "-c", script], env=write_program(own / "bin"), capture_output=True, text=True, timeout=120)
     found = [line.split() for line in done.stdout.splitlines()]
     assert found[0] == ["preview", "preflight"] and "experiment=x" in found[1] and "experiment=chat" in found[1], done.stderr
-    assert found[2:] == [["lora.r="], ["run="], ["run=conf/experiment"], ["model=tiny_random"]]
+    assert found[2:6] == [["lora.r="], ["run="], ["run=conf/experiment"], ["model=tiny_random"]]
+    own_words = [["init", "install-gguf"], ["conf"], ["goal=rewards"], ["model=tiny_random"], ["from=conf"], ["--json"]]
+    assert found[6:] == own_words
 
 
 @pytest.mark.slow

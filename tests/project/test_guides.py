@@ -17,6 +17,7 @@ FILES = re.compile(r"[\w./-]+\.(?:jsonl|json|csv|parquet|arrow)(?:\.gz)?")
 REFUSED = {
     "lora.rr=8": "an example of a refusal",
     "KEY=VALUE": "the form of an override",
+    "experiment=my": "a preset that sft init has written",
     "model.name=/data/models/my_model": "a model of the reader's",
 }
 """Words by which a command is refused here, with the reason that it stands in a guide."""
