@@ -2,13 +2,13 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from scripts import transcript
 from sft.cli import check
 from sft.cli.check import check_command_line, read_settings
 from sft.cli.main import WORDS, likeliest, main, training_words
@@ -173,50 +173,26 @@ def test_bash_completes_words_settings_and_presets_of_ones_own(own):
 
 @pytest.mark.slow
 def test_a_wheel_trains_in_a_folder_that_knows_no_checkout(own):
-    """Built and installed as pip does it; the packages are those of this environment."""
-    source = own / "source"
-    source.mkdir()
-    for name in ("sft", "conf", "hydra_plugins"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    plain = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", VARIABLE)}
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", "wheels", str(source)]
-    subprocess.run(build, cwd=own, env=plain, check=True, capture_output=True, timeout=120)
-    [wheel] = (own / "wheels").iterdir()
+    """Built and installed as pip does it; the packages are those of this environment. It prints what the guide shows."""
+    environment = transcript.install(own)
     place = own / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", place, wheel], env=plain, check=True, timeout=120)
-    shutil.rmtree(source)
     packed = {file.relative_to(CONF) for file in CONF.rglob("*.yaml")}
     assert {file.relative_to(place / "sft/conf") for file in (place / "sft/conf").rglob("*.yaml")} == packed
     assert {file.name for file in (place / "sft/assets").iterdir()} >= {file.name for file in (ROOT / "sft/assets").iterdir()}
 
-    rows = "".join(f"question {number},answer {number}\n" for number in range(12))
-    (own / "my.csv").write_text(f"instruction,output\n{rows}", encoding="utf-8")
+    folder = own / "mine"
+    folder.mkdir()
+    page = transcript.make_page(folder, environment)
+    assert transcript.without_numbers(page) == transcript.without_numbers(transcript.TARGET.read_text(encoding="utf-8"))
+    run = json.loads((folder / "outputs/first/run.json").read_text(encoding="utf-8"))
+    assert run["status"] == "finished" and run["settings"]["dataset"]["path"] == "faq.csv" and not run.get("git_commit")
+    assert run["command"].startswith("sft train experiment=faq ")
 
     def sft(*words: str) -> subprocess.CompletedProcess:
-        environment = plain | {"PYTHONPATH": str(place)}
-        return subprocess.run(
-            [place / "bin/sft", *words], cwd=own, env=environment, capture_output=True, text=True, timeout=240
-        )
+        return subprocess.run(["sft", *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
-    words = [
-        "model=tiny_random",
-        "trainer.max_steps=2",
-        "tracking=none",
-        "dataset=local",
-        "dataset.path=my.csv",
-        "experiment=x",
-    ]
-    trained = sft("train", *words, "samples.num_held_out=0", "hydra.run.dir=run")
-    assert trained.returncode == 0, trained.stderr
-    run = json.loads((own / "run/run.json").read_text(encoding="utf-8"))
-    assert run["status"] == "finished" and run["settings"]["lora"]["r"] == 4 and not run.get("git_commit")
-    assert run["command"].startswith("sft train model=tiny_random ")
-    assert (own / "run/report.html").is_file()
-    resumed = sft("resume", "run")
-    assert resumed.returncode == 2 and "hint: sft train model=tiny_random" in resumed.stderr
-    assert sft("show", "run=run").returncode == 0 and (own / "run/curves.png").is_file()
+    resumed = sft("resume", "outputs/first")
+    assert resumed.returncode == 2 and "hint: sft train experiment=faq" in resumed.stderr
+    assert sft("show", "run=outputs/first").returncode == 0 and (folder / "outputs/first/curves.png").is_file()
     ranked = sft("leaderboard")
     assert ranked.returncode == 2 and "hint: sft train -m lora.r=8,16" in ranked.stderr
