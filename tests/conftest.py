@@ -38,9 +38,11 @@ from sft.environment import prepare_environment
 from sft.model import builtin, warm_cache
 from sft.model import tokenizer as model_tokenizer
 from sft.storage.cache import cache_dir, made_once
+from tests import composing
 
 prepare_environment()
 register()
+composing.install()
 os.fsync = lambda descriptor: None  # that a disk has it is seen after a power cut alone; a tiny run waits sixty times for it
 
 

@@ -18,7 +18,8 @@ from sft.cli.target import find_run
 from sft.config.method import facts_of
 from sft.errors import Refusal, refuse
 from sft.programs import as_called
-from sft.report.page import group_samples, make_charts
+from sft.report.charts import make_charts
+from sft.report.samples import group_samples
 from sft.report.summary import merge_steps, summarise
 from sft.sanitize import shown
 from sft.storage.jsonio import read_json, read_lines
