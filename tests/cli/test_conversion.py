@@ -273,7 +273,9 @@ def test_words_that_are_typed_win_over_the_config():
     )
     made = settings_of("x")
     assert (made.model.name, made.lora.r, made.tracking.tracker.value) == ("tiny_random", 4, "none")
-    assert made.dataset.path == "data/mine.jsonl"
+    assert made.dataset.path == "data/mine.jsonl" and made.model.max_seq_length == 640
+    assert init.main(["from=axolotl.yml", "lora=none", "name=y"]) == 0 and settings_of("y").lora.enabled is False
+    assert "lora_r" not in Path("conf/experiment/y.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
