@@ -94,7 +94,8 @@ FOLDER = "each run has a folder of its own in outputs/"
 SPEED = "kernels and memory are chosen by the plan; sft preflight shows it"
 WORKERS = "tokens are kept in a cache, and no worker is waited for"
 TEMPLATE = "the tokenizer's own chat template takes its place; the preview shows it"
-OWN_CODE = "it is code; the preview shows how rows are read here"
+OWN_CODE = "it is code, for which there is no place here"
+FORMAT = "it is code; dataset.format=rows.py:<function> takes one of your own, and the preview shows how rows are read"
 
 ITS_CONFIG = "the model's own config says it"
 COMMAND = "the command says what is done"
@@ -116,7 +117,8 @@ REASONS = {
         dataset_processes dataloader_pin_memory num_proc tokenized_path dataloader_prefetch_factor
         preprocessing_batch_size""",
     ITS_CONFIG: """
-        model_type tokenizer_type tokenizer_config use_fast_tokenizer is_llama_derived_model""",
+        model_type tokenizer_type tokenizer_config use_fast_tokenizer is_llama_derived_model
+        processor_type""",
     COMMAND: """
         do_train do_eval do_predict strict debug local_rank predict_with_generate ddp_timeout remove_unused_columns
         auto_resume_from_checkpoints save_only_model dataset_kwargs save_safetensors include_num_input_tokens_seen
@@ -131,7 +133,7 @@ NEEDLESS = {key: why for why, keys in REASONS.items() for key in keys.split()}
 
 PLACES = {
     "trainer": {"model": "", "tokenizer": "", "processing_class": "", "args": "", "data_collator": OWN_CODE,
-                "train_dataset": "", "eval_dataset": "", "formatting_func": OWN_CODE, "callbacks": OWN_CODE,
+                "train_dataset": "", "eval_dataset": "", "formatting_func": FORMAT, "callbacks": OWN_CODE,
                 "peft_config": "", "ref_model": "method.reference has the model before training"},
 }  # fmt: skip
 """Arguments of a notebook's trainer that hold objects; an empty reason: its own call was read."""
@@ -191,7 +193,7 @@ def take(made: Conversion, given: dict[str, Any], renamed: dict[str, str], speci
     """Carry each key over: by a function of its own, by a new name, or by what is known of upstream's arguments."""
     known = {key: value for key, value in given.items() if value is not UNKNOWN}
     for key, value in given.items():
-        if value is UNKNOWN:
+        if value is UNKNOWN and key not in NEEDLESS and special.get(key) is not _rewards:
             made.left[key] = "its value is known only where the notebook runs"
         elif key in special:
             special[key](made, key, value, known)
@@ -203,6 +205,10 @@ def take(made: Conversion, given: dict[str, Any], renamed: dict[str, str], speci
             made.needless[key] = NEEDLESS[key]
         elif value is False and key not in TRAINER:
             made.needless[key] = "it is off"
+        elif re.match("liger_", key):
+            made.needless[key] = SPEED
+        elif re.match("fsdp|deepspeed|ddp_|dp_|(tensor|context|pipeline|expert)_(model_)?parallel", key):
+            made.left[key] = "distributed=ddp or distributed=fsdp spreads a run over GPUs"
         elif key in TRAINER:
             made.put(f"trainer.{key}", value, key)
         elif key in sft_config_options() - WITHOUT_EFFECT:
@@ -339,6 +345,9 @@ UPSTREAM: dict[str, Callable[..., None]] = {
 
 def _dataset(made: Conversion, place: str, source: str, split: str = "train", key: str = "path") -> None:
     """Where rows are: a file or folder, also one beside the config, or a data set of the hub."""
+    if re.match(r"\w+://", place):
+        made.left[f"{source}: {place}"] = "download the file and name it: data=<file>"
+        return
     beside = made.folder / place
     local = Path(place).exists() or beside.exists() or kind_of(Path(place)) or place.startswith(("/", ".", "~"))
     if key == "eval_path" and not local:
@@ -348,13 +357,8 @@ def _dataset(made: Conversion, place: str, source: str, split: str = "train", ke
         made.put(f"dataset.{key}", str(there), source)
     else:
         made.put("dataset.name", place, source)
-        part = re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", split)
-        if part and part[1] != "train":
-            made.put("dataset.split", part[1], f"{source}, its split")
-        if part and part[2]:
-            made.put("dataset.max_rows", int(part[2]), f"{source}, its split")
-        elif not part:
-            made.left[f"{source}, split={split}"] = "dataset.split and dataset.max_rows choose rows"
+        if split != "train":
+            made.put("dataset.split", split, f"{source}, its split")
 
 
 def _no_method(made: Conversion, key: str, value: Any) -> None:
@@ -383,6 +387,7 @@ AXOLOTL = {
     "micro_batch_size": "trainer.per_device_train_batch_size", "eval_batch_size": "trainer.per_device_eval_batch_size",
     "num_epochs": "trainer.num_train_epochs", "lr_scheduler": "trainer.lr_scheduler_type", "optimizer": "trainer.optim",
     "wandb_project": "tracking.project", "wandb_entity": "tracking.entity",
+    "swanlab_project": "tracking.project", "swanlab_experiment_name": "tracking.name",
     "wandb_name": "tracking.name", "default_system_message": "dataset.system_prompt",
     "rl_beta": "method.beta", "dpo_beta": "method.beta", "dpo_label_smoothing": "method.label_smoothing",
     "chat_template_jinja": "model.chat_template", "max_grad_norm": "trainer.max_grad_norm",
@@ -412,7 +417,7 @@ def convert_axolotl(plain: dict[str, Any], path: Path) -> Conversion:
         "evals_per_epoch": _per_epoch("eval_steps"), "trl": _axolotl_trl, "seed": _seed,
         "val_set_size": _val_size, "special_tokens": _special_tokens,
         "excess_length_strategy": _excess, "use_wandb": _axolotl_tracker, "use_mlflow": _axolotl_tracker,
-        "use_tensorboard": _axolotl_tracker,
+        "use_tensorboard": _axolotl_tracker, "use_swanlab": _axolotl_tracker, "eot_tokens": _special_tokens,
     })  # fmt: skip
     made.values.setdefault("dataset.loss_on", "answer")
     if "dataset.overlong" not in made.values:
@@ -592,6 +597,7 @@ LLAMAFACTORY = {
     "use_dora": "lora.use_dora", "loraplus_lr_ratio": "lora.extra.loraplus_lr_ratio", "max_samples": "dataset.max_rows",
     "default_system": "dataset.system_prompt", "pref_beta": "method.beta", "pref_ftx": "method.sft_weight",
     "dpo_label_smoothing": "method.label_smoothing", "run_name": "tracking.name",
+    "swanlab_project": "tracking.project", "swanlab_run_name": "tracking.name",
 }  # fmt: skip
 
 
@@ -605,7 +611,7 @@ def convert_llamafactory(plain: dict[str, Any], path: Path) -> Conversion:
         "dataset_dir": _used, "eval_dataset": _llamafactory_held_out, "template": _template, "quantization_bit": _bits,
         "pref_loss": _pref_loss, "train_on_prompt": _train_on_prompt, "mask_history": _mask_history, "val_size": _val_size,
         "disable_gradient_checkpointing": _no_checkpointing, "seed": _seed, "additional_target": _list("lora.modules_to_save"),
-        "warmup_steps": _warmup, "enable_thinking": _thinking,
+        "warmup_steps": _warmup, "enable_thinking": _thinking, "use_swanlab": _axolotl_tracker, "pissa_init": _pissa,
     })  # fmt: skip
     made.values.setdefault("dataset.loss_on", "answer")
     made.sources.setdefault("dataset.loss_on", "train_on_prompt, its default")
@@ -695,17 +701,22 @@ def _no_checkpointing(made: Conversion, key: str, value: Any, given: dict[str, A
         made.needless[key] = "it is used where memory calls for it"
 
 
+def _pissa(made: Conversion, key: str, value: Any, given: dict[str, Any]) -> None:
+    if value:
+        made.put("lora.extra.init_lora_weights", "pissa", key)
+    else:
+        made.needless[key] = "it is off"
+
+
 def _thinking(made: Conversion, key: str, value: Any, given: dict[str, Any]) -> None:
     made.put("dataset.chat_template_kwargs", {key: value}, key)
 
 
 def _dataset_info(made: Conversion, given: dict[str, Any]) -> dict[str, Any]:
     """What dataset_info.json says, of `dataset_dir` or beside the config."""
-    folders = [
-        Path(str(given.get("dataset_dir") or "data")),
-        made.folder / str(given.get("dataset_dir") or "data"),
-        made.folder,
-    ]
+    name = str(given.get("dataset_dir") or "data")
+    name = str(given.get("dataset_dir") or "data")
+    folders = [Path(name), *(folder / name for folder in (made.folder, *made.folder.resolve().parents[:3])), made.folder]
     for folder in folders:
         try:
             info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
@@ -816,7 +827,7 @@ def convert_notebook(path: Path) -> Conversion:
     inside = {key: value for call in trainers[-1:] for key, value in call.given.items() if key not in PLACES["trainer"]}
     for key in {key for call in trainers[-1:] for key in call.given} & set(PLACES["trainer"]):
         if why := PLACES["trainer"][key]:
-            (made.left if why == OWN_CODE else made.needless)[key] = why
+            (made.left if why in (OWN_CODE, FORMAT) else made.needless)[key] = why
     _take_arguments(made, {**arguments, **inside}, method)
     given = {key for call in source.calls if call.name in CONFIGS for key in call.given}
     _mark_defaults(made, {**ARGUMENTS_DEFAULTS, "learning_rate": 0}, dict.fromkeys(given))
@@ -843,6 +854,7 @@ def _take_model(made: Conversion, call: Call) -> None:
     take(made, given, LOADED, {
         "dtype": lambda made, key, value, given: made.needless.update({key: PRECISION}),
         "trust_remote_code": _remote_code, "token": _token, "full_finetuning": _full,
+        "use_gradient_checkpointing": _checkpointing,
     })  # fmt: skip
     for key in ("max_seq_length", "load_in_4bit"):
         if key not in call.given and f"model.{key}" in made.sources:
@@ -850,6 +862,14 @@ def _take_model(made: Conversion, call: Call) -> None:
     if "dtype" in made.left:
         made.needless["dtype"] = PRECISION
         del made.left["dtype"]
+
+
+def _checkpointing(made: Conversion, key: str, value: Any, given: dict[str, Any]) -> None:
+    made.put("trainer.gradient_checkpointing", bool(value), key)
+
+
+def _layers(made: Conversion, key: str, value: Any, given: dict[str, Any]) -> None:
+    made.needless[key] = "lora.target_modules names the layers of the language model"
 
 
 def _token(made: Conversion, key: str, value: Any, given: dict[str, Any]) -> None:
@@ -866,9 +886,8 @@ def _take_adapter(made: Conversion, call: Call) -> None:
     special = {
         "target_modules": _modules,
         "random_state": _seed,
-        "use_gradient_checkpointing": lambda made, key, value, given: made.put(
-            "trainer.gradient_checkpointing", bool(value), key
-        ),
+        "use_gradient_checkpointing": _checkpointing,
+        **dict.fromkeys(("finetune_language_layers", "finetune_attention_modules", "finetune_mlp_modules"), _layers),
         "task_type": lambda made, key, value, given: made.needless.update({key: "a causal language model"}),
     }
     known = {key: value for key, value in call.given.items() if key in ADAPTER or key in special or value in (None, False)}
@@ -958,7 +977,7 @@ def _take_text(made: Conversion, texts: list[str], named: set[str], method: str)
     elif any("### Instruction:" in text and "{}" in text for text in texts):
         made.put("dataset.template", "alpaca", "the text with ### Instruction:")
     if "map" in named:
-        made.left["map"] = OWN_CODE
+        made.left["map"] = FORMAT
     if method == "sft":
         whole = "train_on_responses_only" not in named
         made.put("dataset.loss_on", "all" if whole else "answer", "train_on_responses_only" + ", which is not called" * whole)

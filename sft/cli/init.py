@@ -27,7 +27,7 @@ from sft.cli import preset_file
 from sft.cli.check import read_settings
 from sft.config.compose import register
 from sft.config.data_files import find_files, kind_of, shown_files
-from sft.config.keys import typed
+from sft.config.keys import find_field, typed
 from sft.config.schema import BUILT_IN, GROUPS, DatasetSettings, Shape
 from sft.errors import Problem, Refusal
 from sft.paths import CONF, expanded
@@ -96,8 +96,9 @@ def read_words(argv: list[str], problems: list[Problem]) -> tuple[dict[str, Any]
             problems.append(Problem(text, "There is no such flag; words are written without dashes.", fix))
         elif not equals or (key not in OWN and os.path.exists(expanded(text))):
             files.append(text)
-        elif key in NO_PLACE:
-            problems.append(Problem(text, NO_PLACE[key], f"leave {key}= out"))
+        elif key in NO_PLACE or key.startswith(("hydra.", "hydra/", "preflight.")) or _is_of_no_group(key):
+            why = NO_PLACE.get(key, "It is typed with the command, and has no place in a preset of one run.")
+            problems.append(Problem(text, why, f"leave {key}= out"))
         elif key in OWN or key == "method":
             own[key] = value
         else:
@@ -135,6 +136,11 @@ def read_words(argv: list[str], problems: list[Problem]) -> tuple[dict[str, Any]
     return own, words
 
 
+def _is_of_no_group(key: str) -> bool:
+    """Whether a word adds something that is no setting: an option of a group of one's own."""
+    return key.startswith("+") and key.lstrip("+") not in GROUPS and find_field(key.lstrip("+"))[0] is None
+
+
 def _without_dashes(argv: list[str]) -> list[str]:
     """The words, with `--from x` and `--from=x` as `from=x`."""
     words = list(argv)
@@ -168,7 +174,10 @@ def from_config(own: dict[str, Any], words: list[str], problems: list[Problem]) 
         if key in GROUPS:
             made.choose(key, value)
             for name in option_keys(key, value):
-                made.values.pop(f"{key}.{name}", None)
+                if name != "max_seq_length":  # the rows are as long as they were
+                    made.values.pop(f"{key}.{name}", None)
+            if (key, value) == ("lora", "none"):
+                made.values = {one: held for one, held in made.values.items() if not one.startswith("lora.")}
         elif f"{key}={value}" not in method_words(goal, words):
             made.put(key.lstrip("+"), value_at(settings, key.lstrip("+")), "as typed")
     if not {"dataset.name", "dataset.path"} & made.values.keys():

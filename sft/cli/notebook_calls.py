@@ -54,9 +54,12 @@ def read_calls(path: Path) -> Source:
     """The calls of a notebook's code cells, or of a script, in their order. Raises Refusal for a file that is neither."""
     found, variables = Source(), {}
     for text in _cells(path):
-        lines = [line for line in text.splitlines() if not re.match(r"\s*[!%]", line)]  # commands of the shell and of Jupyter
+        if re.match(r"\s*%%(?!capture|time)", text):  # a cell in another language
+            continue
+        # Commands of the shell and of Jupyter, which may go on in the next line.
+        plain = re.sub(r"^([ \t]*)[!%](?:.*\\\n)*.*", r"\1pass", text, flags=re.M)
         try:
-            tree = ast.parse("\n".join(lines))
+            tree = ast.parse(plain)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             found.unread += 1
             continue
@@ -96,7 +99,14 @@ def _read_statement(statement: ast.stmt, found: Source, variables: dict[str, Any
 
 
 def _in_order(node: ast.AST) -> list[ast.AST]:
-    return sorted(ast.walk(node), key=lambda one: (getattr(one, "lineno", 0), getattr(one, "col_offset", 0)))
+    """A statement's nodes as they stand in the text, without what stands below `if False:`."""
+    found, left = [], [node]
+    while left:
+        one = left.pop()
+        found.append(one)
+        never = isinstance(one, ast.If) and isinstance(one.test, ast.Constant) and not one.test.value
+        left += one.orelse if never else ast.iter_child_nodes(one)
+    return sorted(found, key=lambda one: (getattr(one, "lineno", 0), getattr(one, "col_offset", 0)))
 
 
 def _name_of(function: ast.expr) -> tuple[str, str]:

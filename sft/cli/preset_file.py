@@ -18,6 +18,7 @@ from sft.paths import CONF
 from sft.programs import as_called, by_name
 from sft.sanitize import shown
 from sft.storage.atomic import write_text
+from sft.storage.jsonio import jsonable
 
 RESERVED = ("null", "true", "false", "yes", "no", "on", "off", "inf", "nan")
 """Names that Hydra reads as a value."""
@@ -152,7 +153,7 @@ def _tree_lines(tree: dict[str, Any], comments: dict[str, str], indent: str = ""
 
 def _leaf_lines(start: str, leaf: _Leaf, comment: str) -> list[str]:
     """A setting with its comment: behind it, or above it where the line would be long."""
-    value = getattr(leaf.value, "value", leaf.value)
+    value = jsonable(leaf.value)
     text = yaml.safe_dump(escaped(value), default_flow_style=True, allow_unicode=True, width=10**9)
     text = text.removesuffix("...\n").strip()
     line = f"{start} {json.dumps(escaped(value), ensure_ascii=False) if chr(10) in text else text}"

@@ -252,7 +252,9 @@ def test_whole_models_other_data_and_held_out_data_are_converted():
     entry = [{"path": "owner/set", "name": "en", "split": "train[:500]", "type": "chat_template", "field_messages": "talk"}]
     hub = convert(yaml_of(AXOLOTL, datasets=entry, test_datasets=[{"path": "owner/set", "split": "test"}], val_set_size=0))
     values = {key.removeprefix("dataset."): value for key, value in hub.values.items() if key.startswith("dataset.")}
-    assert (values["name"], values["config_name"], values["max_rows"], values["eval_split"]) == ("owner/set", "en", 500, "test")
+    assert (values["name"], values["config_name"], values["split"], values["eval_split"]) == (
+        "owner/set", "en", "train[:500]", "test",
+    )  # fmt: skip
     assert (values["columns.messages"], values["template"], values["eval_fraction"]) == ("talk", "chat", 0.0)
     four = convert(yaml_of(LLAMAFACTORY, quantization_bit=4, val_size=30))
     assert four.values["model.load_in_4bit"] is True and four.values["dataset.max_eval_rows"] == 30
@@ -271,7 +273,9 @@ def test_words_that_are_typed_win_over_the_config():
     )
     made = settings_of("x")
     assert (made.model.name, made.lora.r, made.tracking.tracker.value) == ("tiny_random", 4, "none")
-    assert made.dataset.path == "data/mine.jsonl"
+    assert made.dataset.path == "data/mine.jsonl" and made.model.max_seq_length == 640
+    assert init.main(["from=axolotl.yml", "lora=none", "name=y"]) == 0 and settings_of("y").lora.enabled is False
+    assert "lora_r" not in Path("conf/experiment/y.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -336,6 +340,18 @@ def test_a_value_of_another_kind_is_refused_or_left_and_never_a_traceback(text):
                 assert made.values
             except Refusal as refusal:
                 assert refusal.problems[0].fix
+
+
+def test_commands_of_jupyter_and_calls_that_are_switched_off_are_passed_over():
+    write_notebook(
+        Path("n.ipynb"),
+        "%%capture\nif True:\n    !pip install x \\\n      'y'\nf()",
+        "%%bash\necho 1 )",
+        "if False: g()\nelse:\n  h()",
+        "if 1: i()",
+    )
+    source = read_calls(Path("n.ipynb"))
+    assert [call.name for call in source.calls] == ["f", "h", "i"] and source.unread == 0
 
 
 def test_values_of_a_notebook_are_worked_out_from_constants_alone():

@@ -97,6 +97,22 @@ def test_each_line_has_a_comment_and_further_words_are_written():
             assert "# " in line or lines[number - 1].strip().startswith("# "), line
 
 
+def test_tables_lists_and_words_with_a_plus_are_written():
+    words = ["samples={num_held_out: 2}", 'dataset.keep={answer: "Press"}', "+trainer.extra.neftune_noise_alpha=5"]
+    words += ['samples.prompts=["Why?","a: b # {c}"]', "dataset.drop.input=x"]
+    assert init.main(["faq.csv", *words[1:]]) == 2  # there is no column of that name to filter
+    assert init.main(["faq.csv", *words[:3]]) == 0
+    settings = settings_of("faq")
+    assert settings.samples.num_held_out == 2 and settings.dataset.keep == {"answer": "Press"}
+    assert settings.trainer.extra == {"neftune_noise_alpha": 5}
+    assert init.main(["faq.csv", words[3], "name=x"]) == 0 and settings_of("x").samples.prompts == ["Why?", "a: b # {c}"]
+
+
+def test_words_that_are_typed_with_a_command_are_no_part_of_a_preset():
+    words = ["hydra.run.dir=x", "hydra/launcher=ray", "preflight.gpu=t4", "+team=small"]
+    assert fixes("faq.csv", *words) == [f"leave {word.partition('=')[0]}= out" for word in words]
+
+
 def test_a_file_that_is_there_is_written_anew_only_by_force():
     assert init.main(["faq.csv"]) == 0
     path = Path("conf/experiment/faq.yaml")
@@ -120,7 +136,7 @@ def test_a_misspelt_file_a_column_or_a_model_is_refused_with_what_works():
         "dataset.columns.instruction=question dataset.columns.output=answer"
     ]
     assert fixes("faq.csv", "model=tiny_randon")[0].startswith("model=tiny_random\n")
-    assert fixes("haiku.jsonl") == ["dataset.shape=text dataset.columns.text=<column>"]
+    assert fixes("haiku.jsonl")[0].startswith("dataset.shape=text dataset.columns.text=<column>")
     assert init.main(["fqa.csv", "dataset.path=faq.csv"]) == 0  # as the hint is typed
 
 
