@@ -96,7 +96,9 @@ def _typed(command: str, folder: Path, environment: dict[str, str]) -> Iterator[
     )  # fmt: skip
     yield f"$ {command}"
     for line in done.stdout.splitlines():
-        if line.strip() and not re.search(r"\d+%\|| it/s|\x1b|^\s*warning: |^\[INFO\]", line):  # bars, which a terminal overwrites
+        if line.strip() and not re.search(
+            r"\d+%\|| it/s|\x1b|^\s*warning: |^\[INFO\]", line
+        ):  # bars, which a terminal overwrites
             yield line.rstrip()
     yield ""
 
