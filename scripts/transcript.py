@@ -95,10 +95,8 @@ def _typed(command: str, folder: Path, environment: dict[str, str]) -> Iterator[
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     yield f"$ {command}"
-    for line in done.stdout.splitlines():
-        if line.strip() and not re.search(
-            r"\d+%\|| it/s|\x1b|^\s*warning: |^\[INFO\]", line
-        ):  # bars, which a terminal overwrites
+    for line in done.stdout.splitlines():  # without bars, which a terminal overwrites
+        if line.strip() and not re.search(r"\d+%\|| it/s|\x1b|^\s*warning: |^\[INFO\]", line):
             yield line.rstrip()
     yield ""
 
