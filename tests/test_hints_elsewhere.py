@@ -527,8 +527,8 @@ UNTYPED = {
         sft.runs.resume.recorded_run 1, sft.runs.resume.recorded_run 2, sft.runs.saved.settings_of, sft.runs.saved.check_base,
         sft.sweep.leaderboard.read_leaderboard, sft.sweep.leaderboard.best_run 1, sft.export.hub._check_existing 1,
         sft.export.hub._check_existing 3, sft.export.hub._check_existing 4, sft.export.hub._create,
-        sft.cli.preset_file.write_preset 2, sft.cli.init.from_config, sft.cli.conversion._convert_yaml,
-        sft.cli.conversion._read_yaml 2, sft.cli.conversion.convert_notebook""",
+        sft.cli.preset_file.write_preset 2, sft.cli.init.from_config, sft.cli.conversion.__init__._convert_yaml,
+        sft.cli.conversion.__init__._read_yaml 2, sft.cli.conversion.notebook.convert_notebook""",
     "only the reader knows the values": """
         sft.cli.export.read_request 1, sft.cli.init.read_words 2, sft.cli.doctor.main, scripts.wandb_workspace._tracked,
         sft.sweep.grid.check_pairs 1, sft.sweep.grid.check_pairs 2, sft.sweep.slurm.SlurmJobs.start""",
@@ -542,7 +542,7 @@ UNTYPED = {
     "room on a disk is made by a person": "sft.export.requirements.check_disk",
     "another process has to end": "sft.export.exporter.export_run, sft.runs.resume._taken, sft.sweep.runner._choose_folder",
     "files that are damaged or gone have to come back as they were": """
-        sft.cli.conversion.convert, sft.cli.conversion._read_yaml 1, sft.cli.notebook_calls._cells,
+        sft.cli.conversion.__init__.convert, sft.cli.conversion.__init__._read_yaml 1, sft.cli.conversion.calls._cells,
         sft.export.merge.load_trained 1, sft.export.merge.load_trained 2, sft.model.files.check_model_files 1,
         sft.model.files.check_adapter_files 1, sft.model.files.check_adapter_files 2, sft.model.files._check_stop_tokens,
         sft.model.files._check_index, sft.model.files._check_weights 1, sft.model.files._check_weights 2,

@@ -10,7 +10,7 @@ import yaml
 from sft.cli import init
 from sft.cli.check import read_settings
 from sft.cli.conversion import convert
-from sft.cli.notebook_calls import read_calls
+from sft.cli.conversion.calls import read_calls
 from sft.errors import Refusal
 from sft.paths import CONF
 from tests import forked
