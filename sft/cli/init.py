@@ -250,7 +250,7 @@ def choose(question: str, options: dict[str, str] | Sequence[str], default: str,
         return default
     print(question)
     for option in options:
-        print(f"  {option}" + (f"   {options[option]}" if isinstance(options, dict) else ""))
+        print(f"  {option:<12} {options[option]}" if isinstance(options, dict) else f"  {option}")
     while True:
         answer = input(f"[{default}] ").strip() or default
         if answer in options or free:
