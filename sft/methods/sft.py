@@ -46,15 +46,22 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
         batches, which changes with the size of a batch: two runs could not be ranked by it.
         """
 
+        batch_rows: Any = None
+        """`sum_by_row` of the padding-free batch that was evaluated last."""
+
         def training_step(self, model, inputs, *args, **kwargs):
             self.tokens_seen = self.tokens_seen + metrics.count_tokens(inputs)
             return super().training_step(model, inputs, *args, **kwargs)
 
-        def compute_loss(self, model, inputs, *args, **kwargs):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
             if not collators.is_padding_free(inputs):
-                return super().compute_loss(model, inputs, *args, **kwargs)
+                return super().compute_loss(model, inputs, return_outputs, **kwargs)
+            if not model.training:
+                found = token_log_probs(model, inputs)
+                self.batch_rows = held_out_rows.sum_by_row(found, inputs)
+                return (-found.mean(), {}) if return_outputs else -found.mean()
             # Past TRL's own, which waits for the GPU three times a micro-batch to count what is never shown.
-            return transformers.Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+            return transformers.Trainer.compute_loss(self, model, inputs, return_outputs, **kwargs)
 
         def floating_point_ops(self, inputs):
             return 0  # a walk over all weights at every micro-batch, for a number that nothing reads
@@ -71,12 +78,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
             usual = super().prediction_step
 
             def predict(batch):
-                if not collators.is_padding_free(batch):
-                    return usual(model, batch, *args, **kwargs)[0], None
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    batch = self._prepare_inputs(batch)
-                    found = token_log_probs(model, batch)
-                    return -found.mean(), held_out_rows.sum_by_row(found, batch)
+                return usual(model, batch, *args, **kwargs)[0], self.batch_rows
 
             results = self.oom_retry.evaluate(predict, inputs)
             for (loss, _), targets in results:
