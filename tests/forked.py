@@ -24,12 +24,10 @@ import psutil
 
 from sft.export.gguf import CONVERTER
 from sft.model import warm_cache
-from sft.model.backend import import_bitsandbytes
 from tests.conftest import ROOT
 
-import_bitsandbytes()  # as a run does, before another library
-PRELOADED = ("tests.forked", "sft.run", "sft.cli.job", "sft.cli.chat", "sft.export.exporter", "sft.methods.arguments",
-             "sft.methods.sft", "sft.sweep.runner", "transformers.trainer", "transformers.models.llama.modeling_llama", "peft",
+PRELOADED = ("sft.lifecycle", "sft.cli.job", "sft.cli.chat", "sft.export.exporter", "sft.methods.arguments", "sft.methods.sft",
+             "sft.sweep.runner", "transformers.trainer", "transformers.models.llama.modeling_llama", "peft", "tests.forked",
              "trl.trainer.sft_trainer")  # fmt: skip
 
 MODULES = {"sft.launch.ranks": "sft/launch/ranks.py", "sft.launch.isolated": "sft/launch/isolated.py",

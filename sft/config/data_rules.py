@@ -17,6 +17,7 @@ from pathlib import Path
 from sft.config import schema
 from sft.config.data_files import KINDS, SAVED, by_split, find_files, find_splits, kind_of, list_files, naming
 from sft.config.keys import typed
+from sft.config.own_code import check_own, own_function
 from sft.config.patterns import pattern_fault
 from sft.config.schema import DatasetSettings
 from sft.errors import Problem
@@ -33,6 +34,8 @@ def check_dataset(data: DatasetSettings) -> list[Problem]:
     elif not data.name:
         why = "Neither a local file nor a hub data set is named."
         problems.append(Problem("dataset.path=null dataset.name=null", why, "dataset.path=my_data.jsonl"))
+    if data.format is not None:
+        problems += _check_format(data.format)
     problems += _check_held_out(data, readable=not problems)
     problems += _check_columns(data)
     problems += _check_template(data)
@@ -43,6 +46,17 @@ def check_dataset(data: DatasetSettings) -> list[Problem]:
                 fix = shlex.quote(f'dataset.{group}.{column}="{quoted}"') + "   for these very characters"
                 problems.append(Problem(f"dataset.{group}.{column}={pattern}", fault, fix))
     return problems
+
+
+def _check_format(text: str) -> list[Problem]:
+    """What is wrong with `dataset.format`; its file is parsed and not run."""
+    what = typed("dataset.format", text)
+    own = own_function(text)
+    if own is None:
+        return [
+            Problem(what, "A function of your own is named by its file and its name.", "dataset.format=rows.py:to_messages")
+        ]
+    return check_own(own, what, "row", lambda other: typed("dataset.format", other))
 
 
 def _check_columns(data: DatasetSettings) -> list[Problem]:

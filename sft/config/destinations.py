@@ -1,5 +1,5 @@
-"""Where a run sends what it makes: a hub repository, a W&B team; and which files of its own it runs, as rewards. A run folder
-from elsewhere cannot decide that for its reader.
+"""Where a run sends what it makes: a hub repository, a W&B team; and which files of its own it runs, for rewards and rows. A
+run folder from elsewhere cannot decide that for its reader.
 
 A run that this user began on this machine carries a mark in run.json, made with a key in the user's cache folder. Without a
 valid mark, as on another machine, `resume=` asks for them to be typed beside it. Imports nothing heavy.
@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.keys import in_shell, words_of
+from sft.config.own_code import own_function
 from sft.config.reward_names import reward_files
 from sft.config.schema import Settings
 from sft.config.tracking_rules import trackers_of
 from sft.errors import Problem
 from sft.storage import cache
 
-KEYS = ("export.hub.repo", "tracking.entity", "tracking.log_adapter", "method.reward_funcs")
+CODE = ("method.reward_funcs", "dataset.format")
+"""Settings that name files of the user's own, which are run."""
+
+KEYS = ("export.hub.repo", "tracking.entity", "tracking.log_adapter", *CODE)
 
 
 def destinations(settings: Settings) -> dict[str, str]:
@@ -38,9 +42,20 @@ def destinations(settings: Settings) -> dict[str, str]:
 
 
 def own_code(settings: Settings) -> dict[str, str]:
-    """The setting by which files of the user's own are run, as it is typed; empty without any."""
-    names = settings.method.reward_funcs
-    return {"method.reward_funcs": words_of(names)} if reward_files(names) else {}
+    """The settings by which files of the user's own are run, as they are typed; empty without any."""
+    names, found = settings.method.reward_funcs, {}
+    if reward_files(names):
+        found["method.reward_funcs"] = words_of(names)
+    if settings.dataset.format:
+        found["dataset.format"] = words_of(settings.dataset.format)
+    return found
+
+
+def code_files(settings: Settings) -> list[Path]:
+    """The files of the user's own that a run has run, each once."""
+    files = [*reward_files(settings.method.reward_funcs).values()]
+    files += [own.file] if (own := own_function(settings.dataset.format or "")) else []
+    return list(dict.fromkeys(files))
 
 
 def mark(settings: Settings) -> str | None:
@@ -74,7 +89,7 @@ def check_destinations(settings: Settings, record: dict[str, Any], typed: list[s
         why = f"The run sends what it makes to {' and '.join(unsaid)}{public}, and it was not begun by you on this machine."
         problems.append(Problem(what, why, f"{all_words}   if that is where you want it"))
     if code:
-        files = ", ".join(dict.fromkeys(str(file) for file in reward_files(settings.method.reward_funcs).values()))
+        files = ", ".join(map(str, code_files(settings)))
         why = f"The run has Python code run that is in {files}, with your rights, and it was not begun by you on this machine."
         problems.append(Problem(what, why, f"{all_words}   if you have read that code"))
     return problems

@@ -3,11 +3,11 @@
 import hashlib
 import json
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
+from sft.config.own_code import contents_hash, own_function
 from sft.config.reward_names import reward_files
-from sft.config.schema import Settings
+from sft.config.schema import DatasetSettings, Settings
 from sft.storage.jsonio import jsonable
 
 
@@ -16,7 +16,7 @@ def row_seed(settings: Settings) -> int:
     return settings.seed if settings.dataset.seed is None else settings.dataset.seed
 
 
-AROUND = ("tracking", "resume", "export", "sweep", "preflight", "distributed")
+AROUND = ("tracking", "resume", "export", "sweep", "preflight", "distributed", "report")
 """Settings that do not shape the result."""
 
 LIMITS = ("max_hours", "stop_at", "max_bad_steps", "max_memory_gib")
@@ -49,6 +49,7 @@ ADDED: tuple[str, ...] = (
     "dataset.special_tokens_in_text",
     "dataset.ignore_columns",
     "dataset.skip_bad_rows",
+    "dataset.format",
     "dataset.eval_path",
     "lora.start_from",
     "lora.extra",
@@ -57,29 +58,31 @@ ADDED: tuple[str, ...] = (
 
 
 def config_hash(settings: Settings) -> str:
-    """Hash of the resolved settings that shape the result: not tracking, limits, exports, checks, sweeps, processes.
+    """Hash of the resolved settings that shape the result: not tracking, limits, exports, checks, sweeps, processes,
+    reports.
 
     A setting of `ADDED` at its default is left out, so that jobs that finished before it was there are not run again. Files of
-    the user's own rewards count by their contents.
+    the user's own code count by their contents.
     """
     shaping = {k: v for k, v in jsonable(settings).items() if k not in AROUND}
     shaping["dataset"]["seed"] = row_seed(settings)
     shaping["trainer"] = {k: v for k, v in shaping["trainer"].items() if k not in LIMITS}
     if files := reward_hashes(settings):
         shaping["reward_files"] = files
+    if format_file := format_hash(settings.dataset):
+        shaping["format_file"] = format_file
     return hashlib.sha256(json.dumps(without_added(shaping), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def reward_hashes(settings: Settings) -> dict[str, str | None]:
     """The hash of the file of each reward of the user's own; None where it cannot be read."""
-    return {name: _contents_hash(file) for name, file in reward_files(settings.method.reward_funcs).items()}
+    return {name: contents_hash(file) for name, file in reward_files(settings.method.reward_funcs).items()}
 
 
-def _contents_hash(file: Path) -> str | None:
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    except OSError:
-        return None
+def format_hash(data: DatasetSettings) -> str | None:
+    """The hash of the file of `dataset.format`; None without one, and where it cannot be read."""
+    own = own_function(data.format) if data.format else None
+    return contents_hash(own.file) if own else None
 
 
 def without_added(settings: dict[str, Any]) -> dict[str, Any]:

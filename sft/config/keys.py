@@ -30,7 +30,7 @@ COMMON_NAMES = {
 }
 
 
-@functools.cache  # asked a thousand times a command line
+@functools.cache  # called a thousand times for a command line
 def find_field(path: str) -> tuple[type | None, str]:
     """The settings class that holds `path` and the field's name; (None, "") where there is no such setting."""
     cls: Any = Settings

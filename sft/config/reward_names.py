@@ -1,12 +1,10 @@
 """Rewards by name: those that ship with the project, with their options, and functions of the user's own. Imports nothing
 heavy."""
 
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft.paths import expanded
+from sft.config.own_code import own_function
 
 SHIPPED: dict[str, dict[str, Any]] = {
     "number": {},
@@ -30,26 +28,12 @@ COMPARING = ("number", "exact", "contains")
 """Rewards that compare with the reference answer; `contains` only without its option."""
 
 
-@dataclass(frozen=True)
-class OwnReward:
-    """A function of the user's own: `file.py:function`."""
-
-    file: Path
-    function: str
-
-
-def own_reward(name: str) -> OwnReward | None:
-    """What `file.py:function` names; None for a text of another form. A relative file is that of the working directory."""
-    found = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)", name, re.S)
-    return OwnReward(expanded(found[1]), found[2]) if found else None
-
-
 def short_name(name: str) -> str:
     """The name that a reward has in charts and tables: that of its function, without the file."""
-    own = own_reward(name)
+    own = own_function(name)
     return own.function if own else name
 
 
 def reward_files(names: list[str]) -> dict[str, Path]:
     """The files of the user's own rewards, by what `method.reward_funcs` calls each."""
-    return {name: own.file for name in names if (own := own_reward(name))}
+    return {name: own.file for name in names if (own := own_function(name))}

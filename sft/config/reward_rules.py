@@ -1,16 +1,15 @@
 """Rules for the rewards of `method=grpo`: their names, weights and options, and files of the user's own, which are parsed here
 and not run."""
 
-import ast
 import difflib
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 from sft.config.keys import shown, typed
+from sft.config.own_code import check_own, own_function
 from sft.config.patterns import pattern_fault
-from sft.config.reward_names import JSON_TYPES, NEEDED, SHIPPED, OwnReward, own_reward, short_name
+from sft.config.reward_names import JSON_TYPES, NEEDED, SHIPPED, short_name
 from sft.config.schema import MethodSettings
 from sft.errors import Problem
 
@@ -42,9 +41,9 @@ def _check_name(name: str, names: list[str]) -> list[Problem]:
         return typed("method.reward_funcs", [other if one == name else one for one in names])
 
     what = f"method.reward_funcs: {name}"
-    own = own_reward(name)
+    own = own_function(name)
     if own:
-        return _check_own(own, what, instead)
+        return check_own(own, what, "completion, row", instead)
     if name in SHIPPED:
         return []
     if ".py" in name or ":" in name or "/" in name:
@@ -53,38 +52,6 @@ def _check_name(name: str, names: list[str]) -> list[Problem]:
     close = difflib.get_close_matches(name, SHIPPED, 1, 0.4)
     why = f"No such reward is shipped. There are {', '.join(SHIPPED)}, and functions of your own."
     return [Problem(what, why, instead(close[0]) if close else f"{OWN}   for example")]
-
-
-def _check_own(own: OwnReward, what: str, instead: Any) -> list[Problem]:
-    """What is wrong with a file of the user's own and the function in it; its text is parsed, nothing is run."""
-    if not own.file.is_file():
-        folder = own.file.parent if own.file.parent.is_dir() else Path()
-        close = difflib.get_close_matches(own.file.name, [file.name for file in folder.glob("*.py")], 1)
-        fix = instead(f"{folder / close[0]}:{own.function}") if close else f"looked in {folder.resolve()}"
-        return [Problem(what, "There is no such file.", fix)]
-    try:
-        tree = ast.parse(own.file.read_bytes())
-    except SyntaxError as error:
-        where = f"{own.file}, line {error.lineno}"
-        return [Problem(what, f"It is no Python: {error.msg} ({where}).", f"mend {where}")]
-    except (OSError, ValueError) as error:
-        return [Problem(what, f"It cannot be read: {error}.", f"mend or replace {own.file}")]
-    names, unknown = _names_of(tree)
-    if own.function in names or unknown:
-        return []
-    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    close = difflib.get_close_matches(own.function, functions, 1, 0.4)
-    why = f"The file has no such function. It has: {', '.join(functions) or 'none'}."
-    return [Problem(what, why, instead(f"{own.file}:{close[0]}") if close else f"write def {own.function}(completion, row):")]
-
-
-def _names_of(tree: ast.Module) -> tuple[set[str], bool]:
-    """The names that a module binds, and whether there may be others: by `from x import *`."""
-    nodes = list(ast.walk(tree))
-    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)}
-    names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    imported = [alias for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
-    return names | {alias.asname or alias.name for alias in imported}, any(alias.name == "*" for alias in imported)
 
 
 def _check_weights(method: MethodSettings) -> list[Problem]:
@@ -110,11 +77,11 @@ def _check_options(method: MethodSettings) -> list[Problem]:
             close = difflib.get_close_matches(name, [one for one in method.reward_funcs if one in SHIPPED], 1, 0.6)
             rest = {key: value for key, value in options.items() if key != name}
             others = {**rest, **({close[0]: given} if close and close[0] not in rest else {})}
-            known = "It is a function of your own, whose options stand in its file." if own_reward(name) else (
+            known = "It is a function of your own, whose options stand in its file." if own_function(name) else (
                 f"method.reward_funcs does not have {name}, so it would be ignored.")  # fmt: skip
             problems.append(Problem(what, known, typed("method.reward_options", others)))
             continue
-        if own_reward(name):
+        if own_function(name):
             why = "The options of a function of your own stand in its file, as defaults of its parameters."
             problems.append(Problem(what, why, _without(name, options)))
             continue

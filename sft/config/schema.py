@@ -166,6 +166,13 @@ class PreflightMode(Enum):
     skip = "skip"
 
 
+class Language(Enum):
+    """Language of report.html."""
+
+    en = "en"
+    zh = "zh"
+
+
 class Gpu(Enum):
     """GPUs whose memory is known without having one."""
 
@@ -264,6 +271,9 @@ class DatasetSettings:
     path: Any = None
     """In place of `dataset.name`: a json, jsonl, csv, parquet or arrow file, also `.jsonl.gz` and the like; a folder of such
     files, or one of `save_to_disk`; a glob; or a list of these, `[a.jsonl,b.jsonl]`."""
+    format: str | None = None
+    """A function of your own, `file.py:function`, that makes of each row of the file a list of messages, or a row of one of the
+    shapes. Filters, columns and templates are given what it returns."""
     shape: Shape = Shape.auto
     """How a row is laid out; `auto` goes by the columns and says what it found."""
     columns: ColumnSettings = field(default_factory=ColumnSettings)
@@ -469,7 +479,8 @@ class SamplesSettings:
     """Completions generated greedily from fixed prompts while the model learns."""
 
     num_held_out: int = 4
-    """How many prompts to take from the held-out rows (from the training rows where none are held out)."""
+    """How many prompts to take from the held-out rows, Chinese and other ones in turn and of all lengths (from the training
+    rows where none are held out)."""
     prompts: list[str] = field(default_factory=list)
     """Questions of your own, put through the data's template."""
     every_steps: float | None = None
@@ -589,6 +600,14 @@ class PreflightSettings:
 
 
 @dataclass
+class ReportSettings:
+    """`report.html`, the page of a run or of a sweep."""
+
+    lang: Language = Language.en
+    """`en`, or `zh` for a page in Chinese. What the program says elsewhere, warnings among it, is English."""
+
+
+@dataclass
 class Settings:
     """All settings of one run."""
 
@@ -606,6 +625,8 @@ class Settings:
     """The check before a weight is loaded."""
     distributed: DistributedSettings = field(default_factory=DistributedSettings)
     """Several processes for one run."""
+    report: ReportSettings = field(default_factory=ReportSettings)
+    """The page of the run, and of a sweep."""
     seed: int = 3407
     """Seed of the shuffling, the adapter's start and dropout."""
     resume: str | None = None

@@ -121,7 +121,8 @@ def find_shape(rows: Sequence[dict], data: DatasetSettings) -> Shape:
             return shape
     if columns.output in names or columns.instruction in names:
         return Shape.instruction  # check_columns says what is missing
-    fix = guess_shape(rows, names, data) or "dataset.shape=text dataset.columns.text=<column>"
+    own = "dataset.format=rows.py:to_messages   a function of your own for each row"
+    fix = guess_shape(rows, names, data) or f"dataset.shape=text dataset.columns.text=<column>\n{own}"
     raise refuse("dataset.shape=auto", f"The columns {', '.join(sorted(names))} fit no known shape.", fix)
 
 

@@ -16,7 +16,8 @@ from sft.config.data_files import SAVED, find_files, find_splits, kind_of, shown
 from sft.config.patterns import compile_pattern
 from sft.config.schema import DatasetSettings
 from sft.data.columns import as_text
-from sft.data.readers import JoinedRows, hash_file, read_files, with_names
+from sft.data.formatted import formatted, source_hash
+from sft.data.readers import hash_file, read_files, with_names
 from sft.environment import hub_unreachable
 from sft.errors import Refusal, first_line, is_page, refuse
 
@@ -32,13 +33,14 @@ def read_rows(data: DatasetSettings, split: str) -> tuple[Sequence[dict], dict[s
     """The rows of local files, the shipped set or a hub data set, and `source_of` them, or {"name", "hash"}."""
     files = _files_of(data)
     if files is None:
-        return _read_hub(data, split)
+        rows, source = _read_hub(data, split)
+        return formatted(rows, data), source | {"hash": source_hash(source["hash"], data)}
     rows = read_files(files, split)
     if not len(rows):
         why = "The file holds no rows." if len(files) == 1 else f"The {len(files)} files hold no rows."
         key = "dataset.eval_path" if data.path == data.eval_path else "dataset.path"
         raise refuse(f"{key}={shown_files(data.path)}", why, "write the rows first, or name another file")
-    return rows, source_of(replace(data, split=split))
+    return formatted(rows, data), source_of(replace(data, split=split))
 
 
 def source_of(data: DatasetSettings) -> dict[str, Any] | None:
@@ -53,8 +55,8 @@ def source_of(data: DatasetSettings) -> dict[str, Any] | None:
     name = str(data.name) if not data.path else shown_files(data.path) + (f" ({data.split})" if splits else "")
     hashes = [_hash_of(file, data.split) for file in files]
     if len(files) == 1:
-        return {"name": name, "hash": hashes[0]}
-    return {"name": name, "hash": _hash_over(hashes), "files": [str(file) for file in files]}
+        return {"name": name, "hash": source_hash(hashes[0], data)}
+    return {"name": name, "hash": source_hash(_hash_over(hashes), data), "files": [str(file) for file in files]}
 
 
 def _files_of(data: DatasetSettings) -> list[Path] | None:
@@ -127,7 +129,8 @@ def name_rows(rows: Sequence[dict], held_out_in: str | None, *numbers: int) -> s
     *first, last = map(str, numbers)
     listed = f"rows {', '.join(first)} and {last}" if first else f"row {last}"
     text = f"held-out {listed} of {held_out_in}" if held_out_in else f"{listed} of the data"
-    return f"{text}, {'the first is ' * bool(first)}{rows.place_of(numbers[0] - 1)}" if isinstance(rows, JoinedRows) else text
+    place_of = getattr(rows, "place_of", None)
+    return f"{text}, {'the first is ' * bool(first)}{place_of(numbers[0] - 1)}" if place_of else text
 
 
 def choose_indices(rows: Sequence[dict], data: DatasetSettings, seed: int, held_out_in: str | None = None) -> Sequence[int]:

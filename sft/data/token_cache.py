@@ -16,6 +16,10 @@ TOKENS_VERSION = 2
 """Raise it when a row comes to be read, rendered, tokenised or counted in another way: the cache keeps tokens by it."""
 
 
+OF_THE_SOURCE = ("path", "eval_path", "name", "seed", "format")
+"""Settings of the data that the hashes of the sources, or the seed, stand for."""
+
+
 @dataclass
 class Prepared:
     """Tokenised rows, ready for the trainer."""
@@ -75,7 +79,7 @@ def cache_folder(settings: Settings, tokenizer, stop_ids: set[int], sources: lis
     """The folder in the cache, named by a hash of all that shapes the tokens: rows, settings, tokenizer and TOKENS_VERSION."""
     parts = [
         [source and source["hash"] for source in sources],
-        {k: str(v) for k, v in asdict(settings.dataset).items() if k not in ("path", "eval_path", "name", "seed")},
+        {k: str(v) for k, v in asdict(settings.dataset).items() if k not in OF_THE_SOURCE},
         settings.model.max_seq_length,
         *([f"{settings.method.name.value} 3"] if settings.method.name != MethodName.sft else []),
         *([settings.method.max_completion_length] if settings.method.name == MethodName.grpo else []),

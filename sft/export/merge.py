@@ -26,7 +26,6 @@ def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> A
 
     if not settings.lora.enabled:
         return _load_folder(weights, backend.torch_dtype(plan_saved(settings).dtype))
-    backend.import_bitsandbytes()
     import torch
     from peft import PeftModel
     from transformers import set_seed

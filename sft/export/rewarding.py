@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.compose import fill_settings
-from sft.config.destinations import is_vouched_for, own_code
+from sft.config.destinations import is_vouched_for
 from sft.config.fingerprint import reward_hashes
 from sft.config.schema import MethodName, Settings
 from sft.errors import Refusal
@@ -50,7 +50,7 @@ def find_rewarding(
 
 def _load(folder: Path, settings: Settings, record: dict[str, Any]) -> tuple[list[Reward], str]:
     """(the rewards of a run, why they are not known): its own files only as they were then, and only if the user ran them."""
-    if own_code(settings) and not is_vouched_for(fill_settings(record.get("settings") or {}), record):
+    if reward_hashes(settings) and not is_vouched_for(fill_settings(record.get("settings") or {}), record):
         return [], f"{_names(settings)} is code of a run that was not begun by you on this machine"
     with resume.working_folder(record, folder):
         then, now = record.get("reward_files") or {}, reward_hashes(settings)

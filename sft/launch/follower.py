@@ -6,8 +6,8 @@ import os
 from sft.distributed import group, watchdog
 from sft.distributed.stop import stop_request
 from sft.environment import prepare_environment
+from sft.lifecycle import prepare_libraries, train
 from sft.model import warm_cache
-from sft.run import prepare_libraries, train
 from sft.runs.record import Context, NoRecord
 from sft.tracking.base import Trackers
 from sft.training.context import RunContext

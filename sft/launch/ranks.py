@@ -55,7 +55,7 @@ def launch(settings: Settings, folder: Path, context: Any) -> Any:
     """`run`, in as many processes as the settings say."""
     if processes_of(settings) > 1 and not launched():
         return start(settings, folder, context)  # each of them comes back to `run`
-    from sft.run import run
+    from sft.lifecycle import run
 
     return run(settings, folder, context)
 
@@ -70,7 +70,7 @@ def work(job: Path) -> int:
     os.chdir(place)
     end_with(parent)
     from sft.launch.follower import follow
-    from sft.run import run
+    from sft.lifecycle import run
 
     if not is_first():
         return follow()

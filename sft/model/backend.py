@@ -1,9 +1,5 @@
 """The backend that loads the model, imported in time, and the GPU memory that it may take."""
 
-import contextlib
-import functools
-import sys
-from collections.abc import Callable
 from typing import Any
 
 from sft.config.hardware import CONTEXT
@@ -14,34 +10,6 @@ def import_backend(backend: str) -> None:
     """Import Unsloth before anything else touches transformers or TRL: it patches both."""
     if backend == "unsloth":
         import unsloth  # noqa: F401
-    else:
-        import_bitsandbytes()
-
-
-def import_bitsandbytes() -> None:
-    """Import bitsandbytes, which PEFT imports in every run, without torch's compiler.
-
-    As it is imported it hands functions for the CPU to `torch.compile`, which takes two seconds; here each is handed over
-    where it is first called. What is wrong with it is said where it is used.
-    """
-    if "bitsandbytes" in sys.modules:
-        return
-    import torch
-
-    compile_now = torch.compile
-    torch.compile = functools.partial(_compile_later, compile_now)
-    try:
-        with contextlib.suppress(Exception):
-            import bitsandbytes  # noqa: F401
-    finally:
-        torch.compile = compile_now
-
-
-def _compile_later(compile_now: Callable, function: Callable | None = None, **options: Any) -> Callable:
-    if function is None:
-        return functools.partial(_compile_later, compile_now, **options)
-    compiled = functools.cache(lambda: compile_now(function, **options))
-    return lambda *args, **more: compiled()(*args, **more)
 
 
 def limit_memory(settings: Settings) -> None:

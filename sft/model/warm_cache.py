@@ -55,7 +55,7 @@ def load_tokenizer(settings: Settings) -> tuple[Any, set[int]]:
 
 def prepare_data(settings: Settings, tokenizer: Any, stop_ids: set[int]) -> token_cache.Prepared:
     """`data.prepare`, once for all runs with the same rows and the same tokenizer."""
-    key = _key(settings.model, settings.dataset, fingerprint.row_seed(settings))
+    key = _key(settings.model, settings.dataset, fingerprint.row_seed(settings), fingerprint.format_hash(settings.dataset))
     prepared = _once("tokens", key, lambda: prepare.prepare(settings, tokenizer, stop_ids))
     return token_cache.Prepared(prepared.train, prepared.eval, dict(prepared.facts))
 

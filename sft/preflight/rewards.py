@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sft.config.keys import typed
-from sft.config.reward_names import COMPARING, own_reward
+from sft.config.own_code import own_function
+from sft.config.reward_names import COMPARING
 from sft.config.schema import MethodSettings, Settings
 from sft.errors import Problem
 from sft.preflight.findings import Found
@@ -125,7 +126,7 @@ def _judge(found: Found, reward: Reward, name: str, tried: Tried, compares: bool
         found.warn(part, f"{reward.name} takes {1000 * tried.seconds:.0f} ms a completion: each step waits for it.")
     if not all(0 <= value <= 1 for value in given):
         found.warn(part, f"{reward.name} gives {min(given):g} to {max(given):g}: rewards outside 0 to 1 outweigh others.")
-    if own_reward(name) and full:
+    if own_function(name) and full:
         low = sum(value not in (None, 1) for value in tried.answers)
         found.warn(part, f"{reward.name} gives {low} of {len(answers)} reference answers less than 1, that of row {full[0]} "
                          f"{full[1]:g}. Fine for a matter of style, not for a checker.")  # fmt: skip

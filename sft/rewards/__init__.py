@@ -5,8 +5,6 @@ import inspect
 import json
 import math
 import numbers
-import sys
-import traceback
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +12,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from sft.config.reward_names import own_reward, short_name
+from sft.config.own_code import line_of, own_function, run_file
+from sft.config.reward_names import short_name
 from sft.config.reward_rules import check_rewards
 from sft.config.schema import MethodSettings
 from sft.errors import Problem, Refusal, SftError, first_line
@@ -123,8 +122,7 @@ class Reward:
 
     def _line_of(self, error: Exception) -> str:
         """The innermost line of the reward's own file that the error came through."""
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self.file]
-        return f"{self.file}, line {frames[-1].lineno}" if self.file and frames else self.place
+        return line_of(error, self.file) or self.place
 
 
 def _shown(value: Any) -> str:
@@ -144,14 +142,14 @@ def load_rewards(method: MethodSettings) -> list[Reward]:
     modules: dict[Path, types.ModuleType | Problem] = {}
     rewards: list[Reward] = []
     for name, weight in zip(method.reward_funcs, weights, strict=True):
-        own = own_reward(name)
+        own = own_function(name)
         if own is None:
             options = method.reward_options.get(name, {})
             rewards.append(Reward(name, weight, functools.partial(FUNCTIONS[name], **options)))
             continue
         file = own.file.resolve()
         if file not in modules:
-            modules[file] = _run_file(file, name)
+            modules[file] = run_file(file, f"method.reward_funcs: {name}")
         module = modules[file]
         if isinstance(module, Problem):
             problems += [module] * (module not in problems)
@@ -164,23 +162,6 @@ def load_rewards(method: MethodSettings) -> list[Reward]:
     if problems:
         raise Refusal(problems)
     return rewards
-
-
-def _run_file(file: Path, name: str) -> types.ModuleType | Problem:
-    """The module of a file, run anew from its text; a file beside it can be imported by it."""
-    module = types.ModuleType(f"sft_rewards_{file.stem}")
-    module.__file__ = str(file)
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
-    sys.modules[module.__name__] = module
-    try:
-        exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        where = f"{file}, line {frames[-1].lineno}" if frames else str(file)
-        why = f"Its file cannot be run: {type(error).__name__}: {first_line(error)} ({where})."
-        return Problem(f"method.reward_funcs: {name}", why, f"mend {where}")
-    return module
 
 
 def _own_reward(module: types.ModuleType, function: str, name: str, weight: float) -> Reward | Problem:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import time
@@ -13,7 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sft.config.compose import fill_settings
 from sft.config.consent import with_word
+from sft.config.destinations import code_files
 from sft.config.fingerprint import config_hash, differs_from, reward_hashes
 from sft.config.method import METHODS
 from sft.config.schema import Settings
@@ -112,8 +115,21 @@ def start_record(settings: Settings, folder: Path, context: Context, before: dic
     )
 
 
+def _keep_code(record: RunRecord) -> None:
+    """Copy the files of the user's own that the run has run into code/ of its folder: they may change afterwards."""
+    folder = record.path.parent / "code"
+    files = code_files(fill_settings(record.facts["settings"]))
+    for file in files:
+        alone = [one.name for one in files].count(file.name) == 1
+        kept = folder / (file.name if alone else str(file).strip("/").replace("/", "_"))
+        if not kept.exists():
+            folder.mkdir(exist_ok=True)
+            shutil.copy(file, kept)
+
+
 def record_session(record: RunRecord, facts: dict, checkpoint: Path | None) -> None:
-    """Note the data, and that the run begins or goes on here."""
+    """Note the data, keep copies of the user's own code, and note that the run begins or goes on here."""
+    _keep_code(record)
     rows = facts["rows"]
     sessions = [*(record.facts.get("sessions") or []), {"started_at": now(), "from": checkpoint and checkpoint.name}]
     record.update(

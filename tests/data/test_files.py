@@ -603,7 +603,7 @@ def test_a_list_of_files_leaves_no_folder_of_this_machine_on_a_card():
 
 
 def test_a_run_on_shards_keeps_what_it_read_and_holds_out_what_it_was_told(small, shards):
-    from sft.run import run
+    from sft.lifecycle import run
 
     write(Path("val.jsonl"), rows_of(20, 21))
     quick = ("trainer.max_steps=2", "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=1")

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from sft.export import exporter, measure, merge
 from sft.export.rewarding import find_rewarding
 from sft.export.verify import compare_numbers, compare_rewards, lossless_limits, mean_reward, ties_of
+from sft.lifecycle import run
 from sft.rewards import load_rewards
-from sft.run import run
 from sft.runs.saved import settings_of
 from tests.conftest import make_settings
 

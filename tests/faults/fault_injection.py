@@ -81,8 +81,8 @@ def main(argv: list[str]) -> int:
 def run_to_the_save(work: Path, report: Path, every: int) -> None:
     """Train up to the second save, try every fault on it from there, and end this process."""
     try:
+        from sft.lifecycle import run
         from sft.methods import sft
-        from sft.run import run
         from tests.faults.fault_campaign import settings_of
 
         build = sft.build_trainer
@@ -118,7 +118,7 @@ def run_to_the_save(work: Path, report: Path, every: int) -> None:
 def run_to_the_export(work: Path, report: Path, every: int) -> None:
     """Train to the end, try every fault on the exports from there, and end this process."""
     try:
-        from sft import run as sft_run
+        from sft import lifecycle as sft_run
         from sft.export.__main__ import main as export
         from tests.faults.fault_campaign import export_hashes, settings_of
 

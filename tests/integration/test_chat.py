@@ -12,7 +12,7 @@ import pytest
 
 from sft.cli.chat import _Writer, find_target
 from sft.errors import Refusal
-from sft.run import run
+from sft.lifecycle import run
 from sft.sanitize import shown
 from tests import forked
 from tests.conftest import ROOT, SMALL, make_settings

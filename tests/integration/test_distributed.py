@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from sft.errors import Refusal
 from sft.launch.ranks import launch
-from sft.run import run
+from sft.lifecycle import run
 from sft.runs.record import Context
 from tests import forked
 from tests.conftest import ROOT, make_settings
@@ -48,6 +48,10 @@ def differences(one: Path, two: Path) -> list[str]:
         found += [f"step {a['step']}: {apart}"] if apart else []
     if (one / "samples.jsonl").read_bytes() != (two / "samples.jsonl").read_bytes():
         found.append("samples.jsonl")
+    rows = [[json.loads(line) for line in (folder / "eval_rows.jsonl").read_text().splitlines()] for folder in (one, two)]
+    for a, b in zip(*rows, strict=True):
+        same = (a["step"], a["targets"]) == (b["step"], b["targets"]) and a["losses"] == pytest.approx(b["losses"], abs=1e-4)
+        found += [] if same else [f"eval_rows.jsonl, step {a['step']}"]
     ours, theirs = (load_file(next(folder.glob("[am]*/*model.safetensors"))) for folder in (one, two))
     far = max(float(numpy.abs(ours[name] - theirs[name]).max()) for name in ours)
     return found + ([f"the weights are {far} apart"] if far > 1e-5 else [])

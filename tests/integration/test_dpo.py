@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import sft.run
+import sft.lifecycle
 from sft.errors import Refusal
 from sft.export import exporter, gguf, measure
 from sft.launch.ranks import launch
+from sft.lifecycle import run
 from sft.methods import dpo
 from sft.model import builtin, hub
-from sft.run import run
 from sft.runs.record import Context
 from sft.signals import StopRequest
 from sft.storage.cache import cache_dir
@@ -50,7 +50,7 @@ def test_pairs_begin_as_ties_and_come_apart(settings, tmp_path, monkeypatch, for
         def finish(self, status, metrics, reason=None):
             told.update(metrics, status=status)
 
-    monkeypatch.setattr(sft.run, "make_trackers", lambda settings: Told())
+    monkeypatch.setattr(sft.lifecycle, "make_trackers", lambda settings: Told())
     result = run(settings("export.formats=[merged_16bit]"), tmp_path / "run")
     assert (result.status, result.exit_code) == ("finished", 0)
     found = lines(tmp_path / "run")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sft.cli.export import main
 from sft.errors import ExportError, Refusal
 from sft.export import exporter, merge
-from sft.run import run
+from sft.lifecycle import run
 from sft.runs.saved import settings_of
 from tests import forked
 from tests.conftest import ROOT, SMALL, make_settings

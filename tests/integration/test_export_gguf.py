@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from sft.cli.export import main
 from sft.export import exporter, gguf, merge
-from sft.run import run
+from sft.lifecycle import run
 from sft.runs.saved import settings_of
 from sft.storage import jsonio
 from tests.conftest import ROOT, SMALL, make_settings

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from sft.lifecycle import run
 from sft.model import builtin
-from sft.run import run
 from tests.conftest import make_settings
 from tests.faults.fault_campaign import BASE, compare, write_rows
 

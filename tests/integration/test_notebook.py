@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -56,33 +57,38 @@ def test_what_it_would_type_in_colab_with_a_gpu(tmp_path, monkeypatch):
         if typed[-1].startswith("git clone"):
             (tmp_path / "sft-lora").mkdir()
 
-    drive = SimpleNamespace(mount=mounted.append, flush_and_unmount=lambda: mounted.append("flushed"))
+    drive = SimpleNamespace(mount=mounted.append)
     secrets = SimpleNamespace(get=lambda name: f"the secret {name}")
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=drive, userdata=secrets))
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
     monkeypatch.setattr("IPython.display.display", lambda _: None)
     monkeypatch.setattr("IPython.display.Image", lambda _: None)
-    monkeypatch.setenv("HF_TOKEN", "")
+    read_text = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, **how: "<p>" if self.name == "report.html" else read_text(self, **how))
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "")
     monkeypatch.chdir(tmp_path)
 
     cells["get_ipython"] = lambda: SimpleNamespace(system=system)
     sources = ["".join(cell["source"]) for cell in read("colab.ipynb")["cells"] if cell["cell_type"] == "code"]
-    filled_in = {'HUB = ""': 'HUB = "me/my-model"', "OWNER": "me"}
+    filled_in = {'HUB = ""': 'HUB = "me/my-model"', 'PROJECT = ""': 'PROJECT = "https://example.org/sft"'}
     for number, source in enumerate(sources):
         if number == 2:
-            with pytest.raises(AssertionError, match="Write the address"):
-                exec(TransformerManager().transform_cell(source), cells | {"PROJECT": "https://github.com/OWNER/sft-lora"})
+            with pytest.raises(AssertionError, match="Write the git address"):
+                exec(TransformerManager().transform_cell(source), cells | {"PROJECT": ""})
         for old, new in filled_in.items() if number == 0 else ():
             source = source.replace(old, new)
         exec(TransformerManager().transform_cell(source), cells)
 
-    assert mounted == ["/content/drive", "flushed"] and os.environ["HF_TOKEN"] == "the secret HF_TOKEN"
+    assert mounted == ["/content/drive"] and os.environ["HF_TOKEN"] == "the secret HF_TOKEN"
+    assert os.environ["WANDB_API_KEY"] == "the secret WANDB_API_KEY"
     assert not any("secret" in line for line in typed)
     python, run = "/content/env/bin/python", "/content/drive/MyDrive/sft/first"
     trained = f"{python} train.py model=llama3_8b dataset=ruozhiba trainer.max_steps=60 trainer.save_steps=15"
     assert sum(line.startswith(trained) and line.split()[-1] == f"hydra.run.dir={run}" for line in typed) == 2  # and again
-    assert f"{python} scripts/export.py run={run} export=gguf" in typed
+    assert f"{python} scripts/export.py run={run} export=gguf export.gguf.quantizations=[q4_k_m]" in typed
+    assert any("torch.cuda.is_available()" in line for line in typed) and f"{python} scripts/install_gguf.py" in typed
     assert f"{python} scripts/export.py run={run} push=true export.hub.repo=me/my-model" in typed
     assert f'uv pip install --quiet --python {python} --editable ".[unsloth]"' in typed
     for line in typed:
@@ -139,7 +145,10 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     assert "step 4" in said["Show"] and "before" in said["Show"]
     rows = [json.loads(line) for line in (tmp_path / "outputs/first/samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(row["question"] in said["Show"] for row in rows)
-    (picture,) = [o["data"]["image/png"] for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+    shown = [o["data"] for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+    (picture,) = [data["image/png"] for data in shown if "image/png" in data]
+    (page,) = [data["text/html"] for data in shown if "text/html" in data]
+    assert page.startswith("<div><iframe srcdoc=") and "Held-out loss" in page
     width, height = struct.unpack(">II", base64.b64decode(picture)[16:24])
     assert width > 800 and height > 200
     assert "ok" in said["Export"] and "adapter_model.safetensors" in said["Export"]

@@ -7,7 +7,7 @@ import torch
 import trl
 
 from sft.data.collators import cut
-from sft.run import run
+from sft.lifecycle import run
 from sft.training import checkpoint
 from tests.conftest import make_settings
 from tests.faults.fault_campaign import BASE, write_rows

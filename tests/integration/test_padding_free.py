@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft.data import collators
 from sft.errors import Refusal
+from sft.lifecycle import run
 from sft.model import compilation, cuda_graphs, padding_free
 from sft.model import loss as model_loss
 from sft.plan.plan import PADDING_FREE_KINDS
-from sft.run import run
 from sft.training import acceleration
 from sft.training.acceleration import choose_lengths
 from tests.conftest import SMALL, make_settings

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from sft.run import run
+from sft.lifecycle import run
 from sft.training import metrics, trainer
 from sft.training.nonfinite import NonFiniteSteps
 from tests.conftest import make_settings

@@ -9,7 +9,7 @@ from sft.config.rules import check_settings
 from sft.config.schema import GROUPS
 from sft.config.tracking_rules import check_packages
 from sft.data.prepare import prepare
-from sft.run import run
+from sft.lifecycle import run
 from tests.conftest import ROOT, SMALL, make_settings
 from tests.data.miniatures import assistant, user
 

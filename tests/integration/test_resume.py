@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sft.errors import Refusal
-from sft.run import run
+from sft.lifecycle import run
 from sft.runs import resume
 from sft.storage import atomic
 from sft.storage.jsonio import jsonable

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from sft.config.compose import to_settings
 from sft.config.fingerprint import config_hash
 from sft.config.schema import Settings
+from sft.lifecycle import run
 from sft.model import builtin
 from sft.report import page
-from sft.run import run
 from sft.storage import atomic
 from sft.storage.cache import cache_dir
 from tests import forked

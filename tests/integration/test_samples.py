@@ -6,9 +6,9 @@ import json
 import pytest
 import trl
 
-from sft import run as sft_run
+from sft import lifecycle as sft_run
 from sft.generation import samples
-from sft.run import run
+from sft.lifecycle import run
 from sft.training import trainer as training_trainer
 from tests.integration.test_nonfinite import lines_of, quick_report, record_of  # noqa: F401
 from tests.integration.test_oom import short  # noqa: F401

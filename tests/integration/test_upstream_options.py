@@ -3,7 +3,7 @@
 import pytest
 
 from sft.export import exporter
-from sft.run import run
+from sft.lifecycle import run
 from sft.runs.saved import settings_of
 from sft.storage.jsonio import read_lines
 from tests.conftest import SMALL, make_settings

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sft.config.schema import Settings
-from sft.run import run
+from sft.lifecycle import run
 from sft.runs.record import RunResult
 
 

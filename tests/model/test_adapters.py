@@ -11,11 +11,11 @@ from sft.cli.check import check_command_line
 from sft.config.schema import LoraSettings
 from sft.errors import Refusal
 from sft.export import merge
+from sft.lifecycle import run
 from sft.methods import sft
 from sft.model import adapters, dims, hub, loading, targets
 from sft.plan.plan import Plan
 from sft.preflight.checks import examine
-from sft.run import run
 from sft.storage.jsonio import read_json
 from tests.conftest import ROOT, make_settings
 

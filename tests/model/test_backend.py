@@ -1,12 +1,11 @@
 """What `model.backend=auto` comes to on a GPU, by the GPU and the model."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from sft.model import backend, loading
+from sft.model import loading
 from sft.model.hub import read_config
 from sft.plan.machine import Machine, look
 from sft.plan.plan import plan_model
@@ -56,25 +55,3 @@ def test_models_that_were_not_tried_stay_with_unsloth(tmp_path, config):
         (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     settings = make_settings(f"model.name={tmp_path}", "preflight.gpu=h100")
     assert plan_model(settings, look(settings), lambda: read_config(settings.model)).backend == "unsloth"
-
-
-def test_bitsandbytes_compiles_a_function_where_it_is_first_called(tmp_path, monkeypatch):
-    """As it decorates them: with options and without."""
-    (tmp_path / "bitsandbytes.py").write_text(
-        "import torch\n@torch.compile(dynamic=False)\ndef double(x):\n    return 2 * x\n"
-        "half = torch.compile(lambda x, by=2: x / by)\n"
-    )
-    handed = []
-
-    def compile_now(function, **options):
-        handed.append(options)
-        return function
-
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(torch, "compile", compile_now)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # puts back what was there
-    del sys.modules["bitsandbytes"]
-    backend.import_bitsandbytes()
-    made = sys.modules["bitsandbytes"]
-    assert torch.compile is compile_now and handed == []
-    assert [made.double(3), made.double(4), made.half(6, by=3)] == [6, 8, 2] and handed == [{"dynamic": False}, {}]

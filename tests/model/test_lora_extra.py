@@ -14,10 +14,10 @@ from sft.config.rules import check_settings
 from sft.config.schema import LoraSettings
 from sft.config.upstream import lora_config_options
 from sft.export import lora_gguf, measure, merge
+from sft.lifecycle import run
 from sft.methods import sft
 from sft.model import adapters, dims, hub, loading, targets
 from sft.plan.plan import Plan
-from sft.run import run
 from sft.storage.jsonio import read_json, read_lines
 from tests.conftest import SMALL, make_settings
 

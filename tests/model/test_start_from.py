@@ -12,9 +12,9 @@ from sft.config.rules import check_settings
 from sft.errors import Refusal
 from sft.export import gguf, measure
 from sft.export.exporter import export_run
+from sft.lifecycle import run
 from sft.model import loading
 from sft.plan.plan import Plan
-from sft.run import run
 from sft.runs.resume import recorded_run
 from sft.storage.jsonio import read_json, read_lines
 from tests import forked

@@ -202,7 +202,7 @@ def test_what_is_left_after_a_run_is_not_looked_through_again(keeping, monkeypat
 
 
 def test_what_the_model_says_before_it_learns_is_taken_once_for_all_ranks(keeping, tmp_path):
-    from sft.run import run
+    from sft.lifecycle import run
 
     base = (*SMALL, "trainer.max_steps=2", "trainer.learning_rate=1e-2", "samples.max_new_tokens=6", "tracking=none")
     jobs = {"r4": "lora.r=4", "r8": "lora.r=8", "dora": "lora.use_dora=true", "limited": "trainer.max_hours=1",

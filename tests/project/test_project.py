@@ -11,7 +11,7 @@ import pytest
 import yaml
 from omegaconf._utils import get_yaml_loader
 
-from scripts import config_schema, settings_table
+from scripts import benchmarks_page, config_schema, settings_table
 from sft.config.schema import DATASETS, Settings, field_docs
 from tests.conftest import ROOT
 
@@ -36,6 +36,10 @@ def test_every_setting_is_documented():
 
 def test_promised_keys_exist():
     assert set(PROMISED) <= {key for _, _, key in all_fields()}
+
+
+def test_the_page_of_benchmarks_is_up_to_date():
+    assert benchmarks_page.main(["--check"]) == 0
 
 
 def test_the_settings_table_is_up_to_date():

@@ -8,8 +8,8 @@ import pytest
 from sft.cli import export
 from sft.cli.chat import Speaker, find_target
 from sft.errors import Refusal
+from sft.lifecycle import run
 from sft.model import builtin, hub
-from sft.run import run
 from sft.runs.saved import check_base, settings_of
 from tests.conftest import SMALL, make_settings
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sft.config.method import MethodFacts
-from sft.run import run
+from sft.lifecycle import run
 from sft.runs.record import Context
 from sft.tracking.base import make_trackers, tags_to_track
 from sft.tracking.names import define_metrics, name_metric, name_metrics

@@ -273,7 +273,7 @@ def test_every_row_is_still_used():
         ("def f(layer):\n    def new():\n        pass\n    layer.reset = new", ".reset"),
         ("class Mine:\n    def __init__(self):\n        self._own = 1\n    def f(self, b):\n        return b._own", None),
         ("import os\nos._exit(1)", None),
-        ("from sft import run\nrun._export", None),
+        ("from sft import lifecycle\nlifecycle._export", None),
     ],
 )  # fmt: skip
 def test_a_new_use_is_found_by_its_kind(tmp_path, code, found):

@@ -86,7 +86,8 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         group.broadcast(plan)
         prepare_libraries(settings, plan)
         settings = with_backend(settings, plan)
-        found = checks.examine(settings, folder, plan, context.provenance, machine, resume.read_batch_plan(before))
+        with record.timed("data"):
+            found = checks.examine(settings, folder, plan, context.provenance, machine, resume.read_batch_plan(before))
         if found.problems:
             raise Refusal(found.problems)
         facts = checks.write_preflight(folder, found)
