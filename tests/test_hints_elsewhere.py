@@ -517,6 +517,7 @@ ELSEWHERE = {
     "sft.preflight.optimizer.": "tests/preflight/test_checks.py",
     "sft.preflight.rewards.": "tests/preflight/test_rewards.py",
     "sft.methods.rollouts.": "tests/integration/test_grpo.py",
+    "sft.export.gguf.check_architecture": "tests/integration/test_families.py",
 }
 """Where the hints of other modules are typed."""
 

@@ -4,7 +4,8 @@ from sft.config.schema import Backend, MethodName, Settings, Strategy, TrainerSe
 from sft.errors import Problem
 
 OWN_LOSS = ("loss_type", "label_smoothing_factor", "use_liger_kernel", "neftune_noise_alpha", "packing", "padding_free",
-            "completion_only_loss", "assistant_only_loss", "chunk_size", "group_by_length")  # fmt: skip
+            "completion_only_loss", "assistant_only_loss", "chunk_size", "group_by_length",
+            "router_aux_loss_coef")  # fmt: skip
 """Options of `trainer.extra` that change the loss or what a batch is; they keep TRL's own way."""
 
 COMPILED_FROM = 500_000

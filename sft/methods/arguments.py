@@ -59,6 +59,8 @@ def training_arguments(
         dataset_kwargs={"skip_prepare_dataset": True},
         # The head's loss of sft/model/padding_free.py needs no patch; else TRL's default, where it fits.
         **({"loss_type": "nll"} if plan.padding_free or not chunked else {}),
+        # TRL would add the config's load balancing of experts to padded rows, in the held-out loss too, and to no others.
+        router_aux_loss_coef=0.0,
         # None lets Unsloth make padding-free batches, whose rows its GPU kernels keep apart; everything else pads them.
         padding_free=None if gpu and plan.backend == "unsloth" else False,
         remove_unused_columns=False,

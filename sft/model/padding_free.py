@@ -8,6 +8,7 @@ result with the model's own forward pass before anything is trained.
 
 import contextlib
 import functools
+import inspect
 import types
 from typing import Any
 
@@ -76,6 +77,10 @@ def install(base: Any) -> None:
         function = functools.partial(gradient_checkpointing_func, **more) if enable else checkpoint
         set_checkpointing(enable, function, **options)
 
+    # `generate` reads there which arguments a model takes that does not name them where it prepares them, as Gemma 4.
+    taken = inspect.signature(usual)
+    own = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *taken.parameters.values()]
+    forward.__signature__ = taken.replace(parameters=own)
     base.graphs = None  # of sft/model/cuda_graphs.py
     base.forward = types.MethodType(forward, base)
     base._set_gradient_checkpointing = checkpoint_with_contexts

@@ -1,12 +1,13 @@
 """What a run does where its settings leave it open: decided here once, each with its reason.
 
     plan_model       before the model's tokenizer is loaded: backend, types, processes
+    plan_targets     by the model's config.json: the layers that get an adapter; `plan_start` is both
     plan_training    when the rows and the model's dimensions are known: micro-batch, checkpointing, padding-free, compiled and
                      captured steps, when to evaluate and to sample
     Plan.padded      when the loaded model shows that its rows have to be padded
 
 A preflight shows the plan, run.json records it, and what runs later is handed the plan or `closed` settings: nothing there
-asks what an `auto` or a null comes to. A resumed run takes the backend and the batch plan that it began with.
+asks what an `auto` or a null comes to. A resumed run takes the backend, the targets and the batch plan that it began with.
 """
 
 from collections.abc import Callable
@@ -26,9 +27,10 @@ from sft.config.batching import (
 )
 from sft.config.eligibility import is_compiled, why_eager, why_padded
 from sft.config.hardware import processes_of, resolve_backend
+from sft.config.provenance import DEFAULT
 from sft.config.schedule import with_eval_schedule
 from sft.config.schema import Backend, Dtype, MethodName, Settings, Strategy
-from sft.plan import memory
+from sft.plan import families, memory
 from sft.plan.machine import Machine, look
 
 CLOSE = 0.9
@@ -55,6 +57,8 @@ class Plan:
     weights_dtype: str = "float32"
     """Type that weights are kept in which are not quantised."""
     processes: int = 1
+    target_modules: list[str] | None = None
+    """Layers that get an adapter, where the model's family has its own; None where they are those of the settings."""
     batch: BatchPlan | None = None
     """Rows of a micro-batch, micro-batches of a step, checkpointing."""
     eval_batch_size: int = 1
@@ -121,6 +125,40 @@ def plan_model(
     # processes share the weights, accelerate makes each share float32.
     whole = not settings.lora.enabled and dtype == Dtype.auto and settings.distributed.strategy != Strategy.fsdp
     return Plan(backend, kind, "float32" if whole else kind, processes_of(settings), reasons={"backend": why})
+
+
+def plan_start(
+    settings: Settings,
+    machine: Machine,
+    config: Callable[[], dict[str, Any]],
+    sources: dict[str, str],
+    before: dict[str, Any] | None = None,
+) -> Plan:
+    """`plan_model`, then `plan_targets`. `before` is the record of an earlier session of the run, whose choices stay."""
+    before = before or {}
+    plan = plan_model(settings, machine, config, (before.get("model") or {}).get("backend"))
+    return plan_targets(plan, settings, config, sources, before.get("plan"))
+
+
+def plan_targets(
+    plan: Plan,
+    settings: Settings,
+    config: Callable[[], dict[str, Any]],
+    sources: dict[str, str],
+    before: dict[str, Any] | None = None,
+) -> Plan:
+    """The plan with the targets of the model's family, where nobody has chosen any.
+
+    `sources` say where each setting comes from; without them the default list counts as not chosen. `before` is the plan of an
+    earlier session of the run, whose layers stay.
+    """
+    lora = settings.lora
+    chosen = sources.get("lora.target_modules", DEFAULT) != DEFAULT or lora.target_modules != families.DEFAULT
+    if before:
+        names, why = [name for name in before.get("target_modules") or [] if name], "as the run began"
+    else:
+        names, why = families.own_targets(config()) if lora.enabled and not chosen else (None, "")
+    return replace(plan, target_modules=names, reasons={**plan.reasons, "targets": why}) if names else plan
 
 
 def plan_saved(settings: Settings) -> Plan:
@@ -265,14 +303,15 @@ def load_plan_of(settings: Settings, plan: Plan, machine: Machine) -> memory.Loa
     )
 
 
-def with_backend(settings: Settings, plan: Plan) -> Settings:
-    """The settings with the backend that was decided for."""
-    return replace(settings, model=replace(settings.model, backend=Backend(plan.backend)))
+def with_model_plan(settings: Settings, plan: Plan) -> Settings:
+    """The settings with the backend and the targets that were decided for."""
+    lora = replace(settings.lora, target_modules=list(plan.target_modules)) if plan.target_modules else settings.lora
+    return replace(settings, model=replace(settings.model, backend=Backend(plan.backend)), lora=lora)
 
 
 def closed(settings: Settings, plan: Plan) -> Settings:
     """The settings with what was decided in place of `auto` and null."""
-    settings = with_batch_plan(with_backend(settings, plan), plan.batch)
+    settings = with_batch_plan(with_model_plan(settings, plan), plan.batch)
     trainer = replace(settings.trainer, eval_steps=plan.eval_steps, load_best_model_at_end=plan.keep_best)
     return replace(settings, trainer=trainer, samples=replace(settings.samples, every_steps=plan.every_steps))
 

@@ -218,6 +218,8 @@ def check_plan(found: Found) -> None:
     plan = found.plan
     found.facts["decided"] = plan.facts()
     found.ok("Plan", f"model.backend={plan.backend}, computes in {plan.dtype}   {plan.reasons.get('backend', 'as set')}")
+    if plan.target_modules:
+        found.ok("Plan", f"adapters on {', '.join(plan.target_modules)}   {plan.reasons['targets']}")
     speed = [word for word, on in (("padding-free rows", plan.padding_free), ("compiled layers", plan.compiled),
                                    ("captured micro-batches", plan.captured)) if on]  # fmt: skip
     why = plan.why_padded or plan.reasons.get("padding_free", "")
@@ -337,7 +339,7 @@ def check_export(found: Found, settings: Settings) -> None:
         found.ok("Export", "nothing but the adapter" if settings.lora.enabled else "nothing but the model")
         return
     if "gguf" in wanted.formats:
-        missing = gguf.missing_parts()
+        missing = gguf.missing_parts() or gguf.check_architecture(hub.read_config(settings.model), wanted.formats)
         found.refuse("Export", missing)
         if not missing:
             found.ok("Export", "llama.cpp's converter and quantiser are installed")

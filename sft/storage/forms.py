@@ -25,6 +25,7 @@ RUN = {
     "seconds": NUMBERS,
     "metrics": NUMBERS,
     "split": {"gradient_checkpointing": FLAG, ...: int},
+    "plan": {"target_modules": [TEXT], ...: ANY},
     "data": {"source": TEXT, "hash": TEXT, "held_out_hash": TEXT, "eval_source": TEXT, "files": [TEXT], ...: NUMBER},
     "model": {
         "parameters": NUMBER,
