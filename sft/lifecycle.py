@@ -20,7 +20,7 @@ from sft.model import structure, warm_cache
 from sft.model.backend import import_backend, limit_memory
 from sft.model.hub import read_config
 from sft.plan.machine import look
-from sft.plan.plan import Plan, closed, plan_model, plan_targets, with_model_plan
+from sft.plan.plan import Plan, closed, plan_start, with_model_plan
 from sft.preflight import checks
 from sft.runs import resume
 from sft.runs.failures import error_facts, log_failure, reason_of
@@ -81,13 +81,12 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
     with stop.listening():
         log.info("Run    %s", os.path.relpath(folder))
         machine = look(settings)
-        began = ((before or {}).get("model") or {}).get("backend")
-        plan = plan_model(settings, machine, lambda: read_config(settings.model), began)
-        plan = plan_targets(plan, settings, lambda: read_config(settings.model), context.provenance, (before or {}).get("plan"))
+        plan = plan_start(settings, machine, lambda: read_config(settings.model), context.provenance, before)
         group.broadcast(plan)
         prepare_libraries(settings, plan)
         settings = with_model_plan(settings, plan)
-        found = checks.examine(settings, folder, plan, context.provenance, machine, resume.read_batch_plan(before))
+        with record.timed("data"):
+            found = checks.examine(settings, folder, plan, context.provenance, machine, resume.read_batch_plan(before))
         if found.problems:
             raise Refusal(found.problems)
         facts = checks.write_preflight(folder, found)

@@ -38,9 +38,11 @@ from sft.environment import prepare_environment
 from sft.model import builtin, warm_cache
 from sft.model import tokenizer as model_tokenizer
 from sft.storage.cache import cache_dir, made_once
+from tests import composing
 
 prepare_environment()
 register()
+composing.install()
 os.fsync = lambda descriptor: None  # that a disk has it is seen after a power cut alone; a tiny run waits sixty times for it
 
 
@@ -217,11 +219,12 @@ def pytest_configure() -> None:
 
 
 # Two workers that take a file at a time end together if those of half a minute and more come first.
-LONG_FILES = ("export_gguf", "config/test_refusals", "integration/test_distributed", "padding_free", "test_command",
-              "integration/test_safety", "data/test_properties", "cli/test_composition", "backends", "integration/test_sweep",
-              "test_resume", "test_notebook", "start_from", "integration/test_export", "data/test_hints", "data/test_files",
-              "warm_cache", "integration/test_run", "test_folders", "test_presets", "integration/test_hub",
-              "integration/test_chat")  # fmt: skip
+LONG_FILES = ("integration/test_dpo", "export_gguf", "integration/test_distributed", "padding_free", "test_command",
+              "data/test_properties", "integration/test_safety", "start_from", "warm_cache", "test_resume",
+              "integration/test_sweep", "config/test_refusals", "backends", "integration/test_grpo", "cli/test_composition",
+              "data/test_hints", "integration/test_export", "test_presets", "data/test_files", "integration/test_run",
+              "config/test_hints", "test_notebook", "integration/test_chat", "preflight/test_checks", "test_sft_command",
+              "data/test_prepare", "test_folders", "integration/test_hub")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from scripts import wandb_sweep, wandb_workspace
 from sft import errors
-from sft.cli import export, leaderboard
+from sft.cli import export, init, leaderboard
 from sft.cli import talk as chat
 from sft.cli.chat import find_target
 from sft.config import fingerprint
@@ -112,6 +112,10 @@ def ranking(argv):
 
 def looking(argv):
     return told(wandb_workspace.main, argv)
+
+
+def beginning(argv):
+    return told(init.main, argv)
 
 
 def sweeping(argv):
@@ -393,6 +397,20 @@ CASES: dict[str, tuple[Callable, list[str], Callable[[World], object], str]] = {
     "an odd name: a checkpoint to resume": (
         training, [f"resume=outputs/{ODD}/checkpoints"],
         lambda w: (make_run(ODD, status="stopped"), Path(f"outputs/{ODD}/checkpoints").mkdir()), "holds no run.json"),
+    "a preset: words that cannot be used": (
+        beginning, ["faq.csv", "goal=anwser", "--name=x", "force=yes", "method=dop"], lambda w: write_faq(), "There are chat"),
+    "a preset: a method of another goal": (
+        beginning, ["faq.csv", "goal=chat", "method=grpo"], lambda w: write_faq(), "has another method"),
+    "a preset: a name of the project's": (beginning, ["faq.csv", "name=chat"], lambda w: write_faq(), "would hide it"),
+    "a preset: a name that is a value": (beginning, ["faq.csv", "name=null"], lambda w: write_faq(), "A name has letters"),
+    "a preset: no file": (beginning, ["lora.r=4"], lambda w: write_faq(), "names no file"),
+    "a preset that is there": (
+        beginning, ["faq.csv"], lambda w: (write_faq(), Path("conf/experiment").mkdir(parents=True),
+                                           Path("conf/experiment/faq.yaml").touch()), "There is a file"),
+    "a preset of a misspelt config": (
+        beginning, ["from=confg.yaml"], lambda w: write_config(), "There is no such file"),
+    "a preset of a method that is not here": (
+        beginning, ["from=config.yaml"], lambda w: write_config(rl="kto"), "no such method"),
     "a table without a sweep": (ranking, [], lambda w: None, "no sweep here"),
     "a workspace without a sweep": (looking, [], lambda w: None, "no sweep here"),
     "a workspace without a login": (
@@ -408,6 +426,16 @@ CASES: dict[str, tuple[Callable, list[str], Callable[[World], object], str]] = {
         on_a_cluster, ["hydra.launcher.ray.remote.num_gpus=2"],
         lambda w: w.patch.setitem(sys.modules, "ray", ray_with(GPU=1, CPU=4)), "more than 1 GPU"),
 }  # fmt: skip
+
+
+def write_faq() -> None:
+    Path("faq.csv").write_text("instruction,output\n" + "".join(f"question {n},answer {n}\n" for n in range(12)))
+
+
+def write_config(**further) -> None:
+    write_faq()
+    config = {"base_model": "tiny_random", "adapter": "lora", "lora_r": 4, "datasets": [{"path": "faq.csv"}], **further}
+    Path("config.yaml").write_text(json.dumps(config))
 
 
 def make_merged(folder: str, **config) -> None:
@@ -499,10 +527,12 @@ UNTYPED = {
         sft.cli.show.main, sft.cli.chat.find_target 1, sft.cli.target.find_run 1, sft.model.start.find_adapter 1,
         sft.runs.resume.recorded_run 1, sft.runs.resume.recorded_run 2, sft.runs.saved.settings_of, sft.runs.saved.check_base,
         sft.sweep.leaderboard.read_leaderboard, sft.sweep.leaderboard.best_run 1, sft.export.hub._check_existing 1,
-        sft.export.hub._check_existing 3, sft.export.hub._check_existing 4, sft.export.hub._create""",
+        sft.export.hub._check_existing 3, sft.export.hub._check_existing 4, sft.export.hub._create,
+        sft.cli.preset_file.write_preset 2, sft.cli.init.from_config, sft.cli.conversion.__init__._convert_yaml,
+        sft.cli.conversion.__init__._read_yaml 2, sft.cli.conversion.notebook.convert_notebook""",
     "only the reader knows the values": """
-        sft.cli.export.read_request 1, scripts.wandb_workspace._tracked, sft.sweep.grid.check_pairs 1,
-        sft.sweep.grid.check_pairs 2, sft.sweep.slurm.SlurmJobs.start""",
+        sft.cli.export.read_request 1, sft.cli.init.read_words 2, sft.cli.doctor.main, scripts.wandb_workspace._tracked,
+        sft.sweep.grid.check_pairs 1, sft.sweep.grid.check_pairs 2, sft.sweep.slurm.SlurmJobs.start""",
     "a login, a licence or a right is given by a person, on the hub": """
         sft.export.hub.check_access 2, sft.export.hub.check_access 3, sft.export.hub._check_user 1,
         sft.model.hub._load_failed 1, sft.model.hub._load_failed 2""",
@@ -513,6 +543,7 @@ UNTYPED = {
     "room on a disk is made by a person": "sft.export.requirements.check_disk",
     "another process has to end": "sft.export.exporter.export_run, sft.runs.resume._taken, sft.sweep.runner._choose_folder",
     "files that are damaged or gone have to come back as they were": """
+        sft.cli.conversion.__init__.convert, sft.cli.conversion.__init__._read_yaml 1, sft.cli.conversion.calls._cells,
         sft.export.merge.load_trained 1, sft.export.merge.load_trained 2, sft.model.files.check_model_files 1,
         sft.model.files.check_adapter_files 1, sft.model.files.check_adapter_files 2, sft.model.files._check_stop_tokens,
         sft.model.files._check_index, sft.model.files._check_weights 1, sft.model.files._check_weights 2,

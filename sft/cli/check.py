@@ -37,7 +37,7 @@ from sft.config.compose import PROCESSES, register, to_settings
 from sft.config.consent import WORD
 from sft.config.data_rules import why_lost
 from sft.config.destinations import CODE, KEYS, check_destinations, destinations, own_code
-from sft.config.keys import in_shell
+from sft.config.keys import in_shell, typed
 from sft.config.rules import check_settings
 from sft.config.schema import Settings
 from sft.distributed.group import is_first, launched
@@ -68,7 +68,7 @@ def stop_on_refusal(config_dir: Path, argv: list[str] | None = None, hardware: b
             place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
             sys.argv[1:] = [f"resume='{place}'", f"hydra.run.dir='{place}'", "hydra.output_subdir=null", *others]
     except Refusal as refusal:
-        console.say(refusal)
+        console.say_refusal(refusal)
         raise SystemExit(2) from None
 
 
@@ -301,14 +301,14 @@ def _run_folder(overrides: list[Override]) -> Path | None:
 def _check_writable(folder: Path) -> list[Problem]:
     """The problems of a run folder and of the cache folder if they cannot be written. Leaves no trace."""
     problems = []
-    if why := _why_unwritable(folder):
+    if why := why_unwritable(folder):
         problems.append(Problem(f"hydra.run.dir={folder}", why, "hydra.run.dir=<a folder that can be written>"))
     try:
         cache = cache_dir()
     except RuntimeError:  # no home folder, as in some containers
         why, cache = "There is no home folder for it.", "~/.cache/sft"
     else:
-        why = _why_unwritable(cache)
+        why = why_unwritable(cache)
     if why:
         problems.append(
             Problem(f"the cache folder {cache}", why, "SFT_CACHE=<a folder that can be written> python train.py ...")
@@ -316,7 +316,7 @@ def _check_writable(folder: Path) -> list[Problem]:
     return problems
 
 
-def _why_unwritable(folder: Path) -> str:
+def why_unwritable(folder: Path) -> str:
     """Why nothing can be written to a folder, by the nearest one that is there; an empty text where it can."""
     if lost := why_lost(str(folder)):
         return lost
@@ -444,9 +444,7 @@ def _check_overruled(config: DictConfig, config_name: str, overrides: list[str])
         wrong = [key for key in meant if got[key] != meant[key]]
         if wrong:
             sets = ", ".join(f"{group}.{key}={got[key]}" for key in wrong)
-            fix = " ".join(
-                f"{group}.{key}={str(meant[key]).lower() if meant[key] in (True, False, None) else meant[key]}" for key in wrong
-            )
+            fix = " ".join(typed(f"{group}.{key}", meant[key]) for key in wrong)
             why = f"The experiment sets {sets}, over what {group}={option} brings."
             problems.append(Problem(f"experiment={experiment} {group}={option}", why, f"{fix}   to have the option's values"))
     return problems

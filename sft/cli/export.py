@@ -28,6 +28,7 @@ from sft.runs.saved import settings_of
 OWN = ("run", "push", "model.name")
 
 
+@console.takes_json
 def main(argv: list[str]) -> int:
     """Export what `argv` describes; returns the exit code."""
     if {"-h", "--help"} & set(argv) or not argv:
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
         report = exporter.push_run(folder, settings) if push else exporter.export_run(folder, settings, weights)
         _renew_report(folder)
     except Refusal as refusal:
-        console.say(refusal)
+        console.say_refusal(refusal)
         return 2
     except ExportError as error:
         console.say(f"Failed: {error}")

@@ -3,6 +3,7 @@
     python scripts/leaderboard.py                                  the newest sweep in outputs/sweeps
     python scripts/leaderboard.py run=outputs/sweeps/<stamp>       another one
     python scripts/leaderboard.py run=outputs/sweeps/<stamp> --best    only the best run's folder, for scripts
+    python scripts/leaderboard.py --json                           the table as one JSON object
 
 leaderboard.csv and report.html in the sweep's folder are written anew from what its run folders say now.
 """
@@ -19,6 +20,7 @@ from sft.sweep import leaderboard, publish
 from sft.sweep.index import find_sweeps, readable_index
 
 
+@console.takes_json
 def main(argv: list[str]) -> int:
     """Print the table that `argv` asks for; returns the exit code."""
     if {"-h", "--help"} & set(argv):
@@ -31,16 +33,23 @@ def main(argv: list[str]) -> int:
             raise refuse(stray[0], "Only the sweep can be named here.", "run=outputs/sweeps/<stamp>")
         named = expanded(words[-1].partition("=")[2]) if words else None
         if "--best" in argv:
-            print(os.path.relpath(leaderboard.best_run(named)))
+            best = os.path.relpath(leaderboard.best_run(named))
+            if console.wants_json():
+                console.say_json({"best": best})
+            else:
+                print(best)
             return 0
         if named is None:
             sweeps = [sweep for sweep in find_sweeps(Path("outputs/sweeps")) if readable_index(sweep)]
             if not sweeps:
                 raise refuse("outputs/sweeps", "There is no sweep here yet.", "python train.py -m lora.r=8,16")
             named = sweeps[0]
-        leaderboard.show(named, sys.stdout)
+        if console.wants_json():
+            console.say_json(leaderboard.as_json(leaderboard.read_leaderboard(named)))
+        else:
+            leaderboard.show(named, sys.stdout)
         publish.refresh(named)
     except Refusal as refusal:
-        console.say(refusal)
+        console.say_refusal(refusal)
         return 2
     return 0

@@ -10,12 +10,15 @@ import os
 import shlex
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from sft import __version__, console
+from sft.paths import CONF
 from sft.programs import VARIABLE
 from sft.threads import spin_briefly
 
 WORDS = {
+    "init": ("my.csv", "begin with a file of your own, or --from notebook.ipynb: writes a preset"),
     "train": ("dataset=local dataset.path=my.csv", "train one run"),
     "preview": ("dataset=local dataset.path=my.csv", "show what would be trained on, token by token"),
     "preflight": ("dataset=local dataset.path=my.csv", "check everything, train nothing"),
@@ -25,9 +28,13 @@ WORDS = {
     "leaderboard": ("run=outputs/sweeps/<sweep>", "the table of a sweep"),
     "export": ("run=outputs/<run> export=gguf", "make files of a run that other programs read"),
     "chat": ("run=outputs/<run>", "talk to a run, or to an export of it"),
+    "doctor": ("", "what a run needs: is it here, and what mends it"),
     "install-gguf": ("", "install what GGUF exports need"),
 }
 """Each word with an example of what follows it, and what it does."""
+
+INIT = ("goal=chat", "goal=answer", "goal=preferences", "goal=rewards", "model=", "name=", "from=", "data=", "force=true")
+"""What `sft init` takes besides settings."""
 
 HYDRA = ("train", "preflight", "sweep", "preview")
 """Words that take the settings of a run, which Hydra completes in a shell."""
@@ -48,11 +55,18 @@ def main(argv: list[str] | None = None) -> int:
     if word in ("-sc", "--shell-completion"):
         return complete(rest)
     if word in ("train", "sweep", "preflight", "resume"):
-        return import_module("sft.cli.train").run(training_words(word, rest))
+        plain = [one for one in rest if one != "--json"]
+        return import_module("sft.cli.train").run([*training_words(word, plain), *["--json"][: len(rest) - len(plain)]])
     if word in WORDS:
         name = {"chat": "talk"}.get(word, word.replace("-", "_"))
         return import_module(f"sft.cli.{name}").main(rest)
-    console.say(f"There is no sft {shlex.quote(word)}.\nhint: {likeliest(argv)}")
+    if "--json" in argv:
+        argv = [word for word in argv if word != "--json"]
+        problem = {"what": f"sft {word}", "why": "There is no such word.", "fix": likeliest(argv) if argv else "sft --help"}
+        with console.json_output():
+            console.say_json({"refused": [problem]})
+    else:
+        console.say(f"There is no sft {shlex.quote(word)}.\nhint: {likeliest(argv)}")
     return 2
 
 
@@ -65,7 +79,7 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "sft <word> --help says more. Presets of your own are found in conf/ of the current folder.",
+            "sft <word> --help says more; --json is for programs. Presets of your own: conf/ of the current folder.",
         ]
     )
 
@@ -101,6 +115,18 @@ def complete(rest: list[str]) -> int:
         os.environ["COMP_LINE"] = " ".join(["sft", *words[1:], last])
         at = words.index("--config-dir") if "--config-dir" in words else len(words)
         return import_module("sft.cli.train").run([*words[at : at + 2], "-sc", *rest])
-    found = [f"run={place}" for place in glob.glob(f"{last[4:]}*")] if last.startswith("run=") else ["run="]
-    print("\n".join(word for word in (found if words else WORDS) if word.startswith(last)))
+    found = endings_of(words[0], last) if words else WORDS
+    print("\n".join(word for word in found if word.startswith(last)))
     return 0
+
+
+def endings_of(word: str, last: str) -> list[str]:
+    """What may follow a word whose last part is typed so far: its own words, and files."""
+    key, equals, begun = last.partition("=")
+    if word == "doctor":
+        return ["--json"]
+    if equals and key == "model":
+        return [f"model={file.stem}" for folder in (CONF, Path("conf")) for file in sorted((folder / "model").glob("*.yaml"))]
+    if equals and key in ("run", "data", "from"):
+        return [f"{key}={place}" for place in sorted(glob.glob(f"{glob.escape(begun)}*"))]
+    return [*INIT, *sorted(glob.glob(f"{glob.escape(last)}*"))] if word == "init" else ["run="]

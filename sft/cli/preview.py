@@ -18,6 +18,7 @@ from sft.programs import as_called
 from sft.sanitize import shown
 
 
+@console.takes_json
 def main(argv: list[str]) -> int:
     """Print the preview of the run that `argv` describes; returns the exit code."""
     if {"-h", "--help"} & set(argv):
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     try:
         show(read_settings(CONF, argv, hardware=False))
     except Refusal as refusal:
-        console.say(refusal)
+        console.say_refusal(refusal)
         return 2
     return 0
 

@@ -2,20 +2,25 @@
 
     python scripts/show_run.py run=outputs/<run>
 
+    python scripts/show_run.py run=outputs/<run> --json      the same as one JSON object
+
 Writes curves.png into the run folder and prints the completions. It reads only what the run folder holds, so it also works
 while the run is going on. The whole report, to look at in a browser, is report.html in the same folder.
 """
 
 from pathlib import Path
+from typing import Any
 
 import vl_convert
 
 from sft import console
 from sft.cli.target import find_run
+from sft.config.method import facts_of
 from sft.errors import Refusal, refuse
 from sft.programs import as_called
-from sft.report.page import group_samples, make_charts
-from sft.report.summary import merge_steps
+from sft.report.charts import make_charts
+from sft.report.samples import group_samples
+from sft.report.summary import merge_steps, summarise
 from sft.sanitize import shown
 from sft.storage.jsonio import read_json, read_lines
 
@@ -24,6 +29,7 @@ SHOWN = {"reward": 420, "loss": 420, "eos_share": 220, "learning_rate": 220}
 BLUE, ORANGE = "#3557c9", "#c2561a"
 
 
+@console.takes_json
 def main(argv: list[str]) -> int:
     """Show the run that `argv` names; returns the exit code."""
     if {"-h", "--help"} & set(argv) or not argv:
@@ -35,13 +41,35 @@ def main(argv: list[str]) -> int:
             raise refuse(stray[0], "Only the run can be named here.", "run=outputs/<run>")
         folder, _ = find_run(argv[-1].partition("=")[2])
     except Refusal as refusal:
-        console.say(refusal)
+        console.say_refusal(refusal)
         return 2
     status = read_json(folder / "run.json").get("status")
     picture = draw_curves(folder)
+    if console.wants_json():
+        console.say_json(as_json(folder, picture))
+        return 0
     print(f"{folder.name}: {status}; " + (f"curves in {picture}" if picture else "no curves yet"))
     print(completions_text(read_lines(folder / "samples.jsonl")))
     return 0
+
+
+def as_json(folder: Path, picture: Path | None) -> dict[str, Any]:
+    """A run as plain values: how it ended, its figures, and what prompts were completed to, the first time and the last."""
+    run, samples = read_json(folder / "run.json"), []
+    for prompt in group_samples(read_lines(folder / "samples.jsonl"))["prompts"]:
+        first, completions = prompt["first"], prompt["completions"]
+        ends = [completions[step] for step in sorted({min(completions), max(completions)})]
+        taken = [{key: one.get(key) for key in ("step", "completion", "finish")} for one in ends]
+        samples.append({"prompt": first.get("question") or first.get("prompt"), "completions": taken})
+    method = facts_of(run)
+    return {
+        "run": str(folder),
+        **{key: run.get(key) for key in ("name", "status", "reason", "command", "config_hash")},
+        "metric": method.metric,
+        "metrics": summarise(run, merge_steps(read_lines(folder / "metrics.jsonl"))),
+        "curves": str(picture) if picture else None,
+        "samples": samples,
+    }
 
 
 def draw_curves(folder: Path) -> Path | None:

@@ -24,6 +24,7 @@ from sft.sanitize import shown
 OPTIONS = ("run", "against", "prompt", "max_new_tokens", "temperature", "model.name", "model.trust_remote_code")
 
 
+@console.takes_json
 def main(argv: list[str]) -> int:
     """Chat, or complete one prompt; returns the exit code."""
     if {"-h", "--help"} & set(argv) or not argv:
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
             targets.append(find_target(other, consent, base if other.startswith("base:") else None))
         speakers = load(targets)
     except Refusal as refusal:
-        console.say(refusal)
+        console.say_refusal(refusal)
         return 2
     try:
         if "prompt" in options:
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
         else:
             talk(speakers, options)
     except Refusal as refusal:
-        console.say(refusal)
+        console.say_refusal(refusal)
         return 2
     except ExportError as error:
         console.say(f"Failed: {error}")

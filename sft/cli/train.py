@@ -9,6 +9,7 @@ from collections.abc import Callable
 import hydra
 from omegaconf import DictConfig
 
+from sft import console
 from sft.cli.check import stop_on_refusal
 from sft.config import compose
 from sft.paths import CONF
@@ -28,6 +29,13 @@ def train(config: DictConfig) -> float | None:
 
 def main(start: Callable[[], None] | None = None) -> int:
     """Do what `sys.argv` asks for; returns the exit code. `start` is `train` under Hydra, where that is another program's."""
+    wanted = "--json" in sys.argv[1:]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != "--json"]  # Hydra has no such flag
+    with console.json_output(wanted):
+        return _main(start)
+
+
+def _main(start: Callable[[], None] | None) -> int:
     compose.register()
     stop_on_refusal(CONF)
     try:

@@ -153,7 +153,7 @@ def fill_settings(plain: dict[str, Any]) -> Settings:
     if problems:
         raise Refusal(problems)
     try:
-        return OmegaConf.to_object(OmegaConf.unsafe_merge(pickle.loads(_pickled_schema()), _escaped(plain)))
+        return OmegaConf.to_object(OmegaConf.unsafe_merge(pickle.loads(_pickled_schema()), escaped(plain)))
     except (OmegaConfBaseException, OverflowError) as error:
         raise Refusal([Problem(str(getattr(error, "full_key", None) or "settings"), first_line(error))]) from error
 
@@ -167,12 +167,12 @@ def _holds_tables(plain: dict[str, Any], key: str) -> bool:
     return any(isinstance(item, list | dict) for item in items)
 
 
-def _escaped(value: Any) -> Any:
+def escaped(value: Any) -> Any:
     """A value that OmegaConf reads as the plain one: it halves the backslashes before `${` and takes one for an escape."""
     if isinstance(value, dict):
-        return {key: _escaped(each) for key, each in value.items()}
+        return {key: escaped(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_escaped(each) for each in value]
+        return [escaped(each) for each in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 

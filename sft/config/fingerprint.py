@@ -16,7 +16,7 @@ def row_seed(settings: Settings) -> int:
     return settings.seed if settings.dataset.seed is None else settings.dataset.seed
 
 
-AROUND = ("tracking", "resume", "export", "sweep", "preflight", "distributed")
+AROUND = ("tracking", "resume", "export", "sweep", "preflight", "distributed", "report")
 """Settings that do not shape the result."""
 
 LIMITS = ("max_hours", "stop_at", "max_bad_steps", "max_memory_gib")
@@ -58,7 +58,8 @@ ADDED: tuple[str, ...] = (
 
 
 def config_hash(settings: Settings) -> str:
-    """Hash of the resolved settings that shape the result: not tracking, limits, exports, checks, sweeps, processes.
+    """Hash of the resolved settings that shape the result: not tracking, limits, exports, checks, sweeps, processes,
+    reports.
 
     A setting of `ADDED` at its default is left out, so that jobs that finished before it was there are not run again. Files of
     the user's own code count by their contents.

@@ -1,6 +1,7 @@
 """The settings by their dotted keys: which there are, and which one a misspelt key was meant to be."""
 
 import difflib
+import functools
 import re
 import shlex
 from dataclasses import fields, is_dataclass
@@ -29,6 +30,7 @@ COMMON_NAMES = {
 }
 
 
+@functools.cache  # called a thousand times for a command line
 def find_field(path: str) -> tuple[type | None, str]:
     """The settings class that holds `path` and the field's name; (None, "") where there is no such setting."""
     cls: Any = Settings
@@ -45,6 +47,7 @@ def find_field(path: str) -> tuple[type | None, str]:
     return None, ""
 
 
+@functools.cache
 def plain_type(cls: type, name: str) -> Any:
     """The declared type of a field."""
     return next(f.type for f in fields(cls) if f.name == name)

@@ -166,6 +166,13 @@ class PreflightMode(Enum):
     skip = "skip"
 
 
+class Language(Enum):
+    """Language of report.html."""
+
+    en = "en"
+    zh = "zh"
+
+
 class Gpu(Enum):
     """GPUs whose memory is known without having one."""
 
@@ -473,7 +480,8 @@ class SamplesSettings:
     """Completions generated greedily from fixed prompts while the model learns."""
 
     num_held_out: int = 4
-    """How many prompts to take from the held-out rows (from the training rows where none are held out)."""
+    """How many prompts to take from the held-out rows, Chinese and other ones in turn and of all lengths (from the training
+    rows where none are held out)."""
     prompts: list[str] = field(default_factory=list)
     """Questions of your own, put through the data's template."""
     every_steps: float | None = None
@@ -593,6 +601,14 @@ class PreflightSettings:
 
 
 @dataclass
+class ReportSettings:
+    """`report.html`, the page of a run or of a sweep."""
+
+    lang: Language = Language.en
+    """`en`, or `zh` for a page in Chinese. What the program says elsewhere, warnings among it, is English."""
+
+
+@dataclass
 class Settings:
     """All settings of one run."""
 
@@ -610,6 +626,8 @@ class Settings:
     """The check before a weight is loaded."""
     distributed: DistributedSettings = field(default_factory=DistributedSettings)
     """Several processes for one run."""
+    report: ReportSettings = field(default_factory=ReportSettings)
+    """The page of the run, and of a sweep."""
     seed: int = 3407
     """Seed of the shuffling, the adapter's start and dropout."""
     resume: str | None = None

@@ -38,6 +38,7 @@ from sft.data.audit import (
     room_for,
 )
 from sft.data.columns import RowFault, check_columns, column_names, find_shape, holds_something, sort_columns
+from sft.data.order import spread_first
 from sft.data.pairs import compare_pairs, find_form, pair_up, pair_warnings, render_pair, take_pair_counts
 from sft.data.prompt_rows import (
     cut_to_prompts,
@@ -103,6 +104,7 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
                 prepared = read_cache(folder)
     if prepared.eval is not None:
         prepared.facts["held_out_hash"] = _hash_rows(prepared.eval)
+        prepared.eval = spread_first(prepared.eval)
     prepared.facts["source"] = source["name"]  # a file of the same contents may have been called otherwise
     prepared.facts |= {"files": source["files"]} if "files" in source else {}
     prepared.facts |= {"eval_source": eval_source["name"]} if eval_source else {}

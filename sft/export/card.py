@@ -4,6 +4,7 @@ Texts that come from outside (data, completions, names, settings) show as text, 
 not published: of a local file or model only its name is shown. What is not known, such as a licence, is left out and noted.
 """
 
+import functools
 import json
 import os
 import re
@@ -101,7 +102,7 @@ def write_card(artifact: Path, run_folder: Path, format: str, repo: str | None =
     metadata = _metadata(base, data, format, repo, artifacts)
     if method is GRPO:
         metadata.tags[0] = method.name
-    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n{_render(context)}")
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n{_template().render(context)}")
     target, temporary = artifact / "README.md", artifact / f".README.md.{os.getpid()}"
     card.save(temporary)
     os.replace(temporary, target)
@@ -408,16 +409,15 @@ def shell(text: str) -> str:
     return shlex.quote(clean(text))
 
 
-def _render(context: dict) -> str:
-    """Fill sft/assets/card.md.j2; each value in it goes through one of the filters above."""
+@functools.cache  # compiling it takes longer than all else about a card
+def _template() -> jinja2.Template:
+    """sft/assets/card.md.j2; each value in it goes through one of the filters above."""
     loader = jinja2.FileSystemLoader(ASSETS)
     markdown = jinja2.Environment(
         loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined, autoescape=False
     )
-    markdown.filters |= {f.__name__: f for f in (code, count, fence, fixed, size)} | {
-        "shell": lambda text: shlex.quote(clean(text))
-    }
-    return markdown.get_template("card.md.j2").render(context)
+    markdown.filters |= {f.__name__: f for f in (code, count, fence, fixed, size, shell)}
+    return markdown.get_template("card.md.j2")
 
 
 def _dict(found: dict, *keys: str) -> dict:

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from sft import console, environment
@@ -11,8 +12,9 @@ from sft.errors import Refusal
 from sft.model import warm_cache
 from sft.model.hub import read_config
 from sft.plan.machine import look as look_at
-from sft.plan.plan import plan_model, plan_targets, with_model_plan
+from sft.plan.plan import plan_start, with_model_plan
 from sft.preflight import checks, show
+from sft.preflight.findings import Found
 from sft.runs import record, resume
 from sft.runs.failures import log_failure, reason_of
 from sft.runs.record import Context, RunResult
@@ -26,9 +28,10 @@ def check_only(settings: Settings, folder: Path, context: Context) -> RunResult:
     environment.prepare_environment()
     environment.quiet_libraries()
     machine = look_at(settings)
-    plan = plan_model(settings, machine, lambda: read_config(settings.model))
-    plan = plan_targets(plan, settings, lambda: read_config(settings.model), context.provenance)
+    plan = plan_start(settings, machine, lambda: read_config(settings.model), context.provenance)
     found = checks.examine(with_model_plan(settings, plan), folder, plan, context.provenance, machine)
+    if console.wants_json():
+        return _say_checks(found, folder)
     show.show(found)
     if found.problems:
         raise Refusal(found.problems)
@@ -39,13 +42,25 @@ def check_only(settings: Settings, folder: Path, context: Context) -> RunResult:
     return RunResult("checked", 0, folder)
 
 
+def _say_checks(found: Found, folder: Path) -> RunResult:
+    """Print what was found as one JSON object, with the problems under `refused`."""
+    facts = {**(found.prepared.facts if found.prepared else {}), **found.facts}
+    refused = {"refused": console.refused(found.problems)} if found.problems else {}
+    console.say_json({**refused, "checks": [asdict(line) for line in found.lines], "warnings": found.warnings, "facts": facts})
+    _remove_unused(folder)
+    return RunResult("refused", 2, folder) if found.problems else RunResult("checked", 0, folder)
+
+
 def guarded(start: Callable[[], RunResult], folder: Path, context: Context, sweeping: bool) -> RunResult:
     """Run `start` and turn every ending into a result; a sweep keeps the folder of a job that was refused, as a row."""
     overrides = list(context.overrides)
     try:
         return start()
     except Refusal as refusal:
-        console.say(refusal)
+        if sweeping:
+            console.say(refusal)
+        else:
+            console.say_refusal(refusal)
         if sweeping and not (folder / "run.json").exists():  # else it is that of another run
             record.RunRecord(folder, name=context.name, overrides=overrides).close("failed", reason_of(refusal))
         else:

@@ -25,7 +25,7 @@ from sft.model.adapters import without_adapter
 from sft.plan.plan import Plan
 from sft.rewards import load_rewards
 from sft.signals import Interrupted
-from sft.training import acceleration, metrics, samplers
+from sft.training import acceleration, held_out_rows, metrics, samplers
 from sft.training.context import RunContext
 from sft.training.trainer import Loop, ResumableTrainer
 
@@ -240,7 +240,11 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
             from transformers.trainer_utils import EvalLoopOutput
 
             rows = [data.eval[i] for i in range(processes.rank(), len(data.eval), processes.world_size())]
-            facts = zip(*processes.gathered(rollouts.facts_of(self.rollout.greedy(rows), names)), strict=True)
+            groups = self.rollout.greedy(rows)
+            facts = zip(*processes.gathered(rollouts.facts_of(groups, names)), strict=True)
+            rewards = processes.gathered([group.completions[0].reward for group in groups])
+            dealt = [some[turn] for turn in range(len(rewards[0])) for some in rewards if turn < len(some)]
+            held_out_rows.write_rewards(loop.folder, self.state.global_step, dealt)
             means = rollouts.means_of([sum(parts) for parts in facts], names)
             found = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items() if name not in rollouts.OF_GROUPS}
             return EvalLoopOutput(predictions=None, label_ids=None, metrics=found, num_samples=len(data.eval))
@@ -389,4 +393,4 @@ def held_out_loss(ctx: RunContext, trainer: Any) -> float:
     measure.write_completions(ctx.folder, source, [
         (row, group.completions[0].ids, group.completions[0].rewards) for group, row in zip(groups, rows, strict=False)
     ])  # fmt: skip
-    return sft.held_out_loss(ctx, trainer)
+    return sft.mean_loss(ctx, trainer)

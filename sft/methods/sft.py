@@ -11,10 +11,11 @@ from sft.data import collators
 from sft.data.token_cache import token_counts
 from sft.distributed import group, strategy
 from sft.export import measure
+from sft.methods.answers import token_log_probs
 from sft.methods.arguments import training_arguments
 from sft.model import warm_cache
 from sft.model.structure import base_of
-from sft.training import acceleration, metrics, samplers
+from sft.training import acceleration, held_out_rows, metrics, samplers
 from sft.training.callbacks import progress_bar, run_callback
 from sft.training.context import RunContext
 from sft.training.nonfinite import NonFiniteSteps
@@ -45,15 +46,22 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
         batches, which changes with the size of a batch: two runs could not be ranked by it.
         """
 
+        batch_rows: Any = None
+        """`sum_by_row` of the padding-free batch that was evaluated last."""
+
         def training_step(self, model, inputs, *args, **kwargs):
             self.tokens_seen = self.tokens_seen + metrics.count_tokens(inputs)
             return super().training_step(model, inputs, *args, **kwargs)
 
-        def compute_loss(self, model, inputs, *args, **kwargs):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
             if not collators.is_padding_free(inputs):
-                return super().compute_loss(model, inputs, *args, **kwargs)
+                return super().compute_loss(model, inputs, return_outputs, **kwargs)
+            if not model.training:
+                found = token_log_probs(model, inputs)
+                self.batch_rows = held_out_rows.sum_by_row(found, inputs)
+                return (-found.mean(), {}) if return_outputs else -found.mean()
             # Past TRL's own, which waits for the GPU three times a micro-batch to count what is never shown.
-            return transformers.Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+            return transformers.Trainer.compute_loss(self, model, inputs, return_outputs, **kwargs)
 
         def floating_point_ops(self, inputs):
             return 0  # a walk over all weights at every micro-batch, for a number that nothing reads
@@ -67,14 +75,27 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
                 self.data_collator = usual
 
         def prediction_step(self, model, inputs, *args, **kwargs):
-            predict = super().prediction_step
-            results = self.oom_retry.evaluate(lambda batch: predict(model, batch, *args, **kwargs)[0], inputs)
-            for loss, targets in results:
+            usual = super().prediction_step
+
+            def predict(batch):
+                return usual(model, batch, *args, **kwargs)[0], self.batch_rows
+
+            results = self.oom_retry.evaluate(predict, inputs)
+            for (loss, _), targets in results:
                 loss = torch.where(targets > 0, loss.double(), 0.0)  # a micro-batch of fillers alone has no mean
                 self.eval_sum, self.eval_tokens = self.eval_sum + loss * targets, self.eval_tokens + targets
-            return results[0][0], None, None
+            if plan.padding_free:
+                self.eval_rows.append(torch.cat([rows for (_, rows), _ in results]))
+            return results[0][0][0], None, None
 
         def evaluation_loop(self, *args, **kwargs):
+            found = self.evaluate_once(*args, **kwargs)
+            if rows := found.predictions:
+                losses, targets = [total / count for total, count in rows], [int(count) for _, count in rows]
+                held_out_rows.write_losses(loop.folder, self.state.global_step, losses, targets)
+            return found
+
+        def evaluate_once(self, *args, **kwargs):
             if self.state.global_step:
                 return self.evaluate_anew(*args, **kwargs)
             what = [
@@ -87,7 +108,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
             return found._replace(metrics=dict(found.metrics))
 
         def evaluate_anew(self, *args, metric_key_prefix="eval", **kwargs):
-            self.eval_sum, self.eval_tokens = 0.0, 0
+            self.eval_sum, self.eval_tokens, self.eval_rows = 0.0, 0, []
             across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
             try:  # each process takes the mean of its own rows
                 with acceleration.evaluating(self.model, plan):
@@ -96,7 +117,10 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
                 self.args.average_tokens_across_devices = across
             mean = group.total(self.eval_sum) / group.total(self.eval_tokens)
             output.metrics[f"{metric_key_prefix}_loss"] = mean
-            return output
+            rows = held_out_rows.gather_rows(self.eval_rows)
+            if not plan.padding_free and not self.state.global_step:  # those of the kept weights follow from `held_out_loss`
+                rows = _row_sums(ctx, self)
+            return output._replace(predictions=rows)
 
         def create_optimizer(self, *args, **kwargs):
             optimizer = super().create_optimizer(*args, **kwargs)
@@ -115,6 +139,8 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
 
         def _get_eval_sampler(self, eval_dataset):
             sampler = super()._get_eval_sampler(eval_dataset)
+            if plan.padding_free:
+                sampler = torch.utils.data.SequentialSampler(range(len(data.eval)))  # eval_rows.jsonl has them in their order
             return samplers.share_rows(sampler, len(data.eval), self.args.per_device_eval_batch_size)
 
     longest = int(max(token_counts(split).max() for split in (data.train, data.eval) if split is not None))
@@ -168,9 +194,27 @@ def _raise_rate_of_b(optimizer: Any, model: Any, ratio: float) -> None:
 
 def held_out_loss(ctx: RunContext, trainer: Any) -> float:
     """The mean loss of the rows of held_out.jsonl by the weights in memory."""
+    if trainer.padding_free_collator or ctx.prepared.eval is None:
+        return mean_loss(ctx, trainer)
+    sums, counts = zip(*_row_sums(ctx, trainer), strict=True)
+    losses = [total / count for total, count in zip(sums, counts, strict=True)]
+    held_out_rows.write_losses(ctx.folder, ctx.recorder.final["kept_step"], losses, list(counts))
+    return sum(sums) / sum(counts)
+
+
+def mean_loss(ctx: RunContext, trainer: Any) -> float:
+    """The same, which nothing is written of."""
     model, collate, rows = trainer.model, trainer.padding_free_collator, measure.read_rows(ctx.folder)
     with trainer.compute_loss_context_manager(), acceleration.evaluating(model, trainer.plan):
         return measure.padding_free_loss(model, rows, collate) if collate else measure.row_losses(model, rows)[0]
+
+
+def _row_sums(ctx: RunContext, trainer: Any) -> list[tuple[float, int]]:
+    """(summed loss, target tokens) of each row of held_out.jsonl: a padded batch has but one loss for all of its rows."""
+    rows = measure.read_rows(ctx.folder)
+    with trainer.compute_loss_context_manager(), acceleration.evaluating(trainer.model, trainer.plan):
+        losses = measure.row_losses(trainer.model, rows)[1]
+    return [(loss * row.targets[0], row.targets[0]) for loss, row in zip(losses, rows, strict=True)]
 
 
 def _takes_chunks(model: Any, settings: Settings) -> bool:

@@ -1,7 +1,7 @@
 """What a run does where its settings leave it open: decided here once, each with its reason.
 
     plan_model       before the model's tokenizer is loaded: backend, types, processes
-    plan_targets     by the model's config.json: the layers that get an adapter
+    plan_targets     by the model's config.json: the layers that get an adapter; `plan_start` is both
     plan_training    when the rows and the model's dimensions are known: micro-batch, checkpointing, padding-free, compiled and
                      captured steps, when to evaluate and to sample
     Plan.padded      when the loaded model shows that its rows have to be padded
@@ -125,6 +125,19 @@ def plan_model(
     # processes share the weights, accelerate makes each share float32.
     whole = not settings.lora.enabled and dtype == Dtype.auto and settings.distributed.strategy != Strategy.fsdp
     return Plan(backend, kind, "float32" if whole else kind, processes_of(settings), reasons={"backend": why})
+
+
+def plan_start(
+    settings: Settings,
+    machine: Machine,
+    config: Callable[[], dict[str, Any]],
+    sources: dict[str, str],
+    before: dict[str, Any] | None = None,
+) -> Plan:
+    """`plan_model`, then `plan_targets`. `before` is the record of an earlier session of the run, whose choices stay."""
+    before = before or {}
+    plan = plan_model(settings, machine, config, (before.get("model") or {}).get("backend"))
+    return plan_targets(plan, settings, config, sources, before.get("plan"))
 
 
 def plan_targets(

@@ -13,20 +13,21 @@ TOOLS = ("dev", "docs")
 """Extras that no run uses."""
 
 
-def pinned() -> list[Requirement]:
+def pinned(extras: bool = True) -> list[Requirement]:
     """What the project is tested with, from setup.cfg in a checkout, else from the installed package's metadata.
 
-    The requirements of extras are among them, without the tools of development.
+    The requirements of extras are among them, without the tools of development, unless `extras` is false.
     """
     if SETUP.is_file():
         parser = configparser.ConfigParser(interpolation=None)
         parser.read(SETUP, encoding="utf-8")
         texts = parser["options"]["install_requires"].splitlines()
         for name, extra in parser["options.extras_require"].items():
-            texts += extra.splitlines() if name not in TOOLS else []
+            texts += extra.splitlines() if extras and name not in TOOLS else []
     else:
         try:
-            needed = [t for t in metadata.requires("sft-lora") or [] if not any(f'extra == "{tool}"' in t for tool in TOOLS)]
+            left_out = TOOLS if extras else ("",)
+            needed = [t for t in metadata.requires("sft-lora") or [] if not any(f'extra == "{tool}' in t for tool in left_out)]
             texts = [text.partition(";")[0] for text in needed]
         except metadata.PackageNotFoundError:
             texts = []

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from sft.report.texts import Say
 from sft.storage.jsonio import number
 
 BINS = 20
@@ -12,7 +13,7 @@ MOST = 10
 """Pairs that are shown of those that changed in one direction."""
 
 
-def summarise_pairs(lines: list[dict]) -> dict[str, Any] | None:
+def summarise_pairs(lines: list[dict], say: Say = str) -> dict[str, Any] | None:
     """What the lines of margins.jsonl come to; None where there are none, as for a method without pairs.
 
     `flipped` are pairs whose chosen side is the likelier one at the last evaluation and was not at the first (`gained`), or the
@@ -24,7 +25,7 @@ def summarise_pairs(lines: list[dict]) -> dict[str, Any] | None:
     first, last = lines[0], lines[-1]
     margins = [margin for margin in last["margins"] if number(margin) is not None]
     found = {"count": len(margins), "above": sum(margin > 0 for margin in margins), "step": last.get("step")}
-    found |= {"first_step": first.get("step"), "chart": {"name": "margins", "spec": draw_histogram(margins)}}
+    found |= {"first_step": first.get("step"), "chart": {"name": "margins", "spec": draw_histogram(margins, say)}}
     texts = next((line["pairs"] for line in lines if line.get("pairs")), [])
     begun, ended = ([number(one) for one in line.get("log_ratios") or []] for line in (first, last))
     flipped = [
@@ -38,7 +39,7 @@ def summarise_pairs(lines: list[dict]) -> dict[str, Any] | None:
     return found | {"flipped": [one for some in kinds.values() for one in some[:MOST]]}
 
 
-def draw_histogram(margins: list[float]) -> dict | None:
+def draw_histogram(margins: list[float], say: Say = str) -> dict | None:
     """A Vega-Lite spec of bars, in another colour below 0, where one begins; None without margins."""
     if not margins:
         return None
@@ -53,7 +54,7 @@ def draw_histogram(margins: list[float]) -> dict | None:
     ]
     tooltip = [
         {"field": name, "type": "quantitative", "title": title}
-        for name, title in (("from", "Margin from"), ("to", "to"), ("pairs", "Pairs"))
+        for name, title in (("from", say("Margin from")), ("to", say("to")), ("pairs", say("Pairs")))
     ]
     layers = [
         {"transform": [{"filter": f"datum.from {sign} 0"}], "mark": {"type": "bar", "style": style, "strokeWidth": 0}}

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sft.report.texts import Say
 from sft.storage.forms import FORMS, fit, warn
 from sft.storage.jsonio import number, parse
 
@@ -18,15 +19,15 @@ CHARTS = [
 """As those of page.py."""
 
 
-def reward_charts(rows: list[dict]) -> tuple[list[dict], list[tuple]]:
+def reward_charts(rows: list[dict], say: Say = str) -> tuple[list[dict], list[tuple]]:
     """(`rows` with names of fields that a chart takes, the charts of a run that is rewarded): the weighted sum, and each reward
-    where there are several.
+    where there are several. `say` translates the word before a reward's name.
     """
     found = dict.fromkeys(key.removeprefix("eval_").removeprefix("reward/") for row in rows for key in row if _of_reward(key))
     fields = {name: f"reward_{at}" for at, name in enumerate(found)}
     named = {f"{split}reward/{name}": f"{split}{field}" for name, field in fields.items() for split in ("", "eval_")}
     charts = [_reward_chart("reward", "Reward")]
-    charts += [_reward_chart(field, f"Reward: {name}") for name, field in fields.items() if len(fields) > 1]
+    charts += [_reward_chart(field, f"{say('Reward')}: {name}") for name, field in fields.items() if len(fields) > 1]
     charts += [chart for chart in CHARTS if chart[0] != "kl" or any("kl" in row for row in rows)]
     return [{named.get(key, key): value for key, value in row.items()} for row in rows], charts
 

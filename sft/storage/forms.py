@@ -94,6 +94,8 @@ MARGINS = {
     "pairs": [{"row": NUMBER, "prompt": TEXT, "chosen": TEXT, "rejected": TEXT}],
 }
 
+EVAL_ROWS = {"step": NUMBER, "losses": [NUMBER], "targets": [NUMBER], "rewards": [NUMBER]}
+
 ROLLOUT = {
     "step": NUMBER,
     "row": NUMBER,
@@ -106,6 +108,7 @@ ROLLOUT = {
 FORMS = {
     **{"run.json": RUN, "preflight.json": PREFLIGHT, "verify.json": VERIFY},
     **{"samples.jsonl": SAMPLE, "margins.jsonl": MARGINS, "rollouts.jsonl": ROLLOUT},
+    "eval_rows.jsonl": EVAL_ROWS,
 }
 
 

@@ -20,6 +20,7 @@ from sft.config.method import SFT, MethodFacts, facts_of
 from sft.config.schema import GROUPS, Settings
 from sft.errors import refuse
 from sft.programs import as_called
+from sft.report.texts import Say, speaker
 from sft.sanitize import shown
 from sft.storage.jsonio import number
 from sft.sweep.index import FINISHED, Job, SweepIndex, find_sweeps, load_index, read_run, readable_index
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 SEEDS = ("seed",)
+
+ALL_SEEDS = (*SEEDS, "dataset.seed")
+"""That of which rows are held out among them."""
 
 
 @dataclass
@@ -69,18 +73,35 @@ class Leaderboard:
     rows: list[TableRow]
     method: MethodFacts = SFT
     """How the jobs were trained, and so what ranks them."""
+    by_change: bool = False
+    """The jobs were measured on other held-out rows each, so that they are ranked by the change from before training."""
     seeds_apart: bool = False
     """Settings have several seeds, but each seed has held-out rows of its own."""
     noise: float | None = None
-    """Standard deviation between runs that differ in their seed alone; None without such runs."""
-    remarks: list[str] = field(default_factory=list)
-    """What has to be known before a row is called better than another."""
+    """Standard deviation of `value` between runs that differ in their seed alone; None without such runs."""
+    noise_factor: float = 0.0
+    """Times how much `noise` the mean of one run is known, with 95 % confidence."""
+    sentences: list[list[tuple[str, dict[str, Any]]]] = field(default_factory=list)
+    """What has to be known before a row is called better than another: of each remark the sentences, with their values."""
     next_commands: list[str] = field(default_factory=list)
     """Commands that would settle what is open."""
 
+    @property
+    def remarks(self) -> list[str]:
+        """The remarks in English."""
+        return self.remarks_in(speaker("en"))
+
+    def remarks_in(self, say: Say) -> list[str]:
+        """The remarks in the language of `say`."""
+        return [say(" ").join(say(sentence, **values) for sentence, values in remark) for remark in self.sentences]
+
+    def value(self, row: TableRow) -> float:
+        """What ranks a row: its metric, or how far that changed."""
+        return row.metric - row.start if self.by_change else row.metric
+
     def cost(self, row: TableRow) -> float:
-        """What ranks a row, the less the better."""
-        return -row.metric if self.method.greater_is_better else row.metric
+        """The same, the less the better."""
+        return -self.value(row) if self.method.greater_is_better else self.value(row)
 
     @property
     def best(self) -> TableRow | None:
@@ -98,6 +119,8 @@ def read_leaderboard(folder: Path) -> Leaderboard:
     method = next((facts_of(run) for run in runs if run), SFT)
     rows = [_read_row(run, job, keys, method) for run, job in zip(runs, index.jobs, strict=True)]
     board = Leaderboard(index, keys, rows, method)
+    ranked = [row for row in rows if row.metric is not None]
+    board.by_change = len({row.held_out for row in ranked}) > 1 and all(row.start is not None for row in ranked)
     rows.sort(key=lambda row: (row.metric is None, 0.0 if row.metric is None else board.cost(row), row.job.number))
     for rank, row in enumerate((row for row in rows if row.metric is not None), 1):
         row.rank = rank
@@ -189,8 +212,8 @@ def remark(board: Leaderboard) -> None:
     ranked = [row for row in board.rows if row.rank]
     if not ranked:
         if board.rows and all(row.job.status == FINISHED for row in board.rows):
-            text = f"Nothing was held out, so there is no {board.method.noun} to rank by (dataset.eval_fraction=0.1)."
-            board.remarks.append(text)
+            text = "Nothing was held out, so there is no {noun} to rank by (dataset.eval_fraction=0.1)."
+            board.sentences.append([(text, {"noun": board.method.noun})])
         return
     for check in (_check_rows, _check_budget, _check_noise, _check_edges):
         check(board, ranked)
@@ -200,54 +223,58 @@ def _check_rows(board: Leaderboard, ranked: list[TableRow]) -> None:
     hashes = {row.held_out for row in ranked}
     if len(hashes) < 2:
         return
-    text = f"The jobs were measured on {len(hashes)} different sets of held-out rows, so their {_values_of(board)} cannot be"
-    text += " compared directly."
+    text = "The jobs were measured on {count} different sets of held-out rows, so their values cannot be compared directly."
+    remark = [(text, {"count": len(hashes)})]
+    if board.by_change:
+        remark.append(("They are ranked by the change from before training.", {}))
     if "seed" in board.keys and not any("dataset" in key for key in board.keys):
-        text += " The seed chooses the rows; dataset.seed=3407 gives every job the same ones."
-    board.remarks.append(text)
+        remark.append(("The seed chooses the rows; dataset.seed=3407 gives every job the same ones.", {}))
+    board.sentences.append(remark)
 
 
 def _check_budget(board: Leaderboard, ranked: list[TableRow]) -> None:
     tokens = [row.tokens for row in ranked if row.tokens]
     if tokens and max(tokens) > 1.02 * min(tokens):
-        text = f"The jobs did not train on equally many tokens ({min(tokens):,} to {max(tokens):,}):"
-        board.remarks.append(text + " part of a difference is the longer training, not the setting.")
+        text = (
+            "The jobs did not train on equally many tokens ({least} to {most}): part of a difference is the longer training, "
+            "not the setting."
+        )
+        board.sentences.append([(text, {"least": f"{min(tokens):,}", "most": f"{max(tokens):,}"})])
 
 
-def _values_of(board: Leaderboard) -> str:
-    return {"loss": "losses"}.get(board.method.noun, f"{board.method.noun}s")
-
-
-def _groups(board: Leaderboard, rows: list[TableRow]) -> list[list[TableRow]]:
-    """Rows that differ in their seed alone, together; the best first."""
+def setting_groups(board: Leaderboard, rows: list[TableRow]) -> list[list[TableRow]]:
+    """Ranked rows that differ in their seed alone, together; the best first."""
     groups: dict[str, list[TableRow]] = {}
+    seeds = ALL_SEEDS if board.by_change else SEEDS
     for row in rows:
-        key = json.dumps([str(row.values[k]) for k in board.keys if k not in SEEDS] + [row.held_out])
+        rows_of = [] if board.by_change else [row.held_out]
+        key = json.dumps([str(row.values[k]) for k in board.keys if k not in seeds] + rows_of)
         groups.setdefault(key, []).append(row)
     return sorted(groups.values(), key=lambda group: mean(board.cost(row) for row in group))
 
 
 def _check_noise(board: Leaderboard, ranked: list[TableRow]) -> None:
-    groups = _groups(board, ranked)
+    groups = setting_groups(board, ranked)
     repeated = [group for group in groups if len(group) > 1]
     if not repeated:
-        seeds = (*SEEDS, "dataset.seed")  # of which rows are held out
-        settings = {json.dumps([str(row.values[k]) for k in board.keys if k not in seeds]) for row in ranked}
+        settings = {json.dumps([str(row.values[k]) for k in board.keys if k not in ALL_SEEDS]) for row in ranked}
         board.seeds_apart = len(settings) < len(ranked)
         if board.seeds_apart:
-            text = f"Settings were run under several seeds, each with held-out rows of its own: these {_values_of(board)}"
-            text += f" do not tell what is chance. Compare each {board.method.noun} minus that before training."
-            board.remarks.append(text)
+            text = (
+                "Settings were run under several seeds, each with held-out rows of its own: these values do not tell what is "
+                "chance."
+            )
+            board.sentences.append([(text, {})])
         elif len(ranked) > 1:
             text = "No setting was run under several seeds, so it is not known how much of a difference is chance."
-            board.remarks.append(text + " Repeat the best one:")
+            board.sentences.append([(text, {}), ("Repeat the best one:", {})])
             board.next_commands.append(
                 _command(board, ranked[0], {"seed": _other_seeds(ranked[0]), "dataset.seed": _rows_seed(ranked[0])})
             )
         return
     freedom = sum(len(group) - 1 for group in repeated)
-    board.noise = math.sqrt(sum((len(g) - 1) * variance([row.metric for row in g]) for g in repeated) / freedom)
-    factor = T95[freedom - 1] if freedom <= len(T95) else 2.0
+    board.noise = math.sqrt(sum((len(g) - 1) * variance([board.value(row) for row in g]) for g in repeated) / freedom)
+    factor = board.noise_factor = T95[freedom - 1] if freedom <= len(T95) else 2.0
     best, within = groups[0], 0
     for group in groups[1:]:
         gap = mean(board.cost(r) for r in group) - mean(board.cost(r) for r in best)
@@ -255,16 +282,16 @@ def _check_noise(board: Leaderboard, ranked: list[TableRow]) -> None:
             within += len(group)
             for row in group:
                 row.note = row.note or "within noise of the best"
-    text = (
-        f"Runs that differ in the seed alone differ by {board.noise:.4f} (standard deviation, {freedom + len(repeated)} runs)."
-    )
+    text = "Runs that differ in the seed alone differ by {noise} (standard deviation, {count} runs)."
+    remark = [(text, {"noise": f"{board.noise:.4f}", "count": freedom + len(repeated)})]
     if len(groups) == 1:
-        text += " These are all of them: what is seen here is chance."
+        remark.append(("These are all of them: what is seen here is chance.", {}))
     elif within:
-        text += f" {within} rows lie within this noise of the best setting: they are not known to be worse."
+        text = "{count} rows lie within this noise of the best setting: they are not known to be worse."
+        remark.append((text, {"count": within}))
     else:
-        text += " The best setting is ahead of all others by more than this noise."
-    board.remarks.append(text)
+        remark.append(("The best setting is ahead of all others by more than this noise.", {}))
+    board.sentences.append(remark)
 
 
 def _other_seeds(row: TableRow) -> str:
@@ -278,7 +305,7 @@ def _rows_seed(row: TableRow) -> str:
 
 def _check_edges(board: Leaderboard, ranked: list[TableRow]) -> None:
     """A best value on the edge of what was tried: the next values lie beyond it, as far apart as the last two."""
-    best = _groups(board, ranked)[0][0]
+    best = setting_groups(board, ranked)[0][0]
     for key in board.keys:
         tried = sorted({row.values[key] for row in ranked if isinstance(row.values[key], int | float)})
         if key in (*SEEDS, "dataset.seed") or len(tried) < 2 or best.values[key] not in (tried[0], tried[-1]):
@@ -287,10 +314,12 @@ def _check_edges(board: Leaderboard, ranked: list[TableRow]) -> None:
         steps = _beyond(tried if top else tried[::-1])
         if not steps:
             continue
-        edge = "largest" if top else "smallest"
-        board.remarks.append(
-            f"The best {key}, {_text(best.values[key])}, is the {edge} one tried: a better one may lie beyond. Try:"
+        text = (
+            "The best {key}, {value}, is the largest one tried: a better one may lie beyond. Try:"
+            if top
+            else "The best {key}, {value}, is the smallest one tried: a better one may lie beyond. Try:"
         )
+        board.sentences.append([(text, {"key": key, "value": _text(best.values[key])})])
         board.next_commands.append(_command(board, best, {key: ",".join(map(_text, steps))}))
 
 
@@ -358,6 +387,22 @@ def write_csv(board: Leaderboard) -> Path:
     return target
 
 
+def as_json(board: Leaderboard) -> dict[str, Any]:
+    """The table as plain values: of each row the rank, the varying settings, and the columns of leaderboard.csv."""
+    columns = columns_of(board.method)
+    rows = [{"rank": row.rank, "settings": row.values, **{name: get(row) for name, get in columns}} for row in board.rows]
+    return {
+        "sweep": os.path.relpath(board.index.folder),
+        "metric": board.method.metric,
+        "greater_is_better": board.method.greater_is_better,
+        "best": os.path.relpath(board.index.folder / board.best.job.folder) if board.best else None,
+        "noise": board.noise,
+        "rows": rows,
+        "remarks": board.remarks,
+        "next_commands": board.next_commands,
+    }
+
+
 def show(folder: Path, file: TextIO | None = None) -> None:
     """Print the table and the remarks to `file` (stderr if none), as wide as the terminal. Raises Refusal without a sweep."""
     from rich.console import Console
@@ -369,7 +414,8 @@ def show(folder: Path, file: TextIO | None = None) -> None:
     console = Console(file=file, highlight=False, soft_wrap=True, width=None if file.isatty() else 160)
     table = Table(box=None, header_style="bold", pad_edge=False)
     held_out = board.method.title if board.method.greater_is_better else "held-out"
-    for title in ("#", *(key.rsplit(".", 1)[-1] for key in board.keys), held_out, "tokens/s", "time", "status"):
+    change = ("change",) if board.by_change else ()
+    for title in ("#", *(key.rsplit(".", 1)[-1] for key in board.keys), held_out, *change, "tokens/s", "time", "status"):
         table.add_column(Text(shown(title)), justify="left" if title == "status" else "right", overflow="fold")
     for row in board.rows:
         value = "" if row.metric is None else f"{row.metric:.4f}"
@@ -377,7 +423,8 @@ def show(folder: Path, file: TextIO | None = None) -> None:
         time = "" if row.seconds is None else f"{row.seconds:,.0f} s"
         status = row.job.status if not row.note else row.note if row.job.status == FINISHED else f"{row.job.status}: {row.note}"
         style = "bold green" if row.rank == 1 else "" if row.rank else "dim"
-        cells = [str(row.rank or ""), *(_text(row.values[key]) for key in board.keys), value, speed, time, status]
+        change = [f"{board.value(row):+.4f}" if row.rank else ""] if board.by_change else []
+        cells = [str(row.rank or ""), *(_text(row.values[key]) for key in board.keys), value, *change, speed, time, status]
         table.add_row(*(Text(shown(cell)) for cell in cells), style=style)  # a Text, because brackets are no markup here
     console.print(table)
     commands = iter(board.next_commands)

@@ -314,7 +314,7 @@ def _result(job: Job, folder: Path) -> JobReturn:
 
 
 def _exit_with(refusal: Refusal) -> NoReturn:
-    console.say(refusal)
+    console.say_refusal(refusal)
     raise SystemExit(2)
 
 

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 STATE = "run_state.json"
 
-LINES = ("metrics.jsonl", "samples.jsonl", "margins.jsonl", "rollouts.jsonl")
+LINES = ("metrics.jsonl", "samples.jsonl", "margins.jsonl", "rollouts.jsonl", "eval_rows.jsonl")
 """Files of a run that grow by lines."""
 
 FLAT = {

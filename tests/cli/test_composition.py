@@ -6,6 +6,7 @@ import pickle
 import re
 import shlex
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import hydra
@@ -24,6 +25,7 @@ from sft.config.schema import Settings
 from sft.errors import Problem, Refusal
 from sft.sweep import checks, leaderboard, runner
 from sft.sweep.index import SweepIndex
+from tests import composing
 from tests.conftest import ROOT
 from tests.hints import hints_of
 
@@ -160,6 +162,33 @@ def test_one_run_is_composed_as_by_plain_hydra(monkeypatch, tmp_path, argv):
 def test_a_sweep_has_the_jobs_of_plain_hydra(monkeypatch, argv):
     expected = plain(monkeypatch, *argv)
     assert len(expected) > 1 and ours(monkeypatch, *argv) == expected
+
+
+def nodes_of(node):
+    """All that stands in a config, as it was written, and what OmegaConf notes of it."""
+    notes = {**vars(node._metadata), "resolver_cache": None}  # it holds the time
+    inner = node._content if OmegaConf.is_config(node) else node._value()
+    if not isinstance(inner, dict | list):
+        return notes, inner
+    return notes, [(key, nodes_of(each)) for key, each in (inner.items() if isinstance(inner, dict) else enumerate(inner))]
+
+
+def test_what_the_tests_keep_of_composing_is_what_hydra_makes_anew(monkeypatch):
+    """Met for the first time, met again, and composed without; and a file that has changed is read: tests/composing.py."""
+    monkeypatch.setattr(composing, "_kept", {})
+    keep, words = composing._keep, ["+trainer.extra.x=5", "lora=mine", "experiment=chat", "dataset.columns={instruction: q}"]
+
+    def compose():
+        return hydra.compose("config", ["hydra.searchpath=[my]", *words], return_hydra_config=True)
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        first, again = compose(), compose()
+        assert len(composing._kept) == 2
+        monkeypatch.setattr(composing, "_keep", lambda repo, words, make: make())
+        assert nodes_of(first) == nodes_of(again) == nodes_of(compose()) and first.lora.r == 4
+        monkeypatch.setattr(composing, "_keep", keep)
+        Path("my/lora/mine.yaml").write_text("r: 7\n")
+        assert compose().lora.r == 7
 
 
 def test_a_misspelt_option_is_looked_for_in_all_folders_and_subfolders():

@@ -2,13 +2,13 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from scripts import transcript
 from sft.cli import check
 from sft.cli.check import check_command_line, read_settings
 from sft.cli.main import WORDS, likeliest, main, training_words
@@ -124,6 +124,14 @@ def test_presets_in_conf_of_the_current_folder_are_found_and_win(own):
     assert read_settings(CONF, ["lora=r32"], hardware=False).lora.r == 32
 
 
+def test_a_value_that_an_option_leaves_blank_is_null_in_the_hint(own):
+    (own / "conf/experiment/x.yaml").write_text("# @package _global_\ntracking: {project: mine}\n", encoding="utf-8")
+    with pytest.raises(Refusal) as refused:
+        read_settings(CONF, ["experiment=x", "tracking=none"], hardware=False)
+    assert [problem.fix for problem in refused.value.problems] == ["tracking.project=null   to have the option's values"]
+    assert read_settings(CONF, ["experiment=x", "tracking=none", "tracking.project=null"]).tracking.project is None
+
+
 def test_a_folder_that_is_named_is_searched_as_well(own):
     (own / "more/lora").mkdir(parents=True)
     (own / "more/lora/mine.yaml").write_text("r: 5\n", encoding="utf-8")
@@ -150,6 +158,7 @@ def test_a_relative_config_path_is_refused_with_the_one_that_works(own, typed, m
 def test_bash_completes_words_settings_and_presets_of_ones_own(own):
     script = 'eval "$(sft train -sc install=bash)"\n'
     lines = ["sft pre", "sft train experiment=", "sft sweep lora.r", "sft show ", "sft show run=conf/e", "sft train model=tiny"]
+    lines += ["sft in", "sft init con", "sft init goal=re", "sft init model=tiny", "sft init from=con", "sft doctor "]
     for line in lines:
         words = line.split(" ")
         script += f"COMP_LINE='{line}' COMP_POINT={len(line)} COMP_CWORD={len(words) - 1}\n"
@@ -157,55 +166,33 @@ def test_bash_completes_words_settings_and_presets_of_ones_own(own):
     done = subprocess.run(["bash", "-c", script], env=write_program(own / "bin"), capture_output=True, text=True, timeout=120)
     found = [line.split() for line in done.stdout.splitlines()]
     assert found[0] == ["preview", "preflight"] and "experiment=x" in found[1] and "experiment=chat" in found[1], done.stderr
-    assert found[2:] == [["lora.r="], ["run="], ["run=conf/experiment"], ["model=tiny_random"]]
+    assert found[2:6] == [["lora.r="], ["run="], ["run=conf/experiment"], ["model=tiny_random"]]
+    own_words = [["init", "install-gguf"], ["conf"], ["goal=rewards"], ["model=tiny_random"], ["from=conf"], ["--json"]]
+    assert found[6:] == own_words
 
 
 @pytest.mark.slow
 def test_a_wheel_trains_in_a_folder_that_knows_no_checkout(own):
-    """Built and installed as pip does it; the packages are those of this environment."""
-    source = own / "source"
-    source.mkdir()
-    for name in ("sft", "conf", "hydra_plugins"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    plain = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", VARIABLE)}
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", "wheels", str(source)]
-    subprocess.run(build, cwd=own, env=plain, check=True, capture_output=True, timeout=120)
-    [wheel] = (own / "wheels").iterdir()
+    """Built and installed as pip does it; the packages are those of this environment. It prints what the guide shows."""
+    environment = transcript.install(own)
     place = own / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", place, wheel], env=plain, check=True, timeout=120)
-    shutil.rmtree(source)
     packed = {file.relative_to(CONF) for file in CONF.rglob("*.yaml")}
     assert {file.relative_to(place / "sft/conf") for file in (place / "sft/conf").rglob("*.yaml")} == packed
     assert {file.name for file in (place / "sft/assets").iterdir()} >= {file.name for file in (ROOT / "sft/assets").iterdir()}
 
-    rows = "".join(f"question {number},answer {number}\n" for number in range(12))
-    (own / "my.csv").write_text(f"instruction,output\n{rows}", encoding="utf-8")
+    folder = own / "mine"
+    folder.mkdir()
+    page = transcript.make_page(folder, environment)
+    assert transcript.without_numbers(page) == transcript.without_numbers(transcript.TARGET.read_text(encoding="utf-8"))
+    run = json.loads((folder / "outputs/first/run.json").read_text(encoding="utf-8"))
+    assert run["status"] == "finished" and run["settings"]["dataset"]["path"] == "faq.csv" and not run.get("git_commit")
+    assert run["command"].startswith("sft train experiment=faq ")
 
     def sft(*words: str) -> subprocess.CompletedProcess:
-        environment = plain | {"PYTHONPATH": str(place)}
-        return subprocess.run(
-            [place / "bin/sft", *words], cwd=own, env=environment, capture_output=True, text=True, timeout=240
-        )
+        return subprocess.run(["sft", *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
-    words = [
-        "model=tiny_random",
-        "trainer.max_steps=2",
-        "tracking=none",
-        "dataset=local",
-        "dataset.path=my.csv",
-        "experiment=x",
-    ]
-    trained = sft("train", *words, "samples.num_held_out=0", "hydra.run.dir=run")
-    assert trained.returncode == 0, trained.stderr
-    run = json.loads((own / "run/run.json").read_text(encoding="utf-8"))
-    assert run["status"] == "finished" and run["settings"]["lora"]["r"] == 4 and not run.get("git_commit")
-    assert run["command"].startswith("sft train model=tiny_random ")
-    assert (own / "run/report.html").is_file()
-    resumed = sft("resume", "run")
-    assert resumed.returncode == 2 and "hint: sft train model=tiny_random" in resumed.stderr
-    assert sft("show", "run=run").returncode == 0 and (own / "run/curves.png").is_file()
+    resumed = sft("resume", "outputs/first")
+    assert resumed.returncode == 2 and "hint: sft train experiment=faq" in resumed.stderr
+    assert sft("show", "run=outputs/first").returncode == 0 and (folder / "outputs/first/curves.png").is_file()
     ranked = sft("leaderboard")
     assert ranked.returncode == 2 and "hint: sft train -m lora.r=8,16" in ranked.stderr

@@ -238,7 +238,7 @@ def cut_run(folder: Path, shape: str, cuts: int, seconds: float, chance: random.
 def compare(whole: Path, other: Path) -> list[str]:
     """What differs between two finished runs."""
     problems = []
-    for name in ("metrics.jsonl", "samples.jsonl", "margins.jsonl", "rollouts.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "margins.jsonl", "rollouts.jsonl", "eval_rows.jsonl"):
         ours, theirs = (stable_lines(folder / name) for folder in (whole, other))
         if ours != theirs:
             at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))

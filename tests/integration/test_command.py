@@ -4,7 +4,6 @@ Where a terminal or W&B is the matter, it is started as from a shell; else it is
 imported the libraries.
 """
 
-import fcntl
 import json
 import os
 import pty
@@ -12,16 +11,14 @@ import select
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
-
-import pytest
 
 from tests import forked
 from tests.conftest import ROOT, SMALL
 
 QUICK = ("trainer=debug", *SMALL)
+ENDLESS = ("trainer.max_steps=100000", "trainer.eval_steps=50000", "trainer.save_steps=50000")
 
 
 def command(*overrides: str) -> list[str]:
@@ -101,6 +98,22 @@ def wait_for_lines(process: subprocess.Popen | forked.Process, metrics: Path, co
         time.sleep(0.1)
 
 
+def hang_up(process: subprocess.Popen | forked.Process, terminal: int, run: Path) -> None:
+    """Close the terminal of a run, as its window is closed, and see that it ends saved."""
+    try:
+        wait_for_lines(process, run / "metrics.jsonl", 3, terminal)
+        os.close(terminal)
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(120) == 130
+    finally:
+        process.kill()
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "stopped" and record["reason"].startswith("SIGHUP at step")
+    step = record["reason"].rsplit(" ", 1)[1]
+    assert (run / "checkpoints" / f"checkpoint-{step}" / "manifest.json").is_file()
+
+
 SESSION = """import fcntl, multiprocessing.util, os, termios
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -109,35 +122,16 @@ multiprocessing.util._flush_std_streams = lambda: None  # it would fail: the ter
 """Before a forked run: the terminal is its own."""
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_whose_terminal_is_gone_stops_and_saves(tmp_path, processes):
-    """The terminal takes no line any more, and a shell sends the signal once more."""
-    overrides = (*SMALL, "trainer.max_steps=100000", "trainer.eval_steps=50000", "trainer.save_steps=50000")
-    words = (*overrides, "hydra.run.dir=run", f"distributed.num_processes={processes}")
+def test_a_run_whose_terminal_is_gone_stops_and_saves(tmp_path):
+    """The terminal takes no line any more, and a shell sends the signal once more. Of two processes: test_distributed.py."""
+    words = (*SMALL, *ENDLESS, "hydra.run.dir=run")
     outside, terminal = pty.openpty()
-    if processes == 1:
-        (tmp_path / "session.py").write_text(SESSION, encoding="utf-8")
-        files = [os.ttyname(terminal)] * 3
-        process = forked.Process("train.py", *words, cwd=tmp_path, before=tmp_path / "session.py", files=files)
-        wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 1, outside)  # it has opened the terminal
-    else:
-        process = subprocess.Popen(
-            command(*words), cwd=tmp_path, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )  # fmt: skip
+    (tmp_path / "session.py").write_text(SESSION, encoding="utf-8")
+    files = [os.ttyname(terminal)] * 3
+    process = forked.Process("train.py", *words, cwd=tmp_path, before=tmp_path / "session.py", files=files)
+    wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 1, outside)  # it has opened the terminal
     os.close(terminal)
-    try:
-        wait_for_lines(process, tmp_path / "run" / "metrics.jsonl", 3, outside)
-        os.close(outside)
-        process.send_signal(signal.SIGHUP)
-        process.send_signal(signal.SIGHUP)
-        assert process.wait(120) == 130
-    finally:
-        process.kill()
-    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
-    assert record["status"] == "stopped" and record["reason"].startswith("SIGHUP at step")
-    step = record["reason"].rsplit(" ", 1)[1]
-    assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" / "manifest.json").is_file()
+    hang_up(process, outside, tmp_path / "run")
 
 
 def test_under_nohup_a_run_goes_on(tmp_path):

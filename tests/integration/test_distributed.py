@@ -1,14 +1,17 @@
 """Runs of several processes are the run of one: the same rows a step, losses, answers and weights; and they end as one."""
 
 import contextlib
+import fcntl
 import ipaddress
 import json
 import os
+import pty
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from sft.runs.record import Context
 from tests import forked
 from tests.conftest import ROOT, make_settings
 from tests.faults.fault_campaign import BASE, MEASURED, write_rows
+from tests.integration.test_command import ENDLESS, hang_up, wait_for_lines
 from tests.integration.test_nonfinite import lines_of, quick_report, record_of  # noqa: F401
 
 # 11 rows in steps of 4, so that the last step of each of the two epochs has 3: one process gets a pass without a row.
@@ -44,6 +48,10 @@ def differences(one: Path, two: Path) -> list[str]:
         found += [f"step {a['step']}: {apart}"] if apart else []
     if (one / "samples.jsonl").read_bytes() != (two / "samples.jsonl").read_bytes():
         found.append("samples.jsonl")
+    rows = [[json.loads(line) for line in (folder / "eval_rows.jsonl").read_text().splitlines()] for folder in (one, two)]
+    for a, b in zip(*rows, strict=True):
+        same = (a["step"], a["targets"]) == (b["step"], b["targets"]) and a["losses"] == pytest.approx(b["losses"], abs=1e-4)
+        found += [] if same else [f"eval_rows.jsonl, step {a['step']}"]
     ours, theirs = (load_file(next(folder.glob("[am]*/*model.safetensors"))) for folder in (one, two))
     far = max(float(numpy.abs(ours[name] - theirs[name]).max()) for name in ours)
     return found + ([f"the weights are {far} apart"] if far > 1e-5 else [])
@@ -194,33 +202,43 @@ def answer_to_store_client(address: str, port: int) -> bytes:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_several_processes_listen_on_loopback_alone_and_to_no_client_of_a_store(work):
+def test_two_processes_listen_on_loopback_alone_and_to_no_client_of_a_store_and_stop_where_their_terminal_is_gone(work):
     """In a folder whose modules raise: the current folder is not on the path of the ranks."""
-    (work / "theirs" / "sft").mkdir(parents=True)
+    theirs = work / "theirs"
+    (theirs / "sft").mkdir(parents=True)
     for name in ("sft/__init__.py", "queue.py", "pickle.py"):
-        (work / "theirs" / name).write_text("raise SystemExit('somebody else's code')", encoding="utf-8")
-    write_rows(work / "theirs")
-    process, ranks = start_and_wait(work / "theirs", "run", TWO, "trainer.num_train_epochs=9999")
+        (theirs / name).write_text("raise SystemExit('somebody else's code')", encoding="utf-8")
+    write_rows(theirs)
+    outside, terminal = pty.openpty()
+    process = subprocess.Popen(
+        command_of(*JOB, "dataset.path=rows.jsonl", *ENDLESS, "hydra.run.dir=run", TWO), cwd=theirs, stdin=terminal,
+        stdout=terminal, stderr=terminal, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
     try:
+        wait_for_lines(process, theirs / "run" / "metrics.jsonl", 2, outside)
+        ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
         everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         found = [listener.split() for one in everyone for listener in listeners_of(one)]
         assert len(ranks) == 2 and {address for address, _ in found} <= {"127.0.0.1", "::1"}
         for address, port in found:
             assert answer_to_store_client(address, int(port)) == b""
+        hang_up(process, outside, theirs / "run")
     finally:
-        process.terminate()
-    assert process.wait(60) == 130 and record_of(work / "theirs" / "run")["status"] == "stopped"
+        process.kill()
 
 
-def test_ctrl_c_stops_all_processes_after_the_step_and_saves(work):
-    process, _ = start_and_wait(work, "stopped", TWO, fork=True)
-    process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_all_processes_after_the_step_and_saves(work, name):
+    process, _ = start_and_wait(work, name, TWO, fork=True)
+    process.send_signal(getattr(signal, name))
     assert process.wait(60) == 130
-    record, errors = record_of(work / "stopped"), (work / "stopped.err").read_text(encoding="utf-8")
-    assert record["status"] == "stopped" and record["reason"].startswith("SIGINT at step")
-    assert errors.count("SIGINT: stopping after this step") == 1 and "Traceback" not in errors
+    record, errors = record_of(work / name), (work / f"{name}.err").read_text(encoding="utf-8")
+    assert record["status"] == "stopped" and record["reason"].startswith(f"{name} at step")
+    assert errors.count(f"{name}: stopping after this step") == 1 and "Traceback" not in errors
     step = record["reason"].rsplit(" ", 1)[1]
-    assert (work / "stopped" / "checkpoints" / f"checkpoint-{step}" / "manifest.json").is_file()
+    assert (work / name / "checkpoints" / f"checkpoint-{step}" / "manifest.json").is_file()
 
 
 def test_one_process_refuses_for_all(work):

@@ -21,6 +21,7 @@ from sft.tracking.base import Trackers
 from sft.training.metrics import Recorder
 from tests.conftest import make_settings
 from tests.faults.fault_campaign import MEASURED, compare, weights_hash
+from tests.integration.test_nonfinite import quick_report  # noqa: F401
 
 needs_gguf = pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's parts are not installed: {gguf.INSTALL}")
 
@@ -42,7 +43,7 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_pairs_begin_as_ties_and_come_apart(settings, tmp_path, monkeypatch):
+def test_pairs_begin_as_ties_and_come_apart(settings, tmp_path, monkeypatch, forked_children):
     told = {}
 
     class Told(Trackers):
@@ -68,7 +69,7 @@ def test_pairs_begin_as_ties_and_come_apart(settings, tmp_path, monkeypatch):
 
 
 @needs_gguf
-def test_exports_keep_the_signs_of_the_margins_and_a_lost_adapter_does_not(settings, tmp_path, monkeypatch, all_tokens):
+def test_exports_keep_the_signs_of_the_margins_and_a_lost_adapter_does_not(settings, tmp_path, all_tokens, forked_children):
     formats = ("export.formats=[merged_16bit,gguf]", "export.gguf.quantizations=[f16,q8_0]")
     chosen, folder = settings(*formats, "dataset.eval_fraction=0.4"), tmp_path / "run"
     assert run(chosen, folder).status == "finished"
@@ -150,7 +151,9 @@ def test_a_sweep_over_beta_computes_its_reference_once(settings, tmp_path, monke
 
 @pytest.fixture
 def passes(monkeypatch, tmp_path):
-    """The pairs of each pass of the reference; its cache is empty at first."""
+    """The pairs of each pass of the reference; its cache is empty at first, but for the models, which take seconds to make."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "models").symlink_to(cache_dir() / "models")
     monkeypatch.setenv("SFT_CACHE", str(tmp_path / "cache"))
     original, found = dpo.reference_log_probs, []
 

@@ -78,6 +78,10 @@ def test_a_run_logs_its_rollouts_and_evaluates_to_the_reward_of_greedy_completio
         == pytest.approx(result.metric, abs=1e-6)
     )
     assert record["seconds"]["rollouts"] > 0
+    of_rows = lines(tmp_path / "run", "eval_rows.jsonl")
+    assert [line["step"] for line in of_rows] == [0, 3, 6]
+    for line, mean in zip(of_rows, evaluated, strict=True):
+        assert len(line["rewards"]) == 4 and sum(line["rewards"]) / 4 == pytest.approx(mean["eval_reward"], abs=1e-5)
     kept = lines(tmp_path / "run", "held_out.jsonl")
     assert len(kept) == 4 and all(
         row["input_ids"][row["prompt_length"] :] == [x for x in row["labels"] if x >= 0] for row in kept

@@ -82,6 +82,9 @@ def test_compiled_layers_train_as_they_do_uncompiled(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # not in processes that import torch for it
+    # g++ takes half of the time to find out which vectors this CPU has, and to write faster loops for tiny tensors.
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", False)
+    monkeypatch.setattr("torch._inductor.cpp_builder._get_optimization_cflags", lambda *_, **__: (["O0", "DNDEBUG"], []))
     graphs = []
     for rank in (8, 4):
         options = ("trainer.max_steps=10", "lora.lora_dropout=0", "lora.lora_alpha=16", f"lora.r={rank}")

@@ -60,6 +60,7 @@ def test_run_folder_keeps_the_contract(finished):
         "artifacts",
     ):
         assert key in record
+    assert {"data", "load", "train", "total"} <= record["seconds"].keys() and record["seconds"]["data"] > 0
     assert record["data"]["train_rows"] == 22 and record["data"]["eval_rows"] == 2 and record["data"]["hash"]
     assert record["model"]["trainable_parameters"] < record["model"]["parameters"]
     for name in ("metrics.jsonl", "samples.jsonl", "preflight.json", "report.html", "adapter/adapter_model.safetensors"):
@@ -159,6 +160,24 @@ def test_the_evaluation_loss_does_not_depend_on_the_batch(small, tmp_path):
         run(small(*evaluation), tmp_path / str(rows))
         losses.append([line["eval_loss"] for line in read_lines(tmp_path / str(rows) / "metrics.jsonl") if "eval_loss" in line])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0] == pytest.approx(losses[2], abs=1e-5)
+
+
+def test_the_loss_of_each_held_out_row_is_kept_at_every_evaluation(small, tmp_path):
+    job = ("dataset.eval_fraction=0.4", *QUICK)
+    run(small(*job), tmp_path / "whole")
+    run(small(*job, "trainer.padding_free=false"), tmp_path / "padded")
+    for name, steps in (("whole", [0, 2, 4]), ("padded", [0, "kept"])):
+        folder = tmp_path / name
+        metrics = json.loads((folder / "run.json").read_text(encoding="utf-8"))["metrics"]
+        kept, rows = read_lines(folder / "eval_rows.jsonl"), read_lines(folder / "held_out.jsonl")
+        assert [line["step"] for line in kept] == [metrics["kept_step"] if step == "kept" else step for step in steps]
+        means = {line["step"]: line["eval_loss"] for line in read_lines(folder / "metrics.jsonl") if "eval_loss" in line}
+        for line in kept:
+            assert line["targets"] == [sum(label != -100 for label in row["labels"][1:]) for row in rows]
+            total = sum(loss * count for loss, count in zip(line["losses"], line["targets"], strict=True))
+            assert total / sum(line["targets"]) == pytest.approx(means[line["step"]], abs=2e-5)
+    one, other = (read_lines(tmp_path / name / "eval_rows.jsonl")[0]["losses"] for name in ("whole", "padded"))
+    assert len(set(one)) > 2 and one == pytest.approx(other, abs=2e-5)
 
 
 def test_early_stopping_ends_the_run_and_says_so(small, tmp_path):

@@ -17,7 +17,9 @@ from sft.config.fingerprint import config_hash
 from sft.config.schema import Settings
 from sft.lifecycle import run
 from sft.model import builtin
+from sft.report import page
 from sft.storage import atomic
+from sft.storage.cache import cache_dir
 from tests import forked
 from tests.conftest import ROOT, SMALL, make_settings
 from tests.test_safety import add_code, change, write_pickle
@@ -42,7 +44,9 @@ def machine(tmp_path):
     home, kept = tmp_path / "home", tmp_path / "planted"
     for place in (home, kept, tmp_path / "tmp", tmp_path / "cache"):
         place.mkdir()
-    (tmp_path / "cache" / "models").symlink_to(builtin.local_model("tiny_random").parent)  # made once
+    page.bundled_charts()
+    for made in (builtin.local_model("tiny_random").parent, cache_dir() / "charts"):  # once
+        (tmp_path / "cache" / made.name).symlink_to(made)
     hosts = ("api.wandb.ai", "huggingface.co", "127.0.0.1")
     (kept / "netrc").write_text("".join(f"machine {h} login user password {PLANTED['netrc']}\n" for h in hosts))
     (kept / "token").write_text(PLANTED["login"])

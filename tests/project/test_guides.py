@@ -17,6 +17,7 @@ FILES = re.compile(r"[\w./-]+\.(?:jsonl|json|csv|parquet|arrow)(?:\.gz)?")
 REFUSED = {
     "lora.rr=8": "an example of a refusal",
     "KEY=VALUE": "the form of an override",
+    "experiment=my": "a preset that sft init has written",
     "model.name=/data/models/my_model": "a model of the reader's",
 }
 """Words by which a command is refused here, with the reason that it stands in a guide."""
@@ -44,8 +45,10 @@ def words_of(command: str) -> list[str]:
 
 
 def test_every_command_of_the_guides_is_taken(tmp_path, monkeypatch):
-    """As if it were typed on a machine with a GPU, in a folder with the files that it names."""
+    """As if it were typed on a machine with a GPU, in a folder with the files and the preset that it names."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/faq.yaml").write_text("# @package _global_\n", encoding="utf-8")  # as sft init would
     known, wrong = commands(), []
     assert len(known) > 100
     for command, page in known.items():

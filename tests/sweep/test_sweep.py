@@ -24,8 +24,10 @@ from sft.config.schema import Settings
 from sft.errors import Refusal
 from sft.launch import isolated
 from sft.report import page as report_page
+from sft.report.texts import speaker
 from sft.storage import jsonio
 from sft.sweep import leaderboard, publish, runner
+from sft.sweep.charts import draw_charts, draw_effect, draw_means
 from sft.sweep.grid import check_pairs, compose_job, expand
 from sft.sweep.index import SweepIndex, SweepLock, identify, judge, load_index, make_label
 from sft.sweep.report import write_sweep_report
@@ -306,14 +308,78 @@ def test_the_table_in_the_terminal(sweep, capsys):
     assert command.main(["lora.r=8"]) == 2
 
 
-def test_seeds_with_held_out_rows_of_their_own_are_not_said_to_be_missing(sweep):
-    jobs = [(f"lora.r={r} seed={seed}", 2.0, {"data": {"held_out_hash": f"of {seed}", "eval_rows": 4}})
-            for r in (8, 16) for seed in (1, 2)]  # fmt: skip
-    board = leaderboard.read_leaderboard(sweep(jobs))
+def seeds_apart(losses: dict[tuple[int, int], tuple[float, float | None]]) -> list[tuple]:
+    """Jobs of (r, seed): (loss before, loss after), each seed with held-out rows of its own."""
+    return [(f"lora.r={r} seed={seed}", after, {"data": {"held_out_hash": f"of {seed}", "eval_rows": 4},
+             "metrics": {"eval_loss_start": before}}) for (r, seed), (before, after) in losses.items()]  # fmt: skip
+
+
+def test_where_each_seed_has_rows_of_its_own_runs_are_ranked_by_how_far_they_came(sweep, capsys):
+    """Seed 1 has the easier rows: by the loss alone all of its runs would come first."""
+    folder = sweep(seeds_apart({(8, 1): (2.0, 1.9), (8, 2): (3.0, 2.8), (16, 1): (2.0, 1.6), (16, 2): (3.0, 2.5)}))
+    board = leaderboard.read_leaderboard(folder)
+    assert board.by_change and [row.values["lora.r"] for row in board.rows] == [16, 16, 8, 8]
+    assert [round(board.value(row), 3) for row in board.rows] == [-0.5, -0.4, -0.2, -0.1]
     text = "\n".join(board.remarks)
-    assert "several seeds, each with held-out rows of its own" in text and "No setting was run" not in text
+    assert "They are ranked by the change from before training." in text and "No setting was run" not in text
+    assert board.noise == pytest.approx(0.0707, abs=1e-4), "between the changes of equal settings"
+    page = write_sweep_report(board).read_text(encoding="utf-8")
+    assert "Ranked by the change of the held-out loss; lower is better." in page and "−0.5000" in page
+    assert "each seed has held-out rows of its own" in page and "no setting has several seeds" not in page
+    leaderboard.show(folder)
+    assert "change" in capsys.readouterr().err
+
+
+def test_seeds_with_rows_of_their_own_and_no_loss_before_are_not_said_to_be_missing(sweep):
+    board = leaderboard.read_leaderboard(sweep(seeds_apart({(r, seed): (None, 2.0) for r in (8, 16) for seed in (1, 2)})))
+    text = "\n".join(board.remarks)
+    assert not board.by_change and "several seeds, each with held-out rows of its own" in text
     page = write_sweep_report(board).read_text(encoding="utf-8")
     assert "each seed has held-out rows of its own" in page and "no setting has several seeds" not in page
+
+
+def test_settings_with_seeds_have_their_means_drawn_with_what_the_noise_leaves_open(sweep):
+    folder = sweep([(f"lora.r={r} seed={s} dataset.seed=1", r / 8 + s / 10) for r in (8, 16) for s in (1, 2, 3)])
+    board = leaderboard.read_leaderboard(folder)
+    chart = draw_means(board, speaker("en"))
+    half = 2.78 * board.noise / 3**0.5
+    first, second = chart["spec"]["data"]["values"]
+    assert (first["setting"], first["seeds"], second["setting"]) == ("r 8", 3, "r 16")
+    assert (first["mean"], first["low"], first["high"]) == pytest.approx((1.2, 1.2 - half, 1.2 + half), abs=1e-4)
+    alone = leaderboard.read_leaderboard(sweep([("lora.r=8", 2.0), ("lora.r=16", 1.5)], "t"))
+    assert draw_means(alone, speaker("en")) is None
+
+
+def test_the_names_of_lines_stand_below_the_plot_and_many_lines_go_from_the_best_to_the_worst(sweep):
+    few = draw_charts(leaderboard.read_leaderboard(sweep([(f"lora.r={r}", 3 - r / 8) for r in (4, 8)])), speaker("en"))
+    many = draw_charts(leaderboard.read_leaderboard(sweep([(f"lora.r={r}", r / 8) for r in range(1, 15)], "t")), speaker("en"))
+    curves = few[0]
+    assert [one["label"] for one in curves["legend"]] == ["r=8", "r=4"]
+    assert curves["spec"]["encoding"]["color"]["legend"] is None
+    assert curves["spec"]["encoding"]["color"]["scale"]["range"] == [one["color"] for one in curves["legend"]]
+    assert [one["label"] for one in many[0]["legend"]] == ["the best", "the worst"]
+    parallel = many[-1]
+    assert parallel["legend"] == many[0]["legend"] and [layer["mark"].get("style") for layer in parallel["spec"]["layer"]] == [
+        None, "axis-halo", "axis-value"], "the values have a rim, so that no line strikes them through"  # fmt: skip
+
+
+def test_the_line_of_an_effect_goes_through_the_means_over_seeds(sweep):
+    jobs = [(f"trainer.learning_rate={lr} seed={s} dataset.seed=1", lr * 1e4 + s / 10) for lr in (5e-5, 1e-4) for s in (1, 2)]
+    chart = draw_effect(leaderboard.read_leaderboard(sweep(jobs)), speaker("en"))
+    line, points = chart["spec"]["layer"]
+    assert line["encoding"]["y"]["aggregate"] == "mean" and "tooltip" not in chart["spec"]["encoding"], "it would part the runs"
+    assert [one["field"] for one in points["encoding"]["tooltip"]] == ["run", "x", "loss"]
+    assert chart["spec"]["encoding"]["x"]["axis"]["format"] == "~e"
+
+
+def test_a_blank_completion_is_named(sweep):
+    folder = sweep([("lora.r=8", 2.0), ("lora.r=16", 1.5)])
+    for job in leaderboard.read_leaderboard(folder).index.jobs:
+        line = {"prompt": "p", "question": "why?"}
+        lines = [{**line, "step": 0, "completion": ""}, {**line, "step": 4, "completion": "\n\n\n"}]
+        (folder / job.folder / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    page = write_sweep_report(leaderboard.read_leaderboard(folder)).read_text(encoding="utf-8")
+    assert page.count("nothing but white space") == 2 and page.count("empty completion") == 1 and page.count(">blank<") == 3
 
 
 def test_a_sweep_without_the_chart_engine_has_its_table_and_says_that_no_report_is_drawn(sweep):
