@@ -91,7 +91,7 @@ class RunRecord:
         try:
             yield
         finally:
-            seconds = self.facts["seconds"] = self.facts.get("seconds") or {}
+            seconds = self.facts["seconds"] = {**(self.facts.get("seconds") or {})}  # those of an earlier session stay theirs
             seconds[part] = round((seconds.get(part) or 0.0) + time.monotonic() - start, 2)
 
 
