@@ -124,7 +124,9 @@ def _keep_code(record: RunRecord) -> None:
         kept = folder / (file.name if alone else str(file).strip("/").replace("/", "_"))
         if not kept.exists():
             folder.mkdir(exist_ok=True)
-            shutil.copy(file, kept)
+            part = folder / f".{kept.name}.part"  # a copy that is cut must not pass for the file
+            shutil.copy(file, part)
+            part.replace(kept)
 
 
 def record_session(record: RunRecord, facts: dict, checkpoint: Path | None) -> None:

@@ -13,7 +13,9 @@ from sft.data.prepare import prepare
 from sft.errors import Refusal
 from sft.lifecycle import run
 from sft.model.tokenizer import load_tokenizer
+from sft.runs.record import RunRecord, _keep_code
 from sft.signals import StopRequest
+from sft.storage.jsonio import jsonable
 from tests.conftest import ROOT, SMALL, make_settings
 
 CODE = """
@@ -153,6 +155,21 @@ def test_a_folder_from_elsewhere_does_not_run_its_function_unasked(place):
     assert "Python code run that is in mine.py" in problem.why and "dataset.format" in problem.fix
     assert check_destinations(settings, {}, ['dataset.format="mine.py:to_row"'], "resume=outputs/r") == []
     assert check_destinations(settings, {"destinations_mark": mark(settings)}, [], "resume=outputs/r") == []
+
+
+def test_a_copy_of_the_code_that_was_cut_is_made_again(place, monkeypatch):
+    record = RunRecord(place, settings=jsonable(settings_for("to_row")))
+
+    def cut(source, target):
+        target.write_text(CODE[:10])
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(shutil, "copy", cut)
+        _keep_code(record)
+    assert not (place / "code" / "mine.py").exists()
+    _keep_code(record)
+    assert [file.name for file in (place / "code").iterdir()] == ["mine.py"] and (place / "code/mine.py").read_text() == CODE
 
 
 def test_a_run_keeps_the_code_and_goes_on_with_the_same_alone(place, monkeypatch):
