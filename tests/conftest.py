@@ -224,7 +224,7 @@ LONG_FILES = ("integration/test_dpo", "export_gguf", "integration/test_distribut
               "integration/test_sweep", "config/test_refusals", "backends", "integration/test_grpo", "cli/test_composition",
               "data/test_hints", "integration/test_export", "test_presets", "data/test_files", "integration/test_run",
               "config/test_hints", "test_notebook", "integration/test_chat", "preflight/test_checks", "test_sft_command",
-              "data/test_prepare", "test_folders", "integration/test_hub")  # fmt: skip
+              "data/test_prepare", "test_folders", "integration/test_hub", "integration/test_families")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

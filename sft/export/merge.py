@@ -112,6 +112,18 @@ def save(model: Any, tokenizer: Any, stop_ids: list[int], place: Path, source: s
         vocabulary = _sentencepiece_file(source)
         if vocabulary and not (work / "tokenizer.model").exists():
             shutil.copy(vocabulary, work / "tokenizer.model")
+        _name_tokenizer(model, work)
+
+
+def _name_tokenizer(model: Any, place: Path) -> None:
+    """Give Phi-4's tokenizer the class that its maker names: llama.cpp's converter tells it from Phi-3's by that, and
+    transformers saves it under another, by which it loads the same one for this kind of model."""
+    config, files = place / "tokenizer_config.json", [place / "tokenizer.json", place / "tokenizer.model"]
+    if getattr(model.config, "model_type", None) != "phi3" or not files[0].is_file() or files[1].exists():
+        return
+    if "ByteLevel" in json.dumps(json.loads(files[0].read_text(encoding="utf-8")).get("pre_tokenizer")):
+        named = {**json.loads(config.read_text(encoding="utf-8")), "tokenizer_class": "GPT2Tokenizer"}
+        config.write_text(json.dumps(named, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def set_stop_tokens(model: Any, tokenizer: Any, stop_ids: list[int]) -> None:

@@ -41,7 +41,8 @@ TWINS = {
     "granite": {},
     "phi3": {},
     "ministral3": HEADS,
-    "gemma3_text": {**HEADS, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+    # llama.cpp takes five layers that slide for each that does not, and the scale of the head's width.
+    "gemma3_text": {**HEADS, "sliding_window": 64, "num_hidden_layers": 6, "query_pre_attn_scalar": 16},
     "gemma4_text": GEMMA4,
     "gemma4": {},
     "qwen3_5": {},
@@ -60,8 +61,8 @@ PADDED = {
 }
 """Families whose rows are padded, and why."""
 
-GGUF = ["lfm2", "gpt_oss", "qwen3_5_text"]
-"""Families whose GGUF file is made and proven here."""
+GGUF = ["llama", "qwen3", "smollm3", "granite", "phi3", "gemma3_text", "qwen3_5_text", "lfm2", "qwen3_moe", "gpt_oss"]
+"""Families whose GGUF files are made and proven in test_families_gguf.py."""
 
 
 @functools.cache
@@ -90,6 +91,9 @@ def make_twin(family: str, place: Path) -> Path:
     assert sum(p.numel() for p in model.parameters()) < 3_000_000 or len(tokenizer) > 10_000
     model.save_pretrained(place / family)
     tokenizer.save_pretrained(place / family)
+    if family == "phi3":  # as Phi-4's on the hub
+        config = place / family / "tokenizer_config.json"
+        config.write_text(json.dumps({**read_json(config), "tokenizer_class": "GPT2Tokenizer"}), encoding="utf-8")
     return place / family
 
 
@@ -187,15 +191,6 @@ def test_a_model_that_caps_the_logits_of_its_attention_is_not_padding_free():
 
 
 @pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's parts are not installed: {gguf.INSTALL}")
-@pytest.mark.parametrize("family", GGUF)
-def test_the_gguf_file_of_a_family_is_proven(family, all_tokens, tmp_path):
-    job = (f"model.name={make_twin(family, tmp_path)}", write_rows(tmp_path), "export.formats=[gguf]")
-    folder = train(tmp_path / "run", *job, "export.gguf.quantizations=[f16]", "trainer.max_steps=2")
-    proof = read_json(folder / "export" / "verify.json")["artifacts"]["gguf/f16"]
-    assert (proof["status"], proof["failed"]) == ("ok", [])
-
-
-@pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's parts are not installed: {gguf.INSTALL}")
 @pytest.mark.parametrize(
     ("family", "why"), [("ministral3", "asks its own package gguf"), ("gemma4", "looks for global_head_dim")]
 )
@@ -230,5 +225,5 @@ def test_the_table_of_families_says_what_the_tests_show():
         shown = "the seven" + " of its text part" * (own == families.TEXT_PART)
         assert layers == (shown if own in (None, families.TEXT_PART) else ", ".join(f"`{name}`" for name in own)), family
         assert speed == (f"padded: {PADDED[family]}" if family in PADDED else "padding-free"), family
-        proven = family in GGUF or f"{family}_text" in GGUF or family == "llama"
-        assert files == ("refused" if family in gguf.UNREAD else "proven" if proven else "not tried"), family
+        proven = family in GGUF or f"{family}_text" in GGUF
+        assert files == ("refused" if family in gguf.UNREAD else "proven" if proven else "?"), family
