@@ -72,6 +72,7 @@ def _export(folder: Path, settings: Settings, weights: Path | None) -> dict[str,
     started = time.monotonic()
     log.info("Export %s of %s", ", ".join(wanted.formats), os.path.relpath(trained.weights))
     model = merge.load_trained(settings, trained.weights)
+    trained.config = merge.config_of(model)
     trained.rows = measure.complete_rows(
         model, trained.rows, trained.new_tokens, trained.stop_ids, trained.tokenizer.pad_token_id)  # fmt: skip
     reference = measure_weights(model, trained, wanted)

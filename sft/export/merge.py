@@ -13,6 +13,10 @@ from sft.errors import Refusal, first_line, refuse
 from sft.model.files import check_adapter_files, check_model_files
 from sft.storage import atomic
 
+OF_THE_FILE = {"_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "quantization_config",
+               "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache"}  # fmt: skip
+"""Keys of a config in which a merged model may differ from the trained one."""
+
 
 def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> Any:
     """The trained model, loaded afresh through transformers and PEFT: the base and `weights`, adapter/ or model/.
@@ -146,6 +150,12 @@ def save_4bit(merged: Path, place: Path) -> None:
     with atomic.new_folder(place, manifest=False) as work:
         model.save_pretrained(work, max_shard_size="5GB")
         AutoTokenizer.from_pretrained(merged, trust_remote_code=False).save_pretrained(work)
+
+
+def config_of(model: Any) -> dict[str, str]:
+    """What a model's config says of how it computes: each key's value as JSON."""
+    found = model.config.get_text_config().to_dict()
+    return {key: json.dumps(value, sort_keys=True, default=str) for key, value in found.items() if key not in OF_THE_FILE}
 
 
 def load_merged(folder: Path, dtype: Any) -> Any:

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Trained:
     rewarding: Rewarding | None = None
     """What rewards completions, of a run with rewards."""
     why_not_rewarded: str = ""
+    config: dict[str, str] = field(default_factory=dict)
+    """`merge.config_of` the trained model."""
 
     @property
     def rewarded(self) -> bool:
@@ -187,6 +189,7 @@ def prove_folder(
             trained.tokens, verify.read_tokens(tokenizer, ends, trained.texts, questions), trained.tokenizer.bos_token_id
         )
         model = merge.load_merged(place, _torch_dtype(trained))
+        checks.append(verify.compare_configs(trained.config, merge.config_of(model)))
         ids = model.generation_config.eos_token_id
         found = measure.measure_torch(
             model, trained.rows, trained.settings.export.num_prompts, trained.new_tokens,

@@ -87,6 +87,15 @@ def compare_tokens(trained: Tokens, found: Tokens, bos: int | None) -> list[Chec
     return checks
 
 
+def compare_configs(trained: dict[str, str], found: dict[str, str]) -> Check:
+    """What a config says of how a model computes, by key: a cap or a scale that is lost there may move the loss of the compared
+    rows by little, and that of others by much."""
+    changed = [key for key in trained.keys() | found.keys() if trained.get(key) != found.get(key)]
+    text = ", ".join(f"{key}={found.get(key, 'none')}" for key in sorted(changed))
+    expected = ", ".join(f"{key}={trained.get(key, 'none')}" for key in sorted(changed))
+    return Check("config", not changed, expected or "as trained", text or "as trained")
+
+
 def lossless_limits(dtype: str, rewarded: bool) -> tuple[float, float]:
     """(LOSSLESS, TIE) of an export by the type that the model computes in, and whether the run was rewarded."""
     limits = LOSSLESS[dtype], TIE[dtype]

@@ -2,12 +2,18 @@
 it.
 """
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from sft.errors import Refusal
+from sft.export import exporter, merge
+from sft.model import loss as model_loss
 from sft.model import padding_free
+from sft.runs.saved import settings_of
 from sft.storage.jsonio import read_json
 from sft.training import acceleration
 from tests.faults.fault_campaign import write_rows
@@ -73,3 +79,79 @@ def test_a_thousandth_of_the_token_before_is_a_leak(share, twin):  # noqa: F811
 @pytest.mark.parametrize("family", ["qwen3", "granite", "phi3", "gemma3_text", "gemma4_text", "qwen3_moe"])
 def test_rows_of_a_family_that_is_padding_free_see_none_of_each_other(family, dtype, twin):  # noqa: F811
     assert acceleration._difference(padding_free_twin(twin(family)), rows(), 0, dtype) == ""
+
+
+# ------------------------------------------------------------------------------------------------- a lost soft cap
+
+
+def scaled_twin(folder, target, cap, factor):
+    """A copy of the twin in `folder` with a cap of its logits, which are `factor` times as large."""
+    shutil.copytree(folder, target)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.get_output_embeddings().weight.data *= factor  # its own embeddings, which a norm follows
+    model.config.final_logit_softcapping = cap
+    model.save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("trained", [True, False], ids=["output layer trained", "output layer frozen"])
+def test_the_loss_and_log_probs_of_capped_logits_and_their_gradients_are_those_of_whole_logits(monkeypatch, cap, trained):
+    monkeypatch.setattr(model_loss, "PIECE", 30)
+    torch.manual_seed(0)
+    hidden, weight, targets, given = torch.randn(7, 5), torch.randn(11, 5) * 3, torch.randint(0, 11, (7,)), torch.randn(7)
+    found = []
+    for ours in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        logits = h @ w.t()
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        logs = torch.log_softmax(logits / 0.7, -1).gather(1, targets[:, None])[:, 0]
+        if ours:
+            loss = model_loss.linear_cross_entropy(h, w, targets, cap)
+            logs = model_loss.linear_log_probs(h, w, targets, 0.7, cap)
+        (loss / 3 + (logs * given).sum()).backward()
+        found.append((loss.detach(), logs.detach(), h.grad, w.grad if trained else torch.zeros(1)))
+    for ours, whole in zip(*found, strict=True):
+        assert torch.allclose(ours, whole, atol=1e-5)
+
+
+def test_a_model_that_caps_its_logits_is_padding_free_with_the_loss_of_padded_rows(twin, tmp_path):  # noqa: F811
+    place = scaled_twin(twin("gemma3_text"), tmp_path / "capped", 2.0, 30)
+    job = (f"model.name={place}", write_rows(tmp_path), "trainer.max_steps=2")
+    free, padded = (read_json(train(tmp_path / name, *job, *more) / "run.json")
+                    for name, more in (("free", ()), ("padded", ("trainer.padding_free=false",))))  # fmt: skip
+    assert free["speed"]["padding_free"] and not padded["speed"]["padding_free"]
+    for key in ("eval_loss_start", "eval_loss"):
+        assert free["metrics"][key] == pytest.approx(padded["metrics"][key], abs=2e-5)
+
+
+def test_a_cap_that_the_padding_free_loss_loses_pads_the_rows(twin, tmp_path, monkeypatch):  # noqa: F811
+    lost = model_loss.linear_cross_entropy
+    monkeypatch.setattr(
+        padding_free, "linear_cross_entropy", lambda hidden, weight, targets, cap: lost(hidden, weight, targets)
+    )
+    model = padding_free_twin(scaled_twin(twin("gemma3_text"), tmp_path / "capped", 2.0, 30))
+    assert "the loss of the first rows" in acceleration._difference(model, rows(), 0, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("cap", "factor", "failed"), [(2.0, 30, ["config", "loss"]), (30.0, 1, ["config"])], ids=["it matters", "it hardly does"]
+)
+def test_a_soft_cap_that_an_export_loses_fails_its_proof(twin, tmp_path, monkeypatch, cap, factor, failed):  # noqa: F811
+    place = scaled_twin(twin("gemma3_text"), tmp_path / "capped", cap, factor)
+    job = (f"model.name={place}", write_rows(tmp_path), "trainer.max_steps=2", "export=merged_16bit")
+    folder = train(tmp_path / "run", *job)
+    assert read_json(folder / "export" / "verify.json")["artifacts"]["merged_16bit"]["failed"] == []
+    usual = merge.save
+
+    def save(*args):
+        usual(*args)
+        config = args[3] / "config.json"
+        config.write_text(json.dumps({**read_json(config), "final_logit_softcapping": None}), encoding="utf-8")
+
+    monkeypatch.setattr(merge, "save", save)
+    facts = exporter.export_run(folder, settings_of(folder)[0])["artifacts"]["merged_16bit"]
+    assert facts["status"] == "failed" and [name for name in facts["failed"] if name != "answers"] == failed
+    (check,) = [check for check in facts["checks"] if check["name"] == "config"]
+    assert (check["expected"], check["found"]) == (f"final_logit_softcapping={cap}", "final_logit_softcapping=null")
