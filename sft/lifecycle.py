@@ -32,7 +32,7 @@ from sft.training.checkpoint import find_checkpoint, restore_run, steps_saved
 from sft.training.context import RunContext
 from sft.training.metrics import Recorder
 from sft.training.sampling import SampleWriter, generator
-from sft.training.saving import note_kept, save_weights
+from sft.training.saving import note_kept, save_weights, say_idle_experts
 from sft.training.time_budget import TimeBudget
 from sft.training.trainer import Loop
 
@@ -157,6 +157,7 @@ def train(ctx: RunContext) -> tuple[str, str | None]:
         recorder.final["proof_loss"] = round(method.held_out_loss(ctx, trainer), 6)
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
     if group.is_first():
+        say_idle_experts(model)
         name = save_weights(model, ctx.tokenizer, settings, ctx.folder, weights)
         record.update(artifacts={name: name})
     with contextlib.suppress(signals.Interrupted):

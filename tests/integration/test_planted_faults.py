@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from sft.errors import Refusal
 from sft.export import exporter, merge
+from sft.model import adapters, padding_free, structure
 from sft.model import loss as model_loss
-from sft.model import padding_free
 from sft.runs.saved import settings_of
 from sft.storage.jsonio import read_json
 from sft.training import acceleration
@@ -155,3 +155,45 @@ def test_a_soft_cap_that_an_export_loses_fails_its_proof(twin, tmp_path, monkeyp
     assert facts["status"] == "failed" and [name for name in facts["failed"] if name != "answers"] == failed
     (check,) = [check for check in facts["checks"] if check["name"] == "config"]
     assert (check["expected"], check["found"]) == (f"final_logit_softcapping={cap}", "final_logit_softcapping=null")
+
+
+# ------------------------------------------------------------------------------------------- what is never reached
+
+
+def test_layers_whose_adapter_gets_no_gradient_are_counted_and_named_once(twin, tmp_path, monkeypatch, caplog):  # noqa: F811
+    usual = adapters.attach
+
+    def attach(model, *args):
+        found = usual(model, *args)
+        skipped = structure.decoder_layers(model)[1]
+        skipped.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        return found
+
+    monkeypatch.setattr(adapters, "attach", attach)
+    job = (f"model.name={twin('llama')}", write_rows(tmp_path), "trainer.max_steps=3", "trainer.logging_steps=1")
+    train(tmp_path / "run", *job)
+    (line,) = [line for line in caplog.messages if "no gradient" in line]
+    assert "Step 1: 14 trained weights of 7 layers have had no gradient" in line
+    assert "model.layers.1.self_attn.q_proj, " in line and "and 4 more" in line and "layers.0" not in line
+
+
+def test_all_that_is_trained_of_a_family_gets_a_gradient_and_nothing_is_said(twin, tmp_path, caplog):  # noqa: F811
+    job = (f"model.name={twin('qwen3_5_text')}", write_rows(tmp_path), "trainer.max_steps=2")
+    train(tmp_path / "run", *job)
+    assert not [line for line in caplog.messages if "no gradient" in line or "experts" in line]
+
+
+@pytest.mark.parametrize("idle", [0, 1])
+def test_experts_that_no_token_was_sent_to_are_counted(twin, tmp_path, caplog, idle):  # noqa: F811
+    """The router of one expert is 0, and those of two others are opposite: one of these always wins."""
+    shutil.copytree(twin("qwen3_moe"), place := tmp_path / "twin")
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    for layer in model.model.layers if idle else ():
+        layer.mlp.gate.weight.data[0], layer.mlp.gate.weight.data[2] = 0, -layer.mlp.gate.weight.data[1]
+    model.config.num_experts_per_tok = 1 if idle else 4
+    model.save_pretrained(place)
+    names = "[mlp.experts.gate_up_proj,mlp.experts.down_proj]"
+    job = (f"model.name={place}", write_rows(tmp_path), f"lora.extra.target_parameters={names}", "lora.r=4")
+    train(tmp_path / "run", *job, "trainer.max_steps=4")
+    said = [line for line in caplog.messages if "sent no token" in line]
+    assert len(said) == idle and all("2 of 8 experts were sent no token in training" in line for line in said)
