@@ -214,6 +214,5 @@ def _pad(tokens: Tokens) -> str:
 
 
 def _same_template(trained: Tokens, found: Tokens) -> bool:
-    if trained.chats or found.chats:
-        return trained.chats == found.chats
-    return bool(trained.chat_template) == bool(found.chat_template)
+    # Of one turn they may render the same, and of a conversation, of tools or with thinking off not.
+    return trained.chats == found.chats and (trained.chat_template or "") == (found.chat_template or "")

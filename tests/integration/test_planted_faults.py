@@ -197,3 +197,33 @@ def test_experts_that_no_token_was_sent_to_are_counted(twin, tmp_path, caplog, i
     train(tmp_path / "run", *job, "trainer.max_steps=4")
     said = [line for line in caplog.messages if "sent no token" in line]
     assert len(said) == idle and all("2 of 8 experts were sent no token in training" in line for line in said)
+
+
+# ---------------------------------------------------------------------------------------------- a wrong chat template
+
+
+def of_another_kind(template: str) -> str:
+    return "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %}[model]{% endif %}"
+
+
+def of_one_turn(template: str) -> str:
+    """Another only where a conversation goes on, or begins with a word from the system."""
+    return template + "{% if messages | length > 1 %}\n{% endif %}"
+
+
+@pytest.mark.parametrize("fault", [of_another_kind, of_one_turn])
+def test_an_export_whose_chat_template_is_another_fails_its_proof(fault, twin, tmp_path, monkeypatch):  # noqa: F811
+    job = (f"model.name={twin('qwen3')}", write_rows(tmp_path), "trainer.max_steps=1")
+    folder, usual = train(tmp_path / "run", *job), merge.save
+
+    def save(*args):
+        usual(*args)
+        file = args[3] / "chat_template.jinja"
+        file.write_text(fault(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+    settings = settings_of(folder)[0]
+    settings.export.formats = ["merged_16bit"]
+    assert exporter.export_run(folder, settings)["artifacts"]["merged_16bit"]["failed"] == []
+    monkeypatch.setattr(merge, "save", save)
+    facts = exporter.export_run(folder, settings)["artifacts"]["merged_16bit"]
+    assert facts["status"] == "failed" and facts["failed"] == ["chat_template"]
