@@ -134,11 +134,11 @@ def train(ctx: RunContext) -> tuple[str, str | None]:
     with record.timed("load"), ctx.budget.measured("load"):
         limit_memory(settings)
         acceleration.warm_up(plan)
-        model, source = warm_cache.load_model(settings, plan)
+        model, source = warm_cache.load_model(settings, plan, lambda model: measure.known_loss(model, ctx.folder))
         model = warm_cache.attach_adapter(model, settings, plan)
-    total, trained = structure.count_parameters(model)
+    total, trained = (counts := structure.count_parameters(model)).values()
     facts = {"name": settings.model.name, "source": source, "backend": plan.backend, "dtype": f"torch.{plan.dtype}"}
-    record.update(model={**facts, **(counts := {"parameters": total, "trainable_parameters": trained})})
+    record.update(model={**facts, **counts, **structure.rounding_of(model)})
     recorder.tracking.describe(counts)
     log.info("Model  %s through %s: %s of %s parameters trained", source, plan.backend, f"{trained:,}", f"{total:,}")
 

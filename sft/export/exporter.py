@@ -91,10 +91,15 @@ def _export(folder: Path, settings: Settings, weights: Path | None) -> dict[str,
     try:
         if with_merged:
             begun = time.monotonic()
-            if getattr(model, "is_quantized", False):
+            if getattr(model, "is_quantized", False) or settings.model.load_in_fp8:
                 del model
                 environment.release_memory()
                 model = merge.load_trained(settings, trained.weights, quantised=False)
+            if settings.model.load_in_fp8:  # what is merged is not what was trained: the weights before they were rounded
+                report["as_trained"], reference = report["reference"], measure_weights(model, trained, wanted)
+                report["reference"] = reference_facts(trained, reference, base_loss(model, trained))
+                log.info("       as trained in FP8 loss %.4f, with the weights as they were %.4f",
+                         report["as_trained"]["loss"], reference.loss)  # fmt: skip
             model = merge.merge(model)
             try:
                 merge.save(model, trained.tokenizer, trained.stop_ids, merged, _source(trained))

@@ -22,7 +22,8 @@ def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> A
     """The trained model, loaded afresh through transformers and PEFT: the base and `weights`, adapter/ or model/.
 
     `quantised=False` turns a base that was trained in 4 or 8 bits into plain layers that hold the very same values, so that
-    an adapter can be folded in without being rounded to 4 bits. Raises Refusal if the base cannot be found, or the files of
+    an adapter can be folded in without being rounded to 4 bits; one that was trained in FP8 is loaded as it was before its
+    weights were rounded. Raises Refusal if the base cannot be found, or the files of
     `weights` cannot be believed.
     """
     from sft.model import backend, loading
@@ -39,6 +40,8 @@ def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> A
     problems = check_adapter_files(weights, f"run={weights.parent}")
     if problems:
         raise Refusal(problems)
+    if settings.model.load_in_fp8 and not quantised:
+        settings = replace(settings, model=replace(settings.model, load_in_fp8=False))
     base, _ = loading.load_model(settings, plan_saved(settings))
     if changes_base(settings.lora):  # a checkpoint's start is taken out of the base anew, by the same random numbers
         set_seed(settings.seed)

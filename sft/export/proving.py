@@ -43,6 +43,11 @@ class Trained:
     """`merge.config_of` the trained model."""
 
     @property
+    def noise(self) -> str:
+        """Whose rounding the trained model has, as verify.LOSSLESS names it: FP8 products', else that of `dtype`."""
+        return "fp8" if self.settings.model.load_in_fp8 else self.dtype
+
+    @property
     def rewarded(self) -> bool:
         """Whether it was trained on rewards of its own completions."""
         return self.settings.method.name == MethodName.grpo
@@ -125,7 +130,7 @@ def compare_with_training(trained: Trained, reference: measure.EvalResult) -> tu
             "note": "not measured in training",
         }
     # Unsloth's kernels and transformers' round bfloat16 differently; in float32 they agree.
-    allowed = 2 * verify.LOSSLESS[trained.dtype]
+    allowed = 2 * verify.LOSSLESS[trained.noise]
     checks = [
         verify.Check(
             "loss", abs(reference.loss - in_memory) <= allowed, f"{in_memory:.4f} ± {allowed:g}", f"{reference.loss:.4f}"
@@ -137,16 +142,16 @@ def compare_with_training(trained: Trained, reference: measure.EvalResult) -> tu
         sampled = replace(sampled, completions=[measure.completion_of(row) for row in kept])
         sampled.rewards = [row.rewards for row in kept if row.rewards]
     # Several prompts were completed at once, in other batches: what rounding makes of a tie is no difference.
-    judged, completions = verify.compare_completions("answers", reference, sampled, verify.TIE[trained.dtype])
+    judged, completions = verify.compare_completions("answers", reference, sampled, verify.TIE[trained.noise])
     if sampled.completions and trained.dtype == "float32":
         checks.append(judged)
-    ties = verify.ties_of(completions["partings"], verify.TIE[trained.dtype])
+    ties = verify.ties_of(completions["partings"], verify.TIE[trained.noise])
     rewarded, of_rewards = verify.compare_rewards(
         sampled.rewards, reference.rewards, trained.reward_weights, ties, exact=trained.dtype == "float32"
     )
     checks += rewarded
     in_memory_pairs = [row.trained_log_probs for row in trained.rows]
-    signs, of_pairs = verify.compare_margins(trained.rows, in_memory_pairs, reference, trained.dtype, judged=True)
+    signs, of_pairs = verify.compare_margins(trained.rows, in_memory_pairs, reference, trained.noise, judged=True)
     checks += signs
     facts = {
         "loss": round(reference.loss, 6),

@@ -13,13 +13,13 @@ from typing import Any
 from sft.export import measure
 from sft.export.measure import EvalResult, HeldOutRow
 
-LOSSLESS = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2}
+LOSSLESS = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2, "fp8": 2e-2}
 """Largest difference in loss, in nats a token, by the type that the model computes in.
 
 Rounding SmolLM2's merged weights to float16 moved the loss by 6e-4 (docs/export.md); an 8B model's to bfloat16 by 4e-3.
 """
 
-TIE = {"float32": 0.05, "bfloat16": 0.25, "float16": 0.25}
+TIE = {"float32": 0.05, "bfloat16": 0.25, "float16": 0.25, "fp8": 0.5}
 """Two tokens whose log probabilities are closer than this are a tie: rounding may choose either."""
 
 ROUNDED_LOSS, ROUNDED_TIE = 1e-2, 0.5

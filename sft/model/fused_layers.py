@@ -62,7 +62,9 @@ def _plain_adapter(module: Any) -> str | None:
     import torch
     from peft.tuners.lora.layer import Linear
 
-    if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear:
+    from sft.model.fp8 import Fp8Linear
+
+    if type(module) is not Linear or type(module.base_layer) not in (torch.nn.Linear, Fp8Linear):
         return None
     names = [name for name in module.active_adapters if name in module.lora_A]
     if len(names) != 1 or names[0] in module.lora_variant or module.merged or module.disable_adapters:

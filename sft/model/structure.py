@@ -10,15 +10,21 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def count_parameters(model: Any) -> tuple[int, int]:
-    """(all parameters, trained parameters); a 4-bit weight counts as the values it packs."""
+def count_parameters(model: Any) -> dict[str, int]:
+    """All parameters and the trained ones; a 4-bit weight counts as the values it packs."""
     total = trained = 0
     for parameter in model.parameters():
         packed = type(parameter).__name__ == "Params4bit"
         count = parameter.numel() * (2 * parameter.element_size() if packed else 1)
         total += count
         trained += parameter.numel() if parameter.requires_grad else 0
-    return total, trained
+    return {"parameters": total, "trainable_parameters": trained}
+
+
+def rounding_of(model: Any) -> dict[str, Any]:
+    """What run.json keeps of a base that was rounded to FP8."""
+    facts = getattr(base_of(model), "rounding", None)
+    return {"fp8": facts} if facts else {}
 
 
 class attention_of:

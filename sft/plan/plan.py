@@ -197,7 +197,8 @@ def _has_room(settings: Settings, machine: Machine, config: dict[str, Any]) -> b
     layers = config["num_hidden_layers"] * (attention + 3 * hidden * config["intermediate_size"])
     ends = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
     each = 2.0 if settings.lora.enabled else TRAINED
-    packed = 0.57 if settings.model.load_in_4bit else 1.0 if settings.model.load_in_8bit else each
+    model = settings.model
+    packed = 0.57 if model.load_in_4bit else 1.0 if model.load_in_8bit or model.load_in_fp8 else each
     return layers * packed + ends * each <= ROOM * (machine.total_gib or 0) * 2**30
 
 
@@ -289,6 +290,7 @@ def load_plan_of(settings: Settings, plan: Plan, machine: Machine) -> memory.Loa
     return memory.LoadPlan(
         backend=plan.backend,
         bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else 32 if plan.dtype == "float32" else 16,
+        fp8=model.load_in_fp8,
         full=not settings.lora.enabled,
         adapter_bytes=2 if not settings.lora.enabled and model.dtype in (Dtype.bfloat16, Dtype.float16) else 4,
         checkpointing=machine.gpu if wanted is None else wanted,

@@ -55,6 +55,9 @@ def examine(
     machine = machine or look(settings)
     found, whole = Found(plan=plan), settings.preflight.mode != PreflightMode.skip
     check_settings(found, settings, sources)
+    if settings.model.load_in_fp8 and machine.gpu and not machine.fp8:
+        why = f"{machine.name} multiplies no FP8 numbers: that begins with compute capability 8.9 (L4, RTX 4090, H100)."
+        found.refuse("Model", [Problem("model.load_in_fp8=true", why, "model.load_in_fp8=false")])
     if whole:
         check_versions(found)
     with found.collecting("Data"):
