@@ -31,7 +31,7 @@ def load_model(settings: Settings, plan: Plan, loss_of: Callable[[Any], float | 
         load = _load_unsloth if plan.backend == "unsloth" else _load_transformers
         loaded = load(settings, plan, where)
     if model.load_in_fp8:
-        _round(loaded, loss_of)
+        _round(loaded, plan.fp8_twice, loss_of)
     commit = getattr(loaded.config, "_commit_hash", None)
     return loaded, f"{source} at {commit}" if commit and source.startswith("hub") else source
 
@@ -61,7 +61,7 @@ def _load_unsloth(settings: Settings, plan: Plan, where: str) -> Any:
     return loaded
 
 
-def _round(model: Any, loss_of: Callable[[Any], float | None] | None) -> None:
+def _round(model: Any, twice: bool, loss_of: Callable[[Any], float | None] | None) -> None:
     """Round the layers of a model to FP8, and say what that costs. What a run has trained may also be used where there is no
     FP8: there the weights stay as they are."""
     from sft.model import fp8
@@ -70,7 +70,7 @@ def _round(model: Any, loss_of: Callable[[Any], float | None] | None) -> None:
         log.warning("This device multiplies no FP8 numbers: the model stays in 16 bits, other than as it was trained.")
         return
     before = loss_of(model) if loss_of else None
-    layers, others = fp8.round_layers(model)
+    layers, others = fp8.round_layers(model, twice)
     facts: dict[str, Any] = {"layers": layers, "not_rounded": others}
     cost = ""
     if loss_of and before is not None and (after := loss_of(model)) is not None:

@@ -1,7 +1,7 @@
 """The parts of a loaded model: its base, decoder layers, attention and parameters."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -59,6 +59,24 @@ def short_walks(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.train, model.zero_grad
+
+
+ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that are given the same tensor, by the names that transformers' models have for them."""
+
+
+def with_one_input(model: Any, layers: Iterable[Any]) -> list[list[Any]]:
+    """Those of `layers` that have one input together, each of the others by itself."""
+    left, found = dict.fromkeys(layers), []
+    for parent in model.modules():
+        for names in ONE_INPUT:
+            members = [getattr(parent, name, None) for name in names]
+            members = [module for module in members if module in left]
+            if len({module.in_features for module in members}) == 1:
+                found.append(members)
+                for module in members:
+                    del left[module]
+    return found + [[module] for module in left]
 
 
 def decoder_layers(base: Any) -> list[Any]:

@@ -70,8 +70,9 @@ class LoadPlan:
     """`unsloth` or `transformers`."""
     bits: int = 16
     """Of a packed weight: 4, 8 or 16; 32 in float32."""
-    fp8: bool = False
-    """Whether packed weights are kept in FP8 (sft/model/fp8.py); `bits` are those that are computed in around them."""
+    fp8: int = 0
+    """Bytes of a packed weight where it is kept in FP8 (sft/model/fp8.py): 1, or 2 where it is kept transposed too. `bits` are
+    those that are computed in around it."""
     full: bool = False
     """Whether every weight is trained."""
     checkpointing: bool = True
@@ -167,7 +168,7 @@ def _weight_bytes(shape: ModelDims, load: LoadPlan, value: int) -> float:
     if load.bits == 4:
         return shape.packed * (NF4_OPEN_BYTES if load.padding_free else NF4_BYTES) + others
     if load.bits == 8 or load.fp8:
-        return shape.packed + others
+        return shape.packed * (load.fp8 or 1) + others
     return shape.parameters * value
 
 
