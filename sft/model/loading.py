@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sft import environment
 from sft.config.schema import Attention, Settings
 from sft.distributed import strategy
 from sft.errors import Refusal
@@ -71,6 +72,7 @@ def _round(model: Any, twice: bool, loss_of: Callable[[Any], float | None] | Non
         return
     before = loss_of(model) if loss_of else None
     layers, others = fp8.round_layers(model, twice)
+    environment.release_memory()  # that of the weights as they were
     facts: dict[str, Any] = {"layers": layers, "not_rounded": others}
     cost = ""
     if loss_of and before is not None and (after := loss_of(model)) is not None:
