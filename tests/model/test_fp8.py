@@ -10,12 +10,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from sft.launch.ranks import launch
 from sft.lifecycle import run
 from sft.model import fp8, warm_cache
 from sft.model.builtin import TINY_RANDOM, local_model
 from sft.model.fused_layers import fused_inference
 from sft.model.padding_free import install
-from sft.storage.jsonio import read_json
+from sft.runs.record import Context
+from sft.storage.jsonio import read_json, read_lines
 from sft.training import acceleration, checkpoint
 from tests.conftest import SMALL, make_settings
 from tests.faults.fault_campaign import compare
@@ -168,6 +170,16 @@ def test_a_run_that_was_cut_and_resumed_ends_as_the_whole_one(tmp_path):
     shutil.rmtree(cut / "adapter")
     assert run(job, cut).exit_code == 0
     assert read_json(cut / "run.json")["sessions"][-1]["from"] == "checkpoint-2" and compare(whole, cut) == []
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    job = (*JOB, "trainer.per_device_train_batch_size=2", "trainer.effective_batch_size=4")
+    one = run(make_settings(*job), tmp_path / "one")
+    two = launch(make_settings(*job, "distributed.num_processes=2"), tmp_path / "two", Context())
+    assert (one.status, two.status) == ("finished", "finished")
+    losses = [[line.get("loss", line.get("eval_loss")) for line in read_lines(tmp_path / name / "metrics.jsonl")]
+              for name in ("one", "two")]  # fmt: skip
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
 
 
 def test_jobs_of_a_sweep_share_the_rounded_model(tmp_path):
