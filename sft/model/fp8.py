@@ -5,7 +5,7 @@ rounded in each product. Each row of either, the values of one token or those of
 ("rowwise" in torch). Gradients of the inputs are products with the very same rounded weights. The weights get no gradient, and
 adapters, norms, embeddings and the output layer stay as they are.
 
-Needs torch's `scaled_mm`: compute capability 8.9 or higher, or a CPU, where it is slow.
+Needs `torch._scaled_mm`: compute capability 8.9 or higher, or a CPU, where it is slow.
 To be imported where there are such layers: it imports torch, whose compiler does not follow a class made in a function.
 """
 
