@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,7 @@ if not os.environ.get("SFT_TEST_GPU"):
 for name in ("HF_TOKEN", "WANDB_API_KEY", "HF_ENDPOINT"):
     os.environ.pop(name, None)
 
+import jinja2
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
@@ -65,6 +67,22 @@ def _load_yaml(file, load=OmegaConf.load):
 
 
 OmegaConf.load = staticmethod(_load_yaml)
+
+_code: dict[tuple, object] = {}
+
+
+def _compile(environment, source, *more, compile=jinja2.Environment.compile, **named):
+    """As Environment.compile, once for a text of an environment: PEFT's model card is written with each checkpoint."""
+    if not isinstance(source, str) or named:
+        return compile(environment, source, *more, **named)
+    key = environment, source, *more
+    if key not in _code:
+        _code[key] = compile(environment, source, *more)
+    return _code[key]
+
+
+jinja2.Environment.compile = _compile
+metadata.version = functools.cache(metadata.version)  # each run asks for fifty, a tenth of a tiny one
 
 TOKENS = 4096
 
