@@ -28,7 +28,7 @@ from tests.conftest import ROOT
 
 PRELOADED = ("sft.lifecycle", "sft.cli.job", "sft.cli.chat", "sft.export.exporter", "sft.methods.arguments", "sft.methods.sft",
              "sft.sweep.runner", "transformers.trainer", "transformers.models.llama.modeling_llama", "peft", "tests.forked",
-             "trl.trainer.sft_trainer")  # fmt: skip
+             "trl.trainer.sft_trainer", "tests.warmed")  # fmt: skip
 
 MODULES = {"sft.launch.ranks": "sft/launch/ranks.py", "sft.launch.isolated": "sft/launch/isolated.py",
            "sft.export": "sft/export/__main__.py"}  # fmt: skip
