@@ -19,11 +19,12 @@ from sft.export import exporter, gguf, merge
 from sft.lifecycle import run
 from sft.runs.saved import settings_of
 from sft.storage import jsonio
+from tests import forked
 from tests.conftest import ROOT, SMALL, make_settings
 from tests.faults.fault_campaign import export_hashes
 from tests.integration.test_export import LEARNT, copied, read  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("all_tokens", "forked_children")  # the converter of `trained` is a process of its own
+pytestmark = pytest.mark.usefixtures("all_tokens", "forked_children")
 needs_gguf = pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's parts are not installed: {gguf.INSTALL}")
 
 
@@ -32,7 +33,9 @@ def trained(tmp_path_factory, all_tokens):
     """One finished run with all formats exported, not to be changed: take a copy."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     gguf_files = ("export.gguf.quantizations=[f16,q8_0,q4_k_m]", "export.gguf.adapter=true")
-    result = run(make_settings(*SMALL, *LEARNT, "export=all", *gguf_files), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("subprocess.Popen", forked.popen)
+        result = run(make_settings(*SMALL, *LEARNT, "export=all", *gguf_files), folder)
     assert (result.status, result.exit_code) == ("finished", 0)
     return folder
 
@@ -77,8 +80,10 @@ def test_every_format_holds_what_was_trained(trained):
 
 
 @needs_gguf
-def test_the_gguf_adapter_on_the_base_is_the_merged_model(trained, tmp_path):
-    """base + alpha / r * B A, as llama.cpp computes it, for a layer whose rows llama.cpp reorders and one that it does not."""
+def test_the_gguf_adapter_on_the_base_is_the_merged_model(trained, tmp_path, monkeypatch):
+    """base + alpha / r * B A, as llama.cpp computes it, for a layer whose rows llama.cpp reorders and one that it does not. The
+    converter is started as always, not forked.
+    """
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -86,6 +91,7 @@ def test_the_gguf_adapter_on_the_base_is_the_merged_model(trained, tmp_path):
     base = json.loads((trained / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
+    monkeypatch.setattr("subprocess.Popen", forked.started)
     gguf.convert(tmp_path / "base", tmp_path / "base.gguf", "f32")
     base, merged, adapter = (
         {t.name: torch.from_numpy(t.data.copy()).float() for t in GGUFReader(file).tensors}
