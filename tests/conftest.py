@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import os
+import pickle
 import signal
 import sys
 from importlib import metadata
@@ -49,20 +50,21 @@ os.fsync = lambda descriptor: None  # that a disk has it is seen after a power c
 
 
 @functools.cache
-def _parsed(text: str) -> object:
-    return yaml.load(text, Loader=get_yaml_loader())
+def _pickled(text: str) -> bytes | None:
+    """The config of a file's text; None for one that is no table, or wrong."""
+    try:
+        plain = yaml.load(text, Loader=get_yaml_loader())
+    except (yaml.YAMLError, ValueError):
+        return None
+    return pickle.dumps(OmegaConf.create(plain)) if isinstance(plain, dict) else None
 
 
 def _load_yaml(file, load=OmegaConf.load):
-    """As OmegaConf.load; Hydra reads the same files a thousand times, a sixth of what composing takes."""
+    """As OmegaConf.load; Hydra reads the same files a thousand times, a fifth of what composing takes."""
     if hasattr(file, "read"):
-        try:
-            plain = _parsed(file.read())
-        except (yaml.YAMLError, ValueError):
-            plain = None
-        if isinstance(plain, dict):
-            return OmegaConf.create(plain)
-        file.seek(0)  # what is no table, or wrong, is its own
+        if pickled := _pickled(file.read()):
+            return pickle.loads(pickled)
+        file.seek(0)
     return load(file)
 
 
