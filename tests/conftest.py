@@ -239,12 +239,14 @@ def pytest_configure() -> None:
 
 
 # Two workers that take a file at a time end together if those of half a minute and more come first.
-LONG_FILES = ("integration/test_dpo", "export_gguf", "integration/test_distributed", "padding_free", "test_command",
-              "data/test_properties", "integration/test_safety", "start_from", "warm_cache", "test_resume",
-              "integration/test_sweep", "config/test_refusals", "backends", "integration/test_grpo", "cli/test_composition",
-              "data/test_hints", "integration/test_export", "test_presets", "data/test_files", "integration/test_run",
-              "config/test_hints", "test_notebook", "integration/test_chat", "preflight/test_checks", "test_sft_command",
-              "data/test_prepare", "test_folders", "integration/test_hub")  # fmt: skip
+LONG_FILES = ("integration/test_dpo", "export_gguf", "integration/test_distributed", "integration/test_grpo",
+              "config/test_refusals", "integration/test_safety", "padding_free", "data/test_properties",
+              "integration/test_families", "test_presets", "start_from", "test_resume", "backends", "integration/test_sweep",
+              "integration/test_export", "warm_cache", "cli/test_init", "test_sft_command", "data/test_hints",
+              "cli/test_composition", "test_command", "test_folders", "integration/test_run", "integration/test_chat",
+              "test_hints_elsewhere", "project/test_guides", "integration/test_hub", "cli/test_conversion", "data/test_prepare",
+              "data/test_files", "test_notebook", "preflight/test_checks", "test_lora_extra",
+              "data/test_conversations")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
