@@ -47,12 +47,14 @@ lint: $(VENV)/.testing
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/python scripts/settings_table.py --check
 	$(VENV)/bin/python scripts/config_schema.py --check
+	$(VENV)/bin/python scripts/families_table.py --check
 	$(VENV)/bin/python scripts/benchmarks_page.py --check
 	$(VENV)/bin/python scripts/make_notebook.py --check
 
 docs: $(VENV)/.testing
 	$(VENV)/bin/python scripts/settings_table.py
 	$(VENV)/bin/python scripts/config_schema.py
+	$(VENV)/bin/python scripts/families_table.py
 	$(VENV)/bin/python scripts/benchmarks_page.py
 	$(VENV)/bin/python scripts/make_notebook.py
 

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=4, help="of rollouts; the first one warms up")
+    parser.add_argument("--fp8", action="store_true", help="the frozen layers of `rollouts` in FP8")
     parser.add_argument("--profile", action="store_true", help="of one rollout: the kernels that take longest")
     parser.add_argument("--overrides", default="", help="for ours, separated by spaces")
     parser.add_argument("--peer", choices=WAYS, help=argparse.SUPPRESS)
@@ -119,6 +120,10 @@ def measure_rollouts(args: argparse.Namespace) -> None:
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.01)  # an adapter that is trained
+    if args.fp8:
+        from sft.model import fp8
+
+        fp8.round_layers(base_of(model))
     model.eval()
     rows = [json.loads(line)["prompt"] for line in (args.out / "prompts.jsonl").read_text().splitlines()[:PROMPTS]]
     prompts = [tokenizer(row)["input_ids"][:PROMPT_TOKENS] for row in rows]

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 BF16 = ("model.backend=transformers", "model.load_in_4bit=false", "trainer.gradient_checkpointing=false")
 NF4 = ("model.backend=transformers", "model.load_in_4bit=true", "trainer.gradient_checkpointing=false")
+FP8 = (*BF16, "model.load_in_fp8=true")
 COMPILED = ("trainer.torch_compile=true",)  # which a run of 500,000 tokens gets by itself
 OURS = {
     "ours_bf16_8": (8, 1, BF16),
@@ -36,6 +37,8 @@ OURS = {
     "ours_bf16_32_compiled": (32, 1, BF16 + COMPILED),
     "ours_nf4_8_compiled": (8, 1, NF4 + COMPILED),
     "ours_nf4_32_compiled": (32, 1, NF4 + COMPILED),
+    "ours_fp8_8_compiled": (8, 1, FP8 + COMPILED),
+    "ours_fp8_32_compiled": (32, 1, FP8 + COMPILED),
     "ours_auto_8": (None, None, ()),
     "ours_cpu": (2, 4, ()),
 }

@@ -32,7 +32,7 @@ from sft.training.checkpoint import find_checkpoint, restore_run, steps_saved
 from sft.training.context import RunContext
 from sft.training.metrics import Recorder
 from sft.training.sampling import SampleWriter, generator
-from sft.training.saving import note_kept, save_weights
+from sft.training.saving import note_kept, save_weights, say_idle_experts
 from sft.training.time_budget import TimeBudget
 from sft.training.trainer import Loop
 
@@ -134,11 +134,11 @@ def train(ctx: RunContext) -> tuple[str, str | None]:
     with record.timed("load"), ctx.budget.measured("load"):
         limit_memory(settings)
         acceleration.warm_up(plan)
-        model, source = warm_cache.load_model(settings, plan)
+        model, source = warm_cache.load_model(settings, plan, lambda model: measure.known_loss(model, ctx.folder))
         model = warm_cache.attach_adapter(model, settings, plan)
-    total, trained = structure.count_parameters(model)
+    total, trained = (counts := structure.count_parameters(model)).values()
     facts = {"name": settings.model.name, "source": source, "backend": plan.backend, "dtype": f"torch.{plan.dtype}"}
-    record.update(model={**facts, **(counts := {"parameters": total, "trainable_parameters": trained})})
+    record.update(model={**facts, **counts, **structure.rounding_of(model)})
     recorder.tracking.describe(counts)
     log.info("Model  %s through %s: %s of %s parameters trained", source, plan.backend, f"{trained:,}", f"{total:,}")
 
@@ -157,6 +157,7 @@ def train(ctx: RunContext) -> tuple[str, str | None]:
         recorder.final["proof_loss"] = round(method.held_out_loss(ctx, trainer), 6)
     weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
     if group.is_first():
+        say_idle_experts(model)
         name = save_weights(model, ctx.tokenizer, settings, ctx.folder, weights)
         record.update(artifacts={name: name})
     with contextlib.suppress(signals.Interrupted):

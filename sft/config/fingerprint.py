@@ -24,6 +24,7 @@ LIMITS = ("max_hours", "stop_at", "max_bad_steps", "max_memory_gib")
 
 
 ADDED: tuple[str, ...] = (
+    "model.load_in_fp8",
     "dataset.columns.tools",
     "dataset.columns.history",
     "dataset.columns.reasoning",

@@ -32,6 +32,8 @@ def resolve_backend(settings: Settings) -> str:
         return settings.model.backend.value
     if settings.distributed.strategy == Strategy.fsdp or settings.method.name != MethodName.sft:
         return "transformers"
+    if settings.model.load_in_fp8:
+        return "transformers"
     plain = not (settings.lora.use_dora or settings.lora.extra)  # Unsloth has no more than plain LoRA
     if settings.preflight.gpu:  # on another machine, which has what is advised for it
         return "unsloth" if plain else "transformers"

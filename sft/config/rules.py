@@ -17,6 +17,7 @@ from sft.config import schema
 from sft.config.batching import check_batch_plan
 from sft.config.data_rules import check_dataset, shortened, warn_of_paths, why_lost
 from sft.config.eligibility import check_speed
+from sft.config.fp8_rules import check_fp8
 from sft.config.hardware import gpu_count, gpu_present, is_process_count, one_process, processes_of, resolve_backend
 from sft.config.keys import shown, typed
 from sft.config.lora_rules import check_lora, model_problem
@@ -136,6 +137,7 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *_check_blank(settings),
         *_check_numbers(settings),
         *_check_model(settings),
+        *check_fp8(settings),
         *check_lora(settings),
         *check_dataset(settings.dataset),
         *_check_trainer(settings),
@@ -544,9 +546,9 @@ def _check_hardware(settings: Settings) -> list[Problem]:
     if gpu and isinstance(wanted, int) and wanted > here:
         why = f"Each process needs a GPU of its own, and {here} {'is' if here == 1 else 'are'} found here."
         problems.append(Problem(f"distributed.num_processes={wanted}", why, f"distributed.num_processes={here}"))
-    for bits in ("4bit", "8bit"):
+    for bits, words in (("4bit", "4-bit weights need an"), ("8bit", "8-bit weights need an"), ("fp8", "FP8 needs an")):
         if getattr(model, f"load_in_{bits}") and not gpu:
-            why = f"{bits[0]}-bit weights need an NVIDIA GPU, and none is found here."
+            why = f"{words} NVIDIA GPU, and none is found here."
             problems.append(Problem(f"model.load_in_{bits}=true", why, f"model.load_in_{bits}=false"))
     if not gpu and re.search(ON_A_GPU, settings.trainer.optim):
         why = "This optimiser needs an NVIDIA GPU, and none is found here."

@@ -211,6 +211,9 @@ class ModelSettings:
     """Load the frozen weights as 4-bit nf4 (QLoRA): a quarter of the memory, slower. Needs a GPU."""
     load_in_8bit: bool = False
     """Load the frozen weights as 8-bit integers. Needs a GPU."""
+    load_in_fp8: bool = False
+    """Round the frozen weights to FP8, 8-bit floating-point numbers, and what they are multiplied with: half the memory of 16
+    bits, and faster. Needs a GPU of compute capability 8.9 or higher (L4, RTX 4090, H100)."""
     chat_template: str | None = None
     """Replaces the tokenizer's chat template: `chatml`, a file with Jinja text, or the Jinja text itself."""
     attn_implementation: Attention = Attention.auto

@@ -72,6 +72,7 @@ def _export(folder: Path, settings: Settings, weights: Path | None) -> dict[str,
     started = time.monotonic()
     log.info("Export %s of %s", ", ".join(wanted.formats), os.path.relpath(trained.weights))
     model = merge.load_trained(settings, trained.weights)
+    trained.config = merge.config_of(model)
     trained.rows = measure.complete_rows(
         model, trained.rows, trained.new_tokens, trained.stop_ids, trained.tokenizer.pad_token_id)  # fmt: skip
     reference = measure_weights(model, trained, wanted)
@@ -90,10 +91,15 @@ def _export(folder: Path, settings: Settings, weights: Path | None) -> dict[str,
     try:
         if with_merged:
             begun = time.monotonic()
-            if getattr(model, "is_quantized", False):
+            if getattr(model, "is_quantized", False) or settings.model.load_in_fp8:
                 del model
                 environment.release_memory()
                 model = merge.load_trained(settings, trained.weights, quantised=False)
+            if settings.model.load_in_fp8:  # what is merged is not what was trained: the weights before they were rounded
+                report["as_trained"], reference = report["reference"], measure_weights(model, trained, wanted)
+                report["reference"] = reference_facts(trained, reference, base_loss(model, trained))
+                log.info("       as trained in FP8 loss %.4f, with the weights as they were %.4f",
+                         report["as_trained"]["loss"], reference.loss)  # fmt: skip
             model = merge.merge(model)
             try:
                 merge.save(model, trained.tokenizer, trained.stop_ids, merged, _source(trained))

@@ -199,6 +199,12 @@ def row_losses(model: Any, rows: list[HeldOutRow]) -> tuple[float, list[float]]:
     return sum(sums) / sum(counts), [s / n for s, n in zip(sums, counts, strict=True)]
 
 
+def known_loss(model: Any, folder: Path) -> float | None:
+    """The loss of a model on the rows of held_out.jsonl; None where they have no targets yet, as prompts that are rewarded."""
+    rows = [row for row in read_rows(folder) if row.targets[0]]
+    return row_losses(model, rows)[0] if rows else None
+
+
 def padding_free_loss(model: Any, rows: list[HeldOutRow], collate: Any) -> float:
     """The mean of `row_losses` by padding-free micro-batches of many rows: seconds less for a large model on a GPU.
 

@@ -13,12 +13,17 @@ from sft.errors import Refusal, first_line, refuse
 from sft.model.files import check_adapter_files, check_model_files
 from sft.storage import atomic
 
+OF_THE_FILE = {"_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "quantization_config",
+               "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache"}  # fmt: skip
+"""Keys of a config in which a merged model may differ from the trained one."""
+
 
 def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> Any:
     """The trained model, loaded afresh through transformers and PEFT: the base and `weights`, adapter/ or model/.
 
     `quantised=False` turns a base that was trained in 4 or 8 bits into plain layers that hold the very same values, so that
-    an adapter can be folded in without being rounded to 4 bits. Raises Refusal if the base cannot be found, or the files of
+    an adapter can be folded in without being rounded to 4 bits; one that was trained in FP8 is loaded as it was before its
+    weights were rounded. Raises Refusal if the base cannot be found, or the files of
     `weights` cannot be believed.
     """
     from sft.model import backend, loading
@@ -35,6 +40,8 @@ def load_trained(settings: Settings, weights: Path, quantised: bool = True) -> A
     problems = check_adapter_files(weights, f"run={weights.parent}")
     if problems:
         raise Refusal(problems)
+    if settings.model.load_in_fp8 and not quantised:
+        settings = replace(settings, model=replace(settings.model, load_in_fp8=False))
     base, _ = loading.load_model(settings, plan_saved(settings))
     if changes_base(settings.lora):  # a checkpoint's start is taken out of the base anew, by the same random numbers
         set_seed(settings.seed)
@@ -112,6 +119,18 @@ def save(model: Any, tokenizer: Any, stop_ids: list[int], place: Path, source: s
         vocabulary = _sentencepiece_file(source)
         if vocabulary and not (work / "tokenizer.model").exists():
             shutil.copy(vocabulary, work / "tokenizer.model")
+        _name_tokenizer(model, work)
+
+
+def _name_tokenizer(model: Any, place: Path) -> None:
+    """Give Phi-4's tokenizer the class that its maker names: llama.cpp's converter tells it from Phi-3's by that, and
+    transformers saves it under another, by which it loads the same one for this kind of model."""
+    config, files = place / "tokenizer_config.json", [place / "tokenizer.json", place / "tokenizer.model"]
+    if getattr(model.config, "model_type", None) != "phi3" or not files[0].is_file() or files[1].exists():
+        return
+    if "ByteLevel" in json.dumps(json.loads(files[0].read_text(encoding="utf-8")).get("pre_tokenizer")):
+        named = {**json.loads(config.read_text(encoding="utf-8")), "tokenizer_class": "GPT2Tokenizer"}
+        config.write_text(json.dumps(named, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def set_stop_tokens(model: Any, tokenizer: Any, stop_ids: list[int]) -> None:
@@ -134,6 +153,12 @@ def save_4bit(merged: Path, place: Path) -> None:
     with atomic.new_folder(place, manifest=False) as work:
         model.save_pretrained(work, max_shard_size="5GB")
         AutoTokenizer.from_pretrained(merged, trust_remote_code=False).save_pretrained(work)
+
+
+def config_of(model: Any) -> dict[str, str]:
+    """What a model's config says of how it computes: each key's value as JSON."""
+    found = model.config.get_text_config().to_dict()
+    return {key: json.dumps(value, sort_keys=True, default=str) for key, value in found.items() if key not in OF_THE_FILE}
 
 
 def load_merged(folder: Path, dtype: Any) -> Any:

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,13 @@ class Trained:
     rewarding: Rewarding | None = None
     """What rewards completions, of a run with rewards."""
     why_not_rewarded: str = ""
+    config: dict[str, str] = field(default_factory=dict)
+    """`merge.config_of` the trained model."""
+
+    @property
+    def noise(self) -> str:
+        """Whose rounding the trained model has, as verify.LOSSLESS names it: FP8 products', else that of `dtype`."""
+        return "fp8" if self.settings.model.load_in_fp8 else self.dtype
 
     @property
     def rewarded(self) -> bool:
@@ -123,7 +130,7 @@ def compare_with_training(trained: Trained, reference: measure.EvalResult) -> tu
             "note": "not measured in training",
         }
     # Unsloth's kernels and transformers' round bfloat16 differently; in float32 they agree.
-    allowed = 2 * verify.LOSSLESS[trained.dtype]
+    allowed = 2 * verify.LOSSLESS[trained.noise]
     checks = [
         verify.Check(
             "loss", abs(reference.loss - in_memory) <= allowed, f"{in_memory:.4f} ± {allowed:g}", f"{reference.loss:.4f}"
@@ -135,16 +142,16 @@ def compare_with_training(trained: Trained, reference: measure.EvalResult) -> tu
         sampled = replace(sampled, completions=[measure.completion_of(row) for row in kept])
         sampled.rewards = [row.rewards for row in kept if row.rewards]
     # Several prompts were completed at once, in other batches: what rounding makes of a tie is no difference.
-    judged, completions = verify.compare_completions("answers", reference, sampled, verify.TIE[trained.dtype])
+    judged, completions = verify.compare_completions("answers", reference, sampled, verify.TIE[trained.noise])
     if sampled.completions and trained.dtype == "float32":
         checks.append(judged)
-    ties = verify.ties_of(completions["partings"], verify.TIE[trained.dtype])
+    ties = verify.ties_of(completions["partings"], verify.TIE[trained.noise])
     rewarded, of_rewards = verify.compare_rewards(
         sampled.rewards, reference.rewards, trained.reward_weights, ties, exact=trained.dtype == "float32"
     )
     checks += rewarded
     in_memory_pairs = [row.trained_log_probs for row in trained.rows]
-    signs, of_pairs = verify.compare_margins(trained.rows, in_memory_pairs, reference, trained.dtype, judged=True)
+    signs, of_pairs = verify.compare_margins(trained.rows, in_memory_pairs, reference, trained.noise, judged=True)
     checks += signs
     facts = {
         "loss": round(reference.loss, 6),
@@ -187,6 +194,7 @@ def prove_folder(
             trained.tokens, verify.read_tokens(tokenizer, ends, trained.texts, questions), trained.tokenizer.bos_token_id
         )
         model = merge.load_merged(place, _torch_dtype(trained))
+        checks.append(verify.compare_configs(trained.config, merge.config_of(model)))
         ids = model.generation_config.eos_token_id
         found = measure.measure_torch(
             model, trained.rows, trained.settings.export.num_prompts, trained.new_tokens,

@@ -13,13 +13,13 @@ from typing import Any
 from sft.export import measure
 from sft.export.measure import EvalResult, HeldOutRow
 
-LOSSLESS = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2}
+LOSSLESS = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2, "fp8": 2e-2}
 """Largest difference in loss, in nats a token, by the type that the model computes in.
 
 Rounding SmolLM2's merged weights to float16 moved the loss by 6e-4 (docs/export.md); an 8B model's to bfloat16 by 4e-3.
 """
 
-TIE = {"float32": 0.05, "bfloat16": 0.25, "float16": 0.25}
+TIE = {"float32": 0.05, "bfloat16": 0.25, "float16": 0.25, "fp8": 0.5}
 """Two tokens whose log probabilities are closer than this are a tie: rounding may choose either."""
 
 ROUNDED_LOSS, ROUNDED_TIE = 1e-2, 0.5
@@ -85,6 +85,15 @@ def compare_tokens(trained: Tokens, found: Tokens, bos: int | None) -> list[Chec
         Check("prompt_tokens", not changed, "as trained, BOS at most once", prompts if changed else "as trained"),
     ]  # fmt: skip
     return checks
+
+
+def compare_configs(trained: dict[str, str], found: dict[str, str]) -> Check:
+    """What a config says of how a model computes, by key: a cap or a scale that is lost there may move the loss of the compared
+    rows by little, and that of others by much."""
+    changed = [key for key in trained.keys() | found.keys() if trained.get(key) != found.get(key)]
+    text = ", ".join(f"{key}={found.get(key, 'none')}" for key in sorted(changed))
+    expected = ", ".join(f"{key}={trained.get(key, 'none')}" for key in sorted(changed))
+    return Check("config", not changed, expected or "as trained", text or "as trained")
 
 
 def lossless_limits(dtype: str, rewarded: bool) -> tuple[float, float]:
@@ -205,6 +214,5 @@ def _pad(tokens: Tokens) -> str:
 
 
 def _same_template(trained: Tokens, found: Tokens) -> bool:
-    if trained.chats or found.chats:
-        return trained.chats == found.chats
-    return bool(trained.chat_template) == bool(found.chat_template)
+    # Of one turn they may render the same, and of a conversation, of tools or with thinking off not.
+    return trained.chats == found.chats and (trained.chat_template or "") == (found.chat_template or "")

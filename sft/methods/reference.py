@@ -51,7 +51,8 @@ def reference_hash(ctx: RunContext, model: Any, splits: dict[str, Any], layout: 
         [metadata.version(name) for name in ("torch", "transformers", "peft")],
         weights,
         _adapter(settings),
-        [plan.dtype, plan.weights_dtype, settings.model.load_in_4bit, settings.model.load_in_8bit],
+        [plan.dtype, plan.weights_dtype, settings.model.load_in_4bit, settings.model.load_in_8bit]
+        + ["fp8"] * settings.model.load_in_fp8,
         settings.model.attn_implementation.value,
         [device, torch.cuda.get_device_name() if device == "cuda" else ""],
         [layout, settings.trainer.per_device_train_batch_size],  # products round by the number of rows

@@ -1,12 +1,12 @@
 """Layers with fewer kernels for generation: the norms and adapters of a model, swapped in for a while."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers of one module that are given the same tensor, by the names that transformers' models have for them."""
+from sft.model.structure import with_one_input
 
 
 @contextlib.contextmanager
@@ -33,11 +33,10 @@ class FusedLayers:
         moved = torch.stack(moved).tolist() if moved else []  # one wait for the GPU, not one for each
         kept = {module: name for (module, name), has_moved in zip(adapters.items(), moved, strict=True) if trained or has_moved}
         self.changed |= {module: module.base_layer.__call__ for module in adapters if module not in kept}
-        self.downs = [_Downs(members) for members in _with_one_input(model, kept)]
-        for downs in self.downs:
-            for module in downs.members:
-                self.changed[module], read = _fused_adapter(module, kept[module], downs)
-                self.read += [read] if trained else []
+        self.adapters = [_OneInput({m: kept[m] for m in members}) for members in with_one_input(model, kept)]
+        for some in self.adapters:
+            self.changed |= {module: functools.partial(some, module) for module in some.members}
+            self.read += [some.read] if trained else []
         checked: dict[type, bool] = {}
         for module in model.modules():
             if forward := _fused_norm(module, checked):
@@ -53,8 +52,8 @@ class FusedLayers:
     def __exit__(self, *error: Any) -> None:
         for module in self.set:
             del module.forward
-        for downs in self.downs:
-            downs.forget()
+        for some in self.adapters:
+            some.forget()
 
 
 def _plain_adapter(module: Any) -> str | None:
@@ -62,7 +61,9 @@ def _plain_adapter(module: Any) -> str | None:
     import torch
     from peft.tuners.lora.layer import Linear
 
-    if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear:
+    from sft.model.fp8 import Fp8Linear
+
+    if type(module) is not Linear or type(module.base_layer) not in (torch.nn.Linear, Fp8Linear):
         return None
     names = [name for name in module.active_adapters if name in module.lora_A]
     if len(names) != 1 or names[0] in module.lora_variant or module.merged or module.disable_adapters:
@@ -70,67 +71,67 @@ def _plain_adapter(module: Any) -> str | None:
     return names[0] if module.lora_B[names[0]].bias is None else None
 
 
-class _Downs:
-    """The first product of the adapters of layers with one input, as one product: a layer that comes with the same tensor as
-    the one before finds it made."""
+class _OneInput:
+    """Adapters of layers with one input. Their first products are one, and so are the second ones and the layers' own where
+    these are FP8 layers side by side: a layer that comes with the same tensor as the one before finds it made.
+    """
 
     def __init__(self, members: dict[Any, str]):
         """`members` are LoRA layers with the name of their adapter."""
         import torch
 
-        self.members = members
-        weights = [module.lora_A[name].weight.detach().to(module.base_layer.weight.dtype) for module, name in members.items()]
-        ends = list(itertools.accumulate(len(weight) for weight in weights))
-        self.places = dict(zip(members, itertools.pairwise([0, *ends]), strict=True))
-        self.weight = torch.cat(weights)
+        from sft.model.fp8 import joined
+
+        self.members, bases = members, [module.base_layer for module in members]
+        ranks = _slices([len(module.lora_A[name].weight) for module, name in members.items()])
+        outs = _slices([base.out_features for base in bases])
+        like = {"dtype": bases[0].weight.dtype, "device": bases[0].weight.device}
+        self.ranks, self.outs = dict(zip(members, ranks, strict=True)), dict(zip(members, outs, strict=True))
+        self.down = torch.empty(ranks[-1].stop, bases[0].in_features, **like)
+        self.joined = joined(bases)
+        if self.joined:
+            self.up = torch.zeros(ranks[-1].stop, outs[-1].stop, **like)
+            self.ups = {module: self.up[self.ranks[module], self.outs[module]] for module in members}
+        else:
+            sizes = [(rank.stop - rank.start, base.out_features) for rank, base in zip(ranks, bases, strict=True)]
+            self.ups = {module: torch.empty(size, **like) for module, size in zip(members, sizes, strict=True)}
+        self.read()
         self.forget()
 
-    def forget(self) -> None:
-        """Let go of the last input and its product."""
-        self.x = self.found = None
+    def read(self) -> None:
+        """Take the adapters' weights as they are now, to where they were."""
+        for module, name in self.members.items():
+            self.down[self.ranks[module]].copy_(module.lora_A[name].weight.detach())
+            self.ups[module].copy_((module.lora_B[name].weight.detach() * module.scaling[name]).T)
 
-    def weight_of(self, module: Any) -> Any:
-        """The part that is the module's, in place."""
-        return self.weight[slice(*self.places[module])]
+    def forget(self) -> None:
+        """Let go of the last input and what was made of it."""
+        self.x = self.low = self.found = None
 
     def __call__(self, module: Any, x: Any) -> Any:
+        """What one of the layers makes of `x` [..., columns]."""
         import torch
 
         if x is not self.x:
-            self.x, self.found = x, torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), self.weight)
-        return self.found[:, slice(*self.places[module])]
-
-
-def _with_one_input(model: Any, adapters: dict[Any, str]) -> list[dict[Any, str]]:
-    """The adapters, those that have one input together."""
-    left, found = dict(adapters), []
-    for parent in model.modules():
-        for names in ONE_INPUT:
-            members = [getattr(parent, name, None) for name in names]
-            members = [module for module in members if module in left]
-            if len({module.in_features for module in members}) == 1:
-                found.append({module: left.pop(module) for module in members})
-    return found + [{module: name} for module, name in left.items()]
-
-
-def _fused_adapter(module: Any, name: str, downs: _Downs) -> tuple[Callable[..., Any], Callable[[], None]]:
-    """(the forward pass of a plain LoRA layer: three matrix products, the last one added in place; what reads its weights
-    again).
-    """
-    base, down = module.base_layer, downs.weight_of(module)
-    up = (module.lora_B[name].weight.detach() * module.scaling[name]).to(base.weight.dtype).T
-
-    def read() -> None:
-        down.copy_(module.lora_A[name].weight.detach())
-        up.copy_((module.lora_B[name].weight.detach() * module.scaling[name]).T)
-
-    def forward(x: Any) -> Any:
-        low = downs(module, x)
-        found = base(x)  # of another type than the weights' under autocast
-        found.view(-1, found.shape[-1]).addmm_(low, up.to(found.dtype))
+            self.x, self.waiting = x, len(self.members)
+            self.low = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), self.down)
+            self.found = self.joined(x) if self.joined else None
+            if self.found is not None:
+                self.found.addmm_(self.low, self.up.to(self.found.dtype))
+        if self.found is not None:
+            found = self.found[:, self.outs[module]].view(*x.shape[:-1], -1)
+        else:
+            found = module.base_layer(x)  # of another type than the weights' under autocast
+            found.view(-1, found.shape[-1]).addmm_(self.low[:, self.ranks[module]], self.ups[module].to(found.dtype))
+        self.waiting -= 1
+        if not self.waiting:  # nothing of one layer's waits beside the next one's
+            self.forget()
         return found
 
-    return forward, read
+
+def _slices(sizes: list[int]) -> list[slice]:
+    """Where parts of these sizes lie, one behind the other."""
+    return [slice(*ends) for ends in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
 
 
 def _fused_norm(module: Any, checked: dict[type, bool]) -> Callable[..., Any] | None:

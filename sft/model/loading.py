@@ -1,9 +1,11 @@
 """The model, loaded by its backend."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sft import environment
 from sft.config.schema import Attention, Settings
 from sft.distributed import strategy
 from sft.errors import Refusal
@@ -15,8 +17,11 @@ from sft.plan.plan import Plan
 log = logging.getLogger(__name__)
 
 
-def load_model(settings: Settings, plan: Plan) -> tuple[Any, str]:
-    """The model in memory, on the GPU where there is one, and the source of its weights for the record."""
+def load_model(settings: Settings, plan: Plan, loss_of: Callable[[Any], float | None] | None = None) -> tuple[Any, str]:
+    """The model in memory, on the GPU where there is one, and the source of its weights for the record.
+
+    `loss_of` says what a model loses on some rows: taken before and after its weights are rounded to FP8.
+    """
     model = settings.model
     where, source = locate(model)
     if Path(where).is_dir() and (problems := check_model_files(Path(where), model)):
@@ -26,6 +31,8 @@ def load_model(settings: Settings, plan: Plan) -> tuple[Any, str]:
     with refusing_failures(model):
         load = _load_unsloth if plan.backend == "unsloth" else _load_transformers
         loaded = load(settings, plan, where)
+    if model.load_in_fp8:
+        _round(loaded, plan.fp8_twice, loss_of)
     commit = getattr(loaded.config, "_commit_hash", None)
     return loaded, f"{source} at {commit}" if commit and source.startswith("hub") else source
 
@@ -53,6 +60,27 @@ def _load_unsloth(settings: Settings, plan: Plan, where: str) -> Any:
         **options,
     )
     return loaded
+
+
+def _round(model: Any, twice: bool, loss_of: Callable[[Any], float | None] | None) -> None:
+    """Round the layers of a model to FP8, and say what that costs. What a run has trained may also be used where there is no
+    FP8: there the weights stay as they are."""
+    from sft.model import fp8
+
+    if not fp8.is_supported(model.device):
+        log.warning("This device multiplies no FP8 numbers: the model stays in 16 bits, other than as it was trained.")
+        return
+    before = loss_of(model) if loss_of else None
+    layers, others = fp8.round_layers(model, twice)
+    environment.release_memory()  # that of the weights as they were
+    facts: dict[str, Any] = {"layers": layers, "not_rounded": others}
+    cost = ""
+    if loss_of and before is not None and (after := loss_of(model)) is not None:
+        facts |= {"loss_in_16_bits": round(before, 6), "loss_in_fp8": round(after, 6)}
+        cost = f"; the untrained model's loss {before:.4f} becomes {after:.4f} ({after - before:+.4f})"
+    kept = f", {others} with sizes that are no multiple of {fp8.MULTIPLE} stay in 16 bits" if others else ""
+    log.info("FP8    %s frozen layers rounded%s%s", layers, kept, cost)
+    model.rounding = facts
 
 
 def _load_transformers(settings: Settings, plan: Plan, where: str) -> Any:

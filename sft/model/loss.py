@@ -12,17 +12,18 @@ from typing import Any
 from sft.config.hardware import PIECE
 
 
-def linear_cross_entropy(hidden: Any, weight: Any, targets: Any) -> Any:
+def linear_cross_entropy(hidden: Any, weight: Any, targets: Any, cap: float | None = None) -> Any:
     """The cross entropy of `hidden` [n, width] times `weight` [vocabulary, width] with `targets` [n], summed over n; float32.
+    `cap` bends the logits so that they stay below it, as Gemma's `final_logit_softcapping`.
 
     Its gradient reaches `hidden`, and `weight` where that is trained.
     """
-    return _function().apply(hidden, weight, targets)
+    return _function().apply(hidden, weight, targets, cap)
 
 
-def linear_log_probs(hidden: Any, weight: Any, targets: Any, temperature: float = 1.0) -> Any:
-    """The log probability of each of `targets` [n] by `hidden` [n, width] times `weight` [vocabulary, width], divided by
-    `temperature`: [n], float32.
+def linear_log_probs(hidden: Any, weight: Any, targets: Any, temperature: float = 1.0, cap: float | None = None) -> Any:
+    """The log probability of each of `targets` [n] by `hidden` [n, width] times `weight` [vocabulary, width], bent by `cap` and
+    divided by `temperature`: [n], float32.
 
     Its gradient reaches `hidden`; the weights of an output layer that is trained get theirs from whole logits, which take the
     memory that the pieces save.
@@ -30,9 +31,16 @@ def linear_log_probs(hidden: Any, weight: Any, targets: Any, temperature: float 
     import torch
 
     if weight.requires_grad:
-        logits = (hidden @ weight.to(hidden.dtype).t()).float() / temperature
-        return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
-    return _log_probs().apply(hidden, weight, targets, temperature)
+        logits = (hidden @ weight.to(hidden.dtype).t()).float()
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        return torch.log_softmax(logits / temperature, -1).gather(1, targets[:, None])[:, 0]
+    return _log_probs().apply(hidden, weight, targets, temperature, cap)
+
+
+def _bent(logits: Any, cap: float) -> tuple[Any, Any]:
+    """(the logits as `cap` bends them, the slope there), float32."""
+    share = logits.float().div_(cap).tanh_()
+    return share * cap, share.square_().neg_().add_(1)
 
 
 @functools.cache
@@ -45,15 +53,17 @@ def _log_probs() -> Any:
         """
 
         @staticmethod
-        def forward(ctx, hidden, weight, targets, temperature):
+        def forward(ctx, hidden, weight, targets, temperature, cap):
             weight, ctx.temperature = weight.to(hidden.dtype), temperature
             found = hidden.new_empty(len(targets), dtype=torch.float32)
             grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-            step = max(1, PIECE // weight.shape[0])
+            step = max(1, PIECE // weight.shape[0] // (2 if cap else 1))
             with torch.autocast(hidden.device.type, enabled=False):
                 for at in range(0, hidden.shape[0], step):
                     part, aims = hidden[at : at + step], targets[at : at + step, None]
-                    logits = part @ weight.t()
+                    logits, slope = part @ weight.t(), None
+                    if cap:
+                        logits, slope = _bent(logits, cap)
                     if temperature != 1:
                         logits = logits.float().div_(temperature)
                     logs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
@@ -61,16 +71,17 @@ def _log_probs() -> Any:
                     found[at : at + step] = logs.gather(1, aims)[:, 0]
                     if grad is not None:
                         less = logs.exp_().neg_().scatter_add_(1, aims, torch.ones_like(aims, dtype=logs.dtype))
+                        less = less if slope is None else less.mul_(slope)
                         torch.mm(less.to(hidden.dtype), weight, out=grad[at : at + step])
                         del less
-                    del logs
+                    del logs, slope
             ctx.save_for_backward(grad)
             return found
 
         @staticmethod
         def backward(ctx, grad_found):
             (grad,) = ctx.saved_tensors
-            return (grad.float() * (grad_found / ctx.temperature)[:, None]).to(grad.dtype), None, None, None
+            return (grad.float() * (grad_found / ctx.temperature)[:, None]).to(grad.dtype), None, None, None, None
 
     return LinearLogProbs
 
@@ -81,25 +92,30 @@ def _function() -> Any:
 
     class LinearCrossEntropy(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, hidden, weight, targets):
+        def forward(ctx, hidden, weight, targets, cap):
             wanted, trained = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
             weight_now = weight.to(hidden.dtype)
             total = hidden.new_zeros((), dtype=torch.float32)
             grad = torch.empty_like(hidden) if wanted else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
-            step = max(1, PIECE // weight.shape[0])
+            # A piece of bent logits holds as much again, with their slopes.
+            step = max(1, PIECE // weight.shape[0] // (2 if cap else 1))
             with torch.autocast(hidden.device.type, enabled=False):
                 for at in range(0, hidden.shape[0], step):
                     part, aims = hidden[at : at + step], targets[at : at + step, None]
+                    logits, slope = part @ weight_now.t(), None
+                    if cap:
+                        logits, slope = _bent(logits, cap)
                     # One kernel that reads the logits in their own type and writes float32; logsumexp takes five.
-                    logs = torch.log_softmax(part @ weight_now.t(), dim=-1, dtype=torch.float32)
+                    logs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+                    del logits
                     total -= logs.gather(1, aims).sum()
                     if not (wanted or trained):
-                        del logs  # as wide as the vocabulary: nothing of a piece waits beside the next one
+                        del logs, slope  # as wide as the vocabulary: nothing of a piece waits beside the next one
                         continue
                     logs.exp_().scatter_add_(1, aims, torch.full_like(aims, -1.0, dtype=logs.dtype))  # less what was right
-                    chances = logs.to(hidden.dtype)
-                    del logs
+                    chances = (logs if slope is None else logs.mul_(slope)).to(hidden.dtype)
+                    del logs, slope
                     if wanted:
                         torch.mm(chances, weight_now, out=grad[at : at + step])
                     if trained:
@@ -115,6 +131,6 @@ def _function() -> Any:
             # In float32, and only then in the hidden states' type: a share of many thousand tokens is small for 16 bits.
             grad = None if grad is None else (grad.float() * grad_total).to(grad.dtype)
             grad_weight = None if grad_weight is None else (grad_weight * grad_total).to(ctx.weight_dtype)
-            return grad, grad_weight, None
+            return grad, grad_weight, None, None
 
     return LinearCrossEntropy

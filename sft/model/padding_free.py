@@ -2,8 +2,8 @@
 
 A padded batch spends most of its time on padding where rows differ in length. Here each token is computed once. Attention gets
 the ends of the rows and never looks across one (`cu_seq_lens_q`, transformers' own name for them), positions start again with
-every row, and the output layer is applied to the places that predict a target token alone. `acceleration.differs` compares the
-result with the model's own forward pass before anything is trained.
+every row, and the output layer is applied to the places that predict a target token alone. `acceleration._difference` compares
+the result with the model's own forward pass before anything is trained.
 """
 
 import contextlib
@@ -59,9 +59,10 @@ def install(base: Any) -> None:
         hidden = hidden[0].index_select(0, target_positions)
         if torch.is_autocast_enabled(hidden.device.type):  # they are float32 where the weights are
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        cap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
         if log_probs:
-            return CausalLMOutputWithPast(logits=linear_log_probs(hidden, head.weight, targets, temperature))
-        total = linear_cross_entropy(hidden, head.weight, targets)
+            return CausalLMOutputWithPast(logits=linear_log_probs(hidden, head.weight, targets, temperature, cap))
+        total = linear_cross_entropy(hidden, head.weight, targets, cap)
         return CausalLMOutputWithPast(loss=total / (len(targets) if items is None else items))
 
     def contexts() -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """The parts of a loaded model: its base, decoder layers, attention and parameters."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -10,15 +10,21 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def count_parameters(model: Any) -> tuple[int, int]:
-    """(all parameters, trained parameters); a 4-bit weight counts as the values it packs."""
+def count_parameters(model: Any) -> dict[str, int]:
+    """All parameters and the trained ones; a 4-bit weight counts as the values it packs."""
     total = trained = 0
     for parameter in model.parameters():
         packed = type(parameter).__name__ == "Params4bit"
         count = parameter.numel() * (2 * parameter.element_size() if packed else 1)
         total += count
         trained += parameter.numel() if parameter.requires_grad else 0
-    return total, trained
+    return {"parameters": total, "trainable_parameters": trained}
+
+
+def rounding_of(model: Any) -> dict[str, Any]:
+    """What run.json keeps of a base that was rounded to FP8."""
+    facts = getattr(base_of(model), "rounding", None)
+    return {"fp8": facts} if facts else {}
 
 
 class attention_of:
@@ -53,6 +59,24 @@ def short_walks(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.train, model.zero_grad
+
+
+ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that are given the same tensor, by the names that transformers' models have for them."""
+
+
+def with_one_input(model: Any, layers: Iterable[Any]) -> list[list[Any]]:
+    """Those of `layers` that have one input together, each of the others by itself."""
+    left, found = dict.fromkeys(layers), []
+    for parent in model.modules():
+        for names in ONE_INPUT:
+            members = [getattr(parent, name, None) for name in names]
+            members = [module for module in members if module in left]
+            if len({module.in_features for module in members}) == 1:
+                found.append(members)
+                for module in members:
+                    del left[module]
+    return found + [[module] for module in left]
 
 
 def decoder_layers(base: Any) -> list[Any]:

@@ -387,6 +387,11 @@ def _experts(model: Any) -> dict[str, int]:
     return found
 
 
+def count_expert_blocks(model: Any) -> int:
+    """How many layers have experts."""
+    return len(_experts(model))
+
+
 def _expert_parameters(model: Any) -> list[str]:
     """Parameters of three dimensions, which no target names, by the end of their names that is the same in all layers."""
     names = [name for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name]

@@ -60,7 +60,7 @@ def prepare_data(settings: Settings, tokenizer: Any, stop_ids: set[int]) -> toke
     return token_cache.Prepared(prepared.train, prepared.eval, dict(prepared.facts))
 
 
-def load_model(settings: Settings, plan: Plan) -> tuple[Any, str]:
+def load_model(settings: Settings, plan: Plan, loss_of: Callable[[Any], float | None] | None = None) -> tuple[Any, str]:
     """`models.load_model`, once for all runs with the same model settings, where that can be proven clean.
 
     Full fine-tuning writes to the weights, quantised weights are cast in place, and Unsloth patches what it loads: these
@@ -78,7 +78,7 @@ def load_model(settings: Settings, plan: Plan) -> tuple[Any, str]:
         del base
         _forget(*OF_MODEL)  # first, so that two models are never in memory together
     loads["model"] += 1
-    model, source = loading.load_model(settings, plan)
+    model, source = loading.load_model(settings, plan, loss_of)
     if shareable:
         _kept["model"] = (key, Base(model, source))
     return model, source

@@ -12,11 +12,13 @@ EXPERTS = "the experts, which are parameters and no layers, are left out"
 
 DELTA = [*DEFAULT, "in_proj_qkv", "in_proj_z", "out_proj"]
 
-# Layers of the parts for images and sound have the names of the text's, and are of a kind that PEFT has no adapter for.
+# Layers of the parts for images and sound have the names of the text's. They get no gradient, and Gemma 4's are of a kind that
+# PEFT has no adapter for.
 TEXT_PART = [r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"]
 
 # The gates in_proj_a, in_proj_b and in_proj_ba are left out: they have a column for each head, fewer than an adapter's rank.
 OWN = {
+    "gemma3": TEXT_PART,
     "gemma4": TEXT_PART,
     "glm4": [*ATTENTION, "gate_up_proj", "down_proj"],
     "gpt_oss": ATTENTION,

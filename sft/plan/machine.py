@@ -22,6 +22,8 @@ class Machine:
     """Whether the GPU computes in bfloat16 by itself."""
     varlen: bool = True
     """Whether attention takes rows of various lengths: everywhere but on GPUs below compute capability 8.0."""
+    fp8: bool = False
+    """Whether the GPU multiplies FP8 numbers: from compute capability 8.9 on."""
 
 
 def look(settings: Settings) -> Machine:
@@ -30,7 +32,7 @@ def look(settings: Settings) -> Machine:
 
     if planned := settings.preflight.gpu:
         gib, modern = within_limit(settings, CAPACITY[planned]), planned != Gpu.t4
-        return Machine(planned.value, True, gib, gib, modern, modern)
+        return Machine(planned.value, True, gib, gib, modern, modern, planned in (Gpu.l4, Gpu.h100, Gpu.h200))
     if not torch.cuda.is_available():
         return Machine()
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
@@ -43,4 +45,5 @@ def look(settings: Settings) -> Machine:
         total_gib=within_limit(settings, total),
         bfloat16=torch.cuda.is_bf16_supported(including_emulation=False),
         varlen=torch.cuda.get_device_capability() >= (8, 0),
+        fp8=torch.cuda.get_device_capability() >= (8, 9),
     )

@@ -4,7 +4,9 @@
 
 The sizes of the weights are exact: the model is built on torch's meta device, which holds shapes and no numbers. What a forward
 pass keeps is counted from the layers' code, a Llama-like decoder layer (RMSNorm, attention, gated MLP), so that other kinds
-are estimated less well and mixtures of experts not at all. `benchmarks/memory_table.py` compares the estimate with a GPU.
+are estimated less well. Of a mixture of experts the weights of all are held, and a token keeps what those make of it that it is
+sent to; adapters on experts are not estimated: PEFT then makes a copy of a layer's experts, which was not measured.
+`benchmarks/memory_table.py` compares the estimate with a GPU.
 """
 
 from dataclasses import dataclass, replace
@@ -48,6 +50,7 @@ class ModelDims:
     """Weights of the largest packed layer."""
     hidden_size: int
     intermediate_size: int
+    """Of a mixture, that of all experts together that a token is sent to."""
     num_hidden_layers: int
     num_attention_heads: int
     query_size: int
@@ -55,6 +58,8 @@ class ModelDims:
     key_value_size: int
     """Width of all key heads together; the value heads' is the same."""
     vocab_size: int
+    routed: int = 0
+    """Width of the results of all experts that a token is sent to; 0 without any."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,9 @@ class LoadPlan:
     """`unsloth` or `transformers`."""
     bits: int = 16
     """Of a packed weight: 4, 8 or 16; 32 in float32."""
+    fp8: int = 0
+    """Bytes of a packed weight where it is kept in FP8 (sft/model/fp8.py): 1, or 2 where it is kept transposed too. `bits` are
+    those that are computed in around it."""
     full: bool = False
     """Whether every weight is trained."""
     checkpointing: bool = True
@@ -133,7 +141,7 @@ def estimate(shape: ModelDims, load: LoadPlan, rows: int, length: int) -> Estima
         trained = shape.trained * (2 * load.adapter_bytes + _optimizer_bytes(load))
     layer = kept_by_layer(shape, load, value) + (_eager_bytes(shape, length, value) if load.eager else 0)
     # Gradients inside one layer; Unsloth writes those of the MLP over what it was made of.
-    passing = value * ((2 if load.backend == "unsloth" else 4) * shape.intermediate_size + 2 * hidden)
+    passing = value * ((2 if load.backend == "unsloth" else 4) * shape.intermediate_size + 2 * hidden + 2 * shape.routed)
     recomputed = load.recomputed(layers)
     kept = (layers - recomputed) * layer
     if recomputed:  # Unsloth moves these layers' inputs to the CPU's memory while they wait
@@ -159,8 +167,8 @@ def _weight_bytes(shape: ModelDims, load: LoadPlan, value: int) -> float:
     others = (shape.parameters - shape.packed) * value
     if load.bits == 4:
         return shape.packed * (NF4_OPEN_BYTES if load.padding_free else NF4_BYTES) + others
-    if load.bits == 8:
-        return shape.packed + others
+    if load.bits == 8 or load.fp8:
+        return shape.packed * (load.fp8 or 1) + others
     return shape.parameters * value
 
 
@@ -178,6 +186,8 @@ def kept_by_layer(shape: ModelDims, load: LoadPlan, value: int = 2) -> float:
     hidden_size for Llama 3 8B without such copies, 53 with them.
     Unsloth's fused kernels keep the norms' inputs, queries, keys, values and the result, the inputs of the two blocks, gate and
     up: 27 hidden_size for Llama 3 8B.
+    Of a mixture each expert's result is kept besides, for the gradient of the weight that it is added up with, and its input
+    where its own weights are trained.
     torch.compile keeps the inputs of the norms, of the blocks and of the adapters' layers once, queries, keys, values, gate, up
     and their product: 36 hidden_size for Llama 3 8B (measured 36.5; 53.2 where nothing is compiled).
     """
@@ -190,6 +200,7 @@ def kept_by_layer(shape: ModelDims, load: LoadPlan, value: int = 2) -> float:
         copies = load.adapter_bytes == 4 and load.bits == 16 and not load.full
         inputs = shape.adapted_inputs / shape.num_hidden_layers if copies else 2 * hidden + inner
         kept = 8 * hidden + value * (heads + 3 * inner + inputs)
+    kept += value * shape.routed * (2 if load.full else 1)
     if load.dropout:  # a copy and a mask for each adapter's input
         kept += (value + 1) * shape.adapted_inputs / shape.num_hidden_layers
     return kept

@@ -29,7 +29,7 @@ from sft.plan.machine import Machine, look
 from sft.plan.plan import Plan, load_plan_of, plan_training
 from sft.preflight import versions
 from sft.preflight.findings import Found
-from sft.preflight.fit import check_memory, shown_size
+from sft.preflight.fit import check_fp8, check_memory, shown_size
 from sft.preflight.optimizer import check_optimizer
 from sft.preflight.rewards import check_rewards
 from sft.preflight.speed import SOURCE, device_of, measured_speed
@@ -55,6 +55,7 @@ def examine(
     machine = machine or look(settings)
     found, whole = Found(plan=plan), settings.preflight.mode != PreflightMode.skip
     check_settings(found, settings, sources)
+    check_fp8(found, settings, machine)
     if whole:
         check_versions(found)
     with found.collecting("Data"):
@@ -180,7 +181,7 @@ def read_dims(found: Found, settings: Settings) -> memory.ModelDims | None:
         model, config = model_dims.empty_model(settings, where)
         check_adapter(found, settings, model)
         shape = model_dims.dims_of(model, config, settings)
-        why = "it is a mixture of experts, whose memory is not estimated"
+        why = "the memory of adapters on experts, or of this kind of a mixture, is not estimated"
     except Exception as error:  # not reachable, unknown to this transformers, code of its own: the load will report it itself
         shape, why = None, first_line(error).replace(str(where), settings.model.name).rstrip(".")
         if problems := hub.adapter_problem(settings.model, settings.lora):
@@ -255,7 +256,8 @@ def check_length(found: Found, settings: Settings, machine: Machine, dims: memor
         return
     device = settings.preflight.gpu.value if settings.preflight.gpu else device_of(machine.name) if machine.gpu else "cpu"
     load = load_plan_of(settings, found.plan, machine)
-    speed = measured_speed(device, dims.parameters, load, batch.per_device_train_batch_size) if dims else None
+    known = dims and not dims.routed  # experts that a token is not sent to cost it nothing
+    speed = measured_speed(device, dims.parameters, load, batch.per_device_train_batch_size) if known else None
     if speed is None:
         found.ok("Length", f"no speed was measured for such a model on {machine.name}: the run logs one after ten steps")
         return

@@ -18,6 +18,13 @@ PROCESS_GIB = 1.0
 """What Python and the libraries take on the CPU."""
 
 
+def check_fp8(found: Found, settings: Settings, machine: Machine) -> None:
+    """Whether the GPU has the products that `model.load_in_fp8` asks for."""
+    if settings.model.load_in_fp8 and machine.gpu and not machine.fp8:
+        why = f"{machine.name} multiplies no FP8 numbers: that begins with compute capability 8.9 (L4, RTX 4090, H100)."
+        found.refuse("Model", [Problem("model.load_in_fp8=true", why, "model.load_in_fp8=false")])
+
+
 def check_memory(found: Found, settings: Settings, machine: Machine, dims: memory.ModelDims | None, whole: bool) -> None:
     """Show the batch plan, and compare its estimated peak with the memory there is."""
     name, capacity, batch = machine.name, machine.free_gib, found.plan.batch

@@ -1,11 +1,13 @@
 """Steps whose loss or gradient is not a finite number: they never reach the weights, are counted, and their rows named.
 
-A loss that is finite but goes up and up is reported once, and so are gradients of exactly 0; the run goes on.
+A loss that is finite but goes up and up is reported once, and so are gradients of exactly 0, and trained weights that get no
+gradient at all; the run goes on.
 """
 
 import itertools
 import logging
 import math
+import re
 import statistics
 from typing import Any
 
@@ -38,6 +40,8 @@ class NonFiniteSteps:
         """The step at which a steady rise was reported."""
         self.still, self.still_at = 0, None
         """Gradients of 0 in a row by now, and the step at which they were reported."""
+        self.unreached: list[tuple[str, Any]] | None = None
+        """Trained weights that have had no gradient yet in this session; none once that was reported."""
         self._open: list[tuple[int, Any, list[Any]]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,6 +67,9 @@ class NonFiniteSteps:
 
         trainer, loss, batches = self.trainer, self.loss, self.batches
         self.loss, self.batches = 0.0, []
+        if self.unreached is None:
+            self.unreached = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad and p.numel()]
+        self.unreached = [(name, weight) for name, weight in self.unreached if weight.grad is None]
         bad = any_of(~torch.isfinite(loss + torch.as_tensor(grad_norm, device=loss.device)))
         if getattr(trainer.accelerator, "scaler", None) is not None:
             return
@@ -94,7 +101,17 @@ class NonFiniteSteps:
         return reason
 
     def watch(self, step: int, loss: float, grad_norm: float | None = None) -> None:
-        """Take note of a logged loss and gradient; say it once if the losses rise steadily, or if the weights stand still."""
+        """Take note of a logged loss and gradient; say it once if the losses rise steadily, if the weights stand still, or if
+        some of them are in no way to the loss."""
+        if self.unreached:
+            names = [re.sub(r"\.(lora_|modules_to_save\.|weight$|bias$).*", "", name) for name, _ in self.unreached]
+            layers = list(dict.fromkeys(names))
+            log.warning(
+                "Step %d: %d trained weights of %d layers have had no gradient, and stay as they are: %s. "
+                "hint: lora.target_modules without them", step, len(names), len(layers),
+                ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else ""),
+            )  # fmt: skip
+            self.unreached = []
         self.still = self.still + 1 if grad_norm == 0 else 0
         if self.still == STILL and self.still_at is None:
             self.still_at = step

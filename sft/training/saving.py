@@ -1,6 +1,7 @@
 """The weights that a run keeps: which ones, and their folder."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from sft.config.schema import Settings
 from sft.errors import SaveFailed, first_line
 from sft.model import adapters
 from sft.storage import atomic
+
+log = logging.getLogger(__name__)
 
 
 def note_kept(trainer: Any, recorder: Any) -> None:
@@ -24,6 +27,21 @@ def note_kept(trainer: Any, recorder: Any) -> None:
     final["kept_step"] = state.global_step
     if recorder.eval_step != state.global_step:  # stopped between evaluations: the last one was of other weights
         final.pop(trainer.args.metric_for_best_model, None)
+
+
+def say_idle_experts(model: Any) -> None:
+    """Warn of experts whose adapter is all 0 at the end, as it began: no token of the training was sent to them."""
+    found: dict[str, int] = {}
+    total = 0
+    for name, module in model.named_modules():
+        experts = getattr(module, "num_experts", 1)
+        if experts > 1 and "default" in getattr(module, "lora_B", ()):  # PEFT's, on a parameter of all experts
+            weight = module.lora_B["default"].weight.detach()
+            block = name.removesuffix(".base_layer")
+            total += experts if block not in found else 0
+            found[block] = int((~weight.reshape(len(weight), -1, experts).any(1).any(0)).sum())
+    if idle := sum(found.values()):
+        log.warning("%d of %d experts were sent no token in training: their adapter is as it began.", idle, total)
 
 
 def save_weights(model: Any, tokenizer: Any, settings: Settings, folder: Path, weights: dict[str, Any] | None = None) -> str:

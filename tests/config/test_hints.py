@@ -88,6 +88,15 @@ CASES = [
     (['lora.target_modules=["(x"]'], "Not a regular expression"),
     (["lora.extra.rank_pattern={q_proj:0,v_proj:2}"], "at least 1"),
     (["lora.extra.init_lora_weights=pissa", "model.load_in_4bit=true"], "rounded to 4 bits"),
+    (["model.load_in_fp8=true", "model.load_in_4bit=true", "model.load_in_8bit=true"], "one way only"),
+    (["model.load_in_fp8=true", "model.backend=unsloth"], "Unsloth's kernels"),
+    (["model.load_in_fp8=true", "model.dtype=float16"], "bfloat16"),
+    (["model.load_in_fp8=true", "distributed=fsdp"], "FP8 weights are not shared out"),
+    (["model.load_in_fp8=true", "lora=none"], "cannot be trained themselves"),
+    (["model.load_in_fp8=true", "lora.use_dora=true"], "DoRA computes with the weights"),
+    (["model.load_in_fp8=true", "lora.extra.init_lora_weights=olora"], "rounded anew"),
+    (["model.load_in_fp8=true", "lora.modules_to_save=[lm_head,v_proj]"], "cannot be trained themselves"),
+    (["model.load_in_fp8=true", "lora.extra.target_parameters=[mlp.experts.down_proj]"], "adapter on a parameter"),
 ]
 
 MACHINES = [
@@ -96,6 +105,7 @@ MACHINES = [
     (["distributed=fsdp"], 1, "nothing to share"),
     (["distributed.num_processes=4"], 2, "a GPU of its own"),
     (["model.load_in_8bit=true"], 0, "need an NVIDIA GPU"),
+    (["model.load_in_fp8=true"], 0, "FP8 needs an NVIDIA GPU"),
     (["trainer.optim=paged_adamw_8bit"], 0, "needs an NVIDIA GPU"),
     (["model.dtype=float16"], 0, "needs a GPU"),
     (["model.attn_implementation=flash_attention_2"], 1, "flash-attn is not installed"),

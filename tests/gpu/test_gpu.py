@@ -48,8 +48,13 @@ def test_backends_agree_on_a_gpu(small_llama, tmp_path, load_in_4bit):
 
 @pytest.mark.parametrize(
     "load_in_4bit, method",
-    [("true", ()), ("false", ()), ("false", ("method=dpo", "trainer.learning_rate=1e-3"))],
-    ids=["4-bit", "bf16", "pairs"],
+    [
+        ("true", ()),
+        ("false", ()),
+        ("false", ("method=dpo", "trainer.learning_rate=1e-3")),
+        ("false", ("model.load_in_fp8=true",)),
+    ],
+    ids=["4-bit", "bf16", "pairs", "fp8"],
 )
 def test_captured_and_compiled_steps_train_as_padded_rows_do(small_llama, tmp_path, load_in_4bit, method):
     """Forty steps of the same rows in five ways: losses within bfloat16's rounding, and no drift in one direction."""
@@ -78,7 +83,30 @@ def test_captured_and_compiled_steps_train_as_padded_rows_do(small_llama, tmp_pa
     assert speed["again"]["compiled"] and speed["again"]["lengths"]
     for way in ("eager", "captured", "compiled", "again"):
         away = [a - b for a, b in zip(losses[way], losses["padded"], strict=True)]
+        assert speed["padded"]["why_not"] == "trainer.padding_free=false"
         assert max(map(abs, away)) < 2e-2 and abs(sum(away) / len(away)) < 5e-3, way
+
+
+def test_one_kernel_rounds_as_pytorch_does_and_products_are_those_of_the_rounded_numbers():
+    import torch
+
+    from sft.model import fp8, round_kernel
+
+    if not fp8.is_supported(torch.device("cuda")):
+        pytest.skip("this GPU has no FP8: compute capability 8.9 or higher")
+    torch.manual_seed(0)
+    for columns in (64, 576, 4096, 14336):
+        x = torch.randn(100, columns, device="cuda", dtype=torch.bfloat16) * torch.logspace(-8, 2, 100, device="cuda")[:, None]
+        x[7] = 0
+        values, scales = round_kernel.round_rows(x.bfloat16(), fp8.LARGEST, fp8.LEAST)
+        wanted, wanted_scales = fp8.round_rows(x.bfloat16().cpu())
+        assert torch.allclose(scales.cpu(), wanted_scales, rtol=1e-6, atol=0)
+        away = (values.cpu().float() - wanted.float()).abs()
+        assert (away > 0).float().mean() < 1e-3 and (away <= wanted.float().abs() / 7 + 2**-9).all()  # the next number at most
+        weight, of_weight = fp8.round_rows(torch.randn(96, columns, device="cuda", dtype=torch.bfloat16))
+        found = fp8.multiply(x.bfloat16(), weight, of_weight).float()
+        exact = (values.float() * scales) @ (weight.float() * of_weight).T
+        assert (found - exact).norm(dim=-1).le(1e-2 * exact.norm(dim=-1) + 1e-30).all()
 
 
 @pytest.mark.parametrize("padding_free", ["true", "false"])

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from scripts import families_table
 from sft.errors import ExportError, Refusal
 from sft.export import gguf
 from sft.lifecycle import run
@@ -31,17 +31,22 @@ HEADS = {"head_dim": 16}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 STATES = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 LAYERS = {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+# llama.cpp takes five layers that slide for each that does not, and the scale of the head's width.
+GEMMA3 = {**HEADS, "sliding_window": 64, "num_hidden_layers": 6, "query_pre_attn_scalar": 16}
 GEMMA4 = {**HEADS, "global_head_dim": 32, "sliding_window": 64, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0,
           "layer_types": ["sliding_attention", "full_attention"]}  # fmt: skip
 
 TWINS = {
     "llama": {},
+    "mistral": {},
+    "qwen2": {},
     "qwen3": HEADS,
     "smollm3": {},
     "granite": {},
     "phi3": {},
     "ministral3": HEADS,
-    "gemma3_text": {**HEADS, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": GEMMA3,
+    "gemma3": {},
     "gemma4_text": GEMMA4,
     "gemma4": {},
     "qwen3_5": {},
@@ -52,16 +57,11 @@ TWINS = {
 }  # fmt: skip
 """By `model_type`, what a family's config needs beside the sizes that all share."""
 
-PADDED = {
-    "qwen3_5": "takes no attention of another's making",
-    "qwen3_5_text": "takes no attention of another's making",
-    "lfm2": "its convolutions run from one row into the next",
-    "gpt_oss": "its attention has sinks, which padding-free attention does not",
-}
-"""Families whose rows are padded, and why."""
+TEXTS = {"gemma4": "gemma4_text", "qwen3_5": "qwen3_5_text"}
+"""Families whose part for text is a family of its own and has a twin too."""
 
-GGUF = ["lfm2", "gpt_oss", "qwen3_5_text"]
-"""Families whose GGUF file is made and proven here."""
+GGUF = [TEXTS.get(family, family) for family, shown in families_table.FAMILIES.items() if shown.gguf == families_table.PROVEN]
+"""Families whose GGUF files are made and proven in test_families_gguf.py."""
 
 
 @functools.cache
@@ -74,7 +74,11 @@ def make_twin(family: str, place: Path) -> Path:
     if family == "gemma4_text":
         sizes |= {"vocab_size_per_layer_input": len(tokenizer)}
     config = CONFIG_MAPPING[family](**{**sizes, **ends, **TWINS[family]})
-    if family == "gemma4":  # as on the hub, with a part for images beside that for text
+    if family == "gemma3":  # as on the hub, with a part for images beside that for text
+        small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+        text = {**sizes, **ends, **GEMMA3}
+        config = CONFIG_MAPPING[family](text_config=text, vision_config=small, mm_tokens_per_image=4, **ends)
+    if family == "gemma4":
         small = {**HEADS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
                  "num_key_value_heads": 2}  # fmt: skip
         text = {**sizes, **ends, **GEMMA4, "vocab_size_per_layer_input": len(tokenizer)}
@@ -85,11 +89,14 @@ def make_twin(family: str, place: Path) -> Path:
         config = CONFIG_MAPPING[family](text_config=text, vision_config=small, **ends)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        kind = AutoModelForImageTextToText if family in ("gemma4", "qwen3_5") else AutoModelForCausalLM
+        kind = AutoModelForImageTextToText if family in ("gemma3", "gemma4", "qwen3_5") else AutoModelForCausalLM
         model = kind.from_config(config, dtype=torch.float32)
     assert sum(p.numel() for p in model.parameters()) < 3_000_000 or len(tokenizer) > 10_000
     model.save_pretrained(place / family)
     tokenizer.save_pretrained(place / family)
+    if family == "phi3":  # as Phi-4's on the hub
+        config = place / family / "tokenizer_config.json"
+        config.write_text(json.dumps({**read_json(config), "tokenizer_class": "GPT2Tokenizer"}), encoding="utf-8")
     return place / family
 
 
@@ -114,16 +121,17 @@ def adapted(folder: Path) -> set[str]:
     return set(read_json(folder / "adapter" / "adapter_config.json")["target_modules"])
 
 
-@pytest.mark.parametrize("family", [f for f in TWINS if f not in ("gemma4_text", "qwen3_5_text")])
+@pytest.mark.parametrize("family", families_table.FAMILIES)
 def test_a_family_trains_and_its_merged_model_is_proven(family, twin, tmp_path):
     job = (f"model.name={twin(family)}", write_rows(tmp_path), "export=merged_16bit")
     folder = train(tmp_path / "run", *job, "trainer.max_steps=3", "trainer.save_steps=3")
     own = families.OWN.get(family, families.DEFAULT)
     assert read_json(folder / "run.json")["plan"]["target_modules"] == (
         None if own == families.DEFAULT else own)  # fmt: skip
-    assert {name.rpartition(".")[2] for name in adapted(folder)} == {*(families.DEFAULT if family == "gemma4" else own)}
+    assert {name.rpartition(".")[2] for name in adapted(folder)} == {*(families.DEFAULT if own == families.TEXT_PART else own)}
     speed = read_json(folder / "run.json")["speed"]
-    assert speed["padding_free"] == (family not in PADDED) and speed["why_not"].endswith(PADDED.get(family, ""))
+    why = families_table.FAMILIES[family].padded
+    assert speed["padding_free"] == (not why) and speed["why_not"].endswith(why)
     lines = [line["text"] for line in read_json(folder / "preflight.json")["checks"] if line["part"] == "Plan"]
     assert any(line.startswith(f"adapters on {', '.join(own)}") for line in lines) == (own != families.DEFAULT)
     proof = read_json(folder / "export" / "verify.json")["artifacts"]["merged_16bit"]
@@ -187,15 +195,6 @@ def test_a_model_that_caps_the_logits_of_its_attention_is_not_padding_free():
 
 
 @pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's parts are not installed: {gguf.INSTALL}")
-@pytest.mark.parametrize("family", GGUF)
-def test_the_gguf_file_of_a_family_is_proven(family, all_tokens, tmp_path):
-    job = (f"model.name={make_twin(family, tmp_path)}", write_rows(tmp_path), "export.formats=[gguf]")
-    folder = train(tmp_path / "run", *job, "export.gguf.quantizations=[f16]", "trainer.max_steps=2")
-    proof = read_json(folder / "export" / "verify.json")["artifacts"]["gguf/f16"]
-    assert (proof["status"], proof["failed"]) == ("ok", [])
-
-
-@pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's parts are not installed: {gguf.INSTALL}")
 @pytest.mark.parametrize(
     ("family", "why"), [("ministral3", "asks its own package gguf"), ("gemma4", "looks for global_head_dim")]
 )
@@ -218,17 +217,10 @@ def test_an_architecture_that_the_converter_does_not_name_is_refused():
     assert gguf.check_architecture({}, ["gguf"]) == []
 
 
-def test_the_table_of_families_says_what_the_tests_show():
-    text = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE))
-    assert rows.keys() == {family for family in TWINS if not family.startswith(("gemma4_", "qwen3_5_"))}
-    for family, row in rows.items():
-        presets, layers, speed, files = row.split(" | ")
-        names = re.findall(r"`(\w+)`", presets)
-        assert all((ROOT / "conf" / "model" / f"{name}.yaml").is_file() for name in names), family
-        own = families.OWN.get(family)
-        shown = "the seven" + " of its text part" * (own == families.TEXT_PART)
-        assert layers == (shown if own in (None, families.TEXT_PART) else ", ".join(f"`{name}`" for name in own)), family
-        assert speed == (f"padded: {PADDED[family]}" if family in PADDED else "padding-free"), family
-        proven = family in GGUF or f"{family}_text" in GGUF or family == "llama"
-        assert files == ("refused" if family in gguf.UNREAD else "proven" if proven else "not tried"), family
+def test_the_tables_of_families_are_up_to_date_and_name_each_preset_once():
+    assert families_table.main(["--check"]) == 0
+    assert TWINS.keys() == {*families_table.FAMILIES, *TEXTS.values()}
+    presets = [preset for shown in families_table.FAMILIES.values() for preset in shown.presets]
+    assert sorted([*presets, "tiny_random"]) == sorted(file.stem for file in (ROOT / "conf" / "model").glob("*.yaml"))
+    refused = {family for family, shown in families_table.FAMILIES.items() if shown.gguf == families_table.REFUSED}
+    assert refused == {*families_table.FAMILIES} & {*gguf.UNREAD}

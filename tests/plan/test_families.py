@@ -28,7 +28,8 @@ def planned(model_type, *overrides, sources=SOURCES, before=None):
 
 @pytest.mark.parametrize("family", families.OWN)
 def test_a_familys_own_layers_are_in_its_models_and_leave_no_token_mixer_out(family):
-    parts = {"text_config": SIZES, "vision_config": {}, "audio_config": {}} if family in ("gemma4",) else SIZES
+    both = family in ("gemma3", "gemma4")
+    parts = {"text_config": SIZES, "vision_config": {}, "audio_config": {}} if both else SIZES
     kinds = {"layer_types": ["conv", "full_attention"] * 2} if family == "lfm2" else {}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**parts, **kinds))
@@ -37,7 +38,7 @@ def test_a_familys_own_layers_are_in_its_models_and_leave_no_token_mixer_out(fam
     assert adapters.check_modules(model, lora) == ([], [])
     text, problems, warnings = adapters.coverage(model, lora)
     assert not problems and not [w for w in warnings if not w.startswith("None of the")], text
-    if family == "gemma4":
+    if both:
         names = [*targets.reached(model, lora)]
         assert len(names) == 7 * 4 and all("language_model" in name for name in names)
         return

@@ -46,6 +46,94 @@ def test_adapters_and_whole_modules_are_counted(llama):
     assert trained(enabled=False) == 8030261248
 
 
+@pytest.fixture(scope="module")
+def qwen3_30b_a3b():
+    """Qwen3 30B A3B on the meta device, and its config."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, head_dim=128,
+                            num_attention_heads=32, num_key_value_heads=4, num_experts=128, num_experts_per_tok=8,
+                            moe_intermediate_size=768)  # fmt: skip
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config), config
+
+
+ATTENTION_ALONE = LoraSettings(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+def test_a_mixture_is_counted_from_its_config(qwen3_30b_a3b):
+    attention, experts = 2 * 2048 * 4096 + 2 * 2048 * 512, 128 * 3 * 2048 * 768
+    layer = attention + experts + 128 * 2048 + 2 * 128 + 2 * 2048  # the router, the norms of heads, those of the layer
+    adapter = 16 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    assert dims_of(*qwen3_30b_a3b, Settings(lora=ATTENTION_ALONE)) == ModelDims(
+        parameters=48 * layer + 2 * 151936 * 2048 + 2048,
+        packed=48 * attention,
+        trained=48 * adapter,
+        adapted_inputs=48 * (3 * 2048 + 4096),
+        largest=2048 * 4096,
+        hidden_size=2048,
+        intermediate_size=8 * 768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        query_size=4096,
+        key_value_size=512,
+        vocab_size=151936,
+        routed=8 * 2048,
+    )
+    assert 48 * layer + 2 * 151936 * 2048 + 2048 == 30_532_122_624
+
+
+def test_a_mixture_holds_all_experts_and_keeps_what_those_make_that_a_token_is_sent_to(qwen3_30b_a3b):
+    shape = dims_of(*qwen3_30b_a3b, Settings(lora=ATTENTION_ALONE))
+    guess = estimate(shape, LoadPlan("transformers", adapter_bytes=4, checkpointing=False, padding_free=True), 1, 2048)
+    assert guess.weights == pytest.approx(2 * 30_532_122_624 / 2**30)
+    assert guess.trained == pytest.approx(13_369_344 * (4 + 4 + 8) / 2**30)
+    layer = 8 * 2048 + 2 * (2 * 4096 + 2 * 512 + 3 * 6144 + 10240) + 2 * 8 * 2048
+    # The layers and the two ends; then the gradients inside a layer, and of the loss a piece of logits, of which the larger.
+    passing, loss = 2048 * 2 * (4 * 6144 + 2 * 2048 + 2 * 8 * 2048), 8 * 2**27
+    assert guess.activations == pytest.approx((2048 * (48 * layer + 4 * 2 * 2048) + max(passing, loss)) / 2**30)
+    four = estimate(shape, LoadPlan("transformers", bits=4, padding_free=True), 1, 2048)
+    experts = 48 * 128 * 3 * 2048 * 768
+    assert four.weights > 2 * experts / 2**30, "experts are not packed"
+
+
+def test_adapters_on_experts_are_not_estimated(qwen3_30b_a3b):
+    lora = replace(ATTENTION_ALONE, extra={"target_parameters": ["mlp.experts.down_proj"]})
+    assert dims_of(*qwen3_30b_a3b, Settings(lora=lora)) is None
+
+
+def test_what_a_mixtures_layer_keeps_is_what_autograd_holds_for_it():
+    """Bytes a token of the tensors that one more layer saves for its backward pass, on the CPU in bfloat16."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    def saved(layers):
+        config = MixtralConfig(vocab_size=64, hidden_size=256, intermediate_size=96, num_hidden_layers=layers, head_dim=64,
+                               num_attention_heads=4, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=3,
+                               pad_token_id=0)  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        shape = dims_of(model, config, Settings(lora=replace(ATTENTION_ALONE, r=2)))
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=ATTENTION_ALONE.target_modules))
+        own, held = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                held[storage.data_ptr()] = tensor, storage.nbytes()  # with the tensor, so that its place is not given away
+            return tensor
+
+        ids = torch.randint(0, 64, (1, 256), generator=torch.Generator().manual_seed(0))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            model.get_base_model().model(input_ids=ids, use_cache=False)
+        return sum(size for _, size in held.values()) / 256, shape
+
+    (one, _), (two, shape) = saved(1), saved(2)
+    assert (shape.intermediate_size, shape.routed) == (3 * 96, 3 * 256)
+    assert kept_by_layer(shape, LoadPlan("transformers")) == pytest.approx(two - one, rel=0.05)
+
+
 # Measured on one H100 80 GB with this shape (benchmarks/LOG.md). The rows were of uneven length (make_rows.py): the tokens of
 # the largest pass, which the peak depends on, are the average over simulations of the same number of steps.
 UNSLOTH = [

@@ -288,6 +288,18 @@ def test_rows_that_may_not_fit_are_a_warning(on, monkeypatch):
     assert "trainer.per_device_train_batch_size=1" in lines_of(found, "Memory")
 
 
+def test_fp8_is_refused_on_a_gpu_that_has_none_and_halves_the_weights_where_there_is_room_for_them_once(on):
+    for gpu in ("t4", "a100_40", "a100_80"):
+        problem = next(p for p in on(gpu, "model.load_in_fp8=true").problems if "load_in_fp8" in p.what)
+        assert f"{gpu} multiplies no FP8 numbers" in problem.why
+        assert not any("fp8" in p.what for p in on(gpu, *hints_of(problem)[0]).problems)
+    wide, small = on("h200", "model.load_in_fp8=true"), on("l4", "model.load_in_fp8=true")
+    assert wide.problems == small.problems == []
+    assert wide.plan.fp8_twice and not small.plan.fp8_twice
+    weights = [found.facts["memory"]["weights"] * 2**30 for found in (wide, small, on("h200"))]
+    assert [round((weights[2] - some) / LLAMA_8B.packed, 3) for some in weights] == [0, 1, 0]
+
+
 def test_a_run_on_one_of_several_gpus_is_told_of_the_others(look, on, monkeypatch):
     monkeypatch.setattr(fit, "gpu_count", lambda: 2)
     assert "GPUs" not in lines_of(look(), "Memory") + lines_of(on("h100"), "Memory")

@@ -1,0 +1,136 @@
+"""Frozen layers in FP8: e4m3 weights and inputs, multiplied at twice the rate of bfloat16.
+
+Under LoRA the base never changes, so its weights are rounded once, when the model is loaded; what they are multiplied with is
+rounded in each product. Each row of either, the values of one token or those of one output, has a scale of its own in float32
+("rowwise" in torch). Gradients of the inputs are products with the very same rounded weights. The weights get no gradient, and
+adapters, norms, embeddings and the output layer stay as they are.
+
+Needs torch's `scaled_mm`: compute capability 8.9 or higher, or a CPU, where it is slow.
+To be imported where there are such layers: it imports torch, whose compiler does not follow a class made in a function.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from sft.model.structure import decoder_layers, with_one_input
+
+LARGEST = 448.0
+"""The largest number of e4m3."""
+
+LEAST = 1e-12
+"""A row whose values are all smaller, as one of zeros, has the scale of this."""
+
+MULTIPLE = 16
+"""What both sizes of a weight have to be a multiple of (cuBLAS)."""
+
+
+class Fp8Linear(torch.nn.Linear):
+    """A frozen layer whose `weight` holds nothing but NaN, so that nobody computes with it unseen: it keeps the shape, the type
+    and the device that PEFT asks for, in two bytes.
+    """
+
+    def forward(self, x: Any) -> Any:
+        x = _computed(x)
+        rows = x.reshape(-1, self.in_features)
+        out = Product.apply(rows, self.rounded, self.scales, self.turned)
+        out = out.view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class Product(torch.autograd.Function):
+    """`x` [tokens, columns] times the transposed weight [rows, columns], which is `rounded` times `scales` [rows, 1].
+
+    Both sides of a product in FP8 need their common index last: the gradient takes `turned`, the transposed `rounded`, or makes
+    it (None). `scales` belong to that index there, and go to the gradient before it is rounded.
+    """
+
+    @staticmethod
+    def forward(ctx, x, rounded, scales, turned):
+        ctx.save_for_backward(rounded, scales, turned)
+        return multiply(x, rounded, scales)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rounded, scales, turned = ctx.saved_tensors
+        turned = rounded.T.contiguous() if turned is None else turned
+        return multiply(grad.float() * scales.T, turned, scales.new_ones(len(turned), 1), grad.dtype), None, None, None
+
+
+def _computed(x: Any) -> Any:
+    """`x` in the type that is computed in."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def multiply(x: Any, rounded: Any, scales: Any, dtype: Any = None) -> Any:
+    """`x` [tokens, columns], rounded row by row, times the transposed weight [rows, columns], in `dtype` or the type of `x`."""
+    values, of_rows = round_rows(x)
+    # torch's compiler knows this one and not yet the public torch.nn.functional.scaled_mm.
+    return torch._scaled_mm(values, rounded.T, of_rows, scales.T, out_dtype=dtype or x.dtype, use_fast_accum=True)
+
+
+def round_rows(x: Any) -> tuple[Any, Any]:
+    """(`x` [rows, columns] in e4m3, scales [rows, 1] in float32 by which it is to be multiplied): the largest value of each
+    row becomes the largest number there is.
+    """
+    if x.is_cuda and not torch.compiler.is_compiling():
+        from sft.model import round_kernel
+
+        return round_kernel.round_rows(x.contiguous(), LARGEST, LEAST)
+    scales = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=LEAST) / LARGEST
+    return (x.float() / scales).to(torch.float8_e4m3fn).contiguous(), scales
+
+
+def is_supported(device: Any) -> bool:
+    """Whether the device can multiply such weights."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
+
+
+def round_layers(base: Any, twice: bool = False) -> tuple[int, int]:
+    """Round the linear layers in the decoder layers of `base`; how many are, and how many could not be. One at a time, so
+    that no second copy of the model is needed. `twice` keeps them transposed as well, which the backward pass else does anew
+    each time: a byte more a weight, and the same numbers.
+    """
+    found = {m: None for layer in decoder_layers(base) for m in layer.modules() if type(m) is torch.nn.Linear}
+    fitting = [m for m in found if not any(size % MULTIPLE for size in m.weight.shape)]
+    for layers in with_one_input(base, fitting):
+        parts = [round_rows(layer.weight.data) for layer in layers]
+        together = tuple(torch.cat(some) if len(layers) > 1 else some[0] for some in zip(*parts, strict=True))
+        ends = itertools.accumulate((layer.out_features for layer in layers), initial=0)
+        for layer, (begin, end) in zip(layers, itertools.pairwise(ends), strict=True):
+            layer.together, (layer.rounded, layer.scales) = together, (part[begin:end] for part in together)
+            layer.turned = layer.rounded.T.contiguous() if twice else None
+            empty = layer.weight.new_full((1, 1), float("nan")).expand(layer.weight.shape)
+            layer.weight = torch.nn.Parameter(empty, requires_grad=False)
+            layer.__class__ = Fp8Linear
+    return len(fitting), len(found) - len(fitting)
+
+
+def joined(layers: list[Any]) -> Callable[[Any], Any] | None:
+    """What gives the outputs of some layers with one input, [tokens, their rows one behind the other], as one product; None
+    where they are not FP8 layers that lie so in the memory. Not for gradients.
+    """
+    first = layers[0]
+    if any(type(layer) is not Fp8Linear or layer.together is not first.together or layer.bias is not None for layer in layers):
+        return None
+    if sum(layer.out_features for layer in layers) != len(first.together[0]):
+        return None
+    return lambda x: multiply(_computed(x).reshape(-1, x.shape[-1]), *first.together)
+
+
+@contextlib.contextmanager
+def inputs_in_16_bits(base: Any) -> Iterator[None]:
+    """Inside the block inputs are not rounded: what is computed twice differs by the noise of 16 bits. Not for gradients."""
+    layers = [m for m in base.modules() if type(m) is Fp8Linear]
+    for layer in layers:
+        layer.forward = lambda x, layer=layer: linear(x, (layer.rounded.float() * layer.scales).to(x.dtype), layer.bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
