@@ -92,6 +92,7 @@ SURFACE = {
     "peft.tuners.lora.layer.Linear.forward": "(self, x, *args, **kwargs)",
     "bitsandbytes.nn.Linear4bit.forward": "(self, x)",
     # torch
+    "torch.nn.Linear.forward": "(self, input)",
     "torch.nn.Module.train": "(self, mode)",
     "torch.nn.Module.zero_grad": "(self, set_to_none)",
     "torch.nn.Module._parameters": "attribute",
@@ -103,6 +104,7 @@ SURFACE = {
     "torch.autograd.Function.backward": "(ctx, *grad_outputs)",
     "torch._foreach_copy_": "function",
     "torch._foreach_mul": "function",
+    "torch._scaled_mm": "function",
     "torch.ops.aten._flash_attention_forward": "(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, "
     "return_debug_mask, scale, window_size_left, window_size_right, seqused_k, alibi_slopes, block_table, num_splits)",
     "torch._dynamo.mark_static": "(t, index)",
