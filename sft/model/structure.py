@@ -46,6 +46,7 @@ def short_walks(model: Any) -> Iterator[None]:
     thousands of modules: a mode that is set already stays, and gradients of trained weights alone are cleared.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    model.train()  # all of it: a loaded model is in evaluation mode, and an adapter that was put on it just now is not
 
     def train(mode: bool = True) -> Any:
         return model if model.training == mode else type(model).train(model, mode)

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from sft import environment
+from sft.lifecycle import run
 from sft.model import adapters, loading, warm_cache
 from sft.plan.plan import Plan, plan_saved
+from sft.training.trainer import ResumableTrainer
 from tests.conftest import SMALL, make_settings
 
 
@@ -51,6 +53,23 @@ def train_a_step(settings):
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     torch.rand(3)
+
+
+def test_each_job_trains_with_all_modules_in_training_mode(keeping, tmp_path, monkeypatch):
+    """Else a later job, whose first evaluation is the one before's, captures and recomputes no layers until its own."""
+    modes, step = [], ResumableTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        found = step(self, *args, **kwargs)
+        modes.append({module.training for module in self.model.modules()})
+        return found
+
+    monkeypatch.setattr(ResumableTrainer, "training_step", training_step)
+    for seed in (1, 2, 3):
+        job = make_settings(*SMALL, "trainer=debug", "trainer.max_steps=2", "dataset.seed=0", f"seed={seed}")
+        assert run(job, tmp_path / f"{seed}").status == "finished"
+        warm_cache.release()
+    assert keeping()["evaluation"] == 1 and modes == [{True}] * 6
 
 
 def test_a_shared_model_comes_back_as_it_was_loaded(keeping):
