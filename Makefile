@@ -29,6 +29,9 @@ $(VENV)/.testing: $(VENV)/.installed
 demo: setup
 	$(VENV)/bin/python train.py
 
+# A test run is two workers and a hundred programs: where Python is told to write no bytecode, each compiles all files itself.
+test test-long: export PYTHONDONTWRITEBYTECODE =
+
 test: $(VENV)/.testing
 	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=3000 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

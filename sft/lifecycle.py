@@ -95,7 +95,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         measure.write_rows(folder, prepared)
         checkpoint = find_checkpoint(folder, before, facts)
         strategy.check_checkpoint(checkpoint, settings)
-        record_session(record, facts, checkpoint)
+        record_session(record, settings, facts, checkpoint)
         marked = {"destinations_mark": signed} if (signed := mark(settings)) else {}
         record.update(split=asdict(plan.batch), plan=plan.facts(), processes=group.world_size(), **marked)
         group.broadcast((settings, plan, checkpoint, facts["data_hash"]))

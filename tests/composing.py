@@ -1,8 +1,8 @@
 """Hydra reads the project's own files a thousand times in the tests: what depends on them alone is made once in a process.
 
-That is the list of files that the chosen groups name, the config that they make before an override sets a value in it, and
-what the texts in it mean. The first two are kept as bytes, so that each command line has a copy of its own, and by the time and
-the size of each file. What raises raises each time.
+That is the list of files that the chosen groups name, the config that they make before an override sets a value in it, what
+the texts in it mean, and what stands in the project's own `conf/`. The first two are kept as bytes, so that each command line
+has a copy of its own, and by the time and the size of each file. What raises raises each time.
 """
 
 import functools
@@ -14,8 +14,12 @@ from typing import Any
 
 from hydra._internal import defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
 from omegaconf import _utils, base, grammar_parser
 from omegaconf.resolvers import oc
+
+from sft.paths import CONF
 
 MOST = 300
 """Files and folders below one that is searched; of more nothing is kept."""
@@ -66,9 +70,26 @@ def _read_files(loader, defaults, repo, real=ConfigLoaderImpl._compose_config_fr
     return _keep(repo, ([vars(default) for default in defaults],), lambda: real(loader, defaults, repo))
 
 
+def _list_once(real: Callable) -> Callable:
+    """As `list` of Hydra's files; of the project's own folder once, where no test writes."""
+    found: dict[tuple, list[str]] = {}
+
+    def listed(source, config_path, results_filter) -> list[str]:
+        if source.path != str(CONF):
+            return real(source, config_path, results_filter)
+        if (config_path, results_filter) not in found:
+            found[config_path, results_filter] = real(source, config_path, results_filter)
+        return [*found[config_path, results_filter]]
+
+    return listed
+
+
 def install() -> None:
     """Put these in the place of Hydra's and OmegaConf's own."""
     defaults_list._create_defaults_list = _list_files
     ConfigLoaderImpl._compose_config_from_defaults_list = _read_files
+    Plugins.instance()
+    files = SourcesRegistry.instance().resolve("file")
+    files.list = _list_once(files.list)
     for module in (_utils, base, oc):
         module.parse = functools.cache(grammar_parser.parse)

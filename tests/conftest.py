@@ -6,8 +6,10 @@ import functools
 import gc
 import json
 import os
+import pickle
 import signal
 import sys
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +28,7 @@ if not os.environ.get("SFT_TEST_GPU"):
 for name in ("HF_TOKEN", "WANDB_API_KEY", "HF_ENDPOINT"):
     os.environ.pop(name, None)
 
+import jinja2
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
@@ -47,24 +50,41 @@ os.fsync = lambda descriptor: None  # that a disk has it is seen after a power c
 
 
 @functools.cache
-def _parsed(text: str) -> object:
-    return yaml.load(text, Loader=get_yaml_loader())
+def _pickled(text: str) -> bytes | None:
+    """The config of a file's text; None for one that is no table, or wrong."""
+    try:
+        plain = yaml.load(text, Loader=get_yaml_loader())
+    except (yaml.YAMLError, ValueError):
+        return None
+    return pickle.dumps(OmegaConf.create(plain)) if isinstance(plain, dict) else None
 
 
 def _load_yaml(file, load=OmegaConf.load):
-    """As OmegaConf.load; Hydra reads the same files a thousand times, a sixth of what composing takes."""
+    """As OmegaConf.load; Hydra reads the same files a thousand times, a fifth of what composing takes."""
     if hasattr(file, "read"):
-        try:
-            plain = _parsed(file.read())
-        except (yaml.YAMLError, ValueError):
-            plain = None
-        if isinstance(plain, dict):
-            return OmegaConf.create(plain)
-        file.seek(0)  # what is no table, or wrong, is its own
+        if pickled := _pickled(file.read()):
+            return pickle.loads(pickled)
+        file.seek(0)
     return load(file)
 
 
 OmegaConf.load = staticmethod(_load_yaml)
+
+_code: dict[tuple, object] = {}
+
+
+def _compile(environment, source, *more, compile=jinja2.Environment.compile, **named):
+    """As Environment.compile, once for a text of an environment: PEFT's model card is written with each checkpoint."""
+    if not isinstance(source, str) or named:
+        return compile(environment, source, *more, **named)
+    key = environment, source, *more
+    if key not in _code:
+        _code[key] = compile(environment, source, *more)
+    return _code[key]
+
+
+jinja2.Environment.compile = _compile
+metadata.version = functools.cache(metadata.version)  # each run asks for fifty, a tenth of a tiny one
 
 TOKENS = 4096
 
@@ -219,12 +239,14 @@ def pytest_configure() -> None:
 
 
 # Two workers that take a file at a time end together if those of half a minute and more come first.
-LONG_FILES = ("integration/test_dpo", "export_gguf", "integration/test_distributed", "padding_free", "test_command",
-              "data/test_properties", "integration/test_safety", "start_from", "warm_cache", "test_resume",
-              "integration/test_sweep", "config/test_refusals", "backends", "integration/test_grpo", "cli/test_composition",
-              "data/test_hints", "integration/test_export", "test_presets", "data/test_files", "integration/test_run",
-              "config/test_hints", "test_notebook", "integration/test_chat", "preflight/test_checks", "test_sft_command",
-              "data/test_prepare", "test_folders", "integration/test_hub", "integration/test_families")  # fmt: skip
+LONG_FILES = ("integration/test_dpo", "export_gguf", "integration/test_distributed", "integration/test_grpo",
+              "config/test_refusals", "integration/test_safety", "padding_free", "data/test_properties",
+              "integration/test_families", "test_presets", "start_from", "test_resume", "backends", "integration/test_sweep",
+              "integration/test_export", "warm_cache", "cli/test_init", "test_sft_command", "data/test_hints",
+              "cli/test_composition", "test_command", "test_folders", "integration/test_run", "integration/test_chat",
+              "test_hints_elsewhere", "project/test_guides", "integration/test_hub", "cli/test_conversion", "data/test_prepare",
+              "data/test_files", "test_notebook", "preflight/test_checks", "test_lora_extra",
+              "data/test_conversations")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,7 +28,7 @@ from tests.conftest import ROOT
 
 PRELOADED = ("sft.lifecycle", "sft.cli.job", "sft.cli.chat", "sft.export.exporter", "sft.methods.arguments", "sft.methods.sft",
              "sft.sweep.runner", "transformers.trainer", "transformers.models.llama.modeling_llama", "peft", "tests.forked",
-             "trl.trainer.sft_trainer")  # fmt: skip
+             "trl.trainer.sft_trainer", "tests.warmed")  # fmt: skip
 
 MODULES = {"sft.launch.ranks": "sft/launch/ranks.py", "sft.launch.isolated": "sft/launch/isolated.py",
            "sft.export": "sft/export/__main__.py"}  # fmt: skip
@@ -45,14 +45,16 @@ def _server() -> multiprocessing.context.ForkServerContext:
 
 def _become(
     program: str, argv: list[str], place: str, environment: dict[str, str], before: str, files: list[str], parent: int,
-    limits: tuple[int, int],
+    limits: tuple[int, int], leads: bool,
 ) -> None:  # fmt: skip
     """Be `python program *argv`, after the file `before`, with standard input, output and errors from and to `files`.
 
-    `limits` are those of a file's size, as on a full disk.
+    `limits` are those of a file's size, as on a full disk; `leads` has it lead a session of its own.
     """
     forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None  # a child's child asks the same one
     subprocess.Popen = functools.partial(popen, before=before)
+    if leads:
+        os.setsid()
     if parent:  # of a child whose parent may watch over it
         os.getppid = lambda: parent if psutil.pid_exists(parent) else 1
     atexit._clear()  # what was to be done at the end of the process that this one was forked from
@@ -86,10 +88,11 @@ class Process:
 
     stdin = None
 
-    def __init__(self, program, *argv, cwd, env=None, before="", files=(os.devnull, os.devnull, os.devnull), parent=0):
+    def __init__(self, program, *argv, cwd, env=None, before="", files=(os.devnull, os.devnull, os.devnull), parent=0,
+                 leads=False):  # fmt: skip
         files, argv = [str(file) for file in files], [str(word) for word in argv]
         words = str(ROOT / program), argv, str(cwd), dict(os.environ if env is None else env), str(before), files, parent
-        words = *words, resource.getrlimit(resource.RLIMIT_FSIZE)
+        words = *words, resource.getrlimit(resource.RLIMIT_FSIZE), leads
         self._process = _server().Process(target=_become, args=words)
         self._process.start()
         self.pid = self._process.pid
@@ -139,20 +142,24 @@ class Converter(Process):
         return tuple(file.read_text(encoding="utf-8", errors="replace") for file in self.files)
 
 
-def popen(command, *args, before="", **options) -> subprocess.Popen | Process:
+def popen(args, *more, before="", **options) -> subprocess.Popen | Process:
     """In place of subprocess.Popen: ranks, jobs and exports are forked, with the standard files of this process."""
+    command = list(args) if isinstance(args, tuple) else args
     if len(command) > 2 and str(command[2]).startswith(str(CONVERTER)):
         return Converter(command, options["env"])
     program = MODULES.get(command[3]) if command[:3] == [sys.executable, "-P", "-m"] else None
+    if command[:3] == [sys.executable, "-u", str(ROOT / "train.py")]:  # by torchrun
+        command, program = command[:3] + command[2:], "train.py"
     if not program:
-        return started(command, *args, **options)
+        return started(args, *more, **options)
     files = [f"/proc/{os.getpid()}/fd/{number}" for number in range(3)]
     if options.get("stdin") == subprocess.DEVNULL:
         files[0] = os.devnull
     elif options.get("stdin") == subprocess.PIPE:
         read, write = os.pipe()
         files[0] = f"/proc/{os.getpid()}/fd/{read}"
-    words = {"cwd": os.getcwd(), "env": options["env"], "before": before, "files": files, "parent": os.getpid()}
+    words = {"cwd": os.getcwd(), "env": options["env"], "before": before, "files": files, "parent": os.getpid(),
+             "leads": bool(options.get("start_new_session"))}  # fmt: skip
     process = Process(program, *command[4:], **words)
     if options.get("stdin") == subprocess.PIPE:
         process.stdin = os.fdopen(write, "wb")

@@ -398,7 +398,9 @@ def _check_job(
         anew = len(composed) > before
         if anew:
             _fill_in_hydra(config)
-        settings = to_settings(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+        with open_dict(config):
+            del config["hydra"]
+        settings = to_settings(config)
         problems = (_check_overruled(config, config_name, overrides) if anew else []) + check_settings(settings, hardware)
         return problems + (check_folder(folder, settings) if folder else []), list(settings.sweep.paired)
     except Refusal as refusal:

@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sft.config.compose import fill_settings
 from sft.config.consent import with_word
 from sft.config.destinations import code_files
 from sft.config.fingerprint import config_hash, differs_from, reward_hashes
@@ -115,10 +114,10 @@ def start_record(settings: Settings, folder: Path, context: Context, before: dic
     )
 
 
-def _keep_code(record: RunRecord) -> None:
+def _keep_code(record: RunRecord, settings: Settings) -> None:
     """Copy the files of the user's own that the run has run into code/ of its folder: they may change afterwards."""
     folder = record.path.parent / "code"
-    files = code_files(fill_settings(record.facts["settings"]))
+    files = code_files(settings)
     for file in files:
         alone = [one.name for one in files].count(file.name) == 1
         kept = folder / (file.name if alone else str(file).strip("/").replace("/", "_"))
@@ -129,9 +128,9 @@ def _keep_code(record: RunRecord) -> None:
             part.replace(kept)
 
 
-def record_session(record: RunRecord, facts: dict, checkpoint: Path | None) -> None:
+def record_session(record: RunRecord, settings: Settings, facts: dict, checkpoint: Path | None) -> None:
     """Note the data, keep copies of the user's own code, and note that the run begins or goes on here."""
-    _keep_code(record)
+    _keep_code(record, settings)
     rows = facts["rows"]
     sessions = [*(record.facts.get("sessions") or []), {"started_at": now(), "from": checkpoint and checkpoint.name}]
     record.update(

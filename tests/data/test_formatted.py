@@ -158,7 +158,8 @@ def test_a_folder_from_elsewhere_does_not_run_its_function_unasked(place):
 
 
 def test_a_copy_of_the_code_that_was_cut_is_made_again(place, monkeypatch):
-    record = RunRecord(place, settings=jsonable(settings_for("to_row")))
+    settings = settings_for("to_row")
+    record = RunRecord(place, settings=jsonable(settings))
 
     def cut(source, target):
         target.write_text(CODE[:10])
@@ -166,9 +167,9 @@ def test_a_copy_of_the_code_that_was_cut_is_made_again(place, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
         patch.setattr(shutil, "copy", cut)
-        _keep_code(record)
+        _keep_code(record, settings)
     assert not (place / "code" / "mine.py").exists()
-    _keep_code(record)
+    _keep_code(record, settings)
     assert [file.name for file in (place / "code").iterdir()] == ["mine.py"] and (place / "code/mine.py").read_text() == CODE
 
 

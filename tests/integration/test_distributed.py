@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy
 import psutil
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from sft.errors import Refusal
@@ -34,7 +35,7 @@ from tests.integration.test_nonfinite import lines_of, quick_report, record_of  
 JOB = (*BASE, "dataset=local", "lora.lora_dropout=0", "trainer.gradient_accumulation_steps=null", "trainer.max_steps=-1",
        "trainer.effective_batch_size=4", "trainer.num_train_epochs=2", "trainer.save_total_limit=9")  # fmt: skip
 TWO = "distributed.num_processes=2"
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"))
 
 
 def differences(one: Path, two: Path) -> list[str]:
@@ -61,17 +62,14 @@ def differences(one: Path, two: Path) -> list[str]:
     return found + ([f"the weights are {far} apart"] if far > 1e-5 else [])
 
 
-def command_of(*words: str, torchrun: bool = False) -> list[str]:
-    return [sys.executable, *(TORCHRUN if torchrun else ()), str(ROOT / "train.py"), *words]
+def program_of(torchrun: bool) -> tuple[str | Path, ...]:
+    """What is forked, with its first words."""
+    return (Path(torch.__file__).parent / "distributed" / "run.py", *TORCHRUN) if torchrun else ("train.py",)
 
 
 def train(cwd: Path, *overrides: str, torchrun: bool = False, **more: str) -> subprocess.CompletedProcess:
-    """The command; by torchrun as from a shell, else forked."""
-    environment = {**os.environ, **more}
-    if not torchrun:
-        return forked.run("train.py", *overrides, cwd=cwd, env=environment, timeout=200)
-    command = command_of(*overrides, torchrun=True)
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=200, env=environment)
+    """The command, forked, with its ranks."""
+    return forked.run(*program_of(torchrun), *overrides, cwd=cwd, env={**os.environ, **more}, timeout=200)
 
 
 @pytest.fixture(scope="module")
@@ -145,34 +143,29 @@ def test_a_run_goes_on_in_another_number_of_processes(work, whole, forked_childr
 
 
 def start_and_wait(
-    cwd: Path, folder: str, *overrides: str, torchrun: bool = False, fork: bool = False
-) -> tuple[subprocess.Popen | forked.Process, dict]:
-    """A long run, as from a shell or forked, that has made its second step, and its ranks' processes by their number."""
+    cwd: Path, folder: str, *overrides: str, torchrun: bool = False
+) -> tuple[forked.Process, dict[str, psutil.Process]]:
+    """A long run that has made its second step, and its ranks' processes by their number."""
     job = (*JOB, "dataset.path=rows.jsonl", "trainer.num_train_epochs=99", "trainer.eval_steps=90", "trainer.save_steps=90")
     words = (*job, f"hydra.run.dir={folder}", *overrides)
-    with open(cwd / f"{folder}.err", "w", encoding="utf-8") as errors:
-        if fork:
-            note = cwd / f"{folder}.py"
-            note.write_text(
-                "import os, pathlib\n"
-                f'pathlib.Path({str(cwd)!r}, f\'{folder}.rank{{os.environ.get("RANK", "s")}}\').write_text(str(os.getpid()))\n'
-            )
-            process = forked.Process("train.py", *words, cwd=cwd, before=note, files=(os.devnull, os.devnull, errors.name))
-        else:
-            process = subprocess.Popen(command_of(*words, torchrun=torchrun), cwd=cwd, stderr=errors)
+    note, errors = cwd / f"{folder}.py", cwd / f"{folder}.err"
+    errors.touch()
+    note.write_text(
+        "import os, pathlib\n"
+        f'pathlib.Path({str(cwd)!r}, f\'{folder}.rank{{os.environ.get("RANK", "s")}}\').write_text(str(os.getpid()))\n'
+    )
+    process = forked.Process(*program_of(torchrun), *words, cwd=cwd, before=note, files=(os.devnull, os.devnull, errors))
     lines, limit = cwd / folder / "metrics.jsonl", time.monotonic() + 100
     while time.monotonic() < limit and not (lines.exists() and '"step": 2' in lines.read_text(encoding="utf-8")):
-        assert process.poll() is None, (cwd / f"{folder}.err").read_text(encoding="utf-8")[-3000:]
+        assert process.poll() is None, errors.read_text(encoding="utf-8")[-3000:]
         time.sleep(0.05)
-    if fork:
-        return process, {rank: psutil.Process(int((cwd / f"{folder}.rank{rank}").read_text())) for rank in "01"}
-    return process, {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    return process, {rank: psutil.Process(int((cwd / f"{folder}.rank{rank}").read_text())) for rank in "01"}
 
 
 @pytest.mark.parametrize(("torchrun", "rank"), [(False, "1"), (True, "0")])
 def test_a_rank_that_is_killed_ends_the_run_with_its_reason(work, torchrun, rank):
     name = f"killed-{rank}"
-    process, ranks = start_and_wait(work, name, *(() if torchrun else (TWO,)), torchrun=torchrun, fork=not torchrun)
+    process, ranks = start_and_wait(work, name, *(() if torchrun else (TWO,)), torchrun=torchrun)
     ranks[rank].kill()
     assert process.wait(60) == 1
     record = record_of(work / name)
@@ -214,9 +207,10 @@ def test_two_processes_listen_on_loopback_alone_and_to_no_client_of_a_store_and_
         (theirs / name).write_text("raise SystemExit('somebody else's code')", encoding="utf-8")
     write_rows(theirs)
     outside, terminal = pty.openpty()
+    words = (*JOB, "dataset.path=rows.jsonl", *ENDLESS, "hydra.run.dir=run", TWO)
     process = subprocess.Popen(
-        command_of(*JOB, "dataset.path=rows.jsonl", *ENDLESS, "hydra.run.dir=run", TWO), cwd=theirs, stdin=terminal,
-        stdout=terminal, stderr=terminal, start_new_session=True,
+        [sys.executable, ROOT / "train.py", *words], cwd=theirs,
+        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(terminal)
@@ -235,7 +229,7 @@ def test_two_processes_listen_on_loopback_alone_and_to_no_client_of_a_store_and_
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_stops_all_processes_after_the_step_and_saves(work, name):
-    process, _ = start_and_wait(work, name, TWO, fork=True)
+    process, _ = start_and_wait(work, name, TWO)
     process.send_signal(getattr(signal, name))
     assert process.wait(60) == 130
     record, errors = record_of(work / name), (work / f"{name}.err").read_text(encoding="utf-8")
@@ -246,8 +240,9 @@ def test_a_signal_stops_all_processes_after_the_step_and_saves(work, name):
 
 
 def test_one_process_refuses_for_all(work):
-    """A mistake on the command line under torchrun, and one that only the rows show."""
-    done = train(work, "lora.rr=8", torchrun=True)
+    """A mistake on the command line under torchrun, started as from a shell, and one that only the rows show."""
+    command = [sys.executable, "-m", "torch.distributed.run", *TORCHRUN, "lora.rr=8"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=work, timeout=200)
     assert done.returncode == 1 and done.stderr.count("Refused") == 1 and "exitcode  : 2" in done.stderr
     done = train(work, *JOB, TWO, "dataset.path=rows.jsonl", "model.max_seq_length=8", "hydra.run.dir=refused")
     assert done.returncode == 2 and done.stderr.count("Refused") == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]

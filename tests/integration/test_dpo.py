@@ -223,6 +223,8 @@ def test_other_weights_types_pairs_and_layouts_have_a_reference_of_their_own(set
 def test_the_pairs_that_no_step_comes_to_need_no_reference(settings, tmp_path, passes, monkeypatch, more, pairs):
     chosen = settings("trainer.max_steps=2", *more)
     assert run(chosen, tmp_path / "some").status == "finished" and passes == pairs
+    if pairs == [16, 4]:  # of all: the run below would be the same one
+        return
     monkeypatch.setattr(dpo, "_reached", lambda trainer, settings, count, kept: list(range(count)))
     shutil.rmtree(tmp_path / "cache" / "references")
     assert run(chosen, tmp_path / "all").status == "finished" and passes[2:] == [16, 4]

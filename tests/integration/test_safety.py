@@ -61,6 +61,16 @@ def machine(tmp_path):
     }  # fmt: skip
 
 
+ONE_AFTER_THE_OTHER = """import runpy, sys
+for words in {commands}:
+    sys.argv = [{program!r}, *words]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        print("code", end.code)
+"""
+
+
 def train(cwd: Path, environment: dict, *overrides: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "train.py"), *overrides]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=280)
@@ -96,15 +106,17 @@ def test_no_secret_of_the_machine_reaches_anything_that_a_run_writes_or_prints(t
 def test_no_secret_is_in_a_refusal_or_in_what_it_leaves(tmp_path, machine):
     machine = {name: value for name, value in machine.items() if not name.endswith("_PROXY")}
     word = PLANTED["override"]
-    for overrides in (
+    commands = (
         ("model.name=some-owner/some-model",),
         ("dataset.name=some-owner/some-data",),
         (f"tracking.name={word}", f"model.name={word}", f"+trainer.extra.hub_token={word}"),
         ("-m", f"lora.r=8,{word}", f"-model.name={word}"),
-    ):
-        done = train(tmp_path, machine, *SMALL, *overrides)
-        assert done.returncode == 2, done.stderr[-3000:]
-        assert find_planted(tmp_path, done.stdout, done.stderr) == []
+    )
+    program = ONE_AFTER_THE_OTHER.format(commands=[[*SMALL, *words] for words in commands], program=str(ROOT / "train.py"))
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=machine, timeout=280)
+    assert done.stdout.count("code 2\n") == len(commands) == done.stderr.count("Refused"), done.stderr[-3000:]
+    assert find_planted(tmp_path, done.stdout, done.stderr) == []
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
