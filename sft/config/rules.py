@@ -136,6 +136,7 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
     problems = [
         *_check_blank(settings),
         *_check_numbers(settings),
+        *_check_report(settings),
         *_check_model(settings),
         *check_fp8(settings),
         *check_lora(settings),
@@ -313,6 +314,14 @@ def _check_blank(settings: Settings) -> list[Problem]:
                 fix = f"{key}=null   for none" if "None" in str(f.type) else _default(key)
                 problems.append(Problem(f"{key}=", "The value is empty.", fix))
     return problems
+
+
+def _check_report(settings: Settings) -> list[Problem]:
+    place = settings.report.against
+    if not place or (expanded(place) / "run.json").is_file():
+        return []
+    why = "There is no run.json, so it is no run's folder." if expanded(place).is_dir() else "There is no such folder."
+    return [Problem(typed("report.against", place), why, "report.against=null")]
 
 
 def _default(key: str) -> str:

@@ -609,6 +609,8 @@ class ReportSettings:
 
     lang: Language = Language.en
     """`en`, or `zh` for a page in Chinese. What the program says elsewhere, warnings among it, is English."""
+    against: str | None = None
+    """Folder of an earlier run to compare a run with, row by row, where both held out the same rows."""
 
 
 @dataclass

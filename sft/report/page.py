@@ -20,6 +20,7 @@ from sft.config.method import facts_of
 from sft.paths import ASSETS
 from sft.programs import as_called
 from sft.report import formats
+from sft.report.against import compare_runs
 from sft.report.charts import FEWEST_POINTS, make_charts
 from sft.report.exports import describe_exports
 from sft.report.formats import group_settings, mark_tokens
@@ -53,6 +54,7 @@ def write_report(run_folder: Path, run: dict | None = None) -> Path:
             "method": facts_of(run),
             "metrics": metrics,
             "verdict": judge({**run, "metrics": metrics}, rows, read_lines(run_folder / "eval_rows.jsonl"), margins, say),
+            "against": compare_runs(run_folder, run, say),
             "charts": charts,
             "pairs": summarise_pairs(margins, say),
             "rollouts": summarise_rollouts(run_folder / "rollouts.jsonl"),

@@ -54,14 +54,14 @@ def judge(run: dict, rows: list[dict], lines: list[dict], margins: list[dict], s
     if start is None or end is None or not evaluated:
         return None
     kept = metrics.get("kept_step", metrics.get("steps"))
-    before, after = _line_of(lines, 0), _line_of(lines, kept)
+    before, after = line_of(lines, 0), line_of(lines, kept)
     found = _of_pairs(margins, kept, say) if method is DPO else _of_rows(method, before, after, say)
     verdict = found or {"tone": "warn", "headline": say("The change has no interval"), "lines": [_no_rows(say)]}
     verdict["lines"] = [_of_metric(method, start, end, say), *verdict["lines"], *_of_steps(method, rows, kept, say)]
     return verdict
 
 
-def _line_of(lines: list[dict], step: Any) -> dict:
+def line_of(lines: list[dict], step: Any) -> dict:
     """The last line of a step, which a resumed run has written anew."""
     return next((line for line in reversed(lines) if line.get("step") == step), {})
 
@@ -86,16 +86,32 @@ def _no_rows(say: Say) -> str:
 def _of_rows(method: MethodFacts, before: dict, after: dict, say: Say) -> dict[str, Any] | None:
     """What the changes of the held-out rows come to; None where they are not known of both."""
     name = "rewards" if method.greater_is_better else "losses"
-    first, last = before.get(name) or [], after.get(name) or []
-    if not first or len(first) != len(last) or before is after or None in map(number, [*first, *last]):
+    if before is after:
         return None
-    sign = 1 if method.greater_is_better else -1
+    return judge_rows(
+        before.get(name), after.get(name), before.get("targets"), method.greater_is_better, say,
+        better=say("Better than before training, on rows that it has not seen"),
+        worse=say("Worse than before training, on rows that it has not seen"),
+    )  # fmt: skip
+
+
+def judge_rows(
+    first: list | None, last: list | None, targets: list | None, greater: bool, say: Say, *, better: str, worse: str
+) -> dict[str, Any] | None:
+    """A `headline` (`better` or `worse`, unless it may be chance), its `tone` and `lines` on the change from `first` to `last`,
+    the values of the same held-out rows, weighted by `targets`; None where they are not known of all rows. `greater` says that
+    more is better.
+    """
+    first, last = first or [], last or []
+    if not first or len(first) != len(last) or None in map(number, [*first, *last]):
+        return None
+    sign = 1 if greater else -1
     changes = [b - a for a, b in zip(first, last, strict=True)]
-    weights = before.get("targets") or [1] * len(changes)
+    weights = targets or [1] * len(changes)
     if len(weights) != len(changes) or None in map(number, weights) or sum(weights) <= 0:
         return None
-    count, better = len(changes), sum(sign * change > 0 for change in changes)
-    shares = [say("Better on {better} of {count} held-out rows, worse on {worse}.", better=better, count=count,
+    count, gained = len(changes), sum(sign * change > 0 for change in changes)
+    shares = [say("Better on {better} of {count} held-out rows, worse on {worse}.", better=gained, count=count,
                   worse=sum(sign * change < 0 for change in changes))]  # fmt: skip
     if count < FEWEST_ROWS:
         headline = say("Too few rows to tell: {count} held out, {fewest} are needed", count=count, fewest=FEWEST_ROWS)
@@ -106,15 +122,15 @@ def _of_rows(method: MethodFacts, before: dict, after: dict, say: Say) -> dict[s
     if low <= 0 <= high:
         tone, headline = "warn", say("Too few rows to tell: the change may be chance")
     elif sign * mean > 0:
-        tone, headline = "good", say("Better than before training, on rows that it has not seen")
+        tone, headline = "good", better
     else:
-        tone, headline = "bad", say("Worse than before training, on rows that it has not seen")
+        tone, headline = "bad", worse
     return {"tone": tone, "headline": headline, "lines": [interval, *shares]}
 
 
 def _of_pairs(margins: list[dict], kept: Any, say: Say) -> dict[str, Any] | None:
     """The share of held-out pairs whose chosen side gained more than the rejected one: half before training."""
-    found = [margin for margin in _line_of(margins, kept).get("margins") or [] if number(margin) is not None]
+    found = [margin for margin in line_of(margins, kept).get("margins") or [] if number(margin) is not None]
     if not found:
         return None
     count, right = len(found), sum((margin > 0) + 0.5 * (margin == 0) for margin in found)

@@ -88,6 +88,8 @@ CASES = [
     (['lora.target_modules=["(x"]'], "Not a regular expression"),
     (["lora.extra.rank_pattern={q_proj:0,v_proj:2}"], "at least 1"),
     (["lora.extra.init_lora_weights=pissa", "model.load_in_4bit=true"], "rounded to 4 bits"),
+    (["report.against=nowhere"], "no such folder"),
+    (["report.against=."], "no run.json"),
     (["model.load_in_fp8=true", "model.load_in_4bit=true", "model.load_in_8bit=true"], "one way only"),
     (["model.load_in_fp8=true", "model.backend=unsloth"], "Unsloth's kernels"),
     (["model.load_in_fp8=true", "model.dtype=float16"], "bfloat16"),
