@@ -51,11 +51,12 @@ def _compare(theirs: dict, ours: dict, method: MethodFacts, name: str, say: Say)
     kind, greater = "rewards" if method.greater_is_better else "losses", method.greater_is_better
     if method is DPO:
         kind, greater = "margins", True
-    return judge_rows(
-        theirs.get(kind), ours.get(kind), theirs.get("targets"), greater, say,
-        better=say("Better than {name}, on the rows that both held out", name=name),
-        worse=say("Worse than {name}, on the rows that both held out", name=name),
-    )  # fmt: skip
+    headlines = (
+        say("Better than {name}, on the rows that both held out", name=name),
+        say("Worse than {name}, on the rows that both held out", name=name),
+        say("Not told apart from {name}: the difference may be chance", name=name),
+    )
+    return judge_rows(theirs.get(kind), ours.get(kind), theirs.get("targets"), greater, headlines, say)
 
 
 def _of_metric(method: MethodFacts, name: str, other: dict, run: dict, say: Say) -> str:

@@ -88,19 +88,20 @@ def _of_rows(method: MethodFacts, before: dict, after: dict, say: Say) -> dict[s
     name = "rewards" if method.greater_is_better else "losses"
     if before is after:
         return None
-    return judge_rows(
-        before.get(name), after.get(name), before.get("targets"), method.greater_is_better, say,
-        better=say("Better than before training, on rows that it has not seen"),
-        worse=say("Worse than before training, on rows that it has not seen"),
-    )  # fmt: skip
+    headlines = (
+        say("Better than before training, on rows that it has not seen"),
+        say("Worse than before training, on rows that it has not seen"),
+        say("Too few rows to tell: the change may be chance"),
+    )
+    return judge_rows(before.get(name), after.get(name), before.get("targets"), method.greater_is_better, headlines, say)
 
 
 def judge_rows(
-    first: list | None, last: list | None, targets: list | None, greater: bool, say: Say, *, better: str, worse: str
+    first: list | None, last: list | None, targets: list | None, greater: bool, headlines: tuple[str, str, str], say: Say
 ) -> dict[str, Any] | None:
-    """A `headline` (`better` or `worse`, unless it may be chance), its `tone` and `lines` on the change from `first` to `last`,
-    the values of the same held-out rows, weighted by `targets`; None where they are not known of all rows. `greater` says that
-    more is better.
+    """A `headline`, its `tone` and `lines` on the change from `first` to `last`, the values of the same held-out rows, weighted by
+    `targets`; None where they are not known of all rows. `greater` says that more is better; the `headlines` are those of
+    better rows, of worse ones, and of a change that may be chance.
     """
     first, last = first or [], last or []
     if not first or len(first) != len(last) or None in map(number, [*first, *last]):
@@ -120,11 +121,11 @@ def judge_rows(
     interval = say("The change over these rows is {mean}, with 95 % confidence between {low} and {high} (paired by row).",
                    mean=_signed(mean), low=_signed(low), high=_signed(high))  # fmt: skip
     if low <= 0 <= high:
-        tone, headline = "warn", say("Too few rows to tell: the change may be chance")
+        tone, headline = "warn", headlines[2]
     elif sign * mean > 0:
-        tone, headline = "good", better
+        tone, headline = "good", headlines[0]
     else:
-        tone, headline = "bad", worse
+        tone, headline = "bad", headlines[1]
     return {"tone": tone, "headline": headline, "lines": [interval, *shares]}
 
 

@@ -39,7 +39,7 @@ def test_a_worse_run_and_one_that_may_differ_by_chance_are_told(tmp_path):
     assert compared(tmp_path, BETTER, [x + 0.3 for x in BETTER])["headline"].startswith("Worse than first")
     (tmp_path / "more").mkdir()
     found = compared(tmp_path / "more", BETTER, [x + 0.1 * (-1) ** i for i, x in enumerate(BETTER)])
-    assert (found["tone"], found["headline"]) == ("warn", "Too few rows to tell: the change may be chance")
+    assert (found["tone"], found["headline"]) == ("warn", "Not told apart from first: the difference may be chance")
 
 
 @pytest.mark.parametrize(
