@@ -99,7 +99,7 @@ def _of_rows(method: MethodFacts, before: dict, after: dict, say: Say) -> dict[s
 def judge_rows(
     first: list | None, last: list | None, targets: list | None, greater: bool, headlines: tuple[str, str, str], say: Say
 ) -> dict[str, Any] | None:
-    """A `headline`, its `tone` and `lines` on the change from `first` to `last`, the values of the same held-out rows, weighted by
+    """A `headline`, its `tone` and `lines` on the change from `first` to `last`, values of the same held-out rows weighted by
     `targets`; None where they are not known of all rows. `greater` says that more is better; the `headlines` are those of
     better rows, of worse ones, and of a change that may be chance.
     """
