@@ -25,11 +25,28 @@
     return `<table>${shown.map(([key, value]) => `<tr><td>${clean(key)}</td><td>${clean(value)}</td></tr>`).join("")}</table>`;
   }
 
+  // What the curves are drawn along: the reader's choice of what their points have.
+  const along = document.getElementById("along");
+  const values = (spec) => spec?.encoding?.x?.field === "step" ? spec.data.values : [];
+  if (along) {
+    for (const option of [...along.options]) {
+      if (!charts.some((chart) => values(chart.spec).some((point) => point[option.value] != null))) option.remove();
+    }
+    along.parentElement.hidden = along.options.length < 2;
+    along.addEventListener("change", () => draw());
+  }
+  function placed(spec) {
+    const field = along?.value;
+    if (!field || !values(spec).some((point) => point[field] != null)) return spec;
+    const axis = { step: spec.encoding.x.axis, tokens: { format: "~s" }, epoch: { format: "~r" } }[field];
+    return { ...spec, encoding: { ...spec.encoding, x: { ...spec.encoding.x, field, axis } } };
+  }
+
   let views = [];
   async function draw() {
     views.splice(0).forEach((view) => view.finalize());
     for (const plot of document.querySelectorAll("[data-chart]")) {
-      const spec = { ...specs[plot.dataset.chart], height: plot.clientHeight, autosize: { type: "fit", contains: "padding" } };
+      const spec = { ...placed(specs[plot.dataset.chart]), height: plot.clientHeight, autosize: { type: "fit", contains: "padding" } };
       views.push(await vegaEmbed(plot, spec, { actions: false, renderer: "canvas", config: theme(),
         tooltip: { disableDefaultStyle: true, formatTooltip: tooltip } }));
     }

@@ -14,6 +14,9 @@ FEWEST_POINTS = 3
 WINDOW = 5
 """Points that a smoothed curve is a mean of, at least."""
 
+ALONG = ("step", "tokens", "epoch")
+"""What curves can be drawn along, as the reader of the page chooses (report.js)."""
+
 # Field, title, d3 number format, lines: (field, label, style). The styles' colours live in report.css.
 CHARTS = [
     (
@@ -34,6 +37,8 @@ def make_charts(run: dict, rows: list[dict], say: Say = str, kept: float | None 
     """The charts of a run by its method, drawn where a curve has at least `fewest` points. `say` translates their words; the
     weights of the step `kept` are marked on the held-out curve of what ranks runs.
     """
+    if any(row.get("tokens") for row in rows):  # the first evaluation has seen none
+        rows = [{"tokens": 0, **row} if not row["step"] else row for row in rows]
     if facts_of(run) is GRPO:
         rows, charts = reward_charts(rows, say)
         charts = [*charts, *CHARTS]
@@ -61,7 +66,7 @@ def make_chart(
     smoothed = next((field for field, _, _ in lines), "")
     for field in [field for field, _, _ in lines if field != "smooth"]:
         curve = [
-            {key: row[key] for key in ("step", "epoch", field) if row.get(key) is not None}
+            {key: row[key] for key in (*ALONG, field) if row.get(key) is not None}
             for row in rows
             if row.get(field) is not None
         ]
