@@ -66,9 +66,7 @@ def make_chart(
     smoothed = next((field for field, _, _ in lines), "")
     for field in [field for field, _, _ in lines if field != "smooth"]:
         curve = [
-            {key: row[key] for key in (*ALONG, field) if row.get(key) is not None}
-            for row in rows
-            if row.get(field) is not None
+            {key: row[key] for key in (*ALONG, field) if row.get(key) is not None} for row in rows if row.get(field) is not None
         ]
         for point, value in zip(curve, smooth([point[field] for point in curve]), strict=True):
             point |= {"smooth": value} if field == smoothed else {}

@@ -1,3 +1,6 @@
+"""The curves of a run's page."""
+
+from sft.report.charts import make_charts
 
 
 def test_curves_can_be_drawn_along_tokens_and_epochs_of_which_the_first_evaluation_has_seen_none():
