@@ -23,10 +23,13 @@ class Speed:
     padding_free: bool = False
     """Whether it was padding-free."""
     compiled: bool = False
+    fp8: bool = False
+    """Whether the frozen layers were in FP8."""
 
 
 SOURCE = {
     "h100": "rows of 190 tokens, Llama 3 8B, r 16, one H100 80 GB with a slow host",
+    "h200": "rows of 190 tokens, Llama 3 8B's shape, r 16, one H200",
     "cpu": "2 rows of 256 tokens, SmolLM2-135M, r 16, two busy cores of an AMD EPYC",
 }
 """How the figures of a device were measured."""
@@ -48,6 +51,10 @@ MEASURED = [
     Speed("h100", 8e9, "transformers", 16, False, 32, 14750, padding_free=True, compiled=True),
     Speed("h100", 8e9, "transformers", 4, False, 8, 10770, padding_free=True, compiled=True),
     Speed("h100", 8e9, "transformers", 4, False, 32, 14380, padding_free=True, compiled=True),
+    Speed("h200", 8e9, "transformers", 16, False, 8, 13810, padding_free=True, compiled=True),
+    Speed("h200", 8e9, "transformers", 16, False, 32, 16030, padding_free=True, compiled=True),
+    Speed("h200", 8e9, "transformers", 16, False, 8, 18360, padding_free=True, compiled=True, fp8=True),
+    Speed("h200", 8e9, "transformers", 16, False, 32, 21260, padding_free=True, compiled=True, fp8=True),
     Speed("cpu", 134.5e6, "transformers", 32, False, 2, 153),
 ]
 
@@ -62,7 +69,7 @@ def measured_speed(device: str | None, parameters: int, load: LoadPlan, rows: in
         and abs(parameters / m.parameters - 1) < 0.25
         and (m.backend, m.bits, m.checkpointing) == (load.backend, load.bits, load.checkpointing)
         and (load.every_n_layers == 1 or not load.checkpointing)
-        and (m.padding_free, m.compiled) == (load.padding_free, load.compiled)
+        and (m.padding_free, m.compiled, m.fp8) == (load.padding_free, load.compiled, load.fp8 > 0)
         and m.rows <= 2 * rows
     ]
     return max(alike, key=lambda m: (min(m.rows, rows), -m.rows)).tokens_per_second if alike else None

@@ -193,6 +193,9 @@ def test_time_is_told_where_it_was_measured_and_nowhere_else():
     assert speed.measured_speed("h100", LLAMA_8B.parameters, load, 64) == 1590, "no faster than what was measured"
     assert speed.measured_speed("t4", LLAMA_8B.parameters, load, 2) is None
     assert speed.measured_speed("h100", 10**9, load, 2) is None
+    fast = LoadPlan("transformers", checkpointing=False, padding_free=True, compiled=True)
+    assert speed.measured_speed("h200", LLAMA_8B.parameters, fast, 8) == 13810
+    assert speed.measured_speed("h200", LLAMA_8B.parameters, replace(fast, fp8=2), 8) == 18360
     assert speed.device_of("NVIDIA H100 80GB HBM3") == "h100" and speed.device_of("NVIDIA A100-SXM4-40GB") == "a100_40"
     assert speed.device_of("Tesla T4") == "t4" and speed.device_of("NVIDIA GeForce RTX 4090") is None
 
