@@ -172,6 +172,7 @@ def test_a_run_that_was_cut_and_resumed_ends_as_the_whole_one(tmp_path):
     assert read_json(cut / "run.json")["sessions"][-1]["from"] == "checkpoint-2" and compare(whole, cut) == []
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_two_processes_learn_what_one_does(tmp_path):
     job = (*JOB, "trainer.per_device_train_batch_size=2", "trainer.effective_batch_size=4")
     one = run(make_settings(*job), tmp_path / "one")
