@@ -32,6 +32,7 @@ from sft.export.proving import (
 )
 from sft.export.requirements import FORMATS, check_export
 from sft.export.rewarding import find_rewarding
+from sft.model import structure
 from sft.model.tokenizer import read_tokenizer
 from sft.programs import as_called
 from sft.runs import resume
@@ -91,11 +92,12 @@ def _export(folder: Path, settings: Settings, weights: Path | None) -> dict[str,
     try:
         if with_merged:
             begun = time.monotonic()
-            if getattr(model, "is_quantized", False) or settings.model.load_in_fp8:
+            in_fp8 = bool(structure.rounding_of(model))
+            if getattr(model, "is_quantized", False) or in_fp8:
                 del model
                 environment.release_memory()
                 model = merge.load_trained(settings, trained.weights, quantised=False)
-            if settings.model.load_in_fp8:  # what is merged is not what was trained: the weights before they were rounded
+            if in_fp8:  # what is merged is not what was trained: the weights before they were rounded
                 report["as_trained"], reference = report["reference"], measure_weights(model, trained, wanted)
                 report["reference"] = reference_facts(trained, reference, base_loss(model, trained))
                 log.info("       as trained in FP8 loss %.4f, with the weights as they were %.4f",

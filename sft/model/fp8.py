@@ -5,7 +5,7 @@ rounded in each product. Each row of either, the values of one token or those of
 ("rowwise" in torch). Gradients of the inputs are products with the very same rounded weights. The weights get no gradient, and
 adapters, norms, embeddings and the output layer stay as they are.
 
-Needs `torch._scaled_mm`: compute capability 8.9 or higher, or a CPU, where it is slow.
+Needs `torch._scaled_mm`: compute capability 8.9 or higher, or a CPU, where it is slow (`is_supported`).
 To be imported where there are such layers: it imports torch, whose compiler does not follow a class made in a function.
 """
 
@@ -86,9 +86,12 @@ def round_rows(x: Any) -> tuple[Any, Any]:
     return (x.float() / scales).to(torch.float8_e4m3fn).contiguous(), scales
 
 
-def is_supported(device: Any) -> bool:
-    """Whether the device can multiply such weights."""
-    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
+def is_supported(device: Any, dtype: Any) -> bool:
+    """Whether the device can multiply such weights, in a model that computes in `dtype`. A CPU can, a hundred times more slowly
+    than in float32, which it computes in unless it is told otherwise.
+    """
+    on_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return dtype == torch.bfloat16 and (on_gpu or device.type == "cpu")
 
 
 def round_layers(base: Any, twice: bool = False) -> tuple[int, int]:

@@ -67,8 +67,9 @@ def _round(model: Any, twice: bool, loss_of: Callable[[Any], float | None] | Non
     FP8: there the weights stay as they are."""
     from sft.model import fp8
 
-    if not fp8.is_supported(model.device):
-        log.warning("This device multiplies no FP8 numbers: the model stays in 16 bits, other than as it was trained.")
+    if not fp8.is_supported(model.device, model.dtype):
+        log.warning("FP8 is for bfloat16 on a GPU that has it: here the model stays in %s, other than as it was trained.",
+                    f"{model.dtype}".removeprefix("torch."))  # fmt: skip
         return
     before = loss_of(model) if loss_of else None
     layers, others = fp8.round_layers(model, twice)

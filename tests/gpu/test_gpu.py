@@ -92,7 +92,7 @@ def test_one_kernel_rounds_as_pytorch_does_and_products_are_those_of_the_rounded
 
     from sft.model import fp8, round_kernel
 
-    if not fp8.is_supported(torch.device("cuda")):
+    if not fp8.is_supported(torch.device("cuda"), torch.bfloat16):
         pytest.skip("this GPU has no FP8: compute capability 8.9 or higher")
     torch.manual_seed(0)
     for columns in (64, 576, 4096, 14336):

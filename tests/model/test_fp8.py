@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sft.launch.ranks import launch
 from sft.lifecycle import run
-from sft.model import fp8, warm_cache
+from sft.model import fp8, loading, warm_cache
 from sft.model.builtin import TINY_RANDOM, local_model
 from sft.model.fused_layers import fused_inference
 from sft.model.padding_free import install
+from sft.plan.plan import plan_saved
 from sft.runs.record import Context
 from sft.storage.jsonio import read_json, read_lines
 from sft.training import acceleration, checkpoint
@@ -170,6 +171,13 @@ def test_a_run_that_was_cut_and_resumed_ends_as_the_whole_one(tmp_path):
     shutil.rmtree(cut / "adapter")
     assert run(job, cut).exit_code == 0
     assert read_json(cut / "run.json")["sessions"][-1]["from"] == "checkpoint-2" and compare(whole, cut) == []
+
+
+def test_a_run_of_a_gpu_is_used_as_it_was_before_the_rounding_where_there_is_no_fp8(caplog):
+    settings = make_settings(*SMALL, "model.load_in_fp8=true")  # of a GPU: on a CPU `auto` is float32
+    model, _ = loading.load_model(settings, plan_saved(settings))
+    assert not any(isinstance(module, fp8.Fp8Linear) for module in model.modules())
+    assert "stays in float32, other than as it was trained" in caplog.text
 
 
 @pytest.mark.usefixtures("forked_children")
