@@ -15,6 +15,7 @@ from sft.methods.answers import token_log_probs
 from sft.methods.arguments import training_arguments
 from sft.model import warm_cache
 from sft.model.structure import base_of
+from sft.storage.jsonio import read_lines
 from sft.training import acceleration, held_out_rows, metrics, samplers
 from sft.training.callbacks import progress_bar, run_callback
 from sft.training.context import RunContext
@@ -194,12 +195,25 @@ def _raise_rate_of_b(optimizer: Any, model: Any, ratio: float) -> None:
 
 def held_out_loss(ctx: RunContext, trainer: Any) -> float:
     """The mean loss of the rows of held_out.jsonl by the weights in memory."""
+    if (known := _just_evaluated(ctx, trainer)) is not None:
+        return known
     if trainer.padding_free_collator or ctx.prepared.eval is None:
         return mean_loss(ctx, trainer)
     sums, counts = zip(*_row_sums(ctx, trainer), strict=True)
     losses = [total / count for total, count in zip(sums, counts, strict=True)]
     held_out_rows.write_losses(ctx.folder, ctx.recorder.final["kept_step"], losses, list(counts))
     return sum(sums) / sum(counts)
+
+
+def _just_evaluated(ctx: RunContext, trainer: Any) -> float | None:
+    """The same, from what the last evaluation found of each row, where it was of the weights that are in memory."""
+    last = next(reversed(read_lines(ctx.folder / "eval_rows.jsonl")), {})
+    counts = [row.targets[0] for row in measure.read_rows(ctx.folder)]
+    losses, targets = ([*(last.get(name) or [])][: len(counts)] for name in ("losses", "targets"))
+    of_memory = last.get("step") == trainer.state.global_step == ctx.recorder.final["kept_step"]
+    if not of_memory or ctx.prepared.eval is None or targets != counts or None in losses:
+        return None
+    return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
 
 
 def mean_loss(ctx: RunContext, trainer: Any) -> float:
