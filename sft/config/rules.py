@@ -318,10 +318,14 @@ def _check_blank(settings: Settings) -> list[Problem]:
 
 def _check_report(settings: Settings) -> list[Problem]:
     place = settings.report.against
-    if not place or (expanded(place) / "run.json").is_file():
+    if not place:
         return []
-    why = "There is no run.json, so it is no run's folder." if expanded(place).is_dir() else "There is no such folder."
-    return [Problem(typed("report.against", place), why, "report.against=null")]
+    why = why_lost(place)
+    if not why and not expanded(place).is_dir():
+        why = "There is no such folder."
+    elif not why and not (expanded(place) / "run.json").is_file():
+        why = "There is no run.json, so it is no run's folder."
+    return [Problem(typed("report.against", shortened(place)), why, "report.against=null")] if why else []
 
 
 def _default(key: str) -> str:

@@ -19,7 +19,11 @@ def compare_runs(folder: Path, run: dict, say: Say) -> dict[str, Any] | None:
         return None
     begun = run.get("working_folder")
     path = Path(begun if isinstance(begun, str) else ".") / expanded(place)
-    other, method, name = read_json(path / "run.json"), facts_of(run), path.resolve().name
+    try:
+        other = read_json(path / "run.json")
+    except OSError:  # a path that the system cannot even look up
+        other = {}
+    method, name = facts_of(run), path.name or path.resolve().name
     why = _why_not(run, other, method, say)
     found = None if why else _compare(_values(path, other, method), _values(folder, run, method), method, name, say)
     if found:

@@ -90,6 +90,7 @@ CASES = [
     (["lora.extra.init_lora_weights=pissa", "model.load_in_4bit=true"], "rounded to 4 bits"),
     (["report.against=nowhere"], "no such folder"),
     (["report.against=."], "no run.json"),
+    ([f"report.against={'long' * 100}"], "cannot look it up"),
     (["model.load_in_fp8=true", "model.load_in_4bit=true", "model.load_in_8bit=true"], "one way only"),
     (["model.load_in_fp8=true", "model.backend=unsloth"], "Unsloth's kernels"),
     (["model.load_in_fp8=true", "model.dtype=float16"], "bfloat16"),

@@ -77,8 +77,8 @@ def test_the_report_has_the_reward_before_and_after_and_its_curves(folder):
     drawn = [name for name, spec in charts.items() if spec]
     assert drawn == ["reward", "reward_0", "reward_1", "length", "ended"], "others have two points"
     points = charts["reward"]["data"]["values"]
-    assert points[0] == {"step": 0, "eval_reward": 0.25} and points[2] == {
-        "step": 2, "reward": 0.9, "smooth": 0.5444444, "eval_reward": 0.75}  # fmt: skip
+    assert points[0] == {"step": 0, "tokens": 0, "eval_reward": 0.25} and points[2] == {
+        "step": 2, "tokens": 180, "reward": 0.9, "smooth": 0.5444444, "eval_reward": 0.75}  # fmt: skip
     assert [(p["reward_1"], p["eval_reward_1"]) for p in charts["reward_1"]["data"]["values"] if p["step"] == 2] == [(1.0, 1.0)]
     assert "Reward: number" in text and "Reward: ends" in text and "KL" not in text, "there is none"
 

@@ -72,3 +72,5 @@ def test_a_run_that_is_gone_is_said_and_a_place_is_taken_from_where_the_run_was_
     run |= {"settings": {"report": {"against": "first"}}, "working_folder": str(tmp_path)}
     assert compare_runs(tmp_path / "second", run, SAY)["tone"] == "good"
     assert compare_runs(tmp_path / "second", {**run, "settings": {}}, SAY) is None
+    run["settings"]["report"]["against"] = "long" * 100
+    assert "no run.json any more" in compare_runs(tmp_path / "second", run, SAY)["lines"][0]
