@@ -87,8 +87,8 @@ def round_rows(x: Any) -> tuple[Any, Any]:
 
 
 def is_supported(device: Any, dtype: Any) -> bool:
-    """Whether the device can multiply such weights, in a model that computes in `dtype`. A CPU can, some twenty times more slowly
-    than in float32, which it computes in unless it is told otherwise.
+    """Whether the device can multiply such weights, in a model that computes in `dtype`. A CPU can, some twenty times more
+    slowly than in float32, which it computes in unless it is told otherwise.
     """
     on_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     return dtype == torch.bfloat16 and (on_gpu or device.type == "cpu")
