@@ -143,6 +143,19 @@ def _compose(*overrides: str) -> Settings:
         return to_settings(compose("config", overrides=list(overrides)))
 
 
+def in_one_process(commands: list[list[str]]) -> list[str]:
+    """The command of a process that runs train.py with each of these words, in turn, and prints `code N` after each."""
+    program = f"""import runpy, sys
+for words in {commands!r}:
+    sys.argv = [{str(ROOT / "train.py")!r}, *words]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        print("code", end.code)
+"""
+    return [sys.executable, "-c", program]
+
+
 def freeze_libraries() -> None:
     """The garbage collector looks no more through what the libraries and the collected tests hold: half of a tiny run."""
     if len(sys.modules) > _frozen["modules"] + 100:

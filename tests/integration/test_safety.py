@@ -21,7 +21,7 @@ from sft.report import page
 from sft.storage import atomic
 from sft.storage.cache import cache_dir
 from tests import forked
-from tests.conftest import ROOT, SMALL, make_settings
+from tests.conftest import ROOT, SMALL, in_one_process, make_settings
 from tests.test_safety import add_code, change, write_pickle
 
 # -------------------------------------------------------------------------------------------------------------- secrets
@@ -59,16 +59,6 @@ def machine(tmp_path):
         "NETRC": str(kept / "netrc"), "HF_TOKEN_PATH": str(kept / "token"), "WANDB_MODE": "offline",
         "HF_ENDPOINT": f"http://me:{PLANTED['endpoint']}@127.0.0.1:9", "HTTP_PROXY": proxy, "HTTPS_PROXY": proxy,
     }  # fmt: skip
-
-
-ONE_AFTER_THE_OTHER = """import runpy, sys
-for words in {commands}:
-    sys.argv = [{program!r}, *words]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as end:
-        print("code", end.code)
-"""
 
 
 def train(cwd: Path, environment: dict, *overrides: str) -> subprocess.CompletedProcess:
@@ -112,8 +102,7 @@ def test_no_secret_is_in_a_refusal_or_in_what_it_leaves(tmp_path, machine):
         (f"tracking.name={word}", f"model.name={word}", f"+trainer.extra.hub_token={word}"),
         ("-m", f"lora.r=8,{word}", f"-model.name={word}"),
     )
-    program = ONE_AFTER_THE_OTHER.format(commands=[[*SMALL, *words] for words in commands], program=str(ROOT / "train.py"))
-    words = [sys.executable, "-c", program]
+    words = in_one_process([[*SMALL, *words] for words in commands])
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=machine, timeout=280)
     assert done.stdout.count("code 2\n") == len(commands) == done.stderr.count("Refused"), done.stderr[-3000:]
     assert find_planted(tmp_path, done.stdout, done.stderr) == []
