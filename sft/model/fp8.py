@@ -35,9 +35,9 @@ class Fp8Linear(torch.nn.Linear):
     """
 
     def forward(self, x: Any) -> Any:
-        x = _computed(x)
+        x = _in_autocast_type(x)
         rows = x.reshape(-1, self.in_features)
-        out = Product.apply(rows, self.rounded, self.scales, self.turned)
+        out = Product.apply(rows, self.rounded, self.scales, self.transposed)
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
@@ -45,23 +45,24 @@ class Fp8Linear(torch.nn.Linear):
 class Product(torch.autograd.Function):
     """`x` [tokens, columns] times the transposed weight [rows, columns], which is `rounded` times `scales` [rows, 1].
 
-    Both sides of a product in FP8 need their common index last: the gradient takes `turned`, the transposed `rounded`, or makes
-    it (None). `scales` belong to that index there, and go to the gradient before it is rounded.
+    Both sides of a product in FP8 need their common index last. The gradient of `x` therefore takes `transposed`, which is
+    `rounded.T` in memory of its own, or makes it (None). `scales` belong to that index there: they go to the other side, before
+    it is rounded.
     """
 
     @staticmethod
-    def forward(ctx, x, rounded, scales, turned):
-        ctx.save_for_backward(rounded, scales, turned)
+    def forward(ctx, x, rounded, scales, transposed):
+        ctx.save_for_backward(rounded, scales, transposed)
         return multiply(x, rounded, scales)
 
     @staticmethod
     def backward(ctx, grad):
-        rounded, scales, turned = ctx.saved_tensors
-        turned = rounded.T.contiguous() if turned is None else turned
-        return multiply(grad.float() * scales.T, turned, scales.new_ones(len(turned), 1), grad.dtype), None, None, None
+        rounded, scales, transposed = ctx.saved_tensors
+        transposed = rounded.T.contiguous() if transposed is None else transposed
+        return multiply(grad.float() * scales.T, transposed, scales.new_ones(len(transposed), 1), grad.dtype), None, None, None
 
 
-def _computed(x: Any) -> Any:
+def _in_autocast_type(x: Any) -> Any:
     """`x` in the type that is computed in."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
@@ -94,10 +95,10 @@ def is_supported(device: Any, dtype: Any) -> bool:
     return dtype == torch.bfloat16 and (on_gpu or device.type == "cpu")
 
 
-def round_layers(base: Any, twice: bool = False) -> tuple[int, int]:
+def round_layers(base: Any, keep_transposed: bool = False) -> tuple[int, int]:
     """Round the linear layers in the decoder layers of `base`; how many are, and how many could not be. One at a time, so
-    that no second copy of the model is needed. `twice` keeps them transposed as well, which the backward pass else does anew
-    each time: a byte more a weight, and the same numbers.
+    that no second copy of the model is needed. With `keep_transposed` the weights are there transposed as well, which else the
+    backward pass does anew each time: a byte more a weight, and the same numbers.
     """
     found = {m: None for layer in decoder_layers(base) for m in layer.modules() if type(m) is torch.nn.Linear}
     fitting = [m for m in found if not any(size % MULTIPLE for size in m.weight.shape)]
@@ -107,7 +108,7 @@ def round_layers(base: Any, twice: bool = False) -> tuple[int, int]:
         ends = itertools.accumulate((layer.out_features for layer in layers), initial=0)
         for layer, (begin, end) in zip(layers, itertools.pairwise(ends), strict=True):
             layer.together, (layer.rounded, layer.scales) = together, (part[begin:end] for part in together)
-            layer.turned = layer.rounded.T.contiguous() if twice else None
+            layer.transposed = layer.rounded.T.contiguous() if keep_transposed else None
             empty = layer.weight.new_full((1, 1), float("nan")).expand(layer.weight.shape)
             layer.weight = torch.nn.Parameter(empty, requires_grad=False)
             layer.__class__ = Fp8Linear
@@ -123,7 +124,7 @@ def joined(layers: list[Any]) -> Callable[[Any], Any] | None:
         return None
     if sum(layer.out_features for layer in layers) != len(first.together[0]):
         return None
-    return lambda x: multiply(_computed(x).reshape(-1, x.shape[-1]), *first.together)
+    return lambda x: multiply(_in_autocast_type(x).reshape(-1, x.shape[-1]), *first.together)
 
 
 @contextlib.contextmanager

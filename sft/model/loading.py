@@ -32,7 +32,7 @@ def load_model(settings: Settings, plan: Plan, loss_of: Callable[[Any], float | 
         load = _load_unsloth if plan.backend == "unsloth" else _load_transformers
         loaded = load(settings, plan, where)
     if model.load_in_fp8:
-        _round(loaded, plan.fp8_twice, loss_of)
+        _round(loaded, plan.fp8_transposed, loss_of)
     commit = getattr(loaded.config, "_commit_hash", None)
     return loaded, f"{source} at {commit}" if commit and source.startswith("hub") else source
 
@@ -62,28 +62,6 @@ def _load_unsloth(settings: Settings, plan: Plan, where: str) -> Any:
     return loaded
 
 
-def _round(model: Any, twice: bool, loss_of: Callable[[Any], float | None] | None) -> None:
-    """Round the layers of a model to FP8, and say what that costs. What a run has trained may also be used where there is no
-    FP8: there the weights stay as they are."""
-    from sft.model import fp8
-
-    if not fp8.is_supported(model.device, model.dtype):
-        log.warning("FP8 is for bfloat16 on a GPU that has it: here the model stays in %s, other than as it was trained.",
-                    f"{model.dtype}".removeprefix("torch."))  # fmt: skip
-        return
-    before = loss_of(model) if loss_of else None
-    layers, others = fp8.round_layers(model, twice)
-    environment.release_memory()  # that of the weights as they were
-    facts: dict[str, Any] = {"layers": layers, "not_rounded": others}
-    cost = ""
-    if loss_of and before is not None and (after := loss_of(model)) is not None:
-        facts |= {"loss_in_16_bits": round(before, 6), "loss_in_fp8": round(after, 6)}
-        cost = f"; the untrained model's loss {before:.4f} becomes {after:.4f} ({after - before:+.4f})"
-    kept = f", {others} with sizes that are no multiple of {fp8.MULTIPLE} stay in 16 bits" if others else ""
-    log.info("FP8    %s frozen layers rounded%s%s", layers, kept, cost)
-    model.rounding = facts
-
-
 def _load_transformers(settings: Settings, plan: Plan, where: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -106,3 +84,25 @@ def _load_transformers(settings: Settings, plan: Plan, where: str) -> Any:
     if torch.cuda.is_available() and not strategy.shards(settings):  # else each process takes its share from main memory
         options["device_map"] = {"": torch.cuda.current_device()}  # each process has its own
     return AutoModelForCausalLM.from_pretrained(where, trust_remote_code=model.trust_remote_code, **options)
+
+
+def _round(model: Any, keep_transposed: bool, loss_of: Callable[[Any], float | None] | None) -> None:
+    """Round the layers of a model to FP8, and say what that costs. What a run has trained may also be used where there is no
+    FP8: there the weights stay as they are."""
+    from sft.model import fp8
+
+    if not fp8.is_supported(model.device, model.dtype):
+        log.warning("FP8 is for bfloat16 on a GPU that has it: here the model stays in %s, other than as it was trained.",
+                    f"{model.dtype}".removeprefix("torch."))  # fmt: skip
+        return
+    before = loss_of(model) if loss_of else None
+    layers, others = fp8.round_layers(model, keep_transposed)
+    environment.release_memory()  # that of the weights as they were
+    facts: dict[str, Any] = {"layers": layers, "not_rounded": others}
+    cost = ""
+    if loss_of and before is not None and (after := loss_of(model)) is not None:
+        facts |= {"loss_in_16_bits": round(before, 6), "loss_in_fp8": round(after, 6)}
+        cost = f"; the untrained model's loss {before:.4f} becomes {after:.4f} ({after - before:+.4f})"
+    kept = f", {others} with sizes that are no multiple of {fp8.MULTIPLE} stay in 16 bits" if others else ""
+    log.info("FP8    %s frozen layers rounded%s%s", layers, kept, cost)
+    model.rounding = facts

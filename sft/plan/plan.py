@@ -70,7 +70,7 @@ class Plan:
     steps: int = 0
     padding_free: bool = False
     why_padded: str = ""
-    fp8_twice: bool = False
+    fp8_transposed: bool = False
     """Whether FP8 weights are kept transposed as well, where there is room for it: the backward pass is faster then."""
     compiled: bool = False
     """Whether decoder layers are compiled."""
@@ -237,7 +237,7 @@ def plan_training(
     many = lengths.get("eval") if plan.padding_free and machine.gpu else None
     plan = replace(plan, batch=batch, eval_batch_size=eval_rows(trainer, _array(many), plan.processes))
     if settings.model.load_in_fp8 and dims and machine.free_gib:
-        plan = replace(plan, fp8_twice=_fits_twice(plan, settings, machine, dims, lengths.get("train", [])))
+        plan = replace(plan, fp8_transposed=_fits_transposed(plan, settings, machine, dims, lengths.get("train", [])))
     chosen = "as many rows as fit" if is_auto(trainer) else "as set"
     reasons = {**plan.reasons, "batch": "as the run began" if reused else chosen,
                "padding_free": why or "the model's attention is tried when it is loaded"}  # fmt: skip
@@ -285,9 +285,9 @@ def _plan_batch(
     return memory.fitting_batch_plan(dims, settings, load, longest, CLOSE * machine.free_gib, choices)[0]
 
 
-def _fits_twice(plan: Plan, settings: Settings, machine: Machine, dims: memory.ModelDims, lengths: list[int]) -> bool:
+def _fits_transposed(plan: Plan, settings: Settings, machine: Machine, dims: memory.ModelDims, lengths: list[int]) -> bool:
     """Whether the run fits with its FP8 weights kept transposed as well, captured steps included."""
-    load = load_plan_of(settings, replace(plan, fp8_twice=True), machine)
+    load = load_plan_of(settings, replace(plan, fp8_transposed=True), machine)
     rows = plan.batch.per_device_train_batch_size if plan.batch else 1
     tokens = memory.tokens_at_once(load, rows, memory.longest_rows(lengths, settings))
     guess = memory.estimate(dims, load, 1, tokens)
@@ -303,7 +303,7 @@ def load_plan_of(settings: Settings, plan: Plan, machine: Machine) -> memory.Loa
     return memory.LoadPlan(
         backend=plan.backend,
         bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else 32 if plan.dtype == "float32" else 16,
-        fp8=(1 + plan.fp8_twice) * model.load_in_fp8,
+        fp8=(1 + plan.fp8_transposed) * model.load_in_fp8,
         full=not settings.lora.enabled,
         adapter_bytes=2 if not settings.lora.enabled and model.dtype in (Dtype.bfloat16, Dtype.float16) else 4,
         checkpointing=machine.gpu if wanted is None else wanted,

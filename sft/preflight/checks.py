@@ -29,7 +29,7 @@ from sft.plan.machine import Machine, look
 from sft.plan.plan import Plan, load_plan_of, plan_training
 from sft.preflight import versions
 from sft.preflight.findings import Found
-from sft.preflight.fit import check_fp8, check_memory, shown_size
+from sft.preflight.fit import check_gpu, check_memory, shown_size
 from sft.preflight.optimizer import check_optimizer
 from sft.preflight.rewards import check_rewards
 from sft.preflight.speed import SOURCE, device_of, measured_speed
@@ -55,7 +55,7 @@ def examine(
     machine = machine or look(settings)
     found, whole = Found(plan=plan), settings.preflight.mode != PreflightMode.skip
     check_settings(found, settings, sources)
-    check_fp8(found, settings, machine)
+    check_gpu(found, settings, machine)
     if whole:
         check_versions(found)
     with found.collecting("Data"):

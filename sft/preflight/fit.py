@@ -18,7 +18,7 @@ PROCESS_GIB = 1.0
 """What Python and the libraries take on the CPU."""
 
 
-def check_fp8(found: Found, settings: Settings, machine: Machine) -> None:
+def check_gpu(found: Found, settings: Settings, machine: Machine) -> None:
     """Whether the GPU has the products that `model.load_in_fp8` asks for."""
     if settings.model.load_in_fp8 and machine.gpu and not machine.fp8:
         why = f"{machine.name} multiplies no FP8 numbers: that begins with compute capability 8.9 (L4, RTX 4090, H100)."

@@ -68,7 +68,7 @@ def test_kept_transposed_or_not_the_gradients_are_the_same_to_the_bit():
     for twice in (False, True):
         model = llama()
         assert fp8.round_layers(model, twice) == (14, 0)
-        assert (model.model.layers[0].mlp.up_proj.turned is not None) == twice
+        assert (model.model.layers[0].mlp.up_proj.transposed is not None) == twice
         adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"]))
         for name, weight in adapted.named_parameters():
             if "lora_" in name:

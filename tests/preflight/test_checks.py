@@ -298,7 +298,7 @@ def test_fp8_is_refused_on_a_gpu_that_has_none_and_halves_the_weights_where_ther
         assert not any("fp8" in p.what for p in on(gpu, *hints_of(problem)[0]).problems)
     wide, small = on("h200", "model.load_in_fp8=true"), on("l4", "model.load_in_fp8=true")
     assert wide.problems == small.problems == []
-    assert wide.plan.fp8_twice and not small.plan.fp8_twice
+    assert wide.plan.fp8_transposed and not small.plan.fp8_transposed
     weights = [found.facts["memory"]["weights"] * 2**30 for found in (wide, small, on("h200"))]
     assert [round((weights[2] - some) / LLAMA_8B.packed, 3) for some in weights] == [0, 1, 0]
 
