@@ -58,12 +58,16 @@ ADDED: tuple[str, ...] = (
 """Settings, or whole groups, that are younger than the first recorded hashes. Add each new one, before its group."""
 
 
+CHANGED = {"samples.num_held_out": 4}
+"""Settings whose default has changed, with the earlier one, which recorded hashes hold. The two count as the same."""
+
+
 def config_hash(settings: Settings) -> str:
     """Hash of the resolved settings that shape the result: not tracking, limits, exports, checks, sweeps, processes,
     reports.
 
-    A setting of `ADDED` at its default is left out, so that jobs that finished before it was there are not run again. Files of
-    the user's own code count by their contents.
+    A setting of `ADDED` at its default is left out, and one of `CHANGED` counts as its earlier default, so that finished jobs
+    of older versions are not run again. Files of the user's own code count by their contents.
     """
     shaping = {k: v for k, v in jsonable(settings).items() if k not in AROUND}
     shaping["dataset"]["seed"] = row_seed(settings)
@@ -72,7 +76,7 @@ def config_hash(settings: Settings) -> str:
         shaping["reward_files"] = files
     if format_file := format_hash(settings.dataset):
         shaping["format_file"] = format_file
-    return hashlib.sha256(json.dumps(without_added(shaping), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(as_recorded(shaping), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def reward_hashes(settings: Settings) -> dict[str, str | None]:
@@ -86,9 +90,15 @@ def format_hash(data: DatasetSettings) -> str | None:
     return contents_hash(own.file) if own else None
 
 
-def without_added(settings: dict[str, Any]) -> dict[str, Any]:
-    """Plain settings without those of `ADDED` that have their defaults; changed in place."""
+def as_recorded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Plain settings as recorded hashes hold them: without those of `ADDED` that have their defaults, and with the earlier
+    default of `CHANGED`; changed in place.
+    """
     defaults = jsonable(Settings())
+    for key, earlier in CHANGED.items():
+        group, name = key.split(".")
+        if settings[group][name] == defaults[group][name]:
+            settings[group][name] = earlier
     for key in ADDED:
         *path, name = key.split(".")
         group, default = settings, defaults

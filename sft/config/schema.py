@@ -482,7 +482,7 @@ class TrainerSettings:
 class SamplesSettings:
     """Completions generated greedily from fixed prompts while the model learns."""
 
-    num_held_out: int = 4
+    num_held_out: int = 8
     """How many prompts to take from the held-out rows, Chinese and other ones in turn and of all lengths (from the training
     rows where none are held out)."""
     prompts: list[str] = field(default_factory=list)

@@ -196,7 +196,7 @@ def identify(settings: Settings, swept: list[str]) -> str:
     The swept values are left out, so that a grid with one more value is still the same sweep.
     """
     shaping = {k: v for k, v in jsonio.jsonable(settings).items() if k not in ("tracking", "sweep")}
-    fixed = flatten(fingerprint.without_added(shaping))
+    fixed = flatten(fingerprint.as_recorded(shaping))
     for key in swept:
         free = ("",) if key in ("experiment", "sweep") else (f"{key}.",) if key in GROUPS else ()
         fixed = {k: v for k, v in fixed.items() if k != key and not k.startswith(free or ("\0",))}

@@ -26,6 +26,7 @@ STORED = {
     "method=dpo trainer.num_train_epochs=1 trainer.learning_rate=1e-4": "a7e420b98fe80fa3",
     "experiment=colab_notebook": "f8baa34af52804b0",
     "samples.max_new_tokens=8": "180ce275dbb9caaf",
+    "samples.num_held_out=4": "56e0de4efe7336c4",
     "report.lang=zh": "56e0de4efe7336c4",
     "trainer.max_hours=2 tracking=none distributed=ddp export=all": "56e0de4efe7336c4",
 }

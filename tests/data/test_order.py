@@ -4,7 +4,10 @@ import pytest
 from datasets import Dataset
 
 from sft.data.order import LOOKED_AT, spread, spread_first
+from sft.data.prepare import prepare
 from sft.data.token_cache import token_counts
+from sft.generation.samples import choose_prompts
+from tests.conftest import make_settings
 
 
 @pytest.mark.parametrize("count", [2, 4, 8, 12])
@@ -31,3 +34,11 @@ def test_the_first_rows_are_moved_with_all_they_have_and_the_others_stay():
     )
     assert len({"字" in text for text in found["question"][:2]}) == 2
     assert spread_first(rows.select(range(1))).to_dict() == rows.select(range(1)).to_dict()
+
+
+def test_the_samples_of_the_default_run_are_four_chinese_and_four_english_questions(loaded_tokenizer):
+    settings = make_settings()
+    prompts = choose_prompts(prepare(settings, *loaded_tokenizer), settings, loaded_tokenizer[0])
+    chinese = ["\u4e00" <= prompt.question[0] <= "\u9fff" or prompt.question[0] == "“" for prompt in prompts]
+    assert len(prompts) == 8 and sum(chinese) == 4
+    assert {prompt.source for prompt in prompts} == {"held_out"}

@@ -77,6 +77,7 @@ def test_a_sweep_is_the_same_with_more_values_and_another_with_other_settings():
     assert identify(base, swept) == identify(
         make_settings("trainer.max_steps=5", "tracking=none", "sweep.isolation=process"), swept
     )
+    assert identify(base, swept) == identify(make_settings("trainer.max_steps=5", "samples.num_held_out=4"), swept)
     assert identify(base, swept) != identify(make_settings("trainer.max_steps=6"), swept)
     assert identify(base, swept) != identify(base, ["lora.r", "seed"])
     assert identify(base, ["dataset"]) == identify(make_settings("trainer.max_steps=5", "dataset=alpaca_zh"), ["dataset"])
