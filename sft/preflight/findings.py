@@ -8,6 +8,7 @@ from typing import Any
 from sft.data.token_cache import Prepared
 from sft.errors import Problem, Refusal
 from sft.plan.plan import Plan
+from sft.programs import as_called
 
 OK, WARNING, REFUSED = "ok", "warning", "refused"
 
@@ -45,7 +46,7 @@ class Found:
 
     def warn(self, part: str, text: str, fix: str = "") -> None:
         """Add a warning."""
-        self.lines.append(Finding(part, WARNING, text, fix))
+        self.lines.append(Finding(part, WARNING, text, as_called(fix)))
 
     def refuse(self, part: str, problems: list[Problem]) -> None:
         """Add problems that keep the run from starting."""

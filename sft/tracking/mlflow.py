@@ -12,6 +12,7 @@ from typing import Any
 from sft.config.keys import flatten
 from sft.config.schema import Settings, TrackingMode, TrackingSettings
 from sft.errors import first_line, refuse
+from sft.programs import as_called
 from sft.sanitize import without_passwords
 from sft.storage.jsonio import jsonable
 from sft.tracking.names import PROJECT, SAMPLES, Tokens, group_of, lines_before, name_metrics, sample_rows
@@ -126,7 +127,7 @@ class MlflowTracker:
             "project": experiment,
             "group": group,
         }
-        log.info("MLflow %s", url or f"Look at it: mlflow ui --backend-store-uri {without_passwords(store)}")
+        log.info("MLflow %s", url or as_called(f"Look at it: mlflow ui --backend-store-uri {without_passwords(store)}"))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Add one line of metrics; `step` is among them."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from sft.config.schema import Settings, TrackingMode, TrackingSettings
 from sft.errors import first_line, refuse
+from sft.programs import as_called
 from sft.storage.jsonio import jsonable
 from sft.tracking.names import PROJECT, SAMPLES, Tokens, group_of, lines_before, name_metrics, sample_rows
 from sft.tracking.server import takes_connection
@@ -121,7 +122,7 @@ class SwanlabTracker:
         self.facts = {"mode": mode, "url": self.run.url if online else None, "id": self.run.id}
         self.facts |= {"project": options["project"], "group": options["group"]}
         self.facts["sync"] = None if online else f"swanlab sync --id {self.run.id} {files}"
-        log.info("SwanLab %s", self.run.url if online else f"offline. Upload it: {self.facts['sync']}")
+        log.info("SwanLab %s", self.run.url if online else as_called(f"offline. Upload it: {self.facts['sync']}"))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Add one line of metrics; `step` is among them."""
@@ -172,7 +173,7 @@ class SwanlabTracker:
             _waited_for(lambda: run.finish(STATES[status], error=reason if status == "failed" else None), UPLOAD_SECONDS)
         except TimeoutError:
             self.facts["sync"] = f"swanlab sync --id {run.id} {os.path.relpath(run.dir)}"
-            log.warning("SwanLab's server did not take all of the run. Upload it later: %s", self.facts["sync"])
+            log.warning("SwanLab's server did not take all of the run. Upload it later: %s", as_called(self.facts["sync"]))
 
     def state(self) -> dict[str, Any]:
         """Its mode, address and id."""

@@ -9,6 +9,7 @@ from typing import Any
 from sft.config.keys import flatten
 from sft.config.method import METHODS
 from sft.config.schema import Settings, TrackingSettings
+from sft.programs import as_called
 from sft.storage.jsonio import jsonable
 from sft.tracking.names import SAMPLES, Tokens, lines_before, name_metric, name_metrics, sample_rows
 
@@ -57,7 +58,7 @@ class TensorBoardTracker:
         tracking = settings.tracking
         self.config = {**jsonable(settings), "tags": [*tags, *tracking.tags], "notes": tracking.notes} | self.config
         self.describe({})
-        log.info("TensorBoard Look at it: tensorboard --logdir %s", os.path.relpath(folder / "tensorboard"))
+        log.info("TensorBoard Look at it: %s", as_called(f"tensorboard --logdir {os.path.relpath(folder / 'tensorboard')}"))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Add one line of metrics; `step` is among them."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.schema import Settings, TrackingSettings
+from sft.programs import as_called
 from sft.storage.jsonio import jsonable
 from sft.tracking.names import PROJECT, SAMPLES, Tokens, group_of, lines_before, name_metrics, sample_rows
 
@@ -69,7 +70,7 @@ class TrackioTracker:
             for line in trackio.SQLiteStorage.get_logs(project, shown, run_id=self.run.id) if before else ():
                 self.last |= {key: max(line["step"], self.last.get(key, 0)) for key in line}
         self.facts = {"mode": "offline", "url": None, "sync": None, "id": shown, "project": project, "group": group}
-        log.info("Trackio Look at it: trackio show --project %s", project)
+        log.info("Trackio Look at it: %s", as_called(f"trackio show --project {project}"))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Add one line of metrics; `step` is among them."""

@@ -12,6 +12,7 @@ from sft.config.method import METHODS
 from sft.config.schema import Settings, TrackingMode, TrackingSettings
 from sft.errors import first_line, refuse
 from sft.paths import expanded
+from sft.programs import as_called
 from sft.storage.jsonio import jsonable
 from sft.tracking.names import AXIS, PROJECT, SAMPLES, TOKENS, Tokens, define_metrics, name_metrics, sample_rows
 from sft.tracking.server import takes_connection
@@ -145,7 +146,8 @@ class WandbTracker:
         if mode == "offline":
             every = files.parent / f"*run-*-{self.run.id}" if again else files
             self.facts["sync"] = f"wandb sync {_short(every)}"
-            log.info("W&B    offline. Look at it: wandb leet run %s   upload it: wandb sync %s", _short(files), _short(every))
+            look, upload = as_called(f"wandb leet run {_short(files)}"), as_called(f"wandb sync {_short(every)}")
+            log.info("W&B    offline. Look at it: %s   upload it: %s", look, upload)
         else:
             self.facts["url"] = self.run.url
             log.info("W&B    %s", self.run.url)
@@ -244,7 +246,8 @@ class WandbTracker:
                 raise
             self.facts["sync"] = f"wandb sync {folder}"
             why = first_line(error)
-            log.warning("W&B's server did not take all of the run (%s). Upload it later: wandb sync %s", why, folder)
+            upload = as_called(f"wandb sync {folder}")
+            log.warning("W&B's server did not take all of the run (%s). Upload it later: %s", why, upload)
 
     def _log_adapter(self, run: Any, metrics: dict[str, Any]) -> None:
         """Send the adapter as an artifact; its files stay where they are until then."""

@@ -106,9 +106,62 @@ def test_hints_are_commands_as_they_were_typed(monkeypatch):
     assert Problem("a", "b", text).fix == "sft train -m lora.r=8   or   sft show run=a\nsft preview\nsft install-gguf"
     assert as_called("torchrun --nproc-per-node 2 train.py a=b") == "torchrun --nproc-per-node 2 -m sft train a=b"
     assert as_called('pip install -e ".[ray]"') == 'pip install -e ".[ray]"'  # of a checkout
+
+
+@pytest.fixture
+def place(typed, tmp_path, monkeypatch) -> Path:
+    """As installed by pipx or `uv tool`: the folder of an environment whose programs the shell does not find."""
+    (tmp_path / "env").mkdir()
     monkeypatch.setattr("sft.programs.INSTALLED", True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "env/python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+    return tmp_path
+
+
+def put(file: Path) -> None:
+    """An empty program."""
+    file.touch(mode=0o755)
+
+
+def test_hints_install_into_the_environment_that_sft_runs_in(place, monkeypatch):
+    assert as_called("pip install -e .   brings") == f'{place}/env/python -P -m pip install "sft-lora"   brings'
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no pip in it
+    assert as_called("pip install liger-kernel") == f"pip --python {place}/env/python install liger-kernel"
+    put(place / "bin/uv")
+    assert as_called('pip install -e ".[ray]"') == f'uv pip install --python {place}/env/python "sft-lora[ray]"'
+    put(place / "env/pip")
+    monkeypatch.setenv("PATH", str(place / "env"))  # which is activated
     assert as_called('pip install -e ".[ray]"') == 'pip install "sft-lora[ray]"'
-    assert as_called("pip install -e .   brings") == 'pip install "sft-lora"   brings'
+
+
+def test_hints_find_the_programs_of_other_packages(place):
+    put(place / "env/hf")
+    assert as_called("then: hf auth login   or set HF_TOKEN") == f"then: {place}/env/hf auth login   or set HF_TOKEN"
+    assert as_called("wandb login   or   tracking=wandb") == "wandb login   or   tracking=wandb"  # nowhere
+    put(place / "bin/hf")
+    assert as_called("hf auth login") == "hf auth login"
+
+
+@pytest.mark.parametrize(
+    "own_pip, tools, command",
+    [(True, [], "-P -m pip install"), (False, ["uv"], "uv pip install"), (False, ["pip"], "pip --python")],
+)
+def test_ggufs_parts_are_installed_by_the_pip_or_uv_that_is_there(place, monkeypatch, own_pip, tools, command):
+    ran = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: own_pip or None)
+    monkeypatch.setattr(subprocess, "run", lambda argv, **_: ran.append(argv) or subprocess.CompletedProcess(argv, 7))
+    put(place / "env/python")
+    for tool in tools:
+        put(place / "bin" / tool)
+    assert main(["install-gguf"]) == 7 and len(ran) == 1
+    assert command in " ".join(ran[0]) and str(place / "env/python") in ran[0]
+
+
+def test_without_pip_and_uv_ggufs_parts_are_not_installed_and_a_command_that_brings_pip_is_named(place, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["install-gguf"]) == 1
+    assert capsys.readouterr().err.endswith(f"hint: {place}/env/python -m ensurepip\n")
 
 
 def test_the_recorded_command_is_the_one_that_was_typed(typed, monkeypatch):
