@@ -2,6 +2,8 @@
 
 import json
 import os
+import select
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -222,6 +224,42 @@ def test_bash_completes_words_settings_and_presets_of_ones_own(own):
     assert found[2:6] == [["lora.r="], ["run="], ["run=conf/experiment"], ["model=tiny_random"]]
     own_words = [["init", "install-gguf"], ["conf"], ["goal=rewards"], ["model=tiny_random"], ["from=conf"], ["--json"]]
     assert found[6:] == own_words
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="fish is not installed")
+def test_fish_completes_words_and_presets_of_ones_own(own):
+    lines = ["sft pre", "sft train experiment=", "sft preview model=tiny"]
+    script = "sft train -sc install=fish | source; " + "".join(f'complete -C "{line}"; echo; ' for line in lines)
+    environment = write_program(own / "bin") | {"HOME": str(own)}
+    done = subprocess.run(["fish", "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    found = [part.split() for part in done.stdout.split("\n\n")]
+    assert set(found[0]) == {"preview", "preflight"} and {"experiment=x", "experiment=chat"} <= set(found[1]), done.stderr
+    assert found[2] == ["model=tiny_random"]
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="zsh is not installed")
+def test_zsh_completes_words_and_presets_of_ones_own(own):
+    """In a terminal, because zsh completes nowhere else, with the lines of the guide in .zshrc."""
+    (own / "conf/experiment/mine.yaml").write_text(EXPERIMENT, encoding="utf-8")
+    setup = "autoload -Uz compinit bashcompinit && compinit -u && bashcompinit\n"
+    (own / ".zshrc").write_text(f'{setup}eval "$(sft train -sc install=zsh)"\nPS1=ready\n', encoding="utf-8")
+    environment = write_program(own / "bin") | {"ZDOTDIR": str(own), "TERM": "dumb"}
+    terminal, its_end = os.openpty()
+    zsh = subprocess.Popen(
+        ["zsh", "-i"], env=environment, stdin=its_end, stdout=its_end, stderr=its_end, start_new_session=True
+    )
+    os.close(its_end)
+    try:
+        for wanted, keys in [("ready", "sft tra\t"), ("sft train", " experiment=mi\t"), ("experiment=mine", "")]:
+            shown = ""
+            while wanted not in shown:
+                assert select.select([terminal], [], [], 30)[0], (wanted, shown)
+                shown += os.read(terminal, 4096).decode(errors="replace")
+            os.write(terminal, keys.encode())
+    finally:
+        zsh.kill()
+        zsh.wait()
+        os.close(terminal)
 
 
 @pytest.mark.slow
