@@ -90,7 +90,7 @@ def test_captured_and_compiled_steps_train_as_padded_rows_do(small_llama, tmp_pa
 def test_one_kernel_rounds_as_pytorch_does_and_products_are_those_of_the_rounded_numbers():
     import torch
 
-    from sft.model import fp8, round_kernel
+    from sft.model import fp8, kernels
 
     if not fp8.is_supported(torch.device("cuda"), torch.bfloat16):
         pytest.skip("this GPU has no FP8: compute capability 8.9 or higher")
@@ -98,7 +98,7 @@ def test_one_kernel_rounds_as_pytorch_does_and_products_are_those_of_the_rounded
     for columns in (64, 576, 4096, 14336):
         x = torch.randn(100, columns, device="cuda", dtype=torch.bfloat16) * torch.logspace(-8, 2, 100, device="cuda")[:, None]
         x[7] = 0
-        values, scales = round_kernel.round_rows(x.bfloat16(), fp8.LARGEST, fp8.LEAST)
+        values, scales = kernels.round_rows(x.bfloat16(), fp8.LARGEST, fp8.LEAST)
         wanted, wanted_scales = fp8.round_rows(x.bfloat16().cpu())
         assert torch.allclose(scales.cpu(), wanted_scales, rtol=1e-6, atol=0)
         away = (values.cpu().float() - wanted.float()).abs()
@@ -107,6 +107,34 @@ def test_one_kernel_rounds_as_pytorch_does_and_products_are_those_of_the_rounded
         found = fp8.multiply(x.bfloat16(), weight, of_weight).float()
         exact = (values.float() * scales) @ (weight.float() * of_weight).T
         assert (found - exact).norm(dim=-1).le(1e-2 * exact.norm(dim=-1) + 1e-30).all()
+        for rows, rank in ((1, 0), (8, 5), (40, 16), (64, 64)):  # one kernel of our own, with what an adapter adds
+            low, up = (torch.randn(*size, device="cuda", dtype=torch.bfloat16) for size in ((rows, rank), (rank, 96)))
+            few = fp8.multiply(x[:rows].bfloat16(), weight, of_weight, low=low, up=up).float()
+            wanted = exact[:rows] + low.float() @ up.float()
+            assert (few - wanted).norm(dim=-1).le(1e-2 * wanted.norm(dim=-1) + 1e-30).all()
+
+
+def test_rotary_positions_of_one_token_are_those_of_transformers(small_llama):
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.llama import modeling_llama
+
+    from sft.model.fused_layers import fused_inference
+
+    model = AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.bfloat16).to("cuda").eval()
+    usual = modeling_llama.apply_rotary_pos_emb
+    packed, angle = (
+        torch.randn(5, 1, 6 * 64, device="cuda", dtype=torch.bfloat16),
+        torch.randn(5, 1, 32, device="cuda").repeat(1, 1, 2),
+    )
+    q, k = (part.view(5, 1, -1, 64).transpose(1, 2) for part in (packed[..., : 4 * 64], packed[..., 4 * 64 :]))
+    with fused_inference(model):
+        assert modeling_llama.apply_rotary_pos_emb is not usual
+        for rows in (5, 1):
+            given = q, k, angle[:rows].cos().bfloat16(), angle[:rows].sin().bfloat16()
+            for found, wanted in zip(modeling_llama.apply_rotary_pos_emb(*given), usual(*given), strict=True):
+                assert torch.allclose(found, wanted, rtol=2e-2, atol=2e-2)
+    assert modeling_llama.apply_rotary_pos_emb is usual
 
 
 @pytest.mark.parametrize("padding_free", ["true", "false"])

@@ -117,6 +117,7 @@ SURFACE = {
     "torch._inductor.async_compile.maybe_warm_pool": "()",
     "torch.distributed.distributed_c10d._pickler": "(file, protocol, fix_imports, buffer_callback)",
     "torch.distributed.distributed_c10d._unpickler": "(file, fix_imports, encoding, errors, buffers)",
+    "transformers.models.llama.modeling_llama.apply_rotary_pos_emb": "(q, k, cos, sin, unsqueeze_dim)",
     # accelerate, datasets, huggingface_hub
     "accelerate.state.PartialState._shared_state": "attribute",
     "datasets.Dataset._fingerprint": "attribute",
