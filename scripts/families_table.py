@@ -145,7 +145,7 @@ def memory_of(family: str, shape: dict[str, Any], padded: bool) -> tuple[str, st
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     dims = dims_of(model, config, Settings(lora=LoraSettings(target_modules=families.OWN.get(family, families.DEFAULT))))
-    loads = [LoadPlan("transformers", bits, padding_free=not padded) for bits in (4, 16)]
+    loads = [LoadPlan("transformers", bits, padding_free=not padded, padded=padded, chunked=padded) for bits in (4, 16)]
     needed = (f"{estimate(dims, load, 1, LENGTH).needed:.1f}" for load in loads)
     return f"{dims.parameters / 1e9:.2f}", *needed
 
