@@ -43,9 +43,7 @@ def dims_of(model: Any, config: Any, settings: Settings) -> ModelDims | None:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in lora.modules_to_save:
             trained += sum(p.numel() for p in module.parameters())
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    queries = head * text.num_attention_heads
-    keys = head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    queries, keys = _head_widths(text)
     others, mixing, mixing_float = _mixed_otherwise(model, queries, keys)
     attending = 1 - others / text.num_hidden_layers  # share of the layers
     layers = [module for layer in decoder_layers(model) for module in layer.modules()]
@@ -73,15 +71,25 @@ def dims_of(model: Any, config: Any, settings: Settings) -> ModelDims | None:
     )
 
 
+def _head_widths(text: Any) -> tuple[int, int]:
+    """(width of all query heads of a layer together, of all key heads), on average over the layers: those of Gemma 4 differ."""
+    configs = list(getattr(text, "per_layer_config", None) or [text])
+    heads = [(getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads, c) for c in configs]
+    queries = sum(width * c.num_attention_heads for width, c in heads)
+    keys = sum(width * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) for width, c in heads)
+    return round(queries / len(heads)), round(keys / len(heads))
+
+
 def _further_norms(model: Any, text: Any, queries: int, keys: int) -> int:
-    """Width of the RMSNorms of a layer beside two of hidden_size, on average. One of heads, named after queries or keys, has a
-    head's weights and is as wide as all of them."""
+    """Width of the RMSNorms of a layer beside two of hidden_size, on average. One of heads, named after queries, keys or
+    values, has a head's weights and is as wide as all of them."""
     widths = 0
     for layer in decoder_layers(model):
         for name, module in layer.named_modules():
-            if type(module).__name__.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
-                heads = {"q": queries, "k": keys}.get(name.rpartition(".")[2].partition("_")[0], 0)
-                widths += max(heads, module.weight.numel())
+            if type(module).__name__.endswith("RMSNorm"):
+                heads = {"q": queries, "k": keys, "v": keys}.get(name.rpartition(".")[2].partition("_")[0], 0)
+                weight = getattr(module, "weight", None)  # Gemma 4's of values has none
+                widths += max(heads, 0 if weight is None else weight.numel())
     return max(0, round(widths / text.num_hidden_layers) - 2 * text.hidden_size)
 
 
@@ -119,7 +127,7 @@ def _feed_forward_widths(model: Any, text: Any) -> tuple[int, int] | None:
     if not (getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)):
         names = ("up_proj", "w1")  # LFM2 rounds the config's width, some layers of Gemma 4 double it
         found = [m.out_features for layer in decoder_layers(model) for n, m in layer.named_modules()
-                 if n.rpartition(".")[2] in names]  # fmt: skip
+                 if n.rpartition(".")[2] in names and hasattr(m, "out_features")]  # fmt: skip
         return (round(sum(found) / len(found)) if found else text.intermediate_size), 0
     count, blocks = getattr(text, "num_experts_per_tok", None), targets.count_expert_blocks(model)
     if not count or not blocks:

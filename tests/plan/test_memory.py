@@ -127,6 +127,8 @@ DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_d
      ("mixtral", None, {"num_local_experts": 8, "num_experts_per_tok": 3}), ("qwen3_moe", None, {**SPARSE, "num_experts": 8}),
      ("gpt_oss", None, {"num_experts_per_tok": 3, "num_local_experts": 8, "sliding_window": 64}),
      ("gemma3_text", "sliding_attention", {"sliding_window": 64}), ("lfm2", "conv", {}),
+     ("gemma4_text", "sliding_attention", {"sliding_window": 64, "global_head_dim": 96, "vocab_size_per_layer_input": 64,
+                                           "hidden_size_per_layer_input": 16}),
      ("qwen3_5_text", "full_attention", {}), ("qwen3_5_text", "linear_attention", DELTA)],
 )  # fmt: skip
 def test_what_a_familys_layer_keeps_is_what_autograd_holds_for_it(family, kind, sizes):
@@ -184,6 +186,22 @@ def test_a_hybrids_layers_keep_the_states_of_their_delta_nets_in_the_share_that_
     assert shape.mixing_float == 24 * (6 * key + 2 * pairs + 5 * key + states) / 32
     assert shape.norms == 8 * (16 * 256 + 4 * 256) / 32  # of the heads of attention layers
     assert shape.why_padded.endswith("takes no attention of another's making") and not shape.whole_logits
+
+
+def test_a_text_model_with_heads_of_two_widths_and_parts_for_images_is_counted_by_its_own_layers():
+    """A Gemma 4: one layer in two attends to all tokens, with wider heads; its values have a norm too."""
+    layers = ["sliding_attention", "full_attention"] * 2
+    text = dict(vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=2, head_dim=16,
+                num_key_value_heads=2, global_head_dim=32, layer_types=layers, vocab_size_per_layer_input=64,
+                hidden_size_per_layer_input=8, num_kv_shared_layers=2, use_double_wide_mlp=True)  # fmt: skip
+    image = dict(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, head_dim=12
+    )
+    shape = shape_of("gemma4", text_config=text, vision_config=image)
+    assert (shape.num_hidden_layers, shape.query_size, shape.key_value_size) == (4, 2 * 24, 2 * 24)
+    assert shape.intermediate_size == (80 + 80 + 160 + 160) / 4  # layers that share keys are wider
+    # Five norms of hidden_size in each layer and one of its queries; in half of them also of their own keys and values.
+    assert shape.norms == (5 - 2) * 48 + 48 + 48
 
 
 def test_experts_that_clamp_keep_twice_as_much_and_sinks_a_score_for_each_pair_of_tokens():
