@@ -65,9 +65,9 @@ GGUF = [TEXTS.get(family, family) for family, shown in families_table.FAMILIES.i
 
 
 @functools.cache
-def make_twin(family: str, place: Path) -> Path:
-    """A random model of this family in two layers, with the tokenizer of tiny_random."""
-    tokenizer = AutoTokenizer.from_pretrained(builtin.local_model(builtin.TINY_RANDOM))
+def make_twin(family: str, place: Path, words: Path | None = None) -> Path:
+    """A random model of this family in two layers, with the tokenizer in `words`, else with that of tiny_random."""
+    tokenizer = AutoTokenizer.from_pretrained(words or builtin.local_model(builtin.TINY_RANDOM))
     ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     sizes = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, max_position_embeddings=2048)  # fmt: skip
