@@ -164,11 +164,13 @@ def memory_of(family: str, shape: dict[str, Any], padded: bool) -> tuple[str, st
     from sft.config.schema import LoraSettings, Settings
     from sft.model.dims import dims_of
     from sft.plan.memory import LoadPlan, estimate
+    from sft.plan.plan import WIDEST
 
     config = CONFIG_MAPPING[family](**shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     dims = dims_of(model, config, Settings(lora=LoraSettings(target_modules=families.OWN.get(family, families.DEFAULT))))
+    padded = padded or dims.widest_head > WIDEST
     loads = [LoadPlan("transformers", bits, padding_free=not padded, padded=padded, chunked=padded) for bits in (4, 16)]
     needed = (f"{estimate(dims, load, 1, LENGTH).needed:.1f}" for load in loads)
     return f"{dims.parameters / 1e9:.2f}", *needed

@@ -43,7 +43,7 @@ def dims_of(model: Any, config: Any, settings: Settings) -> ModelDims | None:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in lora.modules_to_save:
             trained += sum(p.numel() for p in module.parameters())
-    queries, keys = _head_widths(text)
+    queries, keys, widest = _head_widths(text)
     others, mixing, mixing_float = _mixed_otherwise(model, queries, keys)
     attending = 1 - others / text.num_hidden_layers  # share of the layers
     layers = [module for layer in decoder_layers(model) for module in layer.modules()]
@@ -67,17 +67,19 @@ def dims_of(model: Any, config: Any, settings: Settings) -> ModelDims | None:
         mixing_float=round(mixing_float / text.num_hidden_layers),
         sinks=any(hasattr(m, "sinks") for m in layers),
         whole_logits=getattr(text, "logits_scaling", 1) != 1 or output in reached.values(),
+        widest_head=widest,
         why_padded=padding_free.obstacle(model),
     )
 
 
-def _head_widths(text: Any) -> tuple[int, int]:
-    """(width of all query heads of a layer together, of all key heads), on average over the layers: those of Gemma 4 differ."""
+def _head_widths(text: Any) -> tuple[int, int, int]:
+    """(width of all query heads of a layer together, of all key heads, of the widest head): the first two on average over the
+    layers, for those of Gemma 4 differ."""
     configs = list(getattr(text, "per_layer_config", None) or [text])
     heads = [(getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads, c) for c in configs]
     queries = sum(width * c.num_attention_heads for width, c in heads)
     keys = sum(width * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) for width, c in heads)
-    return round(queries / len(heads)), round(keys / len(heads))
+    return round(queries / len(heads)), round(keys / len(heads)), max(width for width, _ in heads)
 
 
 def _further_norms(model: Any, text: Any, queries: int, keys: int) -> int:

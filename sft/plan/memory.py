@@ -77,6 +77,8 @@ class ModelDims:
     """Whether its attention has sinks: torch's own has none, so that transformers keeps a score for each pair of tokens."""
     whole_logits: bool = False
     """Whether TRL's loss in chunks is not for it: its logits are scaled, or its output layer has an adapter."""
+    widest_head: int = 0
+    """Width of the widest attention head; 0 where it does not matter."""
     why_padded: str = ""
     """Why its rows cannot be padding-free, as far as that shows without its weights."""
 

@@ -36,6 +36,9 @@ from sft.plan.machine import Machine, look
 CLOSE = 0.9
 """An estimate above this share of the GPU's memory is close to it."""
 
+WIDEST = 256
+"""Values of a head up to which torch's variable-length flash attention takes it."""
+
 PADDING_FREE_KINDS = ("llama", "mistral", "qwen2", "qwen3")
 """Models whose padding-free rows are tried in tests/integration/test_padding_free.py."""
 
@@ -226,6 +229,8 @@ def plan_training(
     if not why and machine.gpu and plan.dtype == "float32":
         why = "attention over rows of various lengths needs 16 bits on a GPU"
     why = why or (dims.why_padded if dims else "")
+    if not why and machine.gpu and dims and dims.widest_head > WIDEST:
+        why = f"its heads of {dims.widest_head} values are wider than attention over rows of various lengths takes on a GPU"
     tokens = steps * effective_batch_size(trainer) * sum(lengths["train"]) / rows if facts else 0
     compiled = not why and bool(trainer.torch_compile or (machine.gpu and is_compiled(trainer, tokens)))
     captured = not why and machine.gpu and trainer.cuda_graphs is not False and not why_eager(settings)

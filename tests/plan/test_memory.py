@@ -21,7 +21,7 @@ from sft.plan.memory import (
     loss_bytes,
     tokens_at_once,
 )
-from sft.plan.plan import load_plan_of, plan_model
+from sft.plan.plan import load_plan_of, plan_model, plan_training
 from tests.conftest import make_settings
 from tests.hints import type_hints
 
@@ -44,7 +44,7 @@ def llama():
 
 
 def test_the_shape_of_llama_3_8b_is_counted_from_its_config(llama):
-    assert dims_of(*llama, Settings()) == LLAMA_8B
+    assert dims_of(*llama, Settings()) == replace(LLAMA_8B, widest_head=128)
 
 
 def test_adapters_and_whole_modules_are_counted(llama):
@@ -92,6 +92,7 @@ def test_a_mixture_is_counted_from_its_config(qwen3_30b_a3b):
         vocab_size=151936,
         routed=8 * 2048,
         norms=4096 + 512,
+        widest_head=128,
     )
     assert 48 * layer + 2 * 151936 * 2048 + 2048 == 30_532_122_624
 
@@ -202,6 +203,14 @@ def test_a_text_model_with_heads_of_two_widths_and_parts_for_images_is_counted_b
     assert shape.intermediate_size == (80 + 80 + 160 + 160) / 4  # layers that share keys are wider
     # Five norms of hidden_size in each layer and one of its queries; in half of them also of their own keys and values.
     assert shape.norms == (5 - 2) * 48 + 48 + 48
+    assert (shape.widest_head, shape.why_padded) == (32, "")
+
+
+@pytest.mark.parametrize(("head", "gpu", "padded"), [(256, True, False), (512, True, True), (512, False, False)])
+def test_heads_that_are_too_wide_for_the_gpus_attention_pad_the_rows_there(settings_of, head, gpu, padded):
+    settings, machine = settings_of("model.backend=transformers"), Machine("H100", gpu, 80.0, 80.0, True)
+    plan = plan_training(plan_model(settings, machine), settings, machine, replace(LLAMA_8B, widest_head=head), None, {})
+    assert plan.padding_free == (not padded) and (f"heads of {head} values" in plan.why_padded) == padded
 
 
 def test_experts_that_clamp_keep_twice_as_much_and_sinks_a_score_for_each_pair_of_tokens():
