@@ -138,8 +138,11 @@ def test_a_real_shortage_of_memory_halves_the_passes_and_changes_no_loss(small_l
     [
         ("ddp", ("model.load_in_4bit=false",)),
         ("ddp", ("model.load_in_4bit=true",)),
+        ("ddp", ("model.load_in_4bit=false", "model.load_in_fp8=true")),
+        ("ddp", ("model.load_in_4bit=false", "method=dpo", "trainer.learning_rate=1e-3")),
         ("fsdp", ("model.load_in_4bit=false", "lora=none", "trainer.learning_rate=1e-5")),
     ],
+    ids=["bf16", "4-bit", "fp8", "pairs", "fsdp"],
 )
 def test_two_gpus_learn_what_one_does(small_llama, tmp_path, way, options):
     import torch
@@ -160,6 +163,51 @@ def test_two_gpus_learn_what_one_does(small_llama, tmp_path, way, options):
         losses[processes] = [line["loss"] for line in lines if "loss" in line]
     assert len(losses[1]) == 6
     assert all(abs(a - b) < 2e-2 for a, b in zip(losses[1], losses[2], strict=True))
+
+
+def test_rewarded_completions_of_two_gpus_are_those_of_one(small_llama, tmp_path):
+    """In float32, where another number of rows in a product hardly ever draws another token: groups stay whole, and a draw does
+    not depend on the process."""
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, and there is {torch.cuda.device_count()}")
+    (tmp_path / "reward.py").write_text("def letters(completion, row):\n    return sum(map(ord, completion)) % 17 / 17\n")
+    losses, rollouts = {}, {}
+    for processes in (1, 2):
+        folder = tmp_path / f"{processes}"
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "method=grpo",
+            f"model.name={small_llama}",
+            "tracking=none",
+            "model.backend=transformers",
+            "model.dtype=float32",
+            "model.load_in_4bit=false",
+            f"method.reward_funcs=[{tmp_path / 'reward.py'}:letters]",
+            "method.reward_weights=[1]",
+            "method.max_completion_length=24",
+            "trainer.max_steps=6",
+            "trainer.effective_batch_size=4",
+            "trainer.per_device_train_batch_size=2",
+            "trainer.learning_rate=1e-3",
+            "samples.num_held_out=1",
+            "dataset.eval_fraction=0.05",
+            f"distributed.num_processes={processes}",
+            f"hydra.run.dir={folder}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        losses[processes] = [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+        lines = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()]
+        rollouts[processes] = {(line["step"], line["row"]): [one["text"] for one in line["completions"]] for line in lines}
+    assert len(losses[1]) == 6 and len(rollouts[1]) == 24 and rollouts[1].keys() == rollouts[2].keys()
+    same = [rollouts[2][key] == texts for key, texts in rollouts[1].items()]
+    assert all(same[:4]) and sum(same) >= 22
+    if all(same):
+        assert losses[2] == [pytest.approx(some, rel=2e-2, abs=1e-4) for some in losses[1]]
 
 
 @pytest.mark.parametrize("trained", [False, True])
