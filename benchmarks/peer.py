@@ -3,9 +3,9 @@
     python benchmarks/peer.py unsloth --model DIR --data rows.json --out result.json --rows 8 --passes 1
     python benchmarks/peer.py trl --model DIR --data rows.json --out result.json --rows 8 --passes 1 --load-in-4bit
 
-LoRA r 16 on seven projections, the Alpaca prompt, loss on the whole text, rows in the order of the same seed. Writes
-"seconds", "tokens" and "losses" of whole steps, from the end of one to the end of the next, "first_step" and "saved", the
-seconds from the command to the end of the first step and to the saved adapter, and "peak_reserved_gib".
+LoRA r 16 on seven projections (`--targets` for others), the Alpaca prompt, loss on the whole text, rows in the order of the
+same seed. Writes "seconds", "tokens" and "losses" of whole steps, from the end of one to the end of the next, "first_step" and
+"saved", the seconds from the command to the end of the first step and to the saved adapter, and "peak_reserved_gib".
 """
 
 import argparse
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--load-in-4bit", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--optim", default="adamw_8bit")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="names of layers, separated by commas")
     args = parser.parse_args()
     started = psutil.Process().create_time()
     load = load_unsloth if args.library == "unsloth" else load_trl
@@ -109,6 +110,11 @@ def main() -> None:
         json.dump(result, file)
 
 
+def targets_of(args: argparse.Namespace) -> list[str]:
+    """The layers that get an adapter."""
+    return (getattr(args, "targets", None) or ",".join(TARGETS)).split(",")
+
+
 def peak_gib() -> float:
     """Most memory so far: of the GPU as torch reserved it, or of the process."""
     import torch
@@ -127,7 +133,7 @@ def load_unsloth(args: argparse.Namespace):
         model_name=args.model, max_seq_length=2048, dtype=None, load_in_4bit=args.load_in_4bit
     )
     model = FastLanguageModel.get_peft_model(
-        model, r=16, target_modules=TARGETS, lora_alpha=16, lora_dropout=0, bias="none", random_state=3407,
+        model, r=16, target_modules=targets_of(args), lora_alpha=16, lora_dropout=0, bias="none", random_state=3407,
         use_gradient_checkpointing=checkpointing,
     )  # fmt: skip
     return model, tokenizer
@@ -147,7 +153,7 @@ def load_trl(args: argparse.Namespace):
     model = AutoModelForCausalLM.from_pretrained(args.model, **place, **options)
     if args.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.checkpointing)
-    config = LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
+    config = LoraConfig(r=16, lora_alpha=16, target_modules=targets_of(args), task_type="CAUSAL_LM")
     return get_peft_model(model, config), AutoTokenizer.from_pretrained(args.model)
 
 

@@ -89,17 +89,17 @@ def main() -> None:
             place = args.out / f"{label.replace(':', '_')}_{len(results.get(label, []))}"
             name, _, steps = label.partition(":")
             began = time.time()
-            measure = measure_ours if name in OURS else measure_peer
-            found = measure(args, name, int(steps or args.steps), place)
+            measure, ways = (measure_ours, OURS) if name in OURS else (measure_peer, PEERS)
+            found = measure(args, ways[name], int(steps or args.steps), place)
             results.setdefault(label, []).append(found)
             print(f"{label:<26} {line_of(found, args.warm_up)}   ({time.time() - began:.0f} s)", flush=True)
             (args.out / "speed.json").write_text(json.dumps({**facts, "results": results}), encoding="utf-8")
             (args.out / "speed.md").write_text(table(facts, results, args.warm_up), encoding="utf-8")
 
 
-def measure_ours(args: argparse.Namespace, name: str, steps: int, place: Path) -> dict:
-    """One run of train.py; the times are those of its metrics.jsonl as it grows."""
-    rows, passes, options = OURS[name]
+def measure_ours(args: argparse.Namespace, way: tuple, steps: int, place: Path) -> dict:
+    """One run of train.py in a way of OURS; the times are those of its metrics.jsonl as it grows."""
+    rows, passes, options = way
     split = (f"trainer.per_device_train_batch_size={rows}", f"trainer.gradient_accumulation_steps={passes}") if rows else ()
     command = [
         *(sys.executable, str(ROOT / "train.py"), f"model.name={args.model}", "model.max_seq_length=2048", "dataset=local"),
@@ -140,9 +140,9 @@ def measure_ours(args: argparse.Namespace, name: str, steps: int, place: Path) -
     }
 
 
-def measure_peer(args: argparse.Namespace, name: str, steps: int, place: Path) -> dict:
-    """One run of peer.py."""
-    library, rows, passes, options = PEERS[name]
+def measure_peer(args: argparse.Namespace, way: tuple, steps: int, place: Path) -> dict:
+    """One run of peer.py in a way of PEERS."""
+    library, rows, passes, options = way
     command = [sys.executable, str(ROOT / "benchmarks/peer.py"), library, "--model", args.model, "--data", args.data]
     command += ["--out", f"{place}.json", "--steps", str(steps), "--rows", str(rows), "--passes", str(passes), *options]
     with open(f"{place}.log", "w", encoding="utf-8") as log:

@@ -23,6 +23,8 @@ TARGET = ROOT / "docs" / "model.md"
 BEGIN, END = "<!-- by scripts/families_table.py -->", "<!-- until here -->"
 
 PROVEN, REFUSED, NOT_TRIED, TRIED = "proven", "refused", "not tried", "tried"
+WITH_WORDS = "proven with Qwen2.5's tokenizer"
+"""Where `tests/fetch_tokenizers.py` has brought that: the converter knows its words by the whole vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,24 @@ TIED = {"tie_word_embeddings": True}
 LLAMA_8B = _shape(128256, 4096, 14336, 32, (32, 8))
 QWEN2_7B = _shape(152064, 3584, 18944, 28, (28, 4))
 
+
+# Those of Qwen3.5 and Gemma 4 as several public repositories state them of the hub's config.json; of Qwen3.5 9B they are the
+# defaults of transformers' Qwen3_5TextConfig, and the parts for images and sound of Gemma 4 are those of its configs.
+def _hybrid(hidden: int, inner: int, layers: int, heads: tuple[int, int], value_heads: int) -> dict[str, Any]:
+    """The text part of a Qwen3.5, whose width is given to the part for images too."""
+    text = _shape(248320, hidden, inner, layers, heads, head_dim=256, linear_num_key_heads=16,
+                  linear_num_value_heads=value_heads, tie_word_embeddings=hidden < 4096)  # fmt: skip
+    return {"text_config": text, "vision_config": {"out_hidden_size": hidden}}
+
+
+def _gemma4(hidden: int, inner: int, layers: int, keys: int, shared: int, every: int) -> dict[str, Any]:
+    """A Gemma 4 with `shared` layers that take keys and values of others; one in `every` layers attends to all tokens."""
+    kinds = ["full_attention" if n % every == every - 1 else "sliding_attention" for n in range(layers)]
+    text = _shape(262144, hidden, inner, layers, (8, keys), head_dim=256, global_head_dim=512, layer_types=kinds,
+                  num_kv_shared_layers=shared, use_double_wide_mlp=hidden < 2048, final_logit_softcapping=30.0)  # fmt: skip
+    return {"text_config": text, "vision_config": {}, "audio_config": {}}
+
+
 FAMILIES = {
     "llama": Family(graphs=TRIED, presets={
         "smollm2_135m": _shape(49152, 576, 1536, 30, (9, 3), **TIED),
@@ -56,7 +76,7 @@ FAMILIES = {
         "llama3_8b": LLAMA_8B, "llama3_1_8b": LLAMA_8B, "llama3_1_8b_instruct": LLAMA_8B,
     }),
     "mistral": Family(presets={"mistral_7b": _shape(32768, 4096, 14336, 32, (32, 8))}),
-    "qwen2": Family(gguf=NOT_TRIED, presets={"qwen2_5_7b_instruct": QWEN2_7B, "deepseek_r1_distill_qwen_7b": QWEN2_7B}),
+    "qwen2": Family(gguf=WITH_WORDS, presets={"qwen2_5_7b_instruct": QWEN2_7B, "deepseek_r1_distill_qwen_7b": QWEN2_7B}),
     "qwen3": Family(presets={
         "qwen3_4b": _shape(151936, 2560, 9728, 36, (32, 8), head_dim=128, **TIED),
         "qwen3_8b": _shape(151936, 4096, 12288, 36, (32, 8), head_dim=128),
@@ -70,9 +90,13 @@ FAMILIES = {
         "text_config": _shape(262208, 2560, 10240, 34, (8, 4), head_dim=256),
         "vision_config": dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
                               image_size=896, patch_size=14)}}),
-    "gemma4": Family(gguf=REFUSED, presets={"gemma4_e2b_it": None, "gemma4_e4b_it": None}),
+    "gemma4": Family(gguf=REFUSED, presets={
+        "gemma4_e2b_it": _gemma4(1536, 6144, 35, 1, 20, 5), "gemma4_e4b_it": _gemma4(2560, 10240, 42, 2, 18, 6)}),
     "qwen3_5": Family(padded="takes no attention of another's making",
-                      presets={"qwen3_5_0_8b": None, "qwen3_5_2b": None, "qwen3_5_4b": None, "qwen3_5_9b": None}),
+                      presets={"qwen3_5_0_8b": _hybrid(1024, 3584, 24, (8, 2), 16),
+                               "qwen3_5_2b": _hybrid(2048, 6144, 24, (8, 2), 16),
+                               "qwen3_5_4b": _hybrid(2560, 9216, 32, (16, 4), 32),
+                               "qwen3_5_9b": _hybrid(4096, 12288, 32, (16, 4), 32)}),
     "lfm2": Family(padded="its convolutions run from one row into the next", presets={
         "lfm2_5_1_2b_instruct": _shape(65536, 2048, 12288, 16, (32, 8), layer_types=["conv"] * 10 + ["full_attention"] * 6)}),
     "qwen3_moe": Family(presets={
@@ -140,12 +164,14 @@ def memory_of(family: str, shape: dict[str, Any], padded: bool) -> tuple[str, st
     from sft.config.schema import LoraSettings, Settings
     from sft.model.dims import dims_of
     from sft.plan.memory import LoadPlan, estimate
+    from sft.plan.plan import WIDEST
 
     config = CONFIG_MAPPING[family](**shape)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     dims = dims_of(model, config, Settings(lora=LoraSettings(target_modules=families.OWN.get(family, families.DEFAULT))))
-    loads = [LoadPlan("transformers", bits, padding_free=not padded) for bits in (4, 16)]
+    padded = padded or dims.widest_head > WIDEST
+    loads = [LoadPlan("transformers", bits, padding_free=not padded, padded=padded, chunked=padded) for bits in (4, 16)]
     needed = (f"{estimate(dims, load, 1, LENGTH).needed:.1f}" for load in loads)
     return f"{dims.parameters / 1e9:.2f}", *needed
 

@@ -56,6 +56,14 @@ def check_speed(settings: Settings, backend: str, gpu: bool) -> list[Problem]:
     return problems
 
 
+def check_padded(trainer: TrainerSettings, why: str) -> list[Problem]:
+    """What asks for padding-free batches, compiled layers or CUDA graphs of a model whose rows are padded because of `why`."""
+    if trainer.padding_free:
+        return [Problem("trainer.padding_free=true", why, "trainer.padding_free=null   pads where it has to")]
+    keys = [key for key in ("torch_compile", "cuda_graphs") if getattr(trainer, key)]
+    return [Problem(f"trainer.{key}=true", f"It needs rows without padding: {why}", f"trainer.{key}=null") for key in keys]
+
+
 def why_eager(settings: Settings) -> str:
     """What in the settings keeps micro-batches from being captured as CUDA graphs; empty if nothing does."""
     if settings.method.name == MethodName.grpo:

@@ -43,11 +43,16 @@ def training_options(settings: Settings, checkpointing: bool) -> dict[str, Any]:
     return {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
 
 
-def settle_accelerator(accelerator: Any) -> None:
+def settle_accelerator(accelerator: Any, model: Any) -> None:
     """Let a gradient be a view of what is averaged over the ranks, not a copy of it; where each has a share of the weights, let
     gradients be added up in float32 and a loss stay what it is: accelerate rounds both to the 16 bits that are computed in.
+
+    Weights without a memory of their own, as those of FP8 layers, are not sent from the first rank to the others, which nothing
+    can be written to.
     """
     import torch
+
+    model._ddp_params_and_buffers_to_ignore = [name for name, weight in model.named_parameters() if 0 in weight.stride()]
 
     if handler := getattr(accelerator, "ddp_handler", None):
         handler.gradient_as_bucket_view = True

@@ -364,7 +364,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     trainer = Trainer(model=model, args=args, data_collator=PairCollator(captured), train_dataset=splits["train"],
                       eval_dataset=splits.get("eval"), processing_class=tokenizer)  # fmt: skip
     trainer.eval_collator = PairCollator(layout)
-    strategy.settle_accelerator(trainer.accelerator)
+    strategy.settle_accelerator(trainer.accelerator, trainer.model)
     trainer.plan, trainer.padding_free_collator = plan, rows if plan.padding_free else None
     trainer.model_accepts_loss_kwargs = True  # so that transformers does not divide by the micro-batches once more
     sft.watch(trainer, ctx, loop)

@@ -298,7 +298,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     layout = _choose_layout(model, plan, settings, data, tokenizer.pad_token_id)
     trainer = Trainer(model=model, args=args, data_collator=CompletionCollator(layout), train_dataset=splits["train"],
                       eval_dataset=splits.get("eval"), processing_class=tokenizer)  # fmt: skip
-    strategy.settle_accelerator(trainer.accelerator)
+    strategy.settle_accelerator(trainer.accelerator, trainer.model)
     trainer.plan = plan
     trainer.padding_free_collator = PaddingFreeCollator(tokenizer.pad_token_id, layout.longest) if plan.padding_free else None
     trainer.model_accepts_loss_kwargs = True  # so that transformers does not divide by the micro-batches once more

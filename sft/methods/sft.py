@@ -154,7 +154,7 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
         eval_dataset=_model_columns(data.eval, tokenizer, settings) if data.eval is not None else None,
         processing_class=tokenizer,
     )
-    strategy.settle_accelerator(trainer.accelerator)
+    strategy.settle_accelerator(trainer.accelerator, trainer.model)
     trainer.plan, trainer.padding_free_collator = plan, None
     if plan.padding_free:
         rows = settings.trainer.per_device_train_batch_size if plan.capture_sizes else 0

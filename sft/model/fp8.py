@@ -68,11 +68,19 @@ def _in_autocast_type(x: Any) -> Any:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def multiply(x: Any, rounded: Any, scales: Any, dtype: Any = None) -> Any:
-    """`x` [tokens, columns], rounded row by row, times the transposed weight [rows, columns], in `dtype` or the type of `x`."""
+def multiply(x: Any, rounded: Any, scales: Any, dtype: Any = None, low: Any = None, up: Any = None) -> Any:
+    """`x` [tokens, columns], rounded row by row, times the transposed weight [rows, columns], in `dtype` or the type of `x`;
+    plus `low` [tokens, rank] @ `up` [rank, rows], what an adapter adds, where they are given.
+    """
     values, of_rows = round_rows(x)
+    if x.is_cuda and not torch.compiler.is_compiling():
+        from sft.model import kernels
+
+        if len(x) <= kernels.FEW and (low is None or low.shape[1] <= kernels.FEW):
+            return kernels.multiply(values, of_rows, rounded, scales, dtype or x.dtype, low, up)
     # torch's compiler knows this one and not yet the public torch.nn.functional.scaled_mm.
-    return torch._scaled_mm(values, rounded.T, of_rows, scales.T, out_dtype=dtype or x.dtype, use_fast_accum=True)
+    out = torch._scaled_mm(values, rounded.T, of_rows, scales.T, out_dtype=dtype or x.dtype, use_fast_accum=True)
+    return out if low is None else out.addmm_(low, up)
 
 
 def round_rows(x: Any) -> tuple[Any, Any]:
@@ -80,9 +88,9 @@ def round_rows(x: Any) -> tuple[Any, Any]:
     row becomes the largest number there is.
     """
     if x.is_cuda and not torch.compiler.is_compiling():
-        from sft.model import round_kernel
+        from sft.model import kernels
 
-        return round_kernel.round_rows(x.contiguous(), LARGEST, LEAST)
+        return kernels.round_rows(x.contiguous(), LARGEST, LEAST)
     scales = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=LEAST) / LARGEST
     return (x.float() / scales).to(torch.float8_e4m3fn).contiguous(), scales
 
@@ -115,16 +123,21 @@ def round_layers(base: Any, keep_transposed: bool = False) -> tuple[int, int]:
     return len(fitting), len(found) - len(fitting)
 
 
-def joined(layers: list[Any]) -> Callable[[Any], Any] | None:
-    """What gives the outputs of some layers with one input, [tokens, their rows one behind the other], as one product; None
-    where they are not FP8 layers that lie so in the memory. Not for gradients.
+def joined(layers: list[Any]) -> Callable[[Any, Any, Any], Any] | None:
+    """What makes the outputs of some layers, [tokens, their rows one behind the other], of their one input and of what an
+    adapter adds (`multiply`), as one product; None where they are not FP8 layers that lie so in the memory. Not for gradients.
     """
     first = layers[0]
     if any(type(layer) is not Fp8Linear or layer.together is not first.together or layer.bias is not None for layer in layers):
         return None
     if sum(layer.out_features for layer in layers) != len(first.together[0]):
         return None
-    return lambda x: multiply(_in_autocast_type(x).reshape(-1, x.shape[-1]), *first.together)
+
+    def product(x: Any, low: Any, up: Any) -> Any:
+        x = _in_autocast_type(x).reshape(-1, x.shape[-1])
+        return multiply(x, *first.together, low=low.to(x.dtype), up=up.to(x.dtype))
+
+    return product
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
-"""Layers with fewer kernels for generation: the norms and adapters of a model, swapped in for a while."""
+"""Layers with fewer kernels for generation: the norms, adapters and rotary positions of a model, swapped in for a while."""
 
 import contextlib
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,8 +12,8 @@ from sft.model.structure import with_one_input
 
 @contextlib.contextmanager
 def fused_inference(model: Any) -> Iterator[None]:
-    """Inside the block plain LoRA layers and RMS norms of `model` compute what they did, up to rounding, in fewer kernels, and
-    untrained adapters in none. Not for gradients.
+    """Inside the block plain LoRA layers, RMS norms and, on a GPU, rotary positions of `model` compute what they did, up to
+    rounding, in fewer kernels, and untrained adapters in none. Not for gradients.
     """
     with FusedLayers(model):
         yield
@@ -41,8 +42,11 @@ class FusedLayers:
         for module in model.modules():
             if forward := _fused_norm(module, checked):
                 self.changed[module] = forward
+        self.rotations = _plain_rotations(model) if model.device.type == "cuda" else {}
 
     def __enter__(self) -> None:
+        for source, usual in self.rotations.items():
+            source.apply_rotary_pos_emb = functools.partial(_rotate, usual)
         for read in self.read:
             read()
         self.set = [module for module in self.changed if "forward" not in vars(module)]  # else it is another's
@@ -50,6 +54,8 @@ class FusedLayers:
             module.forward = self.changed[module]
 
     def __exit__(self, *error: Any) -> None:
+        for source, usual in self.rotations.items():
+            source.apply_rotary_pos_emb = usual
         for module in self.set:
             del module.forward
         for some in self.adapters:
@@ -115,9 +121,7 @@ class _OneInput:
         if x is not self.x:
             self.x, self.waiting = x, len(self.members)
             self.low = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), self.down)
-            self.found = self.joined(x) if self.joined else None
-            if self.found is not None:
-                self.found.addmm_(self.low, self.up.to(self.found.dtype))
+            self.found = self.joined(x, self.low, self.up) if self.joined else None
         if self.found is not None:
             found = self.found[:, self.outs[module]].view(*x.shape[:-1], -1)
         else:
@@ -150,3 +154,36 @@ def _fused_norm(module: Any, checked: dict[type, bool]) -> Callable[..., Any] | 
         x = torch.linspace(-3, 2, weight.numel(), device=weight.device, dtype=weight.dtype)[None]
         checked[kind] = torch.allclose(forward(x), module(x), rtol=2e-2, atol=1e-4)
     return forward if checked[kind] else None
+
+
+def _plain_rotations(model: Any) -> dict[Any, Callable[..., Any]]:
+    """The files of transformers' models that attention of `model` is from, with their `apply_rotary_pos_emb`, where it computes
+    what our kernel does: that is tried.
+    """
+    import torch
+
+    from sft.model import kernels
+
+    found = {}
+    for source in {sys.modules[type(module).__module__] for module in model.modules() if hasattr(module, "q_proj")}:
+        usual = getattr(source, "apply_rotary_pos_emb", None)
+        if usual is None or isinstance(usual, functools.partial):  # within another block
+            continue
+        x = torch.linspace(-3, 2, 2 * 8 * 32, device=model.device).sin().view(2, 8, 1, 32)
+        given = x[:, :4], x[:, 4:6], x[:, 6], x[:, 7]
+        try:
+            wanted = usual(*given)
+        except TypeError:  # it is given something else
+            continue
+        if all(map(torch.allclose, wanted, kernels.rotate(*given))):
+            found[source] = usual
+    return found
+
+
+def _rotate(usual: Callable[..., Any], q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+    """Queries and keys turned by their positions: those of one token a row, and whole, by our kernel."""
+    from sft.model import kernels
+
+    if args or kwargs or q.shape[2] != 1 or cos.shape[-1] != q.shape[-1] or not q.stride(-1) == k.stride(-1) == 1:
+        return usual(q, k, cos, sin, *args, **kwargs)
+    return kernels.rotate(q, k, cos, sin)

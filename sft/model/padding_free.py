@@ -14,10 +14,31 @@ from typing import Any
 
 from sft.data.collators import pairs
 from sft.model.loss import linear_cross_entropy, linear_log_probs
-from sft.model.structure import attention_of
+from sft.model.structure import attention_of, decoder_layers
 
 ATTENTION = "sft_padding_free"
 """The attention's name in transformers' registry."""
+
+
+def obstacle(base: Any) -> str:
+    """Why a model's rows cannot be padding-free, as far as it shows without running it; empty if nothing does."""
+    import torch
+
+    if getattr(base.config.get_text_config(), "attention_dropout", 0):
+        return "the model drops attention weights while it learns"
+    head = base.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return "its output layer is not a plain one"
+    if not getattr(base, "_supports_attention_backend", False):
+        return f"{type(base).__name__} takes no attention of another's making"
+    # In 16 bits little of these shows in the hidden states that `acceleration._difference` compares.
+    if any(isinstance(module, torch.nn.Conv1d) for layer in decoder_layers(base) for module in layer.modules()):
+        return "its convolutions run from one row into the next"
+    if any(name.endswith(".sinks") for name, _ in base.named_parameters()):
+        return "its attention has sinks, which padding-free attention does not"
+    if getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
+        return "its attention caps its logits, which padding-free attention does not"
+    return ""
 
 
 def install(base: Any) -> None:

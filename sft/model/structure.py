@@ -81,7 +81,8 @@ def with_one_input(model: Any, layers: Iterable[Any]) -> list[list[Any]]:
 
 
 def decoder_layers(base: Any) -> list[Any]:
-    """The layers of a transformers model that repeat."""
+    """The layers of a transformers model that repeat, of its text part where it has others for images and sound."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -3,9 +3,10 @@
     weights + adapter, gradients and optimiser + what the forward pass keeps for the backward pass + the largest passing need
 
 The sizes of the weights are exact: the model is built on torch's meta device, which holds shapes and no numbers. What a forward
-pass keeps is counted from the layers' code, a Llama-like decoder layer (RMSNorm, attention, gated MLP), so that other kinds
-are estimated less well. Of a mixture of experts the weights of all are held, and a token keeps what those make of it that it is
-sent to; adapters on experts are not estimated: PEFT then makes a copy of a layer's experts, which was not measured.
+pass keeps is counted from the layers' code: a Llama-like decoder layer (RMSNorm, attention, gated MLP), and what
+sft/model/dims.py finds besides (norms of heads, gated delta nets, short convolutions, sinks). Other kinds are estimated less
+well. Of a mixture of experts the weights of all are held, and a token keeps what those make of it that it is sent to; adapters
+on experts are not estimated: PEFT then makes a copy of a layer's experts, which was not measured.
 `benchmarks/memory_table.py` compares the estimate with a GPU.
 """
 
@@ -28,6 +29,9 @@ NF4_OPEN_BYTES = 0.5 + 4 / 64
 UNPACKED = 200
 """Tokens that could be computed while the 4-bit weights of a model are unpacked for a micro-batch: with an 8B shape a step of
 1,520 tokens takes 13 ms longer than in bf16 on an H100, where a token takes 67 us."""
+
+CHUNK = 256
+"""Target tokens whose logits TRL's loss makes at a time (_CHUNKED_LM_HEAD_CHUNK_SIZE in sft_trainer.py)."""
 
 OPTIMIZER_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 0, "paged_adamw_32bit": 0, "paged_adamw": 0,
                    "sgd": 0, "adafactor": 0.1, "lion_8bit": 1, "lion_32bit": 4, "rmsprop": 4, "adagrad": 4}  # fmt: skip
@@ -54,12 +58,29 @@ class ModelDims:
     num_hidden_layers: int
     num_attention_heads: int
     query_size: int
-    """Width of all query heads together."""
+    """Width of all query heads together, on average over the layers: some mix tokens without attention."""
     key_value_size: int
-    """Width of all key heads together; the value heads' is the same."""
+    """The same of all key heads; the value heads' is the same."""
     vocab_size: int
     routed: int = 0
     """Width of the results of all experts that a token is sent to; 0 without any."""
+    inner_results: int = 3
+    """Results of intermediate_size that a feed-forward block keeps: gate, its activation and up. Experts that clamp these, as
+    gpt-oss's, keep six."""
+    norms: int = 0
+    """Width of a layer's norms beside the two of hidden_size, on average: of heads, or after its blocks."""
+    mixing: int = 0
+    """Values that a token mixer keeps beside queries, keys, values and their result, on average over the layers."""
+    mixing_float: int = 0
+    """Those that it keeps in float32."""
+    sinks: bool = False
+    """Whether its attention has sinks: torch's own has none, so that transformers keeps a score for each pair of tokens."""
+    whole_logits: bool = False
+    """Whether TRL's loss in chunks is not for it: its logits are scaled, or its output layer has an adapter."""
+    widest_head: int = 0
+    """Width of the widest attention head; 0 where it does not matter."""
+    why_padded: str = ""
+    """Why its rows cannot be padding-free, as far as that shows without its weights."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,10 @@ class LoadPlan:
     """Whether it is padding-free, with the loss made in pieces (sft/model/padding_free.py)."""
     compiled: bool = False
     """Whether its layers are compiled."""
+    padded: bool = False
+    """Whether its rows are padded, so that attention gets a mask."""
+    chunked: bool = False
+    """Whether these have TRL's loss, which makes the logits a chunk at a time."""
     every_n_layers: int = 1
     """With checkpointing one of so many layers is recomputed, and the others are kept."""
     rollout_tokens: int = 0
@@ -139,9 +164,11 @@ def estimate(shape: ModelDims, load: LoadPlan, rows: int, length: int) -> Estima
         trained = shape.trained * (size + moments + (size if size > value else 0))
     else:
         trained = shape.trained * (2 * load.adapter_bytes + _optimizer_bytes(load))
-    layer = kept_by_layer(shape, load, value) + (_eager_bytes(shape, length, value) if load.eager else 0)
+    layer = kept_by_layer(shape, load, value) + _score_bytes(shape, load, length, value)
     # Gradients inside one layer; Unsloth writes those of the MLP over what it was made of.
     passing = value * ((2 if load.backend == "unsloth" else 4) * shape.intermediate_size + 2 * hidden + 2 * shape.routed)
+    if shape.sinks:  # scores before the softmax, their gradients after and before it
+        passing = max(passing, 3 * value * shape.num_attention_heads * length)
     recomputed = load.recomputed(layers)
     kept = (layers - recomputed) * layer
     if recomputed:  # Unsloth moves these layers' inputs to the CPU's memory while they wait
@@ -190,37 +217,51 @@ def kept_by_layer(shape: ModelDims, load: LoadPlan, value: int = 2) -> float:
     where its own weights are trained.
     torch.compile keeps the inputs of the norms, of the blocks and of the adapters' layers once, queries, keys, values, gate, up
     and their product: 36 hidden_size for Llama 3 8B (measured 36.5; 53.2 where nothing is compiled).
+    With a mask, or with sinks, transformers repeats keys and values for the queries' heads (sdpa_attention.py, repeat_kv), and
+    attention with sinks keeps no result of its own.
     """
     hidden, inner, heads = shape.hidden_size, shape.intermediate_size, 2 * shape.query_size + 2 * shape.key_value_size
+    if shape.sinks or load.padded:
+        heads = (3 if shape.sinks else 4) * shape.query_size
     if load.backend == "unsloth":
-        kept = value * (4 * hidden + heads + 2 * inner)
+        kept = value * (4 * hidden + shape.norms + heads + 2 * inner)
     elif load.padding_free and load.compiled:
-        kept = value * (5 * hidden + heads + 3 * inner)
+        kept = value * (5 * hidden + shape.norms + heads + 3 * inner)
     else:
         copies = load.adapter_bytes == 4 and load.bits == 16 and not load.full
         inputs = shape.adapted_inputs / shape.num_hidden_layers if copies else 2 * hidden + inner
-        kept = 8 * hidden + value * (heads + 3 * inner + inputs)
-    kept += value * shape.routed * (2 if load.full else 1)
+        kept = 4 * (2 * hidden + shape.norms) + value * (heads + shape.inner_results * inner + inputs)
+    kept += value * (shape.routed * (2 if load.full else 1) + shape.mixing) + 4 * shape.mixing_float
     if load.dropout:  # a copy and a mask for each adapter's input
         kept += (value + 1) * shape.adapted_inputs / shape.num_hidden_layers
     return kept
 
 
-def _eager_bytes(shape: ModelDims, length: int, value: int) -> float:
-    """Scores and their softmax of one token with all others of its row: float32 inside, the activations' type around."""
-    return shape.num_attention_heads * length * (4 + 2 * value)
+def _score_bytes(shape: ModelDims, load: LoadPlan, length: int, value: int) -> float:
+    """What attention keeps of one token with all others of its row: its scores' softmax where there are sinks; the scores and
+    their softmax, float32 inside and the activations' type around, where it is eager; else the mask, in the activations' type.
+    """
+    if shape.sinks:
+        return shape.num_attention_heads * length * value
+    if load.eager:
+        return shape.num_attention_heads * length * (4 + 2 * value)
+    return length * value if load.padded else 0
 
 
 def loss_bytes(shape: ModelDims, load: LoadPlan, tokens: int) -> float:
     """The logits and their cross entropy.
 
     transformers: the log-softmax and two gradients, all float32 and as wide as the vocabulary (ForCausalLMLoss in
-    loss_utils.py): 12 bytes a value. Unsloth makes the logits a chunk at a time, as many tokens as 4 GiB hold at 16 bytes a
-    value (fused_losses/cross_entropy_loss.py in unsloth_zoo); compiled, a chunk takes about 2 bytes a value. Padding-free:
-    a piece's logits in the activations' type, in float32, and their gradient in the activations' type (sft/model/loss.py).
+    loss_utils.py): 12 bytes a value. TRL's default makes those of CHUNK target tokens at a time (_chunk in sft_trainer.py):
+    in the activations' type, and in float32 themselves, their log-softmax and its exponential or gradients, 18 bytes a value.
+    Unsloth makes the logits a chunk at a time, as many tokens as 4 GiB hold at 16 bytes a value (fused_losses/
+    cross_entropy_loss.py in unsloth_zoo); compiled, a chunk takes about 2 bytes a value. Padding-free: a piece's logits in the
+    activations' type, in float32, and their gradient in the activations' type (sft/model/loss.py).
     """
     if load.padding_free:
         return 8 * min(tokens * shape.vocab_size, PIECE)
+    if load.chunked and not shape.whole_logits:
+        return 18 * min(tokens, CHUNK) * shape.vocab_size
     if load.backend != "unsloth":
         return 12 * tokens * shape.vocab_size
     chunk = 4 * GIB / (16 * shape.vocab_size)
@@ -247,7 +288,7 @@ def fitting_batch_plan(
     if load.padding_free:
         ways.sort(key=lambda way: _cost(shape, way[1], tokens_at_once(load, way[0], lengths)))  # stable: most rows first
     for rows, way in [*ways, (choices[-1], loads[-1])]:
-        guess = estimate(shape, way, 1, tokens_at_once(load, rows, lengths))
+        guess = estimate(shape, way, *largest(load, rows, lengths))
         if guess.needed <= capacity:
             break
     return batch_plan_of(settings.trainer, rows, way.checkpointing, way.every_n_layers), guess
@@ -262,13 +303,20 @@ def _cost(shape: ModelDims, load: LoadPlan, tokens: int) -> float:
     return (1 + recomputed / 2) * (1 + (UNPACKED / tokens if load.bits == 4 else 0))
 
 
-def tokens_at_once(load: LoadPlan, rows: int, lengths: list[int]) -> int:
-    """Tokens of the largest possible micro-batch: padded to its longest row, or padding-free.
+def largest(load: LoadPlan, rows: int, lengths: list[int]) -> tuple[int, int]:
+    """(rows, their length) of the largest possible micro-batch of so many rows: each as long as its longest where they are
+    padded, and one row of all of them where they are padding-free.
 
     `lengths` are those of the longest rows, longest first.
     """
     lengths = lengths[:rows]
-    return sum(lengths) if load.backend == "unsloth" or load.padding_free else lengths[0] * rows
+    return (1, sum(lengths)) if load.backend == "unsloth" or load.padding_free else (rows, lengths[0])
+
+
+def tokens_at_once(load: LoadPlan, rows: int, lengths: list[int]) -> int:
+    """Tokens of the largest possible micro-batch."""
+    rows, length = largest(load, rows, lengths)
+    return rows * length
 
 
 def longest_rows(lengths: list[int], settings: Settings) -> list[int]:

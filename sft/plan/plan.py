@@ -25,7 +25,7 @@ from sft.config.batching import (
     planned_steps,
     with_batch_plan,
 )
-from sft.config.eligibility import is_compiled, why_eager, why_padded
+from sft.config.eligibility import OWN_LOSS, is_compiled, why_eager, why_padded
 from sft.config.hardware import processes_of, resolve_backend
 from sft.config.provenance import DEFAULT
 from sft.config.schedule import with_eval_schedule
@@ -35,6 +35,9 @@ from sft.plan.machine import Machine, look
 
 CLOSE = 0.9
 """An estimate above this share of the GPU's memory is close to it."""
+
+WIDEST = 256
+"""Values of a head up to which torch's variable-length flash attention takes it."""
 
 PADDING_FREE_KINDS = ("llama", "mistral", "qwen2", "qwen3")
 """Models whose padding-free rows are tried in tests/integration/test_padding_free.py."""
@@ -225,6 +228,9 @@ def plan_training(
         why = "the GPU has no attention kernel for rows of various lengths (compute capability 8.0 or higher)"
     if not why and machine.gpu and plan.dtype == "float32":
         why = "attention over rows of various lengths needs 16 bits on a GPU"
+    why = why or (dims.why_padded if dims else "")
+    if not why and machine.gpu and dims and dims.widest_head > WIDEST:
+        why = f"its heads of {dims.widest_head} values are wider than attention over rows of various lengths takes on a GPU"
     tokens = steps * effective_batch_size(trainer) * sum(lengths["train"]) / rows if facts else 0
     compiled = not why and bool(trainer.torch_compile or (machine.gpu and is_compiled(trainer, tokens)))
     captured = not why and machine.gpu and trainer.cuda_graphs is not False and not why_eager(settings)
@@ -289,8 +295,7 @@ def _fits_transposed(plan: Plan, settings: Settings, machine: Machine, dims: mem
     """Whether the run fits with its FP8 weights kept transposed as well, captured steps included."""
     load = load_plan_of(settings, replace(plan, fp8_transposed=True), machine)
     rows = plan.batch.per_device_train_batch_size if plan.batch else 1
-    tokens = memory.tokens_at_once(load, rows, memory.longest_rows(lengths, settings))
-    guess = memory.estimate(dims, load, 1, tokens)
+    guess = memory.estimate(dims, load, *memory.largest(load, rows, memory.longest_rows(lengths, settings)))
     return guess.needed + guess.recorded <= CLOSE * (machine.free_gib or 0)
 
 
@@ -300,6 +305,7 @@ def load_plan_of(settings: Settings, plan: Plan, machine: Machine) -> memory.Loa
     kwargs = trainer.extra.get("gradient_checkpointing_kwargs") or {}
     wanted = plan.batch.gradient_checkpointing if plan.batch else trainer.gradient_checkpointing
     every = plan.batch.every_n_layers if plan.batch else 1
+    padded = plan.backend == "transformers" and not plan.padding_free
     return memory.LoadPlan(
         backend=plan.backend,
         bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else 32 if plan.dtype == "float32" else 16,
@@ -312,6 +318,8 @@ def load_plan_of(settings: Settings, plan: Plan, machine: Machine) -> memory.Loa
         eager=model.attn_implementation.value == "eager",
         padding_free=plan.padding_free and machine.gpu,
         compiled=plan.compiled and machine.gpu,
+        padded=padded,
+        chunked=padded and settings.method.name == MethodName.sft and not any(trainer.extra.get(key) for key in OWN_LOSS),
         # One layer of several also where trainer.extra says so, and nothing was decided.
         every_n_layers=every if every > 1 else kwargs.get("every_n_layers", 1),
         rollout_tokens=plan.rollout_rows * plan.rollout_places,

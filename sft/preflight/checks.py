@@ -14,6 +14,7 @@ from typing import Any
 from sft import console
 from sft.config import provenance, schedule
 from sft.config.batching import BatchPlan
+from sft.config.eligibility import check_padded
 from sft.config.keys import shown
 from sft.config.rules import warnings_for
 from sft.config.schema import MethodName, PreflightMode, Settings
@@ -76,6 +77,8 @@ def examine(
     dims = read_dims(found, settings) if whole or machine.gpu else None
     facts = found.prepared.facts if found.prepared else None
     found.plan = plan_training(plan, settings, machine, dims, facts, found.lengths, began=began)
+    if dims and dims.why_padded and found.plan.why_padded == dims.why_padded:
+        found.refuse("Plan", check_padded(settings.trainer, dims.why_padded))
     check_memory(found, settings, machine, dims, whole)
     if whole:
         check_plan(found)

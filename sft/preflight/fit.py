@@ -43,7 +43,7 @@ def check_memory(found: Found, settings: Settings, machine: Machine, dims: memor
     found.facts["batch"] = {**asdict(batch), "effective_batch_size": batch.effective_batch_size}
     if dims is None or not whole:
         return
-    guess = memory.estimate(dims, load, 1, memory.tokens_at_once(load, rows, longest))
+    guess = memory.estimate(dims, load, *memory.largest(load, rows, longest))
     needed = guess.needed if capacity else (guess.allocated + PROCESS_GIB) * processes  # which share this machine's memory
     found.facts["memory"] = {
         **{k: round(v, 3) for k, v in asdict(guess).items()},

@@ -13,16 +13,16 @@ from dataclasses import replace
 from typing import Any
 
 from sft.config.batching import eval_rows
+from sft.config.eligibility import check_padded
 from sft.config.schema import Settings, TrainerSettings
 from sft.data import collators, tokenize
 from sft.data.token_cache import token_counts
 from sft.distributed import group, watchdog
-from sft.errors import refuse
-from sft.model import cuda_graphs, structure, warm_cache
+from sft.errors import Refusal
+from sft.model import cuda_graphs, padding_free, structure, warm_cache
 from sft.model.backend import torch_dtype
 from sft.model.compilation import compile_layers, keep_kernels
 from sft.model.fused_layers import fused_inference
-from sft.model.padding_free import ATTENTION, install
 from sft.model.structure import base_of, decoder_layers
 from sft.plan.plan import Plan
 from sft.training.samplers import balance_micro_batches
@@ -68,9 +68,9 @@ def settle(model: Any, settings: Settings, data: Any, pad_token_id: int, plan: P
     Raises Refusal where `trainer.padding_free`, `trainer.torch_compile` or `trainer.cuda_graphs` is true and cannot be had.
     """
     trainer, base = settings.trainer, base_of(model)
-    why_not = plan.why_padded or _obstacle(base)
+    why_not = plan.why_padded or padding_free.obstacle(base)
     if not why_not:
-        install(base)
+        padding_free.install(base)
         first = _first_rows(data.train)
         dtype = torch_dtype(plan.dtype)
         with _exact_products(base, settings):
@@ -109,14 +109,12 @@ def settle(model: Any, settings: Settings, data: Any, pad_token_id: int, plan: P
 
 def _refuse_requested(trainer: TrainerSettings, why_not: str) -> None:
     """Raise Refusal if a setting asks for what rows with padding cannot have."""
-    if not (trainer.padding_free or trainer.torch_compile or trainer.cuda_graphs):
+    problems = check_padded(trainer, why_not)
+    if not problems:
         return
     if not group.is_first():
         watchdog.wait_for_end()  # all found the same; the first process refuses for all
-    if trainer.padding_free:
-        raise refuse("trainer.padding_free=true", why_not, "trainer.padding_free=null   pads where it has to")
-    key = "trainer.torch_compile" if trainer.torch_compile else "trainer.cuda_graphs"
-    raise refuse(f"{key}=true", f"It needs rows without padding: {why_not}", f"{key}=null")
+    raise Refusal(problems)
 
 
 def choose_lengths(
@@ -165,27 +163,6 @@ def evaluating(model: Any, plan: Plan) -> Iterator[None]:
         yield
 
 
-def _obstacle(base: Any) -> str:
-    """Why a model's rows cannot be padding-free, as far as it shows without running it; empty if nothing does."""
-    import torch
-
-    if getattr(base.config.get_text_config(), "attention_dropout", 0):
-        return "the model drops attention weights while it learns"
-    head = base.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.bias is not None:
-        return "its output layer is not a plain one"
-    if not getattr(base, "_supports_attention_backend", False):
-        return f"{type(base).__name__} takes no attention of another's making"
-    # In 16 bits little of these shows in the hidden states that `_difference` compares.
-    if any(isinstance(module, torch.nn.Conv1d) for layer in decoder_layers(base) for module in layer.modules()):
-        return "its convolutions run from one row into the next"
-    if any(name.endswith(".sinks") for name, _ in base.named_parameters()):
-        return "its attention has sinks, which padding-free attention does not"
-    if getattr(base.config.get_text_config(), "attn_logit_softcapping", None):
-        return "its attention caps its logits, which padding-free attention does not"
-    return ""
-
-
 def _exact_products(base: Any, settings: Settings) -> Any:
     """A block in which FP8 layers round nothing but their weights: their noise would be taken for another row's tokens."""
     if not settings.model.load_in_fp8:
@@ -224,7 +201,7 @@ def _difference(model: Any, rows: list[dict[str, list[int]]], pad_token_id: int,
             whole = model(**inputs).loss.item()
             ends = inputs["cu_seq_lens_q"].tolist()
             passed = {key: inputs[key] for key in inputs if key not in ("labels", "target_positions", "targets")}
-            with structure.attention_of(base, ATTENTION):
+            with structure.attention_of(base, padding_free.ATTENTION):
                 states = base.base_model(**passed, use_cache=False).last_hidden_state[0].float()
                 first, end, seen = ends[1], ends[len(rows)], 0.0
                 if end > first:  # of several rows, of which the first is the shortest

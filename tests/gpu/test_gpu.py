@@ -90,7 +90,7 @@ def test_captured_and_compiled_steps_train_as_padded_rows_do(small_llama, tmp_pa
 def test_one_kernel_rounds_as_pytorch_does_and_products_are_those_of_the_rounded_numbers():
     import torch
 
-    from sft.model import fp8, round_kernel
+    from sft.model import fp8, kernels
 
     if not fp8.is_supported(torch.device("cuda"), torch.bfloat16):
         pytest.skip("this GPU has no FP8: compute capability 8.9 or higher")
@@ -98,7 +98,7 @@ def test_one_kernel_rounds_as_pytorch_does_and_products_are_those_of_the_rounded
     for columns in (64, 576, 4096, 14336):
         x = torch.randn(100, columns, device="cuda", dtype=torch.bfloat16) * torch.logspace(-8, 2, 100, device="cuda")[:, None]
         x[7] = 0
-        values, scales = round_kernel.round_rows(x.bfloat16(), fp8.LARGEST, fp8.LEAST)
+        values, scales = kernels.round_rows(x.bfloat16(), fp8.LARGEST, fp8.LEAST)
         wanted, wanted_scales = fp8.round_rows(x.bfloat16().cpu())
         assert torch.allclose(scales.cpu(), wanted_scales, rtol=1e-6, atol=0)
         away = (values.cpu().float() - wanted.float()).abs()
@@ -107,6 +107,34 @@ def test_one_kernel_rounds_as_pytorch_does_and_products_are_those_of_the_rounded
         found = fp8.multiply(x.bfloat16(), weight, of_weight).float()
         exact = (values.float() * scales) @ (weight.float() * of_weight).T
         assert (found - exact).norm(dim=-1).le(1e-2 * exact.norm(dim=-1) + 1e-30).all()
+        for rows, rank in ((1, 0), (8, 5), (40, 16), (64, 64)):  # one kernel of our own, with what an adapter adds
+            low, up = (torch.randn(*size, device="cuda", dtype=torch.bfloat16) for size in ((rows, rank), (rank, 96)))
+            few = fp8.multiply(x[:rows].bfloat16(), weight, of_weight, low=low, up=up).float()
+            wanted = exact[:rows] + low.float() @ up.float()
+            assert (few - wanted).norm(dim=-1).le(1e-2 * wanted.norm(dim=-1) + 1e-30).all()
+
+
+def test_rotary_positions_of_one_token_are_those_of_transformers(small_llama):
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.llama import modeling_llama
+
+    from sft.model.fused_layers import fused_inference
+
+    model = AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.bfloat16).to("cuda").eval()
+    usual = modeling_llama.apply_rotary_pos_emb
+    packed, angle = (
+        torch.randn(5, 1, 6 * 64, device="cuda", dtype=torch.bfloat16),
+        torch.randn(5, 1, 32, device="cuda").repeat(1, 1, 2),
+    )
+    q, k = (part.view(5, 1, -1, 64).transpose(1, 2) for part in (packed[..., : 4 * 64], packed[..., 4 * 64 :]))
+    with fused_inference(model):
+        assert modeling_llama.apply_rotary_pos_emb is not usual
+        for rows in (5, 1):
+            given = q, k, angle[:rows].cos().bfloat16(), angle[:rows].sin().bfloat16()
+            for found, wanted in zip(modeling_llama.apply_rotary_pos_emb(*given), usual(*given), strict=True):
+                assert torch.allclose(found, wanted, rtol=2e-2, atol=2e-2)
+    assert modeling_llama.apply_rotary_pos_emb is usual
 
 
 @pytest.mark.parametrize("padding_free", ["true", "false"])
@@ -138,8 +166,11 @@ def test_a_real_shortage_of_memory_halves_the_passes_and_changes_no_loss(small_l
     [
         ("ddp", ("model.load_in_4bit=false",)),
         ("ddp", ("model.load_in_4bit=true",)),
+        ("ddp", ("model.load_in_4bit=false", "model.load_in_fp8=true")),
+        ("ddp", ("model.load_in_4bit=false", "method=dpo", "trainer.learning_rate=1e-3")),
         ("fsdp", ("model.load_in_4bit=false", "lora=none", "trainer.learning_rate=1e-5")),
     ],
+    ids=["bf16", "4-bit", "fp8", "pairs", "fsdp"],
 )
 def test_two_gpus_learn_what_one_does(small_llama, tmp_path, way, options):
     import torch
@@ -160,6 +191,51 @@ def test_two_gpus_learn_what_one_does(small_llama, tmp_path, way, options):
         losses[processes] = [line["loss"] for line in lines if "loss" in line]
     assert len(losses[1]) == 6
     assert all(abs(a - b) < 2e-2 for a, b in zip(losses[1], losses[2], strict=True))
+
+
+def test_rewarded_completions_of_two_gpus_are_those_of_one(small_llama, tmp_path):
+    """In float32, where another number of rows in a product hardly ever draws another token: groups stay whole, and a draw does
+    not depend on the process."""
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, and there is {torch.cuda.device_count()}")
+    (tmp_path / "reward.py").write_text("def letters(completion, row):\n    return sum(map(ord, completion)) % 17 / 17\n")
+    losses, rollouts = {}, {}
+    for processes in (1, 2):
+        folder = tmp_path / f"{processes}"
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "method=grpo",
+            f"model.name={small_llama}",
+            "tracking=none",
+            "model.backend=transformers",
+            "model.dtype=float32",
+            "model.load_in_4bit=false",
+            f"method.reward_funcs=[{tmp_path / 'reward.py'}:letters]",
+            "method.reward_weights=[1]",
+            "method.max_completion_length=24",
+            "trainer.max_steps=6",
+            "trainer.effective_batch_size=4",
+            "trainer.per_device_train_batch_size=2",
+            "trainer.learning_rate=1e-3",
+            "samples.num_held_out=1",
+            "dataset.eval_fraction=0.05",
+            f"distributed.num_processes={processes}",
+            f"hydra.run.dir={folder}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        losses[processes] = [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+        lines = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()]
+        rollouts[processes] = {(line["step"], line["row"]): [one["text"] for one in line["completions"]] for line in lines}
+    assert len(losses[1]) == 6 and len(rollouts[1]) == 24 and rollouts[1].keys() == rollouts[2].keys()
+    same = [rollouts[2][key] == texts for key, texts in rollouts[1].items()]
+    assert all(same[:4]) and sum(same) >= 22
+    if all(same):
+        assert losses[2] == [pytest.approx(some, rel=2e-2, abs=1e-4) for some in losses[1]]
 
 
 @pytest.mark.parametrize("trained", [False, True])

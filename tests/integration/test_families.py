@@ -15,10 +15,10 @@ from scripts import families_table
 from sft.errors import ExportError, Refusal
 from sft.export import gguf
 from sft.lifecycle import run
-from sft.model import builtin
+from sft.model import builtin, padding_free
 from sft.plan import families
 from sft.storage.jsonio import read_json
-from sft.training import acceleration, checkpoint
+from sft.training import checkpoint
 from tests.conftest import ROOT, make_settings
 from tests.faults.fault_campaign import compare, write_rows
 
@@ -65,9 +65,9 @@ GGUF = [TEXTS.get(family, family) for family, shown in families_table.FAMILIES.i
 
 
 @functools.cache
-def make_twin(family: str, place: Path) -> Path:
-    """A random model of this family in two layers, with the tokenizer of tiny_random."""
-    tokenizer = AutoTokenizer.from_pretrained(builtin.local_model(builtin.TINY_RANDOM))
+def make_twin(family: str, place: Path, words: Path | None = None) -> Path:
+    """A random model of this family in two layers, with the tokenizer in `words`, else with that of tiny_random."""
+    tokenizer = AutoTokenizer.from_pretrained(words or builtin.local_model(builtin.TINY_RANDOM))
     ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     sizes = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, max_position_embeddings=2048)  # fmt: skip
@@ -176,6 +176,21 @@ def test_an_adapter_on_the_experts_trains_and_is_proven_merged(twin, tmp_path):
     assert {name: facts["failed"] for name, facts in proof.items()} == {"adapter": [], "merged_16bit": []}
 
 
+def test_a_model_whose_rows_are_padded_is_planned_so_and_asked_for_otherwise_refused_before_its_weights(twin, tmp_path):
+    job = (f"model.name={twin('gpt_oss')}", write_rows(tmp_path), "trainer.max_steps=1")
+    folder = train(tmp_path / "run", *job)
+    plan = read_json(folder / "preflight.json")["decided"]
+    assert not plan["padding_free"] and "sinks" in plan["why_padded"]
+    (twin("gpt_oss") / "model.safetensors").rename(tmp_path / "hidden")
+    try:
+        with pytest.raises(Refusal, match="has sinks") as refused:
+            run(make_settings(*JOB, *job, "trainer.padding_free=true"), tmp_path / "asked")
+    finally:
+        (tmp_path / "hidden").rename(twin("gpt_oss") / "model.safetensors")
+    (problem,) = refused.value.problems
+    assert problem.what == "trainer.padding_free=true" and problem.fix.startswith("trainer.padding_free=null")
+
+
 def test_a_model_that_caps_the_logits_of_its_attention_is_not_padding_free():
     config = CONFIG_MAPPING["gemma2"](
         hidden_size=32,
@@ -188,10 +203,10 @@ def test_a_model_that_caps_the_logits_of_its_attention_is_not_padding_free():
         attn_logit_softcapping=50.0,
     )
     with torch.device("meta"):
-        assert "caps its logits" in acceleration._obstacle(AutoModelForCausalLM.from_config(config))
+        assert "caps its logits" in padding_free.obstacle(AutoModelForCausalLM.from_config(config))
     config.attn_logit_softcapping = None
     with torch.device("meta"):
-        assert acceleration._obstacle(AutoModelForCausalLM.from_config(config)) == ""
+        assert padding_free.obstacle(AutoModelForCausalLM.from_config(config)) == ""
 
 
 @pytest.mark.skipif(bool(gguf.missing_parts()), reason=f"llama.cpp's parts are not installed: {gguf.INSTALL}")

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("forked_children")
 @pytest.fixture
 def without_obstacles(monkeypatch):
     """What is known of a model without running it keeps nothing from padding-free rows."""
-    monkeypatch.setattr(acceleration, "_obstacle", lambda base: "")
+    monkeypatch.setattr("sft.model.padding_free.obstacle", lambda base: "")
 
 
 def padding_free_twin(folder):

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from sft.distributed.strategy import settle_accelerator
 from sft.launch.ranks import launch
 from sft.lifecycle import run
 from sft.model import fp8, loading, warm_cache
@@ -189,6 +190,24 @@ def test_two_processes_learn_what_one_does(tmp_path):
     losses = [[line.get("loss", line.get("eval_loss")) for line in read_lines(tmp_path / name / "metrics.jsonl")]
               for name in ("one", "two")]  # fmt: skip
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+def test_rounded_weights_are_not_sent_to_other_processes(tmp_path):
+    """They have no memory of their own, and torch refuses to write there."""
+    from types import SimpleNamespace
+
+    base = llama()
+    fp8.round_layers(base)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="single memory location"):
+            torch.nn.parallel.DistributedDataParallel(model)
+        settle_accelerator(SimpleNamespace(state=None), model)
+        synced = torch.nn.parallel.DistributedDataParallel(model)
+        assert len(synced.parameters_to_ignore) == 14 and all("weight" in name for name in synced.parameters_to_ignore)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_jobs_of_a_sweep_share_the_rounded_model(tmp_path):

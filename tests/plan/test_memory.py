@@ -8,9 +8,20 @@ from sft.config.batching import BatchPlan, batch_plan_of, candidates, check_batc
 from sft.config.hardware import CAPACITY
 from sft.config.schema import Gpu, LoraSettings, Settings, TrainerSettings
 from sft.model.dims import dims_of
+from sft.plan import families
 from sft.plan.machine import Machine
-from sft.plan.memory import LoadPlan, ModelDims, estimate, fitting_batch_plan, kept_by_layer, tokens_at_once
-from sft.plan.plan import load_plan_of, plan_model
+from sft.plan.memory import (
+    LoadPlan,
+    ModelDims,
+    _score_bytes,
+    estimate,
+    fitting_batch_plan,
+    kept_by_layer,
+    largest,
+    loss_bytes,
+    tokens_at_once,
+)
+from sft.plan.plan import load_plan_of, plan_model, plan_training
 from tests.conftest import make_settings
 from tests.hints import type_hints
 
@@ -33,7 +44,7 @@ def llama():
 
 
 def test_the_shape_of_llama_3_8b_is_counted_from_its_config(llama):
-    assert dims_of(*llama, Settings()) == LLAMA_8B
+    assert dims_of(*llama, Settings()) == replace(LLAMA_8B, widest_head=128)
 
 
 def test_adapters_and_whole_modules_are_counted(llama):
@@ -80,6 +91,8 @@ def test_a_mixture_is_counted_from_its_config(qwen3_30b_a3b):
         key_value_size=512,
         vocab_size=151936,
         routed=8 * 2048,
+        norms=4096 + 512,
+        widest_head=128,
     )
     assert 48 * layer + 2 * 151936 * 2048 + 2048 == 30_532_122_624
 
@@ -89,7 +102,7 @@ def test_a_mixture_holds_all_experts_and_keeps_what_those_make_that_a_token_is_s
     guess = estimate(shape, LoadPlan("transformers", adapter_bytes=4, checkpointing=False, padding_free=True), 1, 2048)
     assert guess.weights == pytest.approx(2 * 30_532_122_624 / 2**30)
     assert guess.trained == pytest.approx(13_369_344 * (4 + 4 + 8) / 2**30)
-    layer = 8 * 2048 + 2 * (2 * 4096 + 2 * 512 + 3 * 6144 + 10240) + 2 * 8 * 2048
+    layer = 4 * (2 * 2048 + 4096 + 512) + 2 * (2 * 4096 + 2 * 512 + 3 * 6144 + 10240) + 2 * 8 * 2048
     # The layers and the two ends; then the gradients inside a layer, and of the loss a piece of logits, of which the larger.
     passing, loss = 2048 * 2 * (4 * 6144 + 2 * 2048 + 2 * 8 * 2048), 8 * 2**27
     assert guess.activations == pytest.approx((2048 * (48 * layer + 4 * 2 * 2048) + max(passing, loss)) / 2**30)
@@ -103,19 +116,37 @@ def test_adapters_on_experts_are_not_estimated(qwen3_30b_a3b):
     assert dims_of(*qwen3_30b_a3b, Settings(lora=lora)) is None
 
 
-def test_what_a_mixtures_layer_keeps_is_what_autograd_holds_for_it():
-    """Bytes a token of the tensors that one more layer saves for its backward pass, on the CPU in bfloat16."""
+SMALL = dict(vocab_size=64, hidden_size=256, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, head_dim=96,
+             pad_token_id=0, bos_token_id=0, eos_token_id=0)  # fmt: skip
+SPARSE = dict(num_experts_per_tok=3, moe_intermediate_size=112)
+DELTA = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=40, linear_value_head_dim=24)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "sizes"),
+    [("llama", None, {}), ("qwen3", None, {}), ("phi3", None, {}),
+     ("mixtral", None, {"num_local_experts": 8, "num_experts_per_tok": 3}), ("qwen3_moe", None, {**SPARSE, "num_experts": 8}),
+     ("gpt_oss", None, {"num_experts_per_tok": 3, "num_local_experts": 8, "sliding_window": 64}),
+     ("gemma3_text", "sliding_attention", {"sliding_window": 64}), ("lfm2", "conv", {}),
+     ("gemma4_text", "sliding_attention", {"sliding_window": 64, "global_head_dim": 96, "vocab_size_per_layer_input": 64,
+                                           "hidden_size_per_layer_input": 16}),
+     ("qwen3_5_text", "full_attention", {}), ("qwen3_5_text", "linear_attention", DELTA)],
+)  # fmt: skip
+def test_what_a_familys_layer_keeps_is_what_autograd_holds_for_it(family, kind, sizes):
+    """Bytes a token of the tensors that one more layer saves for its backward pass, on the CPU in bfloat16, a row of 256."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, MixtralConfig
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    names = [name for name in families.OWN.get(family, families.DEFAULT) if "." not in name] or families.DEFAULT
 
     def saved(layers):
-        config = MixtralConfig(vocab_size=64, hidden_size=256, intermediate_size=96, num_hidden_layers=layers, head_dim=64,
-                               num_attention_heads=4, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=3,
-                               pad_token_id=0)  # fmt: skip
+        kinds = {"layer_types": [kind] * layers} if kind else {}
+        config = CONFIG_MAPPING[family](**{**SMALL, **sizes, **kinds, "num_hidden_layers": layers})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        shape = dims_of(model, config, Settings(lora=replace(ATTENTION_ALONE, r=2)))
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=ATTENTION_ALONE.target_modules))
+        shape = dims_of(model, config, Settings(lora=LoraSettings(target_modules=names, r=2)))
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=names))
         own, held = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
         def keep(tensor):
@@ -130,8 +161,87 @@ def test_what_a_mixtures_layer_keeps_is_what_autograd_holds_for_it():
         return sum(size for _, size in held.values()) / 256, shape
 
     (one, _), (two, shape) = saved(1), saved(2)
-    assert (shape.intermediate_size, shape.routed) == (3 * 96, 3 * 256)
-    assert kept_by_layer(shape, LoadPlan("transformers")) == pytest.approx(two - one, rel=0.05)
+    load = LoadPlan("transformers", padded=kind == "sliding_attention")  # a window needs a mask, as padded rows do
+    guess = kept_by_layer(shape, load) + _score_bytes(shape, load, 256, 2)
+    assert guess == pytest.approx(two - one, rel=0.05)
+
+
+def shape_of(family, **sizes):
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[family](pad_token_id=0, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return dims_of(model, config, Settings(lora=LoraSettings(target_modules=families.OWN[family])))
+
+
+def test_a_hybrids_layers_keep_the_states_of_their_delta_nets_in_the_share_that_they_have():
+    shape = shape_of("qwen3_5_text")  # Qwen3.5-9B style: 24 of 32 layers are gated delta nets
+    assert (shape.parameters, shape.query_size, shape.key_value_size) == (8_953_803_264, 16 * 256 // 4, 4 * 256 // 4)
+    heads, key, states = 32, 32 * 128, 32 * 128 * 128 // 64  # a state of 128 x 128 for each head and chunk of 64 tokens
+    convolved, pairs = 2 * 16 * 128 + 32 * 128, 64 * heads
+    delta = 7 * key + 3 * pairs + 3 * key + 2 * states + 2 * convolved
+    assert shape.mixing == (24 * delta + 8 * 2 * 16 * 256) / 32  # and the attention's gate, and its result without it
+    assert shape.mixing_float == 24 * (6 * key + 2 * pairs + 5 * key + states) / 32
+    assert shape.norms == 8 * (16 * 256 + 4 * 256) / 32  # of the heads of attention layers
+    assert shape.why_padded.endswith("takes no attention of another's making") and not shape.whole_logits
+
+
+def test_a_text_model_with_heads_of_two_widths_and_parts_for_images_is_counted_by_its_own_layers():
+    """A Gemma 4: one layer in two attends to all tokens, with wider heads; its values have a norm too."""
+    layers = ["sliding_attention", "full_attention"] * 2
+    text = dict(vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=2, head_dim=16,
+                num_key_value_heads=2, global_head_dim=32, layer_types=layers, vocab_size_per_layer_input=64,
+                hidden_size_per_layer_input=8, num_kv_shared_layers=2, use_double_wide_mlp=True)  # fmt: skip
+    image = dict(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2, head_dim=12
+    )
+    shape = shape_of("gemma4", text_config=text, vision_config=image)
+    assert (shape.num_hidden_layers, shape.query_size, shape.key_value_size) == (4, 2 * 24, 2 * 24)
+    assert shape.intermediate_size == (80 + 80 + 160 + 160) / 4  # layers that share keys are wider
+    # Five norms of hidden_size in each layer and one of its queries; in half of them also of their own keys and values.
+    assert shape.norms == (5 - 2) * 48 + 48 + 48
+    assert (shape.widest_head, shape.why_padded) == (32, "")
+
+
+@pytest.mark.parametrize(("head", "gpu", "padded"), [(256, True, False), (512, True, True), (512, False, False)])
+def test_heads_that_are_too_wide_for_the_gpus_attention_pad_the_rows_there(settings_of, head, gpu, padded):
+    settings, machine = settings_of("model.backend=transformers"), Machine("H100", gpu, 80.0, 80.0, True)
+    plan = plan_training(plan_model(settings, machine), settings, machine, replace(LLAMA_8B, widest_head=head), None, {})
+    assert plan.padding_free == (not padded) and (f"heads of {head} values" in plan.why_padded) == padded
+
+
+def test_experts_that_clamp_keep_twice_as_much_and_sinks_a_score_for_each_pair_of_tokens():
+    shape = shape_of("gpt_oss", num_hidden_layers=24, num_local_experts=32)
+    assert (shape.inner_results, shape.intermediate_size, shape.routed, shape.norms) == (6, 4 * 2880, 4 * 2880, 0)
+    assert shape.sinks and "sinks" in shape.why_padded
+    load = LoadPlan("transformers", adapter_bytes=4, padded=True, chunked=True)
+    layer = 8 * 2880 + 2 * (3 * 4096 + 6 * 11520 + 3 * 2880 + 4096) + 2 * 11520
+    assert kept_by_layer(shape, load) == layer
+    # One layer is computed again: its own, its scores, and as much as three of them on the way back.
+    scores, passing = 64 * 1000 * 2, 2 * (4 * 11520 + 2 * 2880 + 2 * 11520)
+    kept = 24 * 2 * 2880 + 4 * 2 * 2880 + layer + scores + max(3 * scores, passing)
+    assert estimate(shape, load, 8, 1000).activations == pytest.approx(8000 * kept / 2**30)
+
+
+def test_padded_rows_have_a_mask_and_their_logits_a_chunk_at_a_time_unless_these_are_scaled():
+    plain, padded = LoadPlan("transformers"), LoadPlan("transformers", padded=True)
+    assert kept_by_layer(LLAMA_8B, padded) - kept_by_layer(LLAMA_8B, plain) == 2 * 2 * (4096 - 1024)  # keys and values repeated
+    chunked = replace(padded, chunked=True)
+    assert loss_bytes(LLAMA_8B, padded, 8000) == 12 * 8000 * 128256
+    assert loss_bytes(LLAMA_8B, chunked, 8000) == 18 * 256 * 128256
+    assert loss_bytes(replace(LLAMA_8B, whole_logits=True), chunked, 8000) == 12 * 8000 * 128256
+    assert largest(padded, 3, [10, 8, 6, 4]) == (3, 10) and largest(replace(plain, padding_free=True), 3, [10, 8, 6]) == (1, 24)
+
+
+@pytest.mark.parametrize("more", [(), ("method=dpo",), ("trainer.extra.loss_type=dft",), ("trainer.padding_free=null",)])
+def test_the_loss_in_chunks_is_that_of_padded_rows_of_method_sft(settings_of, more):
+    settings, machine = settings_of("trainer.padding_free=false", *more), Machine("H100", True, 80.0, 80.0, True)
+    plan = replace(plan_model(settings, machine), backend="transformers", padding_free=settings.trainer.padding_free is None)
+    load = load_plan_of(settings, plan, machine)
+    assert (load.padded, load.chunked) == (more != ("trainer.padding_free=null",), more == ())
 
 
 # Measured on one H100 80 GB with this shape (benchmarks/LOG.md). The rows were of uneven length (make_rows.py): the tokens of

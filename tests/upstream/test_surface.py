@@ -105,6 +105,7 @@ SURFACE = {
     "torch._foreach_copy_": "function",
     "torch._foreach_mul": "function",
     "torch._scaled_mm": "function",
+    "torch.nn.parallel.DistributedDataParallel._ddp_params_and_buffers_to_ignore": "attribute",
     "torch.ops.aten._flash_attention_forward": "(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, "
     "return_debug_mask, scale, window_size_left, window_size_right, seqused_k, alibi_slopes, block_table, num_splits)",
     "torch._dynamo.mark_static": "(t, index)",
@@ -116,6 +117,7 @@ SURFACE = {
     "torch._inductor.async_compile.maybe_warm_pool": "()",
     "torch.distributed.distributed_c10d._pickler": "(file, protocol, fix_imports, buffer_callback)",
     "torch.distributed.distributed_c10d._unpickler": "(file, fix_imports, encoding, errors, buffers)",
+    "transformers.models.llama.modeling_llama.apply_rotary_pos_emb": "(q, k, cos, sin, unsqueeze_dim)",
     # accelerate, datasets, huggingface_hub
     "accelerate.state.PartialState._shared_state": "attribute",
     "datasets.Dataset._fingerprint": "attribute",

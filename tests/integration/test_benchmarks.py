@@ -1,0 +1,56 @@
+"""The benchmark of the model families, with tiny models on the CPU."""
+
+import json
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import families, speed
+from tests import forked
+from tests.conftest import ROOT
+
+SMALL = ("--words", "8", "--steps", "3", "--warm-up", "1")
+
+
+@pytest.fixture
+def forked_programs(monkeypatch):
+    """What the benchmark starts is forked from a process that has imported the libraries."""
+
+    def start(command, stdout=None, **_):
+        output = stdout.name if stdout else "/dev/null"
+        return forked.Process(*command[1:], cwd=ROOT, files=("/dev/null", output, output))
+
+    def run(command, stdout=None, check=False, **_):
+        process = start(command, stdout)
+        assert process.wait(280) == 0 or not check
+        return subprocess.CompletedProcess(command, process.returncode)
+
+    for module in (families, speed):
+        monkeypatch.setattr(module, "subprocess", SimpleNamespace(Popen=start, run=run, STDOUT=None))
+
+
+def test_each_shape_is_trained_its_memory_estimated_and_a_peer_beside_it(forked_programs, tmp_path, capsys):
+    shapes = ["tiny_hybrid", "tiny_moe", "tiny_gpt_oss"]
+    families.main(["--shape", ",".join(shapes), "--out", str(tmp_path), *SMALL])
+    results = json.loads((tmp_path / "families.json").read_text(encoding="utf-8"))["results"]
+    assert [*results] == shapes and all("error" not in run for runs in results.values() for run in runs.values()), results
+    for runs in results.values():
+        ours, trl = runs["ours"], runs["trl"]
+        assert ours["tokens"] == trl["tokens"] and len(ours["tokens"]) == 2
+        assert ours["losses"][0] == pytest.approx(trl["losses"][0], rel=1e-2)
+        assert ours["estimated_gib"] > 0 and ours["tokens_at_once"] >= max(ours["tokens"])
+    why = {shape: runs["ours"]["speed"]["why_not"] for shape, runs in results.items()}
+    assert "takes no attention" in why["tiny_hybrid"] and why["tiny_moe"] == "" and "sinks" in why["tiny_gpt_oss"]
+    assert "in_proj_qkv" in results["tiny_hybrid"]["ours"]["targets"]
+    lines = (tmp_path / "families.md").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" | ")[0] for line in lines[4:]] == [f"| {shape}" for shape in shapes]
+    assert lines[-1] in capsys.readouterr().out and not list(tmp_path.glob("model_*/"))
+
+
+def test_a_part_that_fails_says_so_and_the_others_go_on(forked_programs, tmp_path, capsys):
+    families.main(["--shape", "tiny_moe", "--out", str(tmp_path), *SMALL, "--overrides", "trainer.learning_rate=none"])
+    runs = json.loads((tmp_path / "families.json").read_text(encoding="utf-8"))["results"]["tiny_moe"]
+    assert "trainer.learning_rate" in runs["ours"]["error"] and "error" not in runs["trl"]
+    assert "tiny_moe ours" in (tmp_path / "families.md").read_text(encoding="utf-8")
+    assert "failed: " in capsys.readouterr().out
