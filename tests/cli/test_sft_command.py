@@ -128,7 +128,7 @@ def put(file: Path) -> None:
 
 def test_hints_install_into_the_environment_that_sft_runs_in(place, monkeypatch):
     assert as_called("pip install -e .   brings") == f'{place}/env/python -P -m pip install "sft-lora"   brings'
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no pip in it
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: [])  # no pip in it
     assert as_called("pip install liger-kernel") == f"pip --python {place}/env/python install liger-kernel"
     put(place / "bin/uv")
     assert as_called('pip install -e ".[ray]"') == f'uv pip install --python {place}/env/python "sft-lora[ray]"'
@@ -151,7 +151,7 @@ def test_hints_find_the_programs_of_other_packages(place):
 )
 def test_ggufs_parts_are_installed_by_the_pip_or_uv_that_is_there(place, monkeypatch, own_pip, tools, command):
     ran = []
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: own_pip or None)
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: [name] * bool(own_pip))
     monkeypatch.setattr(subprocess, "run", lambda argv, **_: ran.append(argv) or subprocess.CompletedProcess(argv, 7))
     put(place / "env/python")
     for tool in tools:
@@ -161,7 +161,7 @@ def test_ggufs_parts_are_installed_by_the_pip_or_uv_that_is_there(place, monkeyp
 
 
 def test_without_pip_and_uv_ggufs_parts_are_not_installed_and_a_command_that_brings_pip_is_named(place, monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: [])
     assert main(["install-gguf"]) == 1
     assert capsys.readouterr().err.endswith(f"hint: {place}/env/python -m ensurepip\n")
 

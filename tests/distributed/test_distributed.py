@@ -62,11 +62,11 @@ def test_shared_weights_are_computed_with_in_16_bits_and_losses_are_not_rounded_
 
     half = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)  # what accelerate sets
     plugin = types.SimpleNamespace(mixed_precision_policy=half)
-    strategy.settle_accelerator(types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin)))
+    strategy.settle_accelerator(types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin)), torch.nn.Linear(2, 2))
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
     alone = types.SimpleNamespace(state=types.SimpleNamespace(), ddp_handler=types.SimpleNamespace())
-    strategy.settle_accelerator(alone)
+    strategy.settle_accelerator(alone, torch.nn.Linear(2, 2))
     assert alone.ddp_handler.gradient_as_bucket_view
 
 

@@ -10,7 +10,7 @@ from tests.conftest import SMALL, make_settings
 JOB = (*SMALL, "trainer=debug", "trainer.max_steps=2", "trainer.eval_steps=1", "trainer.save_steps=1", "samples.num_held_out=0")
 
 
-@pytest.mark.parametrize("more, measured", [((), 0), (("trainer.learning_rate=100", "trainer.warmup_steps=0"), 1)],
+@pytest.mark.parametrize("more, measured", [((), 0), (("trainer.learning_rate=60", "trainer.warmup_steps=0"), 1)],
                          ids=["the last weights", "earlier ones"])  # fmt: skip
 def test_an_evaluation_of_the_kept_weights_is_not_made_again(more, measured, tmp_path, monkeypatch):
     calls, mean_loss = [], method.mean_loss

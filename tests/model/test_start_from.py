@@ -70,7 +70,7 @@ def test_the_last_of_three_is_exported_and_proven(chain):
 
 def test_preferences_after_two_supervised_runs_begin_as_ties_and_are_exported_and_proven(chain, tmp_path, forked_children):
     formats = (f"export.formats=[{','.join(['merged_16bit', *CONVERTED])}]", "export.gguf.quantizations=[q8_0]")
-    folder = train(tmp_path / "pairs", "method=dpo", f"lora.start_from={chain[1]}", *formats)
+    folder = train(tmp_path / "pairs", "method=dpo", f"lora.start_from={chain[1]}", "trainer.learning_rate=1e-3", *formats)
     assert losses(folder)[0] == pytest.approx(0.693147, abs=1e-5) and losses(folder)[1] < losses(folder)[0]
     found = read_json(folder / "export/verify.json")["artifacts"]
     names = ["adapter", "merged_16bit", *(["gguf/q8_0"] if CONVERTED else [])]
