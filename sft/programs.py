@@ -1,11 +1,11 @@
 """What the user calls this project's programs: `python train.py` in a checkout, `sft train` where that was typed."""
 
-import importlib.util
 import os
 import re
 import shlex
 import shutil
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from sft.paths import INSTALLED
@@ -43,7 +43,7 @@ def installer() -> list[str]:
     """The command, up to its `install`, that puts packages beside this project: this environment's pip, else uv or pip of
     the shell, for what `uv tool` and `pipx` made may have none of its own.
     """
-    if importlib.util.find_spec("pip"):
+    if any(metadata.distributions(name="pip")):  # setuptools patches what looks for the module itself
         return [sys.executable, "-P", "-m", "pip", "install"]
     if shutil.which("uv"):
         return ["uv", "pip", "install", "--python", sys.executable]
