@@ -47,8 +47,8 @@ def settle_accelerator(accelerator: Any, model: Any) -> None:
     """Let a gradient be a view of what is averaged over the ranks, not a copy of it; where each has a share of the weights, let
     gradients be added up in float32 and a loss stay what it is: accelerate rounds both to the 16 bits that are computed in.
 
-    Weights without a memory of their own, as those of FP8 layers, are not sent from the first rank to the others, which nothing
-    can be written to.
+    The weights of FP8 layers are left out where the first rank sends its weights to the others: all elements of such a weight
+    are one place in the memory, which torch refuses to write to.
     """
     import torch
 
