@@ -108,6 +108,7 @@ def measure_process(args: argparse.Namespace, name: str) -> dict[str, Any]:
 def measure_rollouts(args: argparse.Namespace) -> None:
     """Draw completions again and again, by our decoder or by `generate`."""
     import torch
+    from peft import get_peft_model
 
     from benchmarks import peer
     from sft.generation import batching
@@ -117,13 +118,15 @@ def measure_rollouts(args: argparse.Namespace) -> None:
 
     args.load_in_4bit = args.checkpointing = False
     model, tokenizer = peer.load_trl(args)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.01)  # an adapter that is trained
     if args.fp8:
         from sft.model import fp8
 
-        fp8.round_layers(base_of(model))
+        config, base = model.peft_config["default"], model.unload()
+        fp8.round_layers(base)  # before there is an adapter, as in a run: layers with one input then lie side by side
+        model = get_peft_model(base, config)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.01)  # an adapter that is trained
     model.eval()
     rows = [json.loads(line)["prompt"] for line in (args.out / "prompts.jsonl").read_text().splitlines()[:PROMPTS]]
     prompts = [tokenizer(row)["input_ids"][:PROMPT_TOKENS] for row in rows]
