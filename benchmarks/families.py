@@ -2,18 +2,20 @@
 
     python benchmarks/families.py --shape hybrid --out DIR                     on a GPU, about 3 minutes
     python benchmarks/families.py --shape moe --layers 48 --out DIR --overrides trainer.torch_compile=true
+    python benchmarks/families.py --shape llama_8b --make DIR                  only the model, for the other programs
     python benchmarks/families.py --shape tiny_hybrid,tiny_moe,tiny_gpt_oss --words 24 --steps 4 --warm-up 1 --out DIR
 
 hybrid: what transformers' Qwen3_5TextConfig calls Qwen3.5-9B style, its defaults: 8.95 B weights, three layers in four a gated
 delta net. moe: Qwen3-30B-A3B with 24 of its 48 layers (15.6 B of 30.5 B; `--layers 48` for all: 61 GB on the disk).
-gpt_oss: gpt-oss-20b in bfloat16, 20.9 B. No weights of the hub were compared with these sizes. tiny_*: the same code with some
-two million weights, for the CPU.
+gpt_oss: gpt-oss-20b in bfloat16, 20.9 B. llama_8b: Llama 3 8B. No weights of the hub were compared with these sizes. tiny_*:
+the same code with some two million weights, for the CPU.
 
 One after the other: a folder with the model (written by a process of its own, removed at the end unless `--keep`), rows of
 make_rows.py, `--steps` steps of 8 rows through train.py with the default adapter, and the same through `--peers` with that
 run's layers and checkpointing. A part that fails prints the end of its log, and the others go on. Tokens a second are those
-of speed.py, which measures; the estimate is that of sft/plan/memory.py for the largest micro-batch that there was. Writes
-families.json and families.md after each measurement.
+of speed.py, which measures. The estimate is that of sft/plan/memory.py for the largest micro-batch that there was, captured
+steps not counted besides: eager ones give their memory back before a capture. Writes families.json and families.md after each
+measurement.
 """
 
 import argparse
@@ -44,6 +46,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                               num_attention_heads=32, num_key_value_heads=4, num_experts=128, num_experts_per_tok=8,
                               moe_intermediate_size=768)),
     "gpt_oss": ("gpt_oss", dict(num_hidden_layers=24, num_local_experts=32)),
+    "llama_8b": ("llama", dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                               num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192)),
     "tiny_hybrid": ("qwen3_5_text", dict(TINY, **STATES, layer_types=["linear_attention", "full_attention"])),
     "tiny_moe": ("qwen3_moe", dict(TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)),
     "tiny_gpt_oss": ("gpt_oss", dict(TINY, num_local_experts=4, num_experts_per_tok=2, sliding_window=64)),
@@ -55,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure each shape and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", required=True, help=", ".join(SHAPES))
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--out", type=Path, help="a folder for all that is written")
     parser.add_argument("--layers", type=int, help="of the model, other than its shape says")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--warm-up", type=int, default=10)
@@ -63,10 +67,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peers", default="trl", help="trl, unsloth, both or none, separated by commas")
     parser.add_argument("--overrides", default="", help="for ours, separated by spaces")
     parser.add_argument("--keep", action="store_true", help="the model's folder, which a later call takes as it is")
-    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--make", type=Path, help="a folder for the model of one shape, and nothing is measured")
     args = parser.parse_args(argv)
     if args.make:
         return make_model(args.shape, args.layers, args.make)
+    if not args.out:
+        parser.error("--out or --make is needed")
     args.out.mkdir(parents=True, exist_ok=True)
     args.data = str((args.out / "rows.json").absolute())
     make_rows(args)
@@ -88,8 +94,8 @@ def measure(args: argparse.Namespace, shape: str):
     folder, began = (args.out / f"model_{shape}").absolute(), time.time()
     args.model = str(folder)
     if not (folder / "config.json").is_file():
-        command = [sys.executable, str(ROOT / "benchmarks/families.py"), "--shape", shape, "--out", str(args.out)]
-        command += ["--make", str(folder), *(["--layers", str(args.layers)] if args.layers else [])]
+        command = [sys.executable, str(ROOT / "benchmarks/families.py"), "--shape", shape, "--make", str(folder)]
+        command += [*(["--layers", str(args.layers)] if args.layers else [])]
         with open(f"{folder}.log", "w", encoding="utf-8") as log:
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
         print(f"{shape:<14} written in {time.time() - began:.0f} s", flush=True)
@@ -138,6 +144,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
     """What a run folder says of its plan, and the memory that is estimated for the largest micro-batch that it had."""
     from sft.config.batching import BatchPlan
     from sft.config.compose import fill_settings
+    from sft.config.hardware import CONTEXT
     from sft.model.dims import dims_of, empty_model
     from sft.plan import memory
     from sft.plan.machine import Machine
@@ -165,7 +172,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
     guess = memory.estimate(dims, load, rows, length)
     parts = {name: round(value, 2) for name, value in vars(guess).items()}
     return {**found, "billions": dims.parameters / 1e9, "tokens_at_once": rows * length, "estimate": parts,
-            "estimated_gib": guess.reserved}  # fmt: skip
+            "estimated_gib": guess.needed - CONTEXT}  # fmt: skip
 
 
 def table(facts: dict[str, Any], results: dict[str, dict[str, Any]], warm_up: int) -> str:

@@ -92,7 +92,7 @@ FAMILIES = {
                               image_size=896, patch_size=14)}}),
     "gemma4": Family(gguf=REFUSED, presets={
         "gemma4_e2b_it": _gemma4(1536, 6144, 35, 1, 20, 5), "gemma4_e4b_it": _gemma4(2560, 10240, 42, 2, 18, 6)}),
-    "qwen3_5": Family(padded="takes no attention of another's making",
+    "qwen3_5": Family(padded="its convolutions run from one row into the next",
                       presets={"qwen3_5_0_8b": _hybrid(1024, 3584, 24, (8, 2), 16),
                                "qwen3_5_2b": _hybrid(2048, 6144, 24, (8, 2), 16),
                                "qwen3_5_4b": _hybrid(2560, 9216, 32, (16, 4), 32),

@@ -29,11 +29,11 @@ def obstacle(base: Any) -> str:
     head = base.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.bias is not None:
         return "its output layer is not a plain one"
-    if not getattr(base, "_supports_attention_backend", False):
-        return f"{type(base).__name__} takes no attention of another's making"
     # In 16 bits little of these shows in the hidden states that `acceleration._difference` compares.
     if any(isinstance(module, torch.nn.Conv1d) for layer in decoder_layers(base) for module in layer.modules()):
         return "its convolutions run from one row into the next"
+    if not getattr(base, "_supports_attention_backend", False):
+        return f"{type(base).__name__} takes no attention of another's making"
     if any(name.endswith(".sinks") for name, _ in base.named_parameters()):
         return "its attention has sinks, which padding-free attention does not"
     if getattr(base.config.get_text_config(), "attn_logit_softcapping", None):

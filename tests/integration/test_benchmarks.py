@@ -41,7 +41,7 @@ def test_each_shape_is_trained_its_memory_estimated_and_a_peer_beside_it(forked_
         assert ours["losses"][0] == pytest.approx(trl["losses"][0], rel=1e-2)
         assert ours["estimated_gib"] > 0 and ours["tokens_at_once"] >= max(ours["tokens"])
     why = {shape: runs["ours"]["speed"]["why_not"] for shape, runs in results.items()}
-    assert "takes no attention" in why["tiny_hybrid"] and why["tiny_moe"] == "" and "sinks" in why["tiny_gpt_oss"]
+    assert "convolutions" in why["tiny_hybrid"] and why["tiny_moe"] == "" and "sinks" in why["tiny_gpt_oss"]
     assert "in_proj_qkv" in results["tiny_hybrid"]["ours"]["targets"]
     lines = (tmp_path / "families.md").read_text(encoding="utf-8").splitlines()
     assert [line.split(" | ")[0] for line in lines[4:]] == [f"| {shape}" for shape in shapes]
