@@ -12,15 +12,15 @@ from sft.config.method import facts_of
 from sft.config.schema import Settings
 from sft.distributed import group, strategy, watchdog
 from sft.distributed.stop import stop_request
-from sft.environment import prepare_environment, quiet_libraries, seed_everything
+from sft.environment import prepare_environment
 from sft.errors import Refusal
 from sft.export import measure, requirements
 from sft.export.child import export_run_apart, proof_of
 from sft.model import structure, warm_cache
-from sft.model.backend import import_backend, limit_memory
+from sft.model.backend import limit_memory, prepare_libraries
 from sft.model.hub import read_config
 from sft.plan.machine import look
-from sft.plan.plan import Plan, closed, plan_start, with_model_plan
+from sft.plan.plan import closed, plan_start, with_model_plan
 from sft.preflight import checks
 from sft.runs import resume
 from sft.runs.failures import error_facts, log_failure, reason_of
@@ -83,7 +83,8 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         machine = look(settings)
         plan = plan_start(settings, machine, lambda: read_config(settings.model), context.provenance, before)
         group.broadcast(plan)
-        prepare_libraries(settings, plan)
+        with record.timed("import"):
+            prepare_libraries(plan.backend, settings.seed)
         settings = with_model_plan(settings, plan)
         with record.timed("data"):
             found = checks.examine(settings, folder, plan, context.provenance, machine, resume.read_batch_plan(before))
@@ -119,13 +120,6 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         return _finish(ctx, status, reason)
 
 
-def prepare_libraries(settings: Settings, plan: Plan) -> None:
-    """Import and seed what the run computes with."""
-    import_backend(plan.backend)
-    quiet_libraries()
-    seed_everything(settings.seed)
-
-
 def train(ctx: RunContext) -> tuple[str, str | None]:
     """Load, attach, sample, train, save, sample: (status, reason)."""
     settings, plan, record, recorder, stop = ctx.settings, ctx.plan, ctx.record, ctx.recorder, ctx.stop
@@ -144,7 +138,8 @@ def train(ctx: RunContext) -> tuple[str, str | None]:
 
     writer = SampleWriter(ctx.folder, recorder, record.timed, generator(ctx, model), sharded)
     loop = Loop(ctx.folder, stop, recorder, ctx.budget, writer, record.timed, ctx.checkpoint, settings.trainer.save_total_limit)
-    trainer = method.build_trainer(ctx, model, loop)
+    with record.timed("prepare"):
+        trainer = method.build_trainer(ctx, model, loop)
     record.update(speed=trainer.plan.speed(), plan=trainer.plan.facts())
     restore_run(ctx.folder, ctx.checkpoint, loop.components())
     stop.training = True

@@ -6,8 +6,9 @@ import os
 from sft.distributed import group, watchdog
 from sft.distributed.stop import stop_request
 from sft.environment import prepare_environment
-from sft.lifecycle import prepare_libraries, train
+from sft.lifecycle import train
 from sft.model import warm_cache
+from sft.model.backend import prepare_libraries
 from sft.runs.record import Context, NoRecord
 from sft.tracking.base import Trackers
 from sft.training.context import RunContext
@@ -29,7 +30,7 @@ def follow() -> int:
         watchdog.watch(folder)
         budget = TimeBudget(settings.trainer)
         prepare_environment()
-        prepare_libraries(settings, group.broadcast(None))
+        prepare_libraries(group.broadcast(None).backend, settings.seed)
         settings, plan, checkpoint, data_hash = group.broadcast(None)  # as decided by the checks, which the first one makes
         tokenizer, stop_ids = warm_cache.load_tokenizer(settings)
         prepared = warm_cache.prepare_data(settings, tokenizer, stop_ids)

@@ -4,12 +4,20 @@ from typing import Any
 
 from sft.config.hardware import CONTEXT
 from sft.config.schema import Settings
+from sft.environment import quiet_libraries, seed_everything
 
 
-def import_backend(backend: str) -> None:
+def _import_backend(backend: str) -> None:
     """Import Unsloth before anything else touches transformers or TRL: it patches both."""
     if backend == "unsloth":
         import unsloth  # noqa: F401
+
+
+def prepare_libraries(backend: str, seed: int) -> None:
+    """Import and seed what a run computes with."""
+    _import_backend(backend)
+    quiet_libraries()
+    seed_everything(seed)
 
 
 def limit_memory(settings: Settings) -> None:

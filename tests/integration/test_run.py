@@ -60,7 +60,7 @@ def test_run_folder_keeps_the_contract(finished):
         "artifacts",
     ):
         assert key in record
-    assert {"data", "load", "train", "total"} <= record["seconds"].keys() and record["seconds"]["data"] > 0
+    assert {"import", "data", "load", "prepare", "train", "total"} <= record["seconds"].keys() and record["seconds"]["data"] > 0
     assert record["data"]["train_rows"] == 22 and record["data"]["eval_rows"] == 2 and record["data"]["hash"]
     assert record["model"]["trainable_parameters"] < record["model"]["parameters"]
     for name in ("metrics.jsonl", "samples.jsonl", "preflight.json", "report.html", "adapter/adapter_model.safetensors"):
