@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--load-in-4bit", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--optim", default="adamw_8bit")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--targets", default=",".join(TARGETS), help="names of layers, separated by commas")
     args = parser.parse_args()
     started = psutil.Process().create_time()
@@ -67,7 +69,7 @@ def main() -> None:
 
     arguments = SFTConfig(
         dataset_text_field="text",
-        max_length=2048,
+        max_length=args.max_length,
         per_device_train_batch_size=args.rows,
         gradient_accumulation_steps=args.passes,
         gradient_checkpointing=args.checkpointing,
@@ -130,11 +132,11 @@ def load_unsloth(args: argparse.Namespace):
 
     checkpointing = "unsloth" if args.checkpointing else False
     model, tokenizer = FastLanguageModel.from_pretrained(
-        model_name=args.model, max_seq_length=2048, dtype=None, load_in_4bit=args.load_in_4bit
+        model_name=args.model, max_seq_length=getattr(args, "max_length", 2048), dtype=None, load_in_4bit=args.load_in_4bit
     )
     model = FastLanguageModel.get_peft_model(
-        model, r=16, target_modules=targets_of(args), lora_alpha=16, lora_dropout=0, bias="none", random_state=3407,
-        use_gradient_checkpointing=checkpointing,
+        model, r=getattr(args, "rank", 16), target_modules=targets_of(args), lora_alpha=16, lora_dropout=0, bias="none",
+        random_state=3407, use_gradient_checkpointing=checkpointing,
     )  # fmt: skip
     return model, tokenizer
 
@@ -153,7 +155,7 @@ def load_trl(args: argparse.Namespace):
     model = AutoModelForCausalLM.from_pretrained(args.model, **place, **options)
     if args.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.checkpointing)
-    config = LoraConfig(r=16, lora_alpha=16, target_modules=targets_of(args), task_type="CAUSAL_LM")
+    config = LoraConfig(r=getattr(args, "rank", 16), lora_alpha=16, target_modules=targets_of(args), task_type="CAUSAL_LM")
     return get_peft_model(model, config), AutoTokenizer.from_pretrained(args.model)
 
 

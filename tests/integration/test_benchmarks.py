@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import families, speed
+from benchmarks import families, grid, speed
 from tests import forked
 from tests.conftest import ROOT
 
@@ -54,3 +54,33 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(forked_programs, tmp_pat
     assert "trainer.learning_rate" in runs["ours"]["error"] and "error" not in runs["trl"]
     assert "tiny_moe ours" in (tmp_path / "families.md").read_text(encoding="utf-8")
     assert "failed: " in capsys.readouterr().out
+
+
+def test_a_grid_has_each_point_of_ours_and_of_a_peer(forked_programs, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(grid, "subprocess", families.subprocess)
+    monkeypatch.setattr(grid, "AXES", {"rows": [1, 2], "length": [96, 128], "rank": [4, 8]})
+    options = ["--model", "tiny_random", "--out", str(tmp_path), "--modes", "default", "--steps", "3", "--warm-up", "1"]
+    grid.main([*options, "--axes", "rank", "--peers", "trl", "--rounds", "2"])
+    ways = json.loads((tmp_path / "grid.json").read_text(encoding="utf-8"))["results"]["rank"]
+    assert all(len(ways[way][point]) == 2 for way in ("default", "trl") for point in ("4", "8"))
+    assert not any("error" in run for points in ways.values() for runs in points.values() for run in runs), ways
+    lines = (tmp_path / "grid.md").read_text(encoding="utf-8").splitlines()
+    assert [line.split(" | ")[0] for line in lines if line[:3] in ("| 4", "| 8")] == [
+        "| 4",
+        "| 8",
+    ] and "default x trl" in lines[2]
+    assert (tmp_path / "grid.svg").read_text(encoding="utf-8").startswith("<svg")
+    grid.main([*options, "--axes", "rows,length"])
+    results = json.loads((tmp_path / "grid.json").read_text(encoding="utf-8"))["results"]
+    tokens = {point: runs[0]["tokens"][0] for point, runs in results["length"]["default"].items()}
+    assert tokens["128"] > 1.5 * tokens["96"] and [*results["rows"]["default"]] == ["1", "2"]
+    assert "failed" not in capsys.readouterr().out
+
+
+def test_points_of_a_grid_that_fail_say_why_and_the_others_stand(forked_programs, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(grid, "subprocess", families.subprocess)
+    options = ["--model", "tiny_random", "--out", str(tmp_path), "--modes", "default", "--steps", "3", "--warm-up", "1"]
+    grid.main([*options, "--axes", "rank", "--points", "0,4"])
+    assert "| 4 |" in (tmp_path / "grid.md").read_text(encoding="utf-8") and "failed" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        grid.main([*options, "--points", "4"])

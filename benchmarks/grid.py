@@ -1,0 +1,201 @@
+"""How training speed grows with the rows of a step, the length of rows and the rank of the adapter, as a table and a drawing.
+
+    python benchmarks/grid.py --model DIR --out DIR --modes bf16,fp8 --rounds 3            on a GPU
+    python benchmarks/grid.py --model DIR --out DIR --axes rows --peers unsloth,trl        one axis, peers at each point
+    python benchmarks/grid.py --model tiny_random --out DIR --axes rank --points 4,8 --modes default --steps 3 --warm-up 1
+
+Each axis and mode is one sweep of train.py, whose jobs share the base: `rows` a step (of some 190 tokens, as make_rows.py has
+them), `length` of the rows, all alike, and `rank`; what is not varied is 8 rows, these rows, rank 16. How many rows are
+computed at once is left to `auto`. A peer is a process of its own for each point, with its rows at once and without
+checkpointing; one that has no room is a failed one. Tokens a second are non-padding tokens of whole steps after `--warm-up`,
+as speed.py counts them. In each round the order is turned; the table has medians. Writes grid.json, grid.md and grid.svg after
+each sweep and each peer.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import speed
+from sft.model import builtin
+
+AXES = {
+    "rows": [1, 2, 4, 8, 16, 32, 64, 128],
+    "length": [256, 512, 1024, 2048, 4096, 8192],
+    "rank": [4, 8, 16, 32, 64, 128, 256],
+}
+UNITS = {"rows": "rows a step", "length": "tokens of a row", "rank": "rank of the adapter"}
+MODES = {
+    "bf16": ("model.backend=transformers", "model.load_in_4bit=false"),
+    "nf4": ("model.backend=transformers", "model.load_in_4bit=true"),
+    "fp8": ("model.backend=transformers", "model.load_in_4bit=false", "model.load_in_fp8=true"),
+    "default": (),
+}
+COMPILED = ("trainer.torch_compile=true",)
+PEERS = {"unsloth": (), "trl": ("--optim=adamw_torch_fused",)}
+ROWS, RANK, TEMPLATE = 8, 16, 64
+"""What is not varied, and tokens that a length leaves to the template."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure each axis and mode in turn, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--axes", default=",".join(AXES))
+    parser.add_argument("--points", help="of the one axis, separated by commas, other than all")
+    parser.add_argument("--modes", default="bf16", help=", ".join(MODES))
+    parser.add_argument("--peers", default="", help="unsloth, trl or both, separated by commas; in bf16")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--warm-up", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--overrides", default="", help="for ours, separated by spaces")
+    args = parser.parse_args(argv)
+    args.model = str(builtin.local_model(args.model) or args.model)  # a peer knows no name of ours
+    axes = args.axes.split(",")
+    if args.points and len(axes) > 1:
+        parser.error("--points are those of one axis: name it with --axes")
+    points = {axis: [int(point) for point in args.points.split(",")] if args.points else AXES[axis] for axis in axes}
+    ways = [*args.modes.split(","), *filter(None, args.peers.split(","))]
+    args.out.mkdir(parents=True, exist_ok=True)
+    facts = {"date": f"{datetime.date.today()}", "hardware": speed.hardware(), "versions": speed.versions()}
+    facts["command"] = " ".join(["grid.py", *(sys.argv[1:] if argv is None else argv)])
+    results: dict[str, Any] = {}
+    for turn in range(args.rounds):
+        for axis, way in list(itertools.product(axes, ways))[:: 1 if turn % 2 == 0 else -1]:
+            order = points[axis][:: 1 if turn % 2 == 0 else -1]
+            measured = sweep(args, axis, order, way, turn) if way in MODES else peer(args, axis, order, way, turn)
+            for point, found in measured:
+                results.setdefault(axis, {}).setdefault(way, {}).setdefault(str(point), []).append(found)
+                print(f"{axis:<7} {point:>5} {way:<8} {speed.line_of(found, args.warm_up)}", flush=True)
+                write(args.out, facts, results, args.warm_up)
+
+
+def sweep(args: argparse.Namespace, axis: str, points: list[int], mode: str, turn: int):
+    """Yield (a point, what was measured) of one sweep over an axis; all of them failed where its log says why."""
+    place = args.out / f"{axis}_{mode}_{turn}"
+    files = [rows_file(args, axis, point) for point in points]
+    varied = {
+        "rows": ("trainer.effective_batch_size", points), "length": ("dataset.path", files), "rank": ("lora.r", points),
+    }[axis]  # fmt: skip
+    settings: dict[str, Any] = {"dataset.path": files[0], "lora.r": RANK, "trainer.effective_batch_size": ROWS}
+    settings |= {varied[0]: ",".join(map(str, varied[1])), "trainer.per_device_train_batch_size": "auto"}
+    settings |= {"model.name": args.model, "model.max_seq_length": max([2048, *points]) if axis == "length" else 2048}
+    settings |= {"dataset.template": "alpaca", "dataset.loss_on": "all", "dataset.eval_fraction": 0}
+    settings |= {"trainer.max_steps": args.steps, "trainer.save_steps": args.steps, "seed": 3407, "samples.num_held_out": 0}
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "dataset=local", "tracking=none", f"hydra.sweep.dir={place}"]
+    command += [*(f"{key}={value}" for key, value in settings.items()), *MODES[mode], *(COMPILED if mode != "default" else ())]
+    with open(f"{place}.log", "w", encoding="utf-8") as log:
+        subprocess.run([*command, *args.overrides.split()], stdout=log, stderr=subprocess.STDOUT)
+    folders = {int(folder.name.partition("_")[0]): folder for folder in place.glob("*_*") if (folder / "run.json").is_file()}
+    for number, point in enumerate(points):
+        yield point, job(folders[number]) if number in folders else {"error": speed.read(Path(f"{place}.log"))[-1500:]}
+
+
+def job(folder: Path) -> dict[str, Any]:
+    """What speed.py says of a run, of a job of a sweep."""
+    record = json.loads(speed.read(folder / "run.json"))
+    if record["status"] != "finished":
+        return {"error": record.get("reason") or record["status"]}
+    lines = [line for line in map(json.loads, speed.read(folder / "metrics.jsonl").splitlines()) if "loss" in line]
+    tokens = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(lines)]
+    seconds = [n / line["tokens_per_second"] for n, line in zip(tokens, lines[1:], strict=True)]
+    whole = record["seconds"]["total"]
+    return {"tokens": tokens, "seconds": seconds, "peak_reserved_gib": max(line["memory_gib"] for line in lines),
+            "first_step": whole - sum(seconds), "saved": whole, "split": record["split"]}  # fmt: skip
+
+
+def peer(args: argparse.Namespace, axis: str, points: list[int], library: str, turn: int):
+    """Yield (a point, what was measured) of a peer, each a process."""
+    for point in points:
+        rows, rank = point if axis == "rows" else ROWS, point if axis == "rank" else RANK
+        options = (f"--rank={rank}", f"--max-length={max(2048, point) if axis == 'length' else 2048}", *PEERS[library])
+        args.data = rows_file(args, axis, point)
+        place = args.out / f"{axis}_{library}_{turn}_{point}"
+        yield point, speed.measure_peer(args, (library, rows, 1, options), args.steps, place)
+
+
+def rows_file(args: argparse.Namespace, axis: str, point: int) -> str:
+    """The file with the rows of a point: enough for all steps, written once."""
+    count = args.steps * (point if axis == "rows" else ROWS)
+    file = args.out.absolute() / (f"rows_of_{point}.json" if axis == "length" else "rows.json")
+    words = ["--words", str(point - TEMPLATE)] if axis == "length" else []
+    if not file.is_file() or len(json.loads(file.read_text(encoding="utf-8"))) < count:
+        command = [sys.executable, str(ROOT / "benchmarks/make_rows.py"), str(file), "--rows", str(count), *words]
+        subprocess.run(command, check=True)
+    return str(file)
+
+
+def write(out: Path, facts: dict[str, Any], results: dict[str, Any], warm_up: int) -> None:
+    """The measurements, their tables and their drawing."""
+    import vl_convert
+
+    (out / "grid.json").write_text(json.dumps({**facts, "warm_up": warm_up, "results": results}), encoding="utf-8")
+    (out / "grid.md").write_text(tables(facts, results, warm_up), encoding="utf-8")
+    (out / "grid.svg").write_text(vl_convert.vegalite_to_svg(drawing(results, warm_up)), encoding="utf-8")
+
+
+def medians(points: dict[str, list[dict]], warm_up: int) -> dict[int, tuple[float, float]]:
+    """(tokens a second, peak GiB) by point, medians of the rounds that did not fail."""
+    good = {int(point): [run for run in runs if "error" not in run] for point, runs in points.items()}
+    return {
+        point: (
+            statistics.median(speed.rate(run, warm_up) for run in runs),
+            statistics.median(run["peak_reserved_gib"] for run in runs),
+        )
+        for point, runs in good.items()
+        if runs
+    }
+
+
+def tables(facts: dict[str, Any], results: dict[str, Any], warm_up: int) -> str:
+    """A Markdown table for each axis: tokens a second and peak GiB by way, and each of ours as a ratio to each peer."""
+    out = [f"`{facts['command']}`, {facts['date']}, {facts['hardware']}; {facts['versions']}", ""]
+    for axis, ways in results.items():
+        found = {way: medians(points, warm_up) for way, points in ways.items()}
+        ratios = [(ours, other) for ours in ways if ours in MODES for other in ways if other in PEERS]
+        heads = [UNITS[axis], *(f"{way}{unit}" for way in ways for unit in (" tokens/s", " GiB"))]
+        heads += [f"{ours} x {other}" for ours, other in ratios]
+        out += [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
+        for point in sorted({int(point) for points in ways.values() for point in points}):
+            cells = [f"{point:,}"]
+            for values in found.values():
+                cells += [f"{values[point][0]:,.0f}", f"{values[point][1]:.1f}"] if point in values else ["failed", ""]
+            for ours, other in ratios:
+                both = point in found[ours] and point in found[other]
+                cells.append(f"{found[ours][point][0] / found[other][point][0]:.2f}" if both else "")
+            out.append(f"| {' | '.join(cells)} |")
+        out.append("")
+    return "\n".join(out)
+
+
+def drawing(results: dict[str, Any], warm_up: int) -> dict[str, Any]:
+    """A Vega-Lite chart for each axis, side by side: tokens a second, on logarithmic axes."""
+    charts = []
+    for axis, ways in results.items():
+        values = [
+            {"way": way, "point": point, "rate": rate}
+            for way, points in ways.items()
+            for point, (rate, _) in medians(points, warm_up).items()
+        ]
+        marks = sorted({value["point"] for value in values})
+        x = {"field": "point", "type": "quantitative", "scale": {"type": "log", "base": 2}, "title": UNITS[axis],
+             "axis": {"values": marks, "format": ",d"}}  # fmt: skip
+        y = {"field": "rate", "type": "quantitative", "scale": {"type": "log"}, "title": "tokens/s"}
+        encoding = {"x": x, "y": y, "color": {"field": "way", "type": "nominal", "title": None}}
+        charts.append({"width": 260, "height": 220, "data": {"values": values}, "encoding": encoding,
+                       "mark": {"type": "line", "point": True}})  # fmt: skip
+    return {"$schema": "https://vega.github.io/schema/vega-lite/v5.json", "hconcat": charts, "background": "white"}
+
+
+if __name__ == "__main__":
+    main()
