@@ -1,6 +1,7 @@
 """Puts conf/ into the package of a wheel, as sft/conf. All else about the package stands in setup.cfg."""
 
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import setup
@@ -14,7 +15,19 @@ class BuildWithPresets(build_py):
         """Build the package."""
         super().run()
         if not self.editable_mode:
-            shutil.copytree("conf", Path(self.build_lib, "sft", "conf"), dirs_exist_ok=True)
+            target = Path(self.build_lib, "sft", "conf")
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree("conf", target, ignore=_own_presets)
+
+
+def _own_presets(folder: str, names: list[str]) -> list[str]:
+    """Names in a folder of conf/ that git does not have: presets of somebody's own. None outside a checkout."""
+    asked = ["git", "ls-files", "--others", "--directory", "."]
+    try:
+        found = subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [name for name in names if name in found.replace("/", "").split("\n")]
 
 
 setup(cmdclass={"build_py": BuildWithPresets})

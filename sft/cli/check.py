@@ -40,6 +40,7 @@ from sft.config.destinations import CODE, KEYS, check_destinations, destinations
 from sft.config.keys import in_shell, typed
 from sft.config.rules import check_settings
 from sft.config.schema import Settings
+from sft.data.prepare import check_small_files
 from sft.distributed.group import is_first, launched
 from sft.errors import Problem, Refusal, chain_of, first_line
 from sft.paths import expanded
@@ -402,7 +403,10 @@ def _check_job(
             del config["hydra"]
         settings = to_settings(config)
         problems = (_check_overruled(config, config_name, overrides) if anew else []) + check_settings(settings, hardware)
-        return problems + (check_folder(folder, settings) if folder else []), list(settings.sweep.paired)
+        problems += check_folder(folder, settings) if folder else []
+        if hardware and anew and not problems:
+            check_small_files(settings)
+        return problems, list(settings.sweep.paired)
     except Refusal as refusal:
         return refusal.problems, []
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:

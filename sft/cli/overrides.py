@@ -143,6 +143,8 @@ def check_override(override: Override, options: dict[str, list[str]], problems: 
         error = "" if plain_type(cls, name) is Any else _type_error(text)
         if error:
             shown = text.replace("\n", "\\n")
+            if "could not be converted" in error:  # OmegaConf's words
+                error = f"This is not {_type_name(plain_type(cls, name))}."
             whole = override.is_interval_sweep() and plain_type(cls, name) is int
             fix = f"{key}=int({line.partition('=')[2]})" if whole else _example(cls, name, key)
             if isinstance(value, str) and str(plain_type(cls, name)) == "list[str]":
@@ -267,7 +269,9 @@ def _example(cls: type, name: str, key: str) -> str:
     kind = plain_type(cls, name)
     options = [list(k.__members__) for k in getattr(kind, "__args__", (kind,)) if hasattr(k, "__members__")]
     if not options:
-        return f"{key} takes {_type_name(kind)}"
+        default = next(f.default for f in fields(cls) if f.name == name)
+        plain = isinstance(default, int | float | str) and default != ""
+        return f"{typed(key, default)}   takes {_type_name(kind)}" if plain else f"{key} takes {_type_name(kind)}"
     return f"{key} takes {' | '.join(options[0])}" + (" or null" if hasattr(kind, "__args__") else "")
 
 

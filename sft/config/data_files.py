@@ -14,6 +14,9 @@ from sft.paths import expanded
 KINDS = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".json.gz", ".jsonl.gz", ".csv.gz")
 """Endings of files that are read."""
 
+TEXT = (".json", ".jsonl", ".csv")
+"""Those that are read without another library."""
+
 SAVED = "save_to_disk folder"
 """The kind of a folder that the datasets library wrote."""
 

@@ -52,7 +52,7 @@ from sft.data.prompt_rows import (
     too_long,
     without_reasoning,
 )
-from sft.data.sources import choose_indices, held_out_data, read_rows, select, source_of
+from sft.data.sources import choose_indices, held_out_data, read_rows, select, small_files, source_of
 from sft.data.templates import ALPACA, Rendered, choose_template, opens_answers, render_samples
 from sft.data.token_cache import Prepared, cache_folder, only_one, read_cache
 from sft.data.tokenize import IGNORED, count_not_restored, label, starts_with_bos, tokenise
@@ -68,6 +68,9 @@ as long."""
 
 FIRST_ROWS = 20
 """Rows whose tokens are decoded again."""
+
+SMALL = 8 * 2**20
+"""Bytes of files that `check_small_files` reads, in some 0.1 s."""
 
 FAR = 100
 """Characters a token, and at least FAR_LEAST in all, beyond which a row is surely too long and is not tokenised to its end."""
@@ -111,6 +114,21 @@ def prepare(settings: Settings, tokenizer, stop_ids: set[int]) -> Prepared:
     return prepared
 
 
+def check_small_files(settings: Settings) -> None:
+    """What `prepare` says of local files that cannot be read and of columns that are not there, in a moment: before anything
+    large is imported. Files that are large, not text, or read by one's own function are left to it. Raises Refusal.
+    """
+    data = settings.dataset
+    files = small_files(data, SMALL)
+    if not files or data.format:
+        return
+    rows, source = read_rows(data, data.split)
+    held_out, names = held_out_data(data), column_names(rows)
+    if held_out and data.ignore_columns:
+        return  # which may be of the held-out rows
+    _find_columns(settings, rows, names, source["name"])
+
+
 @contextlib.contextmanager
 def _held_out() -> Iterator[None]:
     """Say of what is refused that it is a fault of the held-out rows."""
@@ -138,17 +156,10 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
 
     `tables` and `sources` are the rows and where they come from, then those of held-out rows of their own, or None.
     """
-    data, (rows, eval_rows), (source, eval_source) = settings.dataset, tables, sources
-    pairs, prompts, answered = settings.method.name == MethodName.dpo, settings.method.name == MethodName.grpo, True
-    if pairs:
-        shape, data, rejected = find_form(rows, data, source["name"])
-    elif prompts:
-        shape, data = find_prompts(rows, data, source["name"])
-        answered = has_answers(data, shape)
-    else:
-        shape = find_shape(rows, data)
+    (rows, eval_rows), (source, eval_source) = tables, sources
+    pairs, prompts = settings.method.name == MethodName.dpo, settings.method.name == MethodName.grpo
     names = column_names(rows) | (set() if eval_rows is None else column_names(eval_rows))
-    check_columns(rows, _asked_of(rows, data, names), shape, source["name"], answered)
+    shape, data, rejected, answered = _find_columns(settings, rows, names, source["name"])
     template = choose_template(data, shape, tokenizer)
     counts = {"read": len(rows)}
     train_index, eval_index = select(rows, data, row_seed(settings), counts)
@@ -240,6 +251,20 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     facts["stop_tokens"] = tokenizer.convert_ids_to_tokens(sorted(stop_ids))
     facts["examples"] = splits["train"].examples
     return facts
+
+
+def _find_columns(settings, rows, names: set[str], source: str) -> tuple[Shape, Any, Any, bool]:
+    """(the rows' shape, the settings by which they are read, those of rejected answers or None, whether there are answers)."""
+    data, rejected, answered = settings.dataset, None, True
+    if settings.method.name == MethodName.dpo:
+        shape, data, rejected = find_form(rows, data, source)
+    elif settings.method.name == MethodName.grpo:
+        shape, data = find_prompts(rows, data, source)
+        answered = has_answers(data, shape)
+    else:
+        shape = find_shape(rows, data)
+    check_columns(rows, _asked_of(rows, data, names), shape, source, answered)
+    return shape, data, rejected, answered
 
 
 def _asked_of(rows, data, names: set[str]):

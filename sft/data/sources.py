@@ -12,7 +12,7 @@ from typing import Any
 
 from sft import limits
 from sft.config import schema
-from sft.config.data_files import SAVED, find_files, find_splits, kind_of, shown_files
+from sft.config.data_files import SAVED, TEXT, find_files, find_splits, kind_of, shown_files
 from sft.config.patterns import compile_pattern
 from sft.config.schema import DatasetSettings
 from sft.data.columns import as_text
@@ -57,6 +57,13 @@ def source_of(data: DatasetSettings) -> dict[str, Any] | None:
     if len(files) == 1:
         return {"name": name, "hash": source_hash(hashes[0], data)}
     return {"name": name, "hash": source_hash(_hash_over(hashes), data), "files": [str(file) for file in files]}
+
+
+def small_files(data: DatasetSettings, size: int) -> list[Path]:
+    """The local files of a data set, if they are text and have at most `size` bytes together; else none."""
+    files = _files_of(data) or []
+    text = all(file.is_file() and kind_of(file) in TEXT for file in files)
+    return files if text and sum(file.stat().st_size for file in files) <= size else []
 
 
 def _files_of(data: DatasetSettings) -> list[Path] | None:

@@ -11,6 +11,7 @@ import pytest
 from sft.cli import init
 from sft.cli.check import read_settings
 from sft.cli.main import main
+from sft.config.schema import TrainerSettings
 from sft.errors import Refusal
 from sft.paths import CONF
 from sft.programs import VARIABLE
@@ -210,3 +211,11 @@ def test_the_three_commands_run_as_they_are_printed(own, words, capsys):
         assert done.returncode == 0, done.stderr
     [record] = own.glob("outputs/*/run.json")
     assert json.loads(record.read_text(encoding="utf-8"))["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "comment"), [(36, 1, "5 steps in all change little; 10 make about 50"), (36, 6, ""), (4000, 1, "")]
+)
+def test_a_small_file_comes_with_the_epochs_that_it_takes(rows, epochs, comment):
+    found = init.few_steps(rows, TrainerSettings(num_train_epochs=epochs, effective_batch_size=8))
+    assert (comment in found["trainer.num_train_epochs"]) if comment else found == {}
