@@ -22,8 +22,10 @@ class BuildWithPresets(build_py):
 
 def _own_presets(folder: str, names: list[str]) -> list[str]:
     """Names in a folder of conf/ that git does not have: presets of somebody's own. None outside a checkout."""
-    asked = ["git", "ls-files", "--others", "--directory", "."]
     try:
+        asked = ["git", "ls-files", "--error-unmatch", "conf/config.yaml"]  # else git's folder is another project's
+        subprocess.run(asked, capture_output=True, check=True)
+        asked = ["git", "ls-files", "--others", "--directory", "."]
         found = subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return []

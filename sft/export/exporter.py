@@ -169,11 +169,20 @@ def failures(report: dict[str, Any]) -> list[str]:
         if facts.get("status") == "failed":
             wrong = [c for c in facts.get("checks") or [] if c and not c.get("ok")]
             found = [f"{c.get('name')}: expected {c.get('expected')}, found {c.get('found')}" for c in wrong]
-            lines.append(f"{name}: " + "; ".join(found))
+            lines.append(f"{name}: " + "; ".join(found) + _advice(name, [c.get("name") for c in wrong]))
         elif facts.get("status") != "ok":
             lines.append(f"{name}: {facts.get('error') or 'verify.json does not say that it holds'}")
     pushes = (report.get("hub") or {}).items()
     return lines + [f"push of {name}: {push['error']}" for name, push in pushes if push and push.get("error")]
+
+
+def _advice(name: str, wrong: list[str]) -> str:
+    """What to export in place of an artifact whose loss alone is too high, because its weights were rounded."""
+    kind = name.rpartition("/")[2]
+    if wrong != ["loss"] or kind in ("adapter", "merged_16bit", "f32", "f16", "bf16", "q8_0"):
+        return ""
+    fix = "export=merged_16bit" if kind == "merged_4bit" else "'export.gguf.quantizations=[q8_0]'"
+    return f" (its rounding takes too much of what was trained; {fix} rounds less)"
 
 
 def read_trained(folder: Path, settings: Settings, weights: Path | None) -> Trained:

@@ -155,6 +155,7 @@ def test_a_quantisation_that_costs_too_much_fails(copied, converted):  # noqa: F
     report = exporter.export_run(copied, settings)
     facts = report["artifacts"]["gguf/q2_k"]
     assert facts["loss_increase"] > -1.0 and facts["failed"] == ["loss"]
+    assert any("gguf/q2_k" in line and "'export.gguf.quantizations=[q8_0]'" in line for line in exporter.failures(report))
     assert {"gguf/f16", "merged_16bit"} <= set(read(copied)["artifacts"])  # of the export before
     assert not (copied / "export" / ".merged_16bit").exists()
 
