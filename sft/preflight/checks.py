@@ -266,8 +266,8 @@ def check_length(found: Found, settings: Settings, machine: Machine, dims: memor
         return
     seconds = tokens / speed
     found.facts["plan"]["seconds"] = round(seconds)
-    text = f"roughly {console.duration(seconds)} of training at {speed:,.0f} tokens a second, "
-    text += f"measured with {SOURCE[device]}; the run logs it more exactly after its first ten steps"
+    text = f"roughly {console.duration(seconds)} of training steps at {speed:,.0f} tokens a second, measured with "
+    text += f"{SOURCE[device]}; the start, evaluations and samples come on top; the run logs it more exactly after ten steps"
     if trainer.max_hours and seconds > 3600 * trainer.max_hours:
         fix = "trainer.max_steps=...   for a shorter run; else it stops there and the same command goes on"
         found.warn("Length", f"{text}; trainer.max_hours={trainer.max_hours:g} is less.", fix)

@@ -341,7 +341,7 @@ def test_the_rough_time_of_a_run_is_told_where_its_speed_was_measured_and_no_oth
 
     measured = ("preflight.gpu=h100", "trainer.gradient_checkpointing=true")
     text, seconds = length(*measured)
-    assert text.startswith("roughly 44 min of training at 606 tokens a second, measured with ") and seconds == 2624
+    assert text.startswith("roughly 44 min of training steps at 606 tokens a second, measured with ") and seconds == 2624
     text, seconds = length("preflight.gpu=t4")
     assert "no speed was measured for such a model on t4" in text and seconds is None
     b300 = Machine("NVIDIA B300", True, 200.0, 200.0, True)
