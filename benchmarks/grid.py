@@ -106,12 +106,8 @@ def job(folder: Path) -> dict[str, Any]:
     record = json.loads(speed.read(folder / "run.json"))
     if record["status"] != "finished":
         return {"error": record.get("reason") or record["status"]}
-    lines = [line for line in map(json.loads, speed.read(folder / "metrics.jsonl").splitlines()) if "loss" in line]
-    tokens = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(lines)]
-    seconds = [n / line["tokens_per_second"] for n, line in zip(tokens, lines[1:], strict=True)]
-    whole = record["seconds"]["total"]
-    return {"tokens": tokens, "seconds": seconds, "peak_reserved_gib": max(line["memory_gib"] for line in lines),
-            "first_step": whole - sum(seconds), "saved": whole, "split": record["split"]}  # fmt: skip
+    found, whole = speed.steps_of(folder), record["seconds"]["total"]
+    return {**found, "first_step": whole - sum(found["seconds"]), "saved": whole, "split": record["split"]}
 
 
 def peer(args: argparse.Namespace, axis: str, points: list[int], library: str, turn: int):

@@ -127,13 +127,16 @@ def measure_ours(args: argparse.Namespace, way: tuple, steps: int, place: Path) 
             time.sleep(0.02)
     if process.returncode:
         return {"error": read(Path(f"{place}.log"))[-1500:]}
-    lines = [json.loads(line) for line in read(place / "metrics.jsonl").splitlines()]
+    return {"first_step": first, "saved": saved, **steps_of(place)}
+
+
+def steps_of(folder: Path) -> dict:
+    """What the metrics.jsonl of a run says of its steps: losses of all; tokens and seconds of all but the first; peak GiB."""
+    lines = [json.loads(line) for line in read(folder / "metrics.jsonl").splitlines()]
     lines = [line for line in lines if "loss" in line]
     tokens = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(lines)]
     return {
         "losses": [line["loss"] for line in lines],
-        "first_step": first,
-        "saved": saved,
         "seconds": [n / line["tokens_per_second"] for n, line in zip(tokens, lines[1:], strict=True)],
         "tokens": tokens,
         "peak_reserved_gib": max(line["memory_gib"] for line in lines),
