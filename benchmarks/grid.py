@@ -7,13 +7,14 @@
 Each axis and mode is one sweep of train.py, whose jobs share the base: `rows` a step (of some 190 tokens, as make_rows.py has
 them), `length` of the rows, all alike, and `rank`; what is not varied is 8 rows, these rows, rank 16. How many rows are
 computed at once is left to `auto`. A peer is a process of its own for each point, with its rows at once and without
-checkpointing; one that has no room is a failed one. Tokens a second are non-padding tokens of whole steps after `--warm-up`,
-as speed.py counts them. In each round the order is turned; the table has medians. Writes grid.json, grid.md and grid.svg after
-each sweep and each peer.
+checkpointing; one that has no room is a failed one. Tokens a second are non-padding tokens of whole steps after the warm-up of
+STEPS, as speed.py counts them. In each round the order is turned; the table has medians. Writes grid.json, grid.md and, where
+vl-convert is installed, grid.svg after each point. What grid.json has already from the same hardware and versions stays.
 """
 
 import argparse
 import datetime
+import importlib.util
 import itertools
 import json
 import statistics
@@ -33,6 +34,9 @@ AXES = {
     "length": [256, 512, 1024, 2048, 4096, 8192],
     "rank": [4, 8, 16, 32, 64, 128, 256],
 }
+STEPS = {"rows": (45, 25), "length": (14, 6), "rank": (45, 25)}
+"""Steps of a point, and how many of them are not counted: rows of all lengths take longer until no new step is captured."""
+
 UNITS = {"rows": "rows a step", "length": "tokens of a row", "rank": "rank of the adapter"}
 MODES = {
     "bf16": ("model.backend=transformers", "model.load_in_4bit=false"),
@@ -55,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--points", help="of the one axis, separated by commas, other than all")
     parser.add_argument("--modes", default="bf16", help=", ".join(MODES))
     parser.add_argument("--peers", default="", help="unsloth, trl or both, separated by commas; in bf16")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--warm-up", type=int, default=15)
+    parser.add_argument("--steps", type=int, help="other than those of STEPS")
+    parser.add_argument("--warm-up", type=int, help="other than those of STEPS")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--overrides", default="", help="for ours, separated by spaces")
     args = parser.parse_args(argv)
@@ -65,19 +69,24 @@ def main(argv: list[str] | None = None) -> None:
     if args.points and len(axes) > 1:
         parser.error("--points are those of one axis: name it with --axes")
     points = {axis: [int(point) for point in args.points.split(",")] if args.points else AXES[axis] for axis in axes}
-    ways = [*args.modes.split(","), *filter(None, args.peers.split(","))]
+    steps = {axis: (args.steps or STEPS[axis][0], args.warm_up or STEPS[axis][1]) for axis in axes}
+    ways = [*filter(None, args.modes.split(",")), *filter(None, args.peers.split(","))]
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {"date": f"{datetime.date.today()}", "hardware": speed.hardware(), "versions": speed.versions()}
-    facts["command"] = " ".join(["grid.py", *(sys.argv[1:] if argv is None else argv)])
-    results: dict[str, Any] = {}
+    kept = json.loads(speed.read(args.out / "grid.json") or "{}")
+    kept = kept if facts.items() <= kept.items() else {}
+    results, steps = kept.get("results", {}), kept.get("steps", {}) | steps
+    command = " ".join(["grid.py", *(sys.argv[1:] if argv is None else argv)])
+    facts |= {"commands": [*kept.get("commands", []), command], "steps": steps}
     for turn in range(args.rounds):
         for axis, way in list(itertools.product(axes, ways))[:: 1 if turn % 2 == 0 else -1]:
             order = points[axis][:: 1 if turn % 2 == 0 else -1]
+            args.steps, warm_up = steps[axis]
             measured = sweep(args, axis, order, way, turn) if way in MODES else peer(args, axis, order, way, turn)
             for point, found in measured:
                 results.setdefault(axis, {}).setdefault(way, {}).setdefault(str(point), []).append(found)
-                print(f"{axis:<7} {point:>5} {way:<8} {speed.line_of(found, args.warm_up)}", flush=True)
-                write(args.out, facts, results, args.warm_up)
+                print(f"{axis:<7} {point:>5} {way:<8} {speed.line_of(found, warm_up)}", flush=True)
+                write(args.out, {**facts, "results": results})
 
 
 def sweep(args: argparse.Namespace, axis: str, points: list[int], mode: str, turn: int):
@@ -107,7 +116,13 @@ def job(folder: Path) -> dict[str, Any]:
     if record["status"] != "finished":
         return {"error": record.get("reason") or record["status"]}
     found, whole = speed.steps_of(folder), record["seconds"]["total"]
-    return {**found, "first_step": whole - sum(found["seconds"]), "saved": whole, "split": record["split"]}
+    return {
+        **found,
+        "first_step": whole - sum(found["seconds"]),
+        "saved": whole,
+        "split": record["split"],
+        "parts": record["seconds"],
+    }
 
 
 def peer(args: argparse.Namespace, axis: str, points: list[int], library: str, turn: int):
@@ -131,13 +146,12 @@ def rows_file(args: argparse.Namespace, axis: str, point: int) -> str:
     return str(file)
 
 
-def write(out: Path, facts: dict[str, Any], results: dict[str, Any], warm_up: int) -> None:
+def write(out: Path, measured: dict[str, Any]) -> None:
     """The measurements, their tables and their drawing."""
-    import vl_convert
-
-    (out / "grid.json").write_text(json.dumps({**facts, "warm_up": warm_up, "results": results}), encoding="utf-8")
-    (out / "grid.md").write_text(tables(facts, results, warm_up), encoding="utf-8")
-    (out / "grid.svg").write_text(vl_convert.vegalite_to_svg(drawing(results, warm_up)), encoding="utf-8")
+    (out / "grid.json").write_text(json.dumps(measured), encoding="utf-8")
+    (out / "grid.md").write_text(tables(measured), encoding="utf-8")
+    if importlib.util.find_spec("vl_convert"):
+        (out / "grid.svg").write_text(svg(measured), encoding="utf-8")
 
 
 def medians(points: dict[str, list[dict]], warm_up: int) -> dict[int, tuple[float, float]]:
@@ -153,11 +167,12 @@ def medians(points: dict[str, list[dict]], warm_up: int) -> dict[int, tuple[floa
     }
 
 
-def tables(facts: dict[str, Any], results: dict[str, Any], warm_up: int) -> str:
+def tables(measured: dict[str, Any]) -> str:
     """A Markdown table for each axis: tokens a second and peak GiB by way, and each of ours as a ratio to each peer."""
-    out = [f"`{facts['command']}`, {facts['date']}, {facts['hardware']}; {facts['versions']}", ""]
-    for axis, ways in results.items():
-        found = {way: medians(points, warm_up) for way, points in ways.items()}
+    commands = ", ".join(f"`{command}`" for command in measured["commands"])
+    out = [f"{commands}, {measured['date']}, {measured['hardware']}; {measured['versions']}", ""]
+    for axis, ways in measured["results"].items():
+        found = {way: medians(points, measured["steps"][axis][1]) for way, points in ways.items()}
         ratios = [(ours, other) for ours in ways if ours in MODES for other in ways if other in PEERS]
         heads = [UNITS[axis], *(f"{way}{unit}" for way in ways for unit in (" tokens/s", " GiB"))]
         heads += [f"{ours} x {other}" for ours, other in ratios]
@@ -174,14 +189,16 @@ def tables(facts: dict[str, Any], results: dict[str, Any], warm_up: int) -> str:
     return "\n".join(out)
 
 
-def drawing(results: dict[str, Any], warm_up: int) -> dict[str, Any]:
-    """A Vega-Lite chart for each axis, side by side: tokens a second, on logarithmic axes."""
+def svg(measured: dict[str, Any]) -> str:
+    """A chart for each axis, side by side: tokens a second, on logarithmic axes."""
+    import vl_convert
+
     charts = []
-    for axis, ways in results.items():
+    for axis, ways in measured["results"].items():
         values = [
             {"way": way, "point": point, "rate": rate}
             for way, points in ways.items()
-            for point, (rate, _) in medians(points, warm_up).items()
+            for point, (rate, _) in medians(points, measured["steps"][axis][1]).items()
         ]
         marks = sorted({value["point"] for value in values})
         x = {"field": "point", "type": "quantitative", "scale": {"type": "log", "base": 2}, "title": UNITS[axis],
@@ -190,7 +207,8 @@ def drawing(results: dict[str, Any], warm_up: int) -> dict[str, Any]:
         encoding = {"x": x, "y": y, "color": {"field": "way", "type": "nominal", "title": None}}
         charts.append({"width": 260, "height": 220, "data": {"values": values}, "encoding": encoding,
                        "mark": {"type": "line", "point": True}})  # fmt: skip
-    return {"$schema": "https://vega.github.io/schema/vega-lite/v5.json", "hconcat": charts, "background": "white"}
+    schema = "https://vega.github.io/schema/vega-lite/v5.json"
+    return vl_convert.vegalite_to_svg({"$schema": schema, "hconcat": charts, "background": "white"})
 
 
 if __name__ == "__main__":
