@@ -55,7 +55,7 @@ from sft.data.prompt_rows import (
 from sft.data.sources import choose_indices, held_out_data, read_rows, select, small_files, source_of
 from sft.data.templates import ALPACA, Rendered, choose_template, opens_answers, render_samples
 from sft.data.token_cache import Prepared, cache_folder, only_one, read_cache
-from sft.data.tokenize import IGNORED, count_not_restored, label, starts_with_bos, tokenise
+from sft.data.tokenize import IGNORED, first_words, label, not_restored, starts_with_bos, tokenise
 from sft.errors import Refusal, first_line, refuse
 from sft.storage import atomic
 
@@ -203,7 +203,7 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     refuse_faults(faults, data.skip_bad_rows)
     if data.skip_bad_rows:
         counts["bad_rows"] = sum(one.count for one in faults)
-    not_restored = _check_round_trip(splits["train"].texts, tokenizer, settings)
+    lost = _check_round_trip(splits["train"].texts, tokenizer, settings)
     longer = [f"{s.too_long} of {s.read} {name} rows" for name, s in splits.items() if s.too_long]
     if longer and data.overlong == Overlong.error:
         whole = not any(s.notes["not counted"] for s in splits.values())
@@ -241,8 +241,8 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
         compared, more = compare_pairs(splits["train"], splits.get("eval"))
         facts["pairs"] = pair_facts | compared
         facts["warnings"] += pair_warnings(pair_facts) + more
-    if not_restored:
-        found = f"The tokens of {not_restored} of the first {len(splits['train'].texts)} rows do not give their text back: "
+    if lost:
+        found = f"The tokens of {lost} of the first {len(splits['train'].texts)} rows do not give their text back: "
         facts["warnings"].append(found + "the tokenizer does not know some of their characters.")
     for key in COUNTED:
         facts[key] = counts.pop(key, 0)
@@ -298,7 +298,8 @@ def _write_split(entries: Iterator[dict], file: Path, settings: Settings, tokeni
         while batch := list(itertools.islice(entries, BATCH)):
             stats.lengths.extend(map(_length, batch))
             stats.too_long += sum(_length(e) > limit for e in batch)
-            stats.texts += [f"{e['question'][:1000]}\n{e['reference'][:1000]}" for e in batch[: FIRST_ROWS - len(stats.texts)]]
+            first = batch[: FIRST_ROWS - len(stats.texts)]
+            stats.texts += ["\n".join(first_words(e[side], 1000) for side in ("question", "reference")) for e in first]
             for entry in batch:
                 notes = entry.pop("notes")
                 stats.notes.update(notes)
@@ -433,13 +434,14 @@ def _render(render, unused: list[str], meant: dict[str, str], row: dict) -> list
 
 def _check_round_trip(texts: list[str], tokenizer, settings: Settings) -> int:
     """How many of the first rows' texts decoding does not restore. Raises Refusal if these are more than half."""
-    lost = count_not_restored(texts, tokenizer)
-    if 2 * lost <= len(texts):
-        return lost
-    ids = tokenizer(texts[0].strip()[:60], add_special_tokens=False)["input_ids"]
-    why = (
-        f"Its tokens do not give the text of the rows back: {texts[0].strip()[:60]!r} comes back as {tokenizer.decode(ids)!r}. "
-    )
+    lost = not_restored(texts, tokenizer)
+    if 2 * len(lost) <= len(texts):
+        return len(lost)
+    text, back = lost[0]
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, back, strict=False))
+    begin = max(0, len(list(same)) - 20)
+    meant, made = text[begin : begin + 60], back[begin : begin + 60]
+    why = f"Its tokens do not give the text of the rows back: {meant!r} comes back as {made!r}. "
     why += "The model would learn other texts than those of the data."
     fix = 'in a local copy of the model, write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json\n'
     raise refuse(f"the tokenizer of model.name={settings.model.name}", why, fix + "or take another model")

@@ -106,14 +106,25 @@ def _tokens_of(encoding: Any, begin: int, end: int) -> tuple[int | None, int | N
     return first, last
 
 
-def count_not_restored(texts: list[str], tokenizer) -> int:
-    """How many texts decoding does not restore, but for outer white space and what the tokenizer's normaliser changes."""
-    backend, lost = tokenizer.backend_tokenizer, 0
+def not_restored(texts: list[str], tokenizer) -> list[tuple[str, str]]:
+    """The texts that decoding does not restore, but for outer white space and what the tokenizer's normaliser changes; each
+    with what comes back.
+    """
+    backend, lost = tokenizer.backend_tokenizer, []
     for text, encoding in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
         back = backend.decode(encoding.ids, skip_special_tokens=False).strip()
         meant = [text] if backend.normalizer is None else [text, backend.normalizer.normalize_str(text)]
-        lost += back not in [one.strip() for one in meant]
+        if back not in [one.strip() for one in meant]:
+            lost.append((text.strip(), back))
     return lost
+
+
+def first_words(text: str, size: int) -> str:
+    """At most `size` characters of a text, which ends between two words where there is a white space before."""
+    if len(text) <= size:
+        return text
+    end = next((i for i in range(size, 0, -1) if text[i].isspace()), size)
+    return text[:end]
 
 
 def starts_with_bos(tokenizer) -> bool:

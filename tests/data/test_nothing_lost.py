@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -200,6 +202,29 @@ def test_a_tokenizer_whose_tokens_do_not_give_the_rows_back_is_refused(model, ru
     assert "Its tokens do not give the text of the rows back" in text and '"tokenizer_class"' in text
 
 
+def test_the_refusal_of_such_a_tokenizer_shows_where_the_texts_part(run):
+    tokenizer = words_of_numbers()
+    known = " ".join(f"w{n}" for n in range(100))
+    text = refusal_of(run, [{"instruction": "w1", "output": f"{known} x{n} w7"} for n in range(20)], tokenizer=tokenizer)
+    assert " x0 w7' comes back as " in text and "<unk> w7'" in text
+
+
+@pytest.mark.parametrize("size", [999, 1000, 1001, 1003, 5000])
+def test_long_rows_are_compared_up_to_the_end_of_a_word(run, size):
+    text = " ".join(f"w{n}" for n in range(1000, 3000))[:size].rpartition(" ")[0]
+    rows = [{"instruction": f"w{n}", "output": f"w{'1' * (n % 4 + 1)} {text} w1 w2"} for n in range(20)]
+    assert not [line for line in run(rows, tokenizer=words_of_numbers()).facts["warnings"] if "back" in line]
+
+
+def words_of_numbers():
+    """A tokenizer whose tokens are the words w0 to w7999 alone."""
+    from benchmarks.families import write_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder))
+        return AutoTokenizer.from_pretrained(folder)
+
+
 def test_the_hint_for_such_a_tokenizer_reads_its_file_as_it_stands(model, run):
     rows = [{"instruction": f"Is {n} a number?", "output": f"Yes, number {n} is so.\nIt is."} for n in range(20)]
     folder = model(lambda config: config | {"tokenizer_class": "PreTrainedTokenizerFast"})
@@ -211,9 +236,9 @@ def test_the_hint_for_such_a_tokenizer_reads_its_file_as_it_stands(model, run):
 
 @pytest.mark.parametrize("text", ["a  b\n\tc ", "é e\u0301 Ａ", "能，人本来 😀👍🏽", " x", "<|im_end|> y"])
 def test_texts_that_tokens_do_give_back_are_not_refused(tokenizer, text):
-    from sft.data.tokenize import count_not_restored
+    from sft.data.tokenize import not_restored
 
-    assert count_not_restored([text], tokenizer) == 0
+    assert not_restored([text], tokenizer) == []
 
 
 def test_ids_beyond_the_embeddings_are_refused_before_loading(model, small, tmp_path):

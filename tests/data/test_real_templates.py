@@ -11,7 +11,7 @@ from sft.config.schema import DatasetSettings, Reasoning, Shape
 from sft.data.columns import read_tools, row_to_turns
 from sft.data.prepare import readable
 from sft.data.templates import render_chat, render_row
-from sft.data.tokenize import IGNORED, count_not_restored, encode
+from sft.data.tokenize import IGNORED, encode, not_restored
 from sft.errors import Refusal
 from tests.conftest import USERS_CACHE
 from tests.data.miniatures import TOOL, assistant, user
@@ -104,7 +104,7 @@ def test_a_split_row_of_qwen3_keeps_each_thought():
 
 
 def test_deepseeks_tokenizer_under_the_class_of_its_files_loses_text_and_is_found_out():
-    assert count_not_restored(["Yes, number 0 is so.\nIt is."], load("deepseek_v3")) == 1
+    assert len(not_restored(["Yes, number 0 is so.\nIt is."], load("deepseek_v3"))) == 1
 
 
 def test_the_preview_of_llama_2_shows_spaces():
