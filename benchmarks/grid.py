@@ -10,6 +10,7 @@ computed at once is left to `auto`. A peer is a process of its own for each poin
 checkpointing; one that has no room is a failed one. Tokens a second are non-padding tokens of whole steps after the warm-up of
 STEPS, as speed.py counts them. In each round the order is turned; the table has medians. Writes grid.json, grid.md and, where
 vl-convert is installed, grid.svg after each point. What grid.json has already from the same hardware and versions stays.
+scripts/benchmarks_page.py takes it from results/grids/, under the name of the GPU.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
             args.steps, warm_up = steps[axis]
             measured = sweep(args, axis, order, way, turn) if way in MODES else peer(args, axis, order, way, turn)
             for point, found in measured:
-                results.setdefault(axis, {}).setdefault(way, {}).setdefault(str(point), []).append(found)
+                results.setdefault(axis, {}).setdefault(way, {}).setdefault(str(point), []).append(shortened(found))
                 print(f"{axis:<7} {point:>5} {way:<8} {speed.line_of(found, warm_up)}", flush=True)
                 write(args.out, {**facts, "results": results})
 
@@ -125,6 +126,12 @@ def job(folder: Path) -> dict[str, Any]:
     }
 
 
+def shortened(found: dict[str, Any]) -> dict[str, Any]:
+    """A measurement without its losses, which say nothing with random words; seconds to a tenth of a millisecond."""
+    kept = {key: value for key, value in found.items() if key != "losses"}
+    return kept | {"seconds": [round(seconds, 4) for seconds in found["seconds"]]} if "seconds" in found else kept
+
+
 def peer(args: argparse.Namespace, axis: str, points: list[int], library: str, turn: int):
     """Yield (a point, what was measured) of a peer, each a process."""
     for point in points:
@@ -149,7 +156,9 @@ def rows_file(args: argparse.Namespace, axis: str, point: int) -> str:
 def write(out: Path, measured: dict[str, Any]) -> None:
     """The measurements, their tables and their drawing."""
     (out / "grid.json").write_text(json.dumps(measured), encoding="utf-8")
-    (out / "grid.md").write_text(tables(measured), encoding="utf-8")
+    commands = ", ".join(f"`{command}`" for command in measured["commands"])
+    head = f"{commands}, {measured['date']}, {measured['hardware']}; {measured['versions']}"
+    (out / "grid.md").write_text(f"{head}\n\n{tables(measured)}", encoding="utf-8")
     if importlib.util.find_spec("vl_convert"):
         (out / "grid.svg").write_text(svg(measured), encoding="utf-8")
 
@@ -169,8 +178,7 @@ def medians(points: dict[str, list[dict]], warm_up: int) -> dict[int, tuple[floa
 
 def tables(measured: dict[str, Any]) -> str:
     """A Markdown table for each axis: tokens a second and peak GiB by way, and each of ours as a ratio to each peer."""
-    commands = ", ".join(f"`{command}`" for command in measured["commands"])
-    out = [f"{commands}, {measured['date']}, {measured['hardware']}; {measured['versions']}", ""]
+    out = []
     for axis, ways in measured["results"].items():
         found = {way: medians(points, measured["steps"][axis][1]) for way, points in ways.items()}
         ratios = [(ours, other) for ours in ways if ours in MODES for other in ways if other in PEERS]
@@ -190,20 +198,21 @@ def tables(measured: dict[str, Any]) -> str:
 
 
 def svg(measured: dict[str, Any]) -> str:
-    """A chart for each axis, side by side: tokens a second, on logarithmic axes."""
+    """A chart for each axis, side by side: tokens a second, on logarithmic axes, all of one range."""
     import vl_convert
 
+    found = {
+        axis: {way: medians(points, measured["steps"][axis][1]) for way, points in ways.items()}
+        for axis, ways in measured["results"].items()
+    }
+    rates = [rate for ways in found.values() for points in ways.values() for rate, _ in points.values()]
+    scale = {"type": "log", "nice": False, "domain": [min(rates, default=1) / 1.2, max(rates, default=1) * 1.2]}
+    y = {"field": "rate", "type": "quantitative", "scale": scale, "title": "tokens/s", "axis": {"format": ",d", "tickCount": 5}}
     charts = []
-    for axis, ways in measured["results"].items():
-        values = [
-            {"way": way, "point": point, "rate": rate}
-            for way, points in ways.items()
-            for point, (rate, _) in medians(points, measured["steps"][axis][1]).items()
-        ]
-        marks = sorted({value["point"] for value in values})
+    for axis, ways in found.items():
+        values = [{"way": way, "point": point, "rate": pair[0]} for way in ways for point, pair in ways[way].items()]
         x = {"field": "point", "type": "quantitative", "scale": {"type": "log", "base": 2}, "title": UNITS[axis],
-             "axis": {"values": marks, "format": ",d"}}  # fmt: skip
-        y = {"field": "rate", "type": "quantitative", "scale": {"type": "log"}, "title": "tokens/s"}
+             "axis": {"values": sorted({value["point"] for value in values}), "format": ",d"}}  # fmt: skip
         encoding = {"x": x, "y": y, "color": {"field": "way", "type": "nominal", "title": None}}
         charts.append({"width": 260, "height": 220, "data": {"values": values}, "encoding": encoding,
                        "mark": {"type": "line", "point": True}})  # fmt: skip

@@ -10,6 +10,7 @@ on experts are not estimated: PEFT then makes a copy of a layer's experts, which
 `benchmarks/memory_table.py` compares the estimate with a GPU.
 """
 
+import statistics
 from dataclasses import dataclass, replace
 
 from sft.config.batching import BatchPlan, batch_plan_of, effective_batch_size
@@ -25,6 +26,10 @@ QLoRA, arXiv 2305.14314)."""
 
 NF4_OPEN_BYTES = 0.5 + 4 / 64
 """The same in the form of sft/model/nf4.py: a 32-bit scale for 64 weights."""
+
+READ = 200
+"""Tokens that could be computed while a micro-batch reads the weights: of an 8B shape on an H200 one takes 12 ms besides 62 us
+a token in bf16, and 13 ms besides 44 us in FP8 (benchmarks/grid.py, 1 to 128 rows a step)."""
 
 UNPACKED = 200
 """Tokens that could be computed while the 4-bit weights of a model are unpacked for a micro-batch: with an 8B shape a step of
@@ -273,10 +278,12 @@ def fitting_batch_plan(
 ) -> tuple[BatchPlan, Estimate]:
     """The fastest way to make a step of micro-batches of `choices` rows, most first, that fits into `capacity` GiB.
 
-    Where rows are padded: the most rows, and checkpointing only if these rows do not fit without it. Padding-free,
-    small micro-batches cost little, and as few layers are recomputed as the memory allows (`_cost`). `lengths` are those of the
-    longest rows, longest first. Where nothing fits, one row with checkpointing is returned.
+    Where rows are padded: the most rows, and checkpointing only if these rows do not fit without it. Padding-free: what costs
+    least a token (`cost`), more rows or fewer layers that are recomputed. `lengths` are those of all rows. Where nothing fits,
+    one row with checkpointing is returned.
     """
+    longest = longest_rows(lengths, settings)
+    mean = statistics.fmean(lengths or longest)
     wanted, set_by_hand = settings.trainer.gradient_checkpointing, settings.trainer.extra.get("gradient_checkpointing_kwargs")
     kept, recomputed = replace(load, checkpointing=False, every_n_layers=1), replace(load, checkpointing=True)
     loads = [kept, recomputed] if wanted is None else [recomputed if wanted else kept]
@@ -286,21 +293,21 @@ def fitting_batch_plan(
         loads = [kept, *(replace(recomputed, every_n_layers=n) for n in every), recomputed]
     ways = [(rows, way) for rows in choices for way in loads]
     if load.padding_free:
-        ways.sort(key=lambda way: _cost(shape, way[1], tokens_at_once(load, way[0], lengths)))  # stable: most rows first
+        ways.sort(key=lambda way: cost(shape, way[1], way[0] * mean))  # stable: most rows first
     for rows, way in [*ways, (choices[-1], loads[-1])]:
-        guess = estimate(shape, way, *largest(load, rows, lengths))
+        guess = estimate(shape, way, *largest(load, rows, longest))
         if guess.needed <= capacity:
             break
     return batch_plan_of(settings.trainer, rows, way.checkpointing, way.every_n_layers), guess
 
 
-def _cost(shape: ModelDims, load: LoadPlan, tokens: int) -> float:
-    """What a token of a micro-batch of `tokens` costs beside one whose layers are computed once: half as much more if all of
-    them are recomputed, since under LoRA a layer's backward pass is as many products with its weights as the forward one; and
-    UNPACKED tokens more a micro-batch where the weights are in 4 bits.
+def cost(shape: ModelDims, load: LoadPlan, tokens: float) -> float:
+    """What a token of a micro-batch of `tokens` costs beside one of many whose layers are computed once: half as much more if
+    all of them are recomputed, since under LoRA a layer's backward pass is as many products with its weights as the forward
+    one; and READ tokens more a micro-batch, with UNPACKED besides where the weights are in 4 bits.
     """
     recomputed = load.recomputed(shape.num_hidden_layers) / shape.num_hidden_layers
-    return (1 + recomputed / 2) * (1 + (UNPACKED / tokens if load.bits == 4 else 0))
+    return (1 + recomputed / 2) * (1 + (READ + UNPACKED * (load.bits == 4)) / tokens)
 
 
 def largest(load: LoadPlan, rows: int, lengths: list[int]) -> tuple[int, int]:

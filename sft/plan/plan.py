@@ -287,8 +287,7 @@ def _plan_batch(
     load = load_plan_of(settings, plan, machine)
     if not is_auto(trainer) and not load.padding_free:
         return batch_plan_of(trainer, checkpointing=trainer.gradient_checkpointing)
-    longest = memory.longest_rows(lengths, settings)
-    return memory.fitting_batch_plan(dims, settings, load, longest, CLOSE * machine.free_gib, choices)[0]
+    return memory.fitting_batch_plan(dims, settings, load, lengths, CLOSE * machine.free_gib, choices)[0]
 
 
 def _fits_transposed(plan: Plan, settings: Settings, machine: Machine, dims: memory.ModelDims, lengths: list[int]) -> bool:

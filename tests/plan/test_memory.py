@@ -1,9 +1,11 @@
 """The estimate of peak memory, held against what was measured; and the split of a step that follows from it."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
+from benchmarks import grid
 from benchmarks.families import SHAPES
 from sft.config.batching import BatchPlan, batch_plan_of, candidates, check_batch_plan, with_batch_plan
 from sft.config.hardware import CAPACITY, CONTEXT
@@ -15,6 +17,7 @@ from sft.plan.memory import (
     LoadPlan,
     ModelDims,
     _score_bytes,
+    cost,
     estimate,
     fitting_batch_plan,
     kept_by_layer,
@@ -23,7 +26,7 @@ from sft.plan.memory import (
     tokens_at_once,
 )
 from sft.plan.plan import load_plan_of, plan_model, plan_training
-from tests.conftest import make_settings
+from tests.conftest import ROOT, make_settings
 from tests.hints import type_hints
 
 # Llama 3 8B with LoRA r 16 on its seven projections.
@@ -392,6 +395,25 @@ def test_rows_end_to_end_compute_as_few_layers_again_as_the_memory_allows():
     assert all(guess.needed <= gib for (_, guess), gib in zip(found, (18, 17, 16, 15, 14, 12), strict=True))
     # Passes of few tokens pay for unpacking the weights: then more of them at once, computed again.
     assert [s.per_device_train_batch_size for s, _ in found][-1] > 1
+
+
+def test_a_few_long_rows_do_not_make_every_micro_batch_small():
+    load, long = LoadPlan("transformers", padding_free=True, compiled=True), [1200] * 8
+    alike, mixed = (fitting_batch_plan(LLAMA_8B, settings(), load, rows, 22, EIGHT)[0] for rows in (long, long + [150] * 992))
+    assert mixed.per_device_train_batch_size > alike.per_device_train_batch_size
+
+
+def test_what_a_micro_batch_costs_is_what_was_measured():
+    """On an H200 in bf16 2 to 16 rows a step, in one micro-batch (benchmarks/grid.py), and on an H100 in 16 GiB in 4 bits one
+    row of 2,017 tokens with one layer of three recomputed beside 4 and 8 rows with all of them (benchmarks/LOG.md)."""
+    measured = json.loads((ROOT / "benchmarks/results/grids/h200.json").read_text(encoding="utf-8"))
+    rates = {rows: rate for rows, (rate, _) in grid.medians(measured["results"]["rows"]["bf16"], 25).items()}
+    load = LoadPlan("transformers", checkpointing=False)
+    costs = {rows: cost(LLAMA_8B, load, rows * 181) for rows in (2, 4, 8, 16)}
+    assert all(costs[rows] / costs[16] == pytest.approx(rates[16] / rates[rows], rel=0.1) for rows in costs)
+    some, whole = (LoadPlan("transformers", bits=4, every_n_layers=n) for n in (3, 1))
+    one, four, eight = cost(LLAMA_8B, some, 2017), cost(LLAMA_8B, whole, 4 * 2017), cost(LLAMA_8B, whole, 8 * 2017)
+    assert [four / one, eight / one] == pytest.approx([10952 / 10206, 10952 / 10370], rel=0.05)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
