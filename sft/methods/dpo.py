@@ -226,136 +226,166 @@ def _texts_of(pairs: Any, tokenizer: Any) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------- the trainer
 
 
+def cut_pairs(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pairs of a micro-batch, each with its reference where it has one: what PairCollator makes one of."""
+    if "key_index" in inputs:
+        pairs = cut_shared(inputs)
+    else:
+        rows = cut(inputs)
+        pairs = [
+            chosen | {"rejected_ids": rejected["input_ids"], "rejected_labels": rejected["labels"]}
+            for chosen, rejected in zip(rows[::2], rows[1::2], strict=True)
+        ]
+    if "reference" not in inputs:
+        return pairs
+    return [pair | {"reference": reference} for pair, reference in zip(pairs, inputs["reference"].tolist(), strict=True)]
+
+
+class PairSteps(ResumableTrainer):
+    """Put before transformers' trainer as a base, it counts pairs, where that one counts target tokens, and evaluates to means
+    over pairs.
+    """
+
+    shown, cut = SHOWN, staticmethod(cut_pairs)
+    eval_collator: Any = None
+    """The collator of held-out pairs, whose micro-batches are not captured."""
+    pairs_seen, facts_seen = 0, 0.0
+    """Pairs since the last log line, and their `pair_facts`."""
+    before_step: Any = (0, 0.0)
+    """Both as they were before this step."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.tokens_seen = self.tokens_seen + metrics.count_tokens(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def repeat_step(self):
+        self.pairs_seen, self.facts_seen = self.before_step
+
+    def get_batch_samples(self, *args, **kwargs):
+        self.before_step = self.pairs_seen, self.facts_seen
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        return batches, group.total(sum(len(_real(batch)) for batch in batches))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        method = self.ctx.settings.method
+        policy, lengths = log_probs(model, inputs)
+        reference, real = inputs["reference"], _real(inputs)
+        if len(real) < len(policy):
+            policy, lengths, reference = policy[real], lengths[real], reference[real]
+        losses = pair_losses(policy, reference, lengths, method)
+        if method.sft_weight:
+            losses = losses - method.sft_weight * policy[:, 0] / lengths[:, 0]
+        facts = pair_facts(policy, reference, losses, method.beta)
+        if not model.training:
+            return losses.sum(), facts, policy
+        self.pairs_seen, self.facts_seen = self.pairs_seen + len(losses), self.facts_seen + facts
+        # The gradients of several processes are averaged.
+        return losses.sum() / (num_items_in_batch / group.world_size() if num_items_in_batch else len(losses))
+
+    def floating_point_ops(self, inputs):
+        return 0
+
+    def get_eval_dataloader(self, *args, **kwargs):
+        usual, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = usual
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        import torch
+
+        def predict(batch):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                return len(_real(batch)), *self.compute_loss(model, self._prepare_inputs(batch))
+
+        found = [one for one, _ in self.oom_retry.evaluate(predict, inputs)]
+        pairs, loss, facts = (sum(parts) for parts in zip(*(one[:3] for one in found), strict=True))
+        self.eval_facts, self.eval_pairs = self.eval_facts + facts, self.eval_pairs + pairs
+        self.eval_policy.append(torch.cat([policy for *_, policy in found]).double())
+        return loss / max(1, pairs), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        import torch
+
+        data = self.ctx.prepared.eval
+        self.eval_facts, self.eval_pairs, self.eval_policy = 0.0, 0, []
+        with acceleration.evaluating(self.model, self.plan):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        pairs = group.total(self.eval_pairs)
+        facts = zip(*group.gathered(self.eval_facts.tolist()), strict=True)
+        names, means = ("loss", *SHOWN), [sum(parts) / pairs for parts in facts]
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in zip(names, means, strict=True)})
+        dealt = zip(*group.gathered([policy.tolist() for policy in self.eval_policy]), strict=True)
+        policy = torch.tensor([pair for turn in dealt for some in turn for pair in some], dtype=torch.float64)
+        if group.is_first():
+            reference = torch.tensor(self.eval_dataset["reference"][: len(data)], dtype=torch.float64)
+            write_margins(self.loop.folder, self.state.global_step, policy, reference, self.ctx.settings.method.beta,
+                          lambda: _texts_of(data, self.ctx.tokenizer))  # fmt: skip
+        return output
+
+    def take_line(self, *args, **kwargs):
+        super().take_line(*args, **kwargs)
+        from transformers.trainer_pt_utils import nested_gather
+
+        facts = nested_gather(self.facts_seen, self.args.parallel_mode).view(-1, 1 + len(SHOWN)).sum(0)
+        self.line.numbers["facts"] = (facts / group.total(self.pairs_seen)).to("cpu", non_blocking=True)
+        self.pairs_seen, self.facts_seen = 0, 0.0
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs and self.written is not None:
+            _, *means = self.written.numbers["facts"].tolist()
+            logs |= dict(zip(SHOWN, means, strict=True))
+        super().log(logs, *args, **kwargs)
+        self.watch_chosen(logs)
+
+    def watch_chosen(self, logs):
+        """Say it once a run, of held-out pairs if there are any, where the chosen answers have become unlikely."""
+        method = self.ctx.settings.method
+        prefix, final = "" if self.eval_dataset is None else "eval_", self.loop.recorder.final
+        if f"{prefix}logp_chosen" not in logs or "chosen_fell_at" in final:
+            return
+        logp, reward, margin = (logs[prefix + name] for name in ("logp_chosen", "reward_chosen", "margin"))
+        if fell_far(logp, reward, margin, method.beta):
+            final["chosen_fell_at"] = self.state.global_step
+            log.warning(
+                "Step %d: the chosen answers' log probability fell from %.1f to %.1f while the margin grew: the model "
+                "forgets how to answer. hint: method.sft_weight=%g, or a lower trainer.learning_rate",
+                self.state.global_step, logp - reward / method.beta, logp, 2 * method.sft_weight or 0.1,
+            )  # fmt: skip
+
+    def components(self):
+        return super().components() | {"pairs": _PairsSeen(self)}
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
+        data, micro_batches = self.ctx.prepared.train, self.ctx.settings.trainer.gradient_accumulation_steps
+        if not self.plan.padding_free or micro_batches == 1:
+            return samplers.share_rows(sampler, len(data), rows)
+        ordered = samplers.share_rows(samplers.settle_order(sampler, len(data)), len(data), rows)
+        lengths = [*token_counts(data).tolist(), 2]  # the last one is the filler's
+        return samplers.TokenBalancedSampler(ordered, lengths, rows, micro_batches)
+
+    def _get_eval_sampler(self, eval_dataset):
+        from torch.utils.data import SequentialSampler
+
+        pairs = len(self.ctx.prepared.eval)
+        sampler = SequentialSampler(range(pairs))  # margins.jsonl has the pairs in their order
+        return samplers.share_rows(sampler, pairs, self.args.per_device_eval_batch_size)
+
+
 def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     """A trainer over the pairs of `ctx.prepared`; it goes on from `loop.checkpoint` if there is one.
 
     The loss of a step is the mean over its pairs, in however many micro-batches.
     """
-    import torch
     import transformers
-    from transformers.trainer_pt_utils import nested_gather
 
-    settings, data, tokenizer, method = ctx.settings, ctx.prepared, ctx.tokenizer, ctx.settings.method
+    class Trainer(PairSteps, transformers.Trainer):
+        pass
+
+    settings, data, tokenizer = ctx.settings, ctx.prepared, ctx.tokenizer
     plan = acceleration.settle(model, settings, data, tokenizer.pad_token_id, ctx.plan, segments=2)
-
-    class Trainer(ResumableTrainer, transformers.Trainer):
-        """Counts pairs, where transformers counts target tokens, and evaluates to means over pairs."""
-
-        shown, cut = SHOWN, staticmethod(cut_pairs)
-        eval_collator: Any = None
-        """The collator of held-out pairs, whose micro-batches are not captured."""
-        pairs_seen, facts_seen = 0, 0.0
-        """Pairs since the last log line, and their `pair_facts`."""
-        before_step: Any = (0, 0.0)
-        """Both as they were before this step."""
-
-        def training_step(self, model, inputs, *args, **kwargs):
-            self.tokens_seen = self.tokens_seen + metrics.count_tokens(inputs)
-            return super().training_step(model, inputs, *args, **kwargs)
-
-        def repeat_step(self):
-            self.pairs_seen, self.facts_seen = self.before_step
-
-        def get_batch_samples(self, *args, **kwargs):
-            self.before_step = self.pairs_seen, self.facts_seen
-            batches, _ = super().get_batch_samples(*args, **kwargs)
-            return batches, group.total(sum(len(_real(batch)) for batch in batches))
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            policy, lengths = log_probs(model, inputs)
-            reference, real = inputs["reference"], _real(inputs)
-            if len(real) < len(policy):
-                policy, lengths, reference = policy[real], lengths[real], reference[real]
-            losses = pair_losses(policy, reference, lengths, method)
-            if method.sft_weight:
-                losses = losses - method.sft_weight * policy[:, 0] / lengths[:, 0]
-            facts = pair_facts(policy, reference, losses, method.beta)
-            if not model.training:
-                return losses.sum(), facts, policy
-            self.pairs_seen, self.facts_seen = self.pairs_seen + len(losses), self.facts_seen + facts
-            # The gradients of several processes are averaged.
-            return losses.sum() / (num_items_in_batch / group.world_size() if num_items_in_batch else len(losses))
-
-        def floating_point_ops(self, inputs):
-            return 0
-
-        def get_eval_dataloader(self, *args, **kwargs):
-            usual, self.data_collator = self.data_collator, self.eval_collator
-            try:
-                return super().get_eval_dataloader(*args, **kwargs)
-            finally:
-                self.data_collator = usual
-
-        def prediction_step(self, model, inputs, *args, **kwargs):
-            def predict(batch):
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    return len(_real(batch)), *self.compute_loss(model, self._prepare_inputs(batch))
-
-            found = [one for one, _ in self.oom_retry.evaluate(predict, inputs)]
-            pairs, loss, facts = (sum(parts) for parts in zip(*(one[:3] for one in found), strict=True))
-            self.eval_facts, self.eval_pairs = self.eval_facts + facts, self.eval_pairs + pairs
-            self.eval_policy.append(torch.cat([policy for *_, policy in found]).double())
-            return loss / max(1, pairs), None, None
-
-        def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-            self.eval_facts, self.eval_pairs, self.eval_policy = 0.0, 0, []
-            with acceleration.evaluating(self.model, plan):
-                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            pairs = group.total(self.eval_pairs)
-            facts = zip(*group.gathered(self.eval_facts.tolist()), strict=True)
-            names, means = ("loss", *SHOWN), [sum(parts) / pairs for parts in facts]
-            output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in zip(names, means, strict=True)})
-            dealt = zip(*group.gathered([policy.tolist() for policy in self.eval_policy]), strict=True)
-            policy = torch.tensor([pair for turn in dealt for some in turn for pair in some], dtype=torch.float64)
-            if group.is_first():
-                reference = torch.tensor(self.eval_dataset["reference"][: len(data.eval)], dtype=torch.float64)
-                write_margins(loop.folder, self.state.global_step, policy, reference, method.beta,
-                              lambda: _texts_of(data.eval, tokenizer))  # fmt: skip
-            return output
-
-        def take_line(self, *args, **kwargs):
-            super().take_line(*args, **kwargs)
-            facts = nested_gather(self.facts_seen, self.args.parallel_mode).view(-1, 1 + len(SHOWN)).sum(0)
-            self.line.numbers["facts"] = (facts / group.total(self.pairs_seen)).to("cpu", non_blocking=True)
-            self.pairs_seen, self.facts_seen = 0, 0.0
-
-        def log(self, logs, *args, **kwargs):
-            if "loss" in logs and self.written is not None:
-                _, *means = self.written.numbers["facts"].tolist()
-                logs |= dict(zip(SHOWN, means, strict=True))
-            super().log(logs, *args, **kwargs)
-            self.watch_chosen(logs)
-
-        def watch_chosen(self, logs):
-            """Say it once a run, of held-out pairs if there are any, where the chosen answers have become unlikely."""
-            prefix, final = "" if self.eval_dataset is None else "eval_", self.loop.recorder.final
-            if f"{prefix}logp_chosen" not in logs or "chosen_fell_at" in final:
-                return
-            logp, reward, margin = (logs[prefix + name] for name in ("logp_chosen", "reward_chosen", "margin"))
-            if fell_far(logp, reward, margin, method.beta):
-                final["chosen_fell_at"] = self.state.global_step
-                log.warning(
-                    "Step %d: the chosen answers' log probability fell from %.1f to %.1f while the margin grew: the model "
-                    "forgets how to answer. hint: method.sft_weight=%g, or a lower trainer.learning_rate",
-                    self.state.global_step, logp - reward / method.beta, logp, 2 * method.sft_weight or 0.1,
-                )  # fmt: skip
-
-        def components(self):
-            return super().components() | {"pairs": _PairsSeen(self)}
-
-        def _get_train_sampler(self, train_dataset=None):
-            sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
-            micro_batches = settings.trainer.gradient_accumulation_steps
-            if not plan.padding_free or micro_batches == 1:
-                return samplers.share_rows(sampler, len(data.train), rows)
-            ordered = samplers.share_rows(samplers.settle_order(sampler, len(data.train)), len(data.train), rows)
-            lengths = [*token_counts(data.train).tolist(), 2]  # the last one is the filler's
-            return samplers.TokenBalancedSampler(ordered, lengths, rows, micro_batches)
-
-        def _get_eval_sampler(self, eval_dataset):
-            sampler = torch.utils.data.SequentialSampler(range(len(data.eval)))  # margins.jsonl has the pairs in their order
-            return samplers.share_rows(sampler, len(data.eval), self.args.per_device_eval_batch_size)
-
     args = training_arguments(settings, loop.folder, data.eval is not None, plan)
     strategy.settle_device(args)
     splits = {"train": data.train} | ({"eval": data.eval} if data.eval is not None else {})
@@ -479,21 +509,6 @@ class _PairsSeen:
         device, facts = self.trainer.args.device, state["facts"]
         self.trainer.pairs_seen = state["pairs"]
         self.trainer.facts_seen = facts if isinstance(facts, float) else torch.tensor(facts, dtype=torch.float64, device=device)
-
-
-def cut_pairs(inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pairs of a micro-batch, each with its reference where it has one: what PairCollator makes one of."""
-    if "key_index" in inputs:
-        pairs = cut_shared(inputs)
-    else:
-        rows = cut(inputs)
-        pairs = [
-            chosen | {"rejected_ids": rejected["input_ids"], "rejected_labels": rejected["labels"]}
-            for chosen, rejected in zip(rows[::2], rows[1::2], strict=True)
-        ]
-    if "reference" not in inputs:
-        return pairs
-    return [pair | {"reference": reference} for pair, reference in zip(pairs, inputs["reference"].tolist(), strict=True)]
 
 
 def held_out_loss(ctx: RunContext, trainer: Any) -> float:

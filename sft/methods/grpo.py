@@ -166,130 +166,139 @@ OF_LOSS = ("advantages", "weights", "drawn", "old", "reference", "items")
 # ------------------------------------------------------------------------------------------------------- the trainer
 
 
+class RolloutSteps(ResumableTrainer):
+    """Put before transformers' trainer as a base, it makes a rollout of each step's prompts, trains on it, and evaluates to the
+    rewards of greedy completions.
+    """
+
+    cut = staticmethod(lambda inputs: list(inputs["items"]))
+    rollout: Rollout
+    names: list[str]
+    """Of the rewards."""
+    sums: Any = 0.0
+    """Over trained tokens since the last log line: OF_TOKENS, in float64."""
+    before_step: Any = 0.0
+    """The same before this step."""
+
+    # ------------------------------------------------------------------------------------------ a step
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        self.before_step = self.sums
+        entries = [entry for batch in batches for entry in batch["prompts"] if entry["row"]]
+        try:
+            self.rollout.settle(self.state.global_step, entries)
+        except Interrupted:  # it will be made again, by the same weights
+            self.end_step()
+            return [], None
+        rows, pad = self.ctx.settings.trainer.per_device_train_batch_size, self.ctx.tokenizer.pad_token_id
+        parts = micro_batches(self.rollout, self.ctx.settings.method, rows, len(batches), pad)
+        return [self.data_collator(part) for part in parts], 1
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.tokens_seen = self.tokens_seen + metrics.count_tokens(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def repeat_step(self):
+        self.sums = self.before_step
+
+    def row_numbers(self, inputs):
+        return [item.row_number for item in inputs["items"] if item.row_number]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        import torch
+
+        method, items, weights = self.ctx.settings.method, inputs["items"], inputs["weights"]
+        found = token_log_probs(model, _of_model(inputs), method.temperature)
+        old = inputs.get("old", found.detach())
+        if "old" not in inputs and method.num_iterations > 1:
+            for item, values in zip(items, _by_item(found.detach(), items), strict=True):
+                item.scored.old = values
+        losses, clipped = token_losses(found, old, inputs["advantages"], method)
+        kl = kl_from(inputs["reference"], found) if method.beta else torch.zeros_like(found)
+        counted = (weights > 0).double()
+        gap = (found.detach() - inputs["drawn"]).abs() if "old" not in inputs else torch.zeros_like(found)
+        parts = [torch.ones_like(counted), gap, clipped.double(), kl.detach()]
+        self.sums = self.sums + torch.stack([(counted * part).sum() for part in parts])
+        # The gradients of several processes are averaged.
+        return ((losses + method.beta * kl) * weights).sum() * processes.world_size()
+
+    def floating_point_ops(self, inputs):
+        return 0
+
+    # ------------------------------------------------------------------------------------------ held-out prompts
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        from transformers.trainer_utils import EvalLoopOutput
+
+        data, names = self.ctx.prepared.eval, self.names
+        rows = [data[i] for i in range(processes.rank(), len(data), processes.world_size())]
+        groups = self.rollout.greedy(rows)
+        facts = zip(*processes.gathered(rollouts.facts_of(groups, names)), strict=True)
+        rewards = processes.gathered([group.completions[0].reward for group in groups])
+        dealt = [some[turn] for turn in range(len(rewards[0])) for some in rewards if turn < len(some)]
+        held_out_rows.write_rewards(self.loop.folder, self.state.global_step, dealt)
+        means = rollouts.means_of([sum(parts) for parts in facts], names)
+        found = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items() if name not in rollouts.OF_GROUPS}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=found, num_samples=len(data))
+
+    # ------------------------------------------------------------------------------------------ the log line
+
+    def take_line(self, *args, **kwargs):
+        super().take_line(*args, **kwargs)
+        facts = processes.gathered([*_listed(self.sums), *self.rollout.take_facts()])
+        self.line.numbers["facts"] = [sum(parts) for parts in zip(*facts, strict=True)]
+        self.sums = 0.0
+
+    def log(self, logs, *args, **kwargs):
+        method, final = self.ctx.settings.method, self.loop.recorder.final
+        if "loss" in logs and self.written is not None:
+            trained, gap, clipped, kl, *facts = self.written.numbers["facts"]
+            logs |= rollouts.means_of(facts, self.names)
+            logs |= {"sampler_gap": gap / trained} if trained else {}
+            logs |= {"clipped": clipped / trained} if trained and method.num_iterations > 1 else {}
+            logs |= {"kl": kl / trained} if trained and method.beta else {}
+        super().log(logs, *args, **kwargs)
+        if logs.get("sampler_gap", 0.0) > FAR and "sampler_differs_at" not in final:
+            final["sampler_differs_at"] = self.state.global_step
+            log.warning(
+                "Step %d: tokens were drawn with log probabilities %.2f nats from those in the training, on the mean: the "
+                "model computes otherwise when it completes, and its rewards are those of another one. "
+                "hint: model.attn_implementation=eager", self.state.global_step, logs["sampler_gap"],
+            )  # fmt: skip
+
+    def components(self):
+        return super().components() | {"rollout": self.rollout, "token_sums": _TokenSums(self)}
+
+    # ------------------------------------------------------------------------------------------ the order of prompts
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
+        settings, method, count = self.ctx.settings, self.ctx.settings.method, len(self.ctx.prepared.train)
+        if method.num_iterations > 1:
+            sampler = samplers.settle_order(sampler, count)
+        sampler = samplers.share_rows(sampler, count, rows)
+        sizes = rows * settings.trainer.gradient_accumulation_steps, rows
+        if method.num_iterations == 1:
+            return sampler
+        repeated = samplers.RepeatedSteps(sampler, sizes, method.num_iterations, count)
+        self.epoch_rows = len(samplers.RepeatedSteps(range(count), sizes, method.num_iterations, count))
+        return repeated
+
+
 def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     """A trainer over the prompts of `ctx.prepared`; it goes on from `loop.checkpoint` if there is one.
 
     The loss of a step is the sum over its completions' tokens, each with its weight, in however many micro-batches.
     """
-    import torch
     import transformers
+
+    class Trainer(RolloutSteps, transformers.Trainer):
+        pass
 
     settings, data, tokenizer, method = ctx.settings, ctx.prepared, ctx.tokenizer, ctx.settings.method
     plan = acceleration.settle(model, settings, data, tokenizer.pad_token_id, ctx.plan)
     rewards = load_rewards(method)
-    names = [reward.name for reward in rewards]
-
-    class Trainer(ResumableTrainer, transformers.Trainer):
-        """Makes a rollout of each step's prompts, trains on it, and evaluates to the rewards of greedy completions."""
-
-        shown = (*SHOWN, *(f"reward/{name}" for name in names))
-        cut = staticmethod(lambda inputs: list(inputs["items"]))
-        rollout: Rollout
-        sums: Any = 0.0
-        """Over trained tokens since the last log line: OF_TOKENS, in float64."""
-        before_step: Any = 0.0
-        """The same before this step."""
-
-        # ------------------------------------------------------------------------------------------ a step
-
-        def get_batch_samples(self, *args, **kwargs):
-            batches, _ = super().get_batch_samples(*args, **kwargs)
-            self.before_step = self.sums
-            entries = [entry for batch in batches for entry in batch["prompts"] if entry["row"]]
-            try:
-                self.rollout.settle(self.state.global_step, entries)
-            except Interrupted:  # it will be made again, by the same weights
-                self.end_step()
-                return [], None
-            rows = settings.trainer.per_device_train_batch_size
-            parts = micro_batches(self.rollout, method, rows, len(batches), tokenizer.pad_token_id)
-            return [self.data_collator(part) for part in parts], 1
-
-        def training_step(self, model, inputs, *args, **kwargs):
-            self.tokens_seen = self.tokens_seen + metrics.count_tokens(inputs)
-            return super().training_step(model, inputs, *args, **kwargs)
-
-        def repeat_step(self):
-            self.sums = self.before_step
-
-        def row_numbers(self, inputs):
-            return [item.row_number for item in inputs["items"] if item.row_number]
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            items, weights = inputs["items"], inputs["weights"]
-            found = token_log_probs(model, _of_model(inputs), method.temperature)
-            old = inputs.get("old", found.detach())
-            if "old" not in inputs and method.num_iterations > 1:
-                for item, values in zip(items, _by_item(found.detach(), items), strict=True):
-                    item.scored.old = values
-            losses, clipped = token_losses(found, old, inputs["advantages"], method)
-            kl = kl_from(inputs["reference"], found) if method.beta else torch.zeros_like(found)
-            counted = (weights > 0).double()
-            gap = (found.detach() - inputs["drawn"]).abs() if "old" not in inputs else torch.zeros_like(found)
-            parts = [torch.ones_like(counted), gap, clipped.double(), kl.detach()]
-            self.sums = self.sums + torch.stack([(counted * part).sum() for part in parts])
-            # The gradients of several processes are averaged.
-            return ((losses + method.beta * kl) * weights).sum() * processes.world_size()
-
-        def floating_point_ops(self, inputs):
-            return 0
-
-        # ------------------------------------------------------------------------------------------ held-out prompts
-
-        def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
-            from transformers.trainer_utils import EvalLoopOutput
-
-            rows = [data.eval[i] for i in range(processes.rank(), len(data.eval), processes.world_size())]
-            groups = self.rollout.greedy(rows)
-            facts = zip(*processes.gathered(rollouts.facts_of(groups, names)), strict=True)
-            rewards = processes.gathered([group.completions[0].reward for group in groups])
-            dealt = [some[turn] for turn in range(len(rewards[0])) for some in rewards if turn < len(some)]
-            held_out_rows.write_rewards(loop.folder, self.state.global_step, dealt)
-            means = rollouts.means_of([sum(parts) for parts in facts], names)
-            found = {f"{metric_key_prefix}_{name}": mean for name, mean in means.items() if name not in rollouts.OF_GROUPS}
-            return EvalLoopOutput(predictions=None, label_ids=None, metrics=found, num_samples=len(data.eval))
-
-        # ------------------------------------------------------------------------------------------ the log line
-
-        def take_line(self, *args, **kwargs):
-            super().take_line(*args, **kwargs)
-            facts = processes.gathered([*_listed(self.sums), *self.rollout.take_facts()])
-            self.line.numbers["facts"] = [sum(parts) for parts in zip(*facts, strict=True)]
-            self.sums = 0.0
-
-        def log(self, logs, *args, **kwargs):
-            if "loss" in logs and self.written is not None:
-                trained, gap, clipped, kl, *facts = self.written.numbers["facts"]
-                logs |= rollouts.means_of(facts, names)
-                logs |= {"sampler_gap": gap / trained} if trained else {}
-                logs |= {"clipped": clipped / trained} if trained and method.num_iterations > 1 else {}
-                logs |= {"kl": kl / trained} if trained and method.beta else {}
-            super().log(logs, *args, **kwargs)
-            if logs.get("sampler_gap", 0.0) > FAR and "sampler_differs_at" not in loop.recorder.final:
-                loop.recorder.final["sampler_differs_at"] = self.state.global_step
-                log.warning(
-                    "Step %d: tokens were drawn with log probabilities %.2f nats from those in the training, on the mean: the "
-                    "model computes otherwise when it completes, and its rewards are those of another one. "
-                    "hint: model.attn_implementation=eager", self.state.global_step, logs["sampler_gap"],
-                )  # fmt: skip
-
-        def components(self):
-            return super().components() | {"rollout": self.rollout, "token_sums": _TokenSums(self)}
-
-        # ------------------------------------------------------------------------------------------ the order of prompts
-
-        def _get_train_sampler(self, train_dataset=None):
-            sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
-            if method.num_iterations > 1:
-                sampler = samplers.settle_order(sampler, len(data.train))
-            sampler, count = samplers.share_rows(sampler, len(data.train), rows), len(data.train)
-            sizes = rows * settings.trainer.gradient_accumulation_steps, rows
-            if method.num_iterations == 1:
-                return sampler
-            repeated = samplers.RepeatedSteps(sampler, sizes, method.num_iterations, count)
-            self.epoch_rows = len(samplers.RepeatedSteps(range(count), sizes, method.num_iterations, count))
-            return repeated
-
     args = training_arguments(settings, loop.folder, data.eval is not None, plan)
     strategy.settle_device(args)
     splits = {"train": data.train} | ({"eval": data.eval} if data.eval is not None else {})
@@ -299,7 +308,8 @@ def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     trainer = Trainer(model=model, args=args, data_collator=CompletionCollator(layout), train_dataset=splits["train"],
                       eval_dataset=splits.get("eval"), processing_class=tokenizer)  # fmt: skip
     strategy.settle_accelerator(trainer.accelerator, trainer.model)
-    trainer.plan = plan
+    trainer.plan, trainer.names = plan, [reward.name for reward in rewards]
+    trainer.shown = (*SHOWN, *(f"reward/{name}" for name in trainer.names))
     trainer.padding_free_collator = PaddingFreeCollator(tokenizer.pad_token_id, layout.longest) if plan.padding_free else None
     trainer.model_accepts_loss_kwargs = True  # so that transformers does not divide by the micro-batches once more
     reference = functools.partial(_add_reference, trainer, settings) if method.beta else None

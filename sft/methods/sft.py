@@ -27,123 +27,132 @@ from sft.training.trainer import Loop, ResumableTrainer
 log = logging.getLogger(__name__)
 
 
+class SftSteps(ResumableTrainer):
+    """Put before TRL's trainer as a base, it counts the non-padding tokens that are trained on, and evaluates to the mean over
+    tokens.
+
+    Counts and sums stay on the device until they are read. transformers' own evaluation loss is a mean over
+    batches, which changes with the size of a batch: two runs could not be ranked by it.
+    """
+
+    batch_rows: Any = None
+    """`sum_by_row` of the padding-free batch that was evaluated last."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.tokens_seen = self.tokens_seen + metrics.count_tokens(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if not collators.is_padding_free(inputs):
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        if not model.training:
+            found = token_log_probs(model, inputs)
+            self.batch_rows = held_out_rows.sum_by_row(found, inputs)
+            return (-found.mean(), {}) if return_outputs else -found.mean()
+        import transformers
+
+        # Past TRL's own, which waits for the GPU three times a micro-batch to count what is never shown.
+        return transformers.Trainer.compute_loss(self, model, inputs, return_outputs, **kwargs)
+
+    def floating_point_ops(self, inputs):
+        return 0  # a walk over all weights at every micro-batch, for a number that nothing reads
+
+    def get_eval_dataloader(self, *args, **kwargs):
+        usual = self.data_collator
+        self.data_collator = self.padding_free_collator or usual
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = usual
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        import torch
+
+        usual = super().prediction_step
+
+        def predict(batch):
+            return usual(model, batch, *args, **kwargs)[0], self.batch_rows
+
+        results = self.oom_retry.evaluate(predict, inputs)
+        for (loss, _), targets in results:
+            loss = torch.where(targets > 0, loss.double(), 0.0)  # a micro-batch of fillers alone has no mean
+            self.eval_sum, self.eval_tokens = self.eval_sum + loss * targets, self.eval_tokens + targets
+        if self.plan.padding_free:
+            self.eval_rows.append(torch.cat([rows for (_, rows), _ in results]))
+        return results[0][0][0], None, None
+
+    def evaluation_loop(self, *args, **kwargs):
+        found = self.evaluate_once(*args, **kwargs)
+        if rows := found.predictions:
+            losses, targets = [total / count for total, count in rows], [int(count) for _, count in rows]
+            held_out_rows.write_losses(self.loop.folder, self.state.global_step, losses, targets)
+        return found
+
+    def evaluate_once(self, *args, **kwargs):
+        if self.state.global_step:
+            return self.evaluate_anew(*args, **kwargs)
+        settings = self.ctx.settings
+        what = [
+            self.ctx.prepared.facts["held_out_hash"],
+            self.args.per_device_eval_batch_size,
+            self.plan.padding_free,
+            settings.trainer.extra,
+        ]
+        found = warm_cache.of_base("evaluation", self.model, settings, what, lambda: self.evaluate_anew(*args, **kwargs))
+        return found._replace(metrics=dict(found.metrics))
+
+    def evaluate_anew(self, *args, metric_key_prefix="eval", **kwargs):
+        self.eval_sum, self.eval_tokens, self.eval_rows = 0.0, 0, []
+        across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:  # each process takes the mean of its own rows
+            with acceleration.evaluating(self.model, self.plan):
+                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.args.average_tokens_across_devices = across
+        mean = group.total(self.eval_sum) / group.total(self.eval_tokens)
+        output.metrics[f"{metric_key_prefix}_loss"] = mean
+        rows = held_out_rows.gather_rows(self.eval_rows)
+        if not self.plan.padding_free and not self.state.global_step:  # those of the kept weights follow from `held_out_loss`
+            rows = _row_sums(self.ctx, self)
+        return output._replace(predictions=rows)
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if ratio := self.ctx.settings.lora.extra.get(LORAPLUS):
+            _raise_rate_of_b(optimizer, self.model, ratio)
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
+        data, micro_batches = self.ctx.prepared.train, self.ctx.settings.trainer.gradient_accumulation_steps
+        if not self.plan.padding_free or micro_batches == 1:
+            return samplers.share_rows(sampler, len(data), rows)
+        ordered = samplers.share_rows(samplers.settle_order(sampler, len(data)), len(data), rows)
+        lengths = [*token_counts(data).tolist(), 1]  # the last one is the filler's
+        return TokenBalancedSampler(ordered, lengths, rows, micro_batches)
+
+    def _get_eval_sampler(self, eval_dataset):
+        from torch.utils.data import SequentialSampler
+
+        sampler, rows = super()._get_eval_sampler(eval_dataset), len(self.ctx.prepared.eval)
+        if self.plan.padding_free:
+            sampler = SequentialSampler(range(rows))  # eval_rows.jsonl has them in their order
+        return samplers.share_rows(sampler, rows, self.args.per_device_eval_batch_size)
+
+
 def build_trainer(ctx: RunContext, model: Any, loop: Loop) -> Any:
     """An SFTTrainer for `ctx.prepared`, which is tokenised and masked; it goes on from `loop.checkpoint` if there is one.
 
     Samples are taken before the first step and at those that `samples.every_steps` names, but not after the last one: those
     belong to the caller, who knows which weights are kept.
     """
-    import torch
-    import transformers
-    from trl import SFTTrainer
+    from trl import SFTTrainer  # which Unsloth has replaced by now, where it loaded the model
+
+    class Trainer(SftSteps, SFTTrainer):
+        pass
 
     settings, data, tokenizer = ctx.settings, ctx.prepared, ctx.tokenizer
     plan = acceleration.settle(model, settings, data, tokenizer.pad_token_id, ctx.plan)
-
-    class Trainer(ResumableTrainer, SFTTrainer):
-        """Counts the non-padding tokens it trains on, and evaluates to the mean over tokens.
-
-        Counts and sums stay on the device until they are read. transformers' own evaluation loss is a mean over
-        batches, which changes with the size of a batch: two runs could not be ranked by it.
-        """
-
-        batch_rows: Any = None
-        """`sum_by_row` of the padding-free batch that was evaluated last."""
-
-        def training_step(self, model, inputs, *args, **kwargs):
-            self.tokens_seen = self.tokens_seen + metrics.count_tokens(inputs)
-            return super().training_step(model, inputs, *args, **kwargs)
-
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            if not collators.is_padding_free(inputs):
-                return super().compute_loss(model, inputs, return_outputs, **kwargs)
-            if not model.training:
-                found = token_log_probs(model, inputs)
-                self.batch_rows = held_out_rows.sum_by_row(found, inputs)
-                return (-found.mean(), {}) if return_outputs else -found.mean()
-            # Past TRL's own, which waits for the GPU three times a micro-batch to count what is never shown.
-            return transformers.Trainer.compute_loss(self, model, inputs, return_outputs, **kwargs)
-
-        def floating_point_ops(self, inputs):
-            return 0  # a walk over all weights at every micro-batch, for a number that nothing reads
-
-        def get_eval_dataloader(self, *args, **kwargs):
-            usual = self.data_collator
-            self.data_collator = self.padding_free_collator or usual
-            try:
-                return super().get_eval_dataloader(*args, **kwargs)
-            finally:
-                self.data_collator = usual
-
-        def prediction_step(self, model, inputs, *args, **kwargs):
-            usual = super().prediction_step
-
-            def predict(batch):
-                return usual(model, batch, *args, **kwargs)[0], self.batch_rows
-
-            results = self.oom_retry.evaluate(predict, inputs)
-            for (loss, _), targets in results:
-                loss = torch.where(targets > 0, loss.double(), 0.0)  # a micro-batch of fillers alone has no mean
-                self.eval_sum, self.eval_tokens = self.eval_sum + loss * targets, self.eval_tokens + targets
-            if plan.padding_free:
-                self.eval_rows.append(torch.cat([rows for (_, rows), _ in results]))
-            return results[0][0][0], None, None
-
-        def evaluation_loop(self, *args, **kwargs):
-            found = self.evaluate_once(*args, **kwargs)
-            if rows := found.predictions:
-                losses, targets = [total / count for total, count in rows], [int(count) for _, count in rows]
-                held_out_rows.write_losses(loop.folder, self.state.global_step, losses, targets)
-            return found
-
-        def evaluate_once(self, *args, **kwargs):
-            if self.state.global_step:
-                return self.evaluate_anew(*args, **kwargs)
-            what = [
-                data.facts["held_out_hash"],
-                self.args.per_device_eval_batch_size,
-                plan.padding_free,
-                settings.trainer.extra,
-            ]
-            found = warm_cache.of_base("evaluation", self.model, settings, what, lambda: self.evaluate_anew(*args, **kwargs))
-            return found._replace(metrics=dict(found.metrics))
-
-        def evaluate_anew(self, *args, metric_key_prefix="eval", **kwargs):
-            self.eval_sum, self.eval_tokens, self.eval_rows = 0.0, 0, []
-            across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
-            try:  # each process takes the mean of its own rows
-                with acceleration.evaluating(self.model, plan):
-                    output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            finally:
-                self.args.average_tokens_across_devices = across
-            mean = group.total(self.eval_sum) / group.total(self.eval_tokens)
-            output.metrics[f"{metric_key_prefix}_loss"] = mean
-            rows = held_out_rows.gather_rows(self.eval_rows)
-            if not plan.padding_free and not self.state.global_step:  # those of the kept weights follow from `held_out_loss`
-                rows = _row_sums(ctx, self)
-            return output._replace(predictions=rows)
-
-        def create_optimizer(self, *args, **kwargs):
-            optimizer = super().create_optimizer(*args, **kwargs)
-            if ratio := settings.lora.extra.get(LORAPLUS):
-                _raise_rate_of_b(optimizer, self.model, ratio)
-            return optimizer
-
-        def _get_train_sampler(self, train_dataset=None):
-            sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
-            micro_batches = settings.trainer.gradient_accumulation_steps
-            if not plan.padding_free or micro_batches == 1:
-                return samplers.share_rows(sampler, len(data.train), rows)
-            ordered = samplers.share_rows(samplers.settle_order(sampler, len(data.train)), len(data.train), rows)
-            lengths = [*token_counts(data.train).tolist(), 1]  # the last one is the filler's
-            return TokenBalancedSampler(ordered, lengths, rows, micro_batches)
-
-        def _get_eval_sampler(self, eval_dataset):
-            sampler = super()._get_eval_sampler(eval_dataset)
-            if plan.padding_free:
-                sampler = torch.utils.data.SequentialSampler(range(len(data.eval)))  # eval_rows.jsonl has them in their order
-            return samplers.share_rows(sampler, len(data.eval), self.args.per_device_eval_batch_size)
-
     longest = int(max(token_counts(split).max() for split in (data.train, data.eval) if split is not None))
     args = training_arguments(settings, loop.folder, data.eval is not None, plan, _takes_chunks(model, settings))
     strategy.settle_device(args)
@@ -170,7 +179,7 @@ def watch(trainer: Any, ctx: RunContext, loop: Loop) -> None:
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 
     settings = ctx.settings
-    trainer.loop = loop
+    trainer.ctx, trainer.loop = ctx, loop
     trainer.nonfinite = NonFiniteSteps(trainer, ctx.prepared.train, settings.trainer.max_bad_steps)
     trainer.oom_retry = OomRetry(trainer)
     for noisy in (ProgressCallback, PrinterCallback):

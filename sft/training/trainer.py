@@ -19,6 +19,7 @@ from sft.plan.plan import Plan
 from sft.signals import Interrupted, StopRequest
 from sft.storage import atomic
 from sft.training.checkpoint import Component, gather_state, load_components, place_of, prune, writing
+from sft.training.context import RunContext
 from sft.training.metrics import Clock, LogLine, mark_on_gpu
 from sft.training.nonfinite import NonFiniteSteps
 from sft.training.oom import OomRetry
@@ -53,9 +54,10 @@ class Loop:
 class ResumableTrainer:
     """Put before one of TRL's trainers as a base, it makes that trainer stop and go on as the module says.
 
-    It needs `loop`, `plan`, `nonfinite` and `oom_retry` set before it trains.
+    It needs `ctx`, `loop`, `plan`, `nonfinite` and `oom_retry` set before it trains.
     """
 
+    ctx: RunContext
     loop: Loop
     nonfinite: NonFiniteSteps
     oom_retry: OomRetry
