@@ -157,71 +157,118 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     `tables` and `sources` are the rows and where they come from, then those of held-out rows of their own, or None.
     """
     (rows, eval_rows), (source, eval_source) = tables, sources
-    pairs, prompts = settings.method.name == MethodName.dpo, settings.method.name == MethodName.grpo
     names = column_names(rows) | (set() if eval_rows is None else column_names(eval_rows))
     shape, data, rejected, answered = _find_columns(settings, rows, names, source["name"])
     template = choose_template(data, shape, tokenizer)
     counts = {"read": len(rows)}
     train_index, eval_index = select(rows, data, row_seed(settings), counts)
-    held_out_in = eval_source["name"] if eval_source else "the data"
-    if eval_rows is None:
-        eval_rows = rows
-    else:
-        eval_index = choose_indices(eval_rows, data, row_seed(settings), held_out_in)[: data.max_eval_rows]
+    held_out_in = "the data"
+    if eval_rows is not None:
+        held_out_in = eval_source["name"]
+        _check_held_out(eval_rows, _asked_of(eval_rows, data, names), shape, held_out_in, answered)
+        eval_index = _choose_held_out(eval_rows, settings, held_out_in)
         counts["read_eval"] = len(eval_rows)
-        _check_held_out(eval_rows, _asked_of(eval_rows, data, names), shape, eval_source["name"], answered)
-        if not eval_index:
-            fix = "dataset.keep={} dataset.drop={}   to filter nothing"
-            raise refuse("dataset.keep / dataset.drop", f"None of the {len(eval_rows)} held-out rows passes the filters.", fix)
+    parts = {"train": (rows, train_index, None)}
+    if eval_index:
+        parts["eval"] = (rows if eval_rows is None else eval_rows, eval_index, held_out_in)
+
+    render = _row_renderer(settings, data, rejected, names, shape, template, tokenizer)
+    splits = _write_splits(parts, render, settings, tokenizer, stop_ids, counts, work)
+    lost = _check_round_trip(splits["train"].texts, tokenizer, settings)
+    _refuse_too_long(splits, settings)
+    _add_counts(splits, counts)
+    if settings.method.name == MethodName.grpo:
+        refuse_no_prompts(splits, counts, settings)
+    else:
+        refuse_nothing_to_learn(splits, counts, shape, settings)
 
     facts: dict[str, Any] = {"source": source["name"], "data_hash": source["hash"], "shape": shape.value}
     facts["template"] = "alpaca" if template == ALPACA else template if data.template == "auto" else data.template
-    if pairs:
+    facts |= _describe(splits, counts, shape, template, settings, tokenizer)
+    if lost:
+        found = f"The tokens of {lost} of the first {len(splits['train'].texts)} rows do not give their text back: "
+        facts["warnings"].append(found + "the tokenizer does not know some of their characters.")
+    for key in COUNTED:
+        facts[key] = counts.pop(key, 0)
+    facts |= {"eos_token": tokenizer.eos_token, "bos_token": tokenizer.bos_token, "pad_token": tokenizer.pad_token}
+    facts["adds_bos"] = starts_with_bos(tokenizer)
+    facts["stop_tokens"] = tokenizer.convert_ids_to_tokens(sorted(stop_ids))
+    facts["examples"] = splits["train"].examples
+    return facts
+
+
+def _choose_held_out(rows, settings: Settings, source: str) -> list[int]:
+    """Which rows of a file of held-out ones are taken. Raises Refusal where there are none."""
+    index = choose_indices(rows, settings.dataset, row_seed(settings), source)[: settings.dataset.max_eval_rows]
+    if not index:
+        fix = "dataset.keep={} dataset.drop={}   to filter nothing"
+        raise refuse("dataset.keep / dataset.drop", f"None of the {len(rows)} held-out rows passes the filters.", fix)
+    return index
+
+
+def _row_renderer(settings, data, rejected, names: set[str], shape: Shape, template: str, tokenizer):
+    """What makes the samples of a row by the method, with notes of the columns `names` that it does not use."""
+    method = settings.method.name
+    if method == MethodName.dpo:
         render = functools.partial(render_pair, chosen=data, rejected=rejected, shape=shape, tokenizer=tokenizer)
         names = names - {data.columns.rejected}
-    elif prompts:
+    elif method == MethodName.grpo:
         render = functools.partial(render_prompt, data=data, shape=shape, template=template, tokenizer=tokenizer)
     else:
         render = functools.partial(render_samples, data=data, shape=shape, template=template, tokenizer=tokenizer)
         if data.loss_on == LossOn.last:
             render = functools.partial(_last_answer, render)
     unused, meant = sort_columns(names, data, shape, template)
-    if prompts:  # rewards are given all columns
+    if method == MethodName.grpo:  # rewards are given all columns
         unused, meant = [], without_reasoning(meant)
-    render = functools.partial(_render, render, unused, meant)
+    return functools.partial(_render, render, unused, meant)
+
+
+def _write_splits(parts, render, settings, tokenizer, stop_ids: set[int], counts: dict, work: Path) -> dict[str, SplitStats]:
+    """Tokenise and write the rows of `parts`: (table, which of its rows, where they are from or None) by the split's name.
+    Raises Refusal for rows that cannot be read, all together.
+    """
     encode = functools.partial(_tokenise_near, tokenizer=tokenizer, limit=settings.model.max_seq_length)
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
     finish = functools.partial(label, bos=bos, eos=tokenizer.eos_token_id, stop_ids=stop_ids)
     splits, faults = {}, []
-    for name, table, index in (("train", rows, train_index), ("eval", eval_rows, eval_index)):
-        if index or name == "train":
-            faults.append(Faults(table, len(index), held_out_in if name == "eval" else None))
-            entries = _tokenise(index, render, encode, finish, faults[-1])
-            entries = pair_up(entries, counts) if pairs else entries
-            entries = cut_to_prompts(entries, table, counts) if prompts else entries
-            splits[name] = _write_split(entries, work / f"{name}.arrow", settings, tokenizer, stop_ids)
-    refuse_faults(faults, data.skip_bad_rows)
-    if data.skip_bad_rows:
+    for name, (table, index, source) in parts.items():
+        faults.append(Faults(table, len(index), source))
+        entries = _tokenise(index, render, encode, finish, faults[-1])
+        entries = pair_up(entries, counts) if settings.method.name == MethodName.dpo else entries
+        entries = cut_to_prompts(entries, table, counts) if settings.method.name == MethodName.grpo else entries
+        splits[name] = _write_split(entries, work / f"{name}.arrow", settings, tokenizer, stop_ids)
+    refuse_faults(faults, settings.dataset.skip_bad_rows)
+    if settings.dataset.skip_bad_rows:
         counts["bad_rows"] = sum(one.count for one in faults)
-    lost = _check_round_trip(splits["train"].texts, tokenizer, settings)
+    return splits
+
+
+def _refuse_too_long(splits: dict[str, SplitStats], settings: Settings) -> None:
+    """Raise Refusal if rows are too long and `dataset.overlong` does not say what to do with them."""
     longer = [f"{s.too_long} of {s.read} {name} rows" for name, s in splits.items() if s.too_long]
-    if longer and data.overlong == Overlong.error:
+    if longer and settings.dataset.overlong == Overlong.error:
         whole = not any(s.notes["not counted"] for s in splits.values())
-        say = too_long if prompts else _too_long
+        say = too_long if settings.method.name == MethodName.grpo else _too_long
         raise say(longer, max(max(s.lengths) for s in splits.values()), whole, settings)
+
+
+def _add_counts(splits: dict[str, SplitStats], counts: dict) -> None:
+    """Add what each split counted, and the rows that each has."""
     for s in splits.values():
         for key, count in s.counts.items():
             counts[key] = counts.get(key, 0) + count
     counts |= {name: len(s.digests) for name, s in splits.items()}
-    if prompts:
-        refuse_no_prompts(splits, counts, settings)
-    else:
-        refuse_nothing_to_learn(splits, counts, shape, settings)
+
+
+def _describe(splits, counts: dict, shape: Shape, template: str, settings, tokenizer) -> dict[str, Any]:
+    """Lengths, tokens, duplicates, notes and warnings of the rows; what the method counted is taken out of `counts`."""
+    pairs, prompts = settings.method.name == MethodName.dpo, settings.method.name == MethodName.grpo
     prompt_facts = take_prompt_counts(counts) if prompts else {}
     pair_facts = take_pair_counts(counts) if pairs else {}
     blank = counts.pop("blank", 0)
     blank = 0 if shape == Shape.text else blank
-    facts |= {"rows": counts, "lengths": {name: quantiles(s.lengths) for name, s in splits.items()}}
+    facts: dict[str, Any] = {"rows": counts, "lengths": {name: quantiles(s.lengths) for name, s in splits.items()}}
     facts |= {f"{name}_tokens": s.tokens for name, s in splits.items()}
     facts["trained_tokens"] = splits["train"].target_tokens
     facts["duplicates"] = find_duplicates(splits["train"], splits.get("eval"))
@@ -241,15 +288,6 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
         compared, more = compare_pairs(splits["train"], splits.get("eval"))
         facts["pairs"] = pair_facts | compared
         facts["warnings"] += pair_warnings(pair_facts) + more
-    if lost:
-        found = f"The tokens of {lost} of the first {len(splits['train'].texts)} rows do not give their text back: "
-        facts["warnings"].append(found + "the tokenizer does not know some of their characters.")
-    for key in COUNTED:
-        facts[key] = counts.pop(key, 0)
-    facts |= {"eos_token": tokenizer.eos_token, "bos_token": tokenizer.bos_token, "pad_token": tokenizer.pad_token}
-    facts["adds_bos"] = starts_with_bos(tokenizer)
-    facts["stop_tokens"] = tokenizer.convert_ids_to_tokens(sorted(stop_ids))
-    facts["examples"] = splits["train"].examples
     return facts
 
 
