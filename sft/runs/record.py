@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -222,3 +223,6 @@ def log_ending(settings: Settings, folder: Path, facts: dict[str, Any]) -> None:
         log.info("       go on with: %s", with_word(as_called(f"python train.py resume={os.path.relpath(folder)}"), settings))
     for name, place in facts["artifacts"].items():
         log.info("       %-8s %s", name, os.path.relpath(folder / place))
+    if status == "finished" and {"adapter", "model"} & facts["artifacts"].keys():
+        command = as_called(f"python scripts/chat.py run={shlex.quote(os.path.relpath(folder))}")
+        log.info("       talk     %s", with_word(command, settings))

@@ -65,7 +65,21 @@ def test_the_last_line_of_a_run_says_the_reward_before_and_after(tmp_path, caplo
     log_ending(make_settings("method=grpo"), tmp_path, facts)
     assert "Done   finished: held-out reward 0.2500 -> 0.7500" in caplog.text
     log_ending(make_settings(), tmp_path, {**facts, "metrics": {"eval_loss": 1.0, "eval_loss_start": 2.0}})
-    assert "Done   finished: held-out loss 2.0000 -> 1.0000" in caplog.text
+    assert "Done   finished: held-out loss 2.0000 -> 1.0000" in caplog.text and "chat.py" not in caplog.text
+
+
+def test_a_run_that_ends_says_how_to_talk_to_it_and_one_that_was_stopped_how_it_goes_on(tmp_path, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.chdir(tmp_path)
+    facts = {"status": "finished", "reason": None, "metrics": {}, "artifacts": {"adapter": "adapter"}}
+    log_ending(make_settings(), tmp_path / "a run", facts)
+    log_ending(make_settings("model.trust_remote_code=true"), tmp_path / "b", facts)
+    talk = [record.getMessage().split() for record in caplog.records if record.getMessage().split()[0] == "talk"]
+    assert talk == [["talk", "python", "scripts/chat.py", "run='a", "run'"],
+                    ["talk", "python", "scripts/chat.py", "run=b", "model.trust_remote_code=true"]]  # fmt: skip
+    caplog.clear()
+    log_ending(make_settings(), tmp_path / "b", {**facts, "status": "stopped"})
+    assert "train.py resume=b" in caplog.text and "chat.py" not in caplog.text
 
 
 def test_the_report_has_the_reward_before_and_after_and_its_curves(folder):
