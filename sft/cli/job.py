@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sft.config.compose import PROCESSES, command_text, to_settings
+from sft.config.compose import PROCESSES, command_text, run_words, to_settings
 from sft.config.keys import leaf_keys
 from sft.config.provenance import find_provenance
 from sft.config.rules import check_settings
@@ -30,7 +30,8 @@ def run_job(config: DictConfig) -> RunResult:
     sweeping = hydra.mode == RunMode.MULTIRUN
     overrides = tuple(hydra.overrides.task)
     choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra") and v not in (None, "none")}
-    name = _job_name(choices, folder) if sweeping else _run_name(choices, overrides)
+    words = run_words(choices.get("model"), choices.get("dataset"), OmegaConf.select(config, "dataset.path"))
+    name = _job_name(words, folder) if sweeping else _run_name(words, overrides)
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     provenance = find_provenance(dict(hydra.runtime.choices), overrides, folders, hydra.job.config_name)
     logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
@@ -71,16 +72,11 @@ def _recorded(
     return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), provenance, choices=choices)
 
 
-def _run_name(choices: dict[str, str], overrides: tuple[str, ...]) -> str:
-    words = _model_and_rows(choices)
-    words += [o.split(".", 1)[1] for o in overrides if o.startswith(("lora.", "trainer.")) and "=" in o]
+def _run_name(words: list[str], overrides: tuple[str, ...]) -> str:
+    words = words + [o.split(".", 1)[1] for o in overrides if o.startswith(("lora.", "trainer.")) and "=" in o]
     return "_".join(w for w in words if w)[:100]
 
 
-def _job_name(choices: dict[str, str], folder: Path) -> str:
+def _job_name(words: list[str], folder: Path) -> str:
     """A sweep's job is called by what varies, which its folder's name says."""
-    return "_".join([*_model_and_rows(choices), without_number(folder.name)])[:100]
-
-
-def _model_and_rows(choices: dict[str, str]) -> list[str]:
-    return [choices[group].replace("/", "-") for group in ("model", "dataset") if choices.get(group)]
+    return "_".join([*words, without_number(folder.name)])[:100]

@@ -243,6 +243,8 @@ def _takes_text(cls: type, name: str) -> bool:
 def _type_error(line: str) -> str:
     """Why `key=value` does not fit the schema, or an empty string."""
     config = _scratch()
+    for node in _of_any_keys(config):
+        node.clear()  # what was tried before decides what fits now
     override = OverridesParser.create().parse_override(line)
     value = override.value()
     if isinstance(value, str) and "${" in value:
@@ -260,9 +262,13 @@ def _type_error(line: str) -> str:
 def _scratch() -> DictConfig:
     """The schema, to try values on. Making it takes longer than everything else about an override."""
     config = OmegaConf.create({"root": OmegaConf.structured(Settings)}).root
-    for node in (config.trainer.extra, config.lora.extra, config.dataset.keep, config.dataset.drop):
+    for node in _of_any_keys(config):
         OmegaConf.set_struct(node, False)
     return config
+
+
+def _of_any_keys(config: DictConfig) -> tuple[DictConfig, ...]:
+    return config.trainer.extra, config.lora.extra, config.dataset.keep, config.dataset.drop
 
 
 def _example(cls: type, name: str, key: str) -> str:

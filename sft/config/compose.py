@@ -64,7 +64,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("is_sums", _is_sums, replace=True)
     OmegaConf.register_new_resolver("sums_weights", _sums_weights, replace=True)
     OmegaConf.register_new_resolver("job_label", _job_label, replace=True)
-    OmegaConf.register_new_resolver("one_name", lambda option: str(option).replace("/", "-"), replace=True)
+    OmegaConf.register_new_resolver("run_words", lambda *given: "_".join(run_words(*given)), replace=True)
     OmegaConf.register_new_resolver("as_called", as_called, replace=True)
     OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
@@ -121,6 +121,13 @@ def _job_label(overrides: list[str]) -> str:
 
 PROCESSES = "distributed.num_processes="
 """The one setting that may stand beside `resume=`."""
+
+
+def run_words(model: str | None, dataset: str | None, path: Any) -> list[str]:
+    """What the folder and the name of a run begin with: the options of the two groups, the file's name in place of `local`."""
+    if dataset == "local" and isinstance(path, str) and (stem := re.match(r"[\w-]+", os.path.basename(path.rstrip("/")))):
+        dataset = stem[0][:40]
+    return [option.replace("/", "-") for option in (model, dataset) if option not in (None, "none")]
 
 
 def to_settings(config: DictConfig) -> Settings:

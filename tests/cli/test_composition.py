@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from sft.cli.check import check_command_line, read_settings
 from sft.cli.job import _job_name, _run_name
-from sft.config.compose import to_settings, where_it_looked
+from sft.config.compose import run_words, to_settings, where_it_looked
 from sft.config.provenance import find_provenance
 from sft.config.schema import Settings
 from sft.errors import Problem, Refusal
@@ -222,9 +222,27 @@ def test_an_option_of_a_subfolder_makes_no_folder_inside_the_runs(monkeypatch, t
     monkeypatch.setattr(sys, "argv", ["train.py", "--config-dir", "my", "dataset=team/faq", *QUIET])
     app()
     assert folders[0].startswith(f"{tmp_path}/outputs/") and folders[0].endswith("_smollm2_135m_team-faq")
-    choices = {"model": "m", "dataset": "team/faq"}
-    assert _run_name(choices, ()) == "m_team-faq" and _job_name(choices, tmp_path / "3_r=4") == "m_team-faq_r=4"
-    assert _job_name(choices, tmp_path / "rank_4") == "m_team-faq_rank_4"
+    words = run_words("m", "team/faq", None)
+    assert _run_name(words, ()) == "m_team-faq" and _job_name(words, tmp_path / "3_r=4") == "m_team-faq_r=4"
+    assert _job_name(words, tmp_path / "rank_4") == "m_team-faq_rank_4"
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [("faq.csv", "faq"), ("../data/my-rows.jsonl.gz", "my-rows"), ("/data/问答/", "问答"), ("*.json", "local"),
+     ("a b.csv", "a"), ("[a.csv,b.csv]", "local"), ("null", "local"), ("c:\\d{}.csv", "c")],
+)  # fmt: skip
+def test_a_run_on_a_file_of_ones_own_is_called_by_it(monkeypatch, tmp_path, path, word):
+    folders = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def app(config):
+        folders.append(HydraConfig.get().runtime.output_dir)
+
+    value = path if path[0] == "[" or path == "null" else f"'{path}'"
+    monkeypatch.setattr(sys, "argv", ["train.py", "dataset=local", f"dataset.path={value}", *QUIET])
+    app()
+    assert folders[0].startswith(f"{tmp_path}/outputs/") and folders[0].endswith(f"_smollm2_135m_{word}")
 
 
 def test_a_setting_of_a_primary_config_says_so(tmp_path):
@@ -333,9 +351,15 @@ def test_optunas_import_tells_of_no_plugins():
     assert not logging.getLogger("alembic.runtime.plugins.setup").isEnabledFor(logging.INFO)
 
 
+def test_a_value_is_judged_alike_whatever_was_tried_before():
+    wrong = "dataset.keep={instruction:[1,2]}"
+    first = problem_of(wrong)
+    assert problem_of("dataset.keep={instruction:x}", "lora.r=x").what == "lora.r=x" and problem_of(wrong) == first
+
+
 def test_dictionaries_in_a_grid_are_checked_key_by_key():
     assert "dataset.columns.outptu" in problem_of("-m", "dataset.columns={instruction:a},{outptu:b}").what
-    assert problem_of("-m", "dataset.keep={a:x},{b:[1,2]}").what.startswith("dataset.keep")
+    assert problem_of("-m", "dataset.keep={instruction:x},{output:[1,2]}").what.startswith("dataset.keep")
     assert "dataset.columns.<setting>" in problem_of("-m", "dataset.columns={instruction:a},3").fix
 
 
