@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.points and len(axes) > 1:
         parser.error("--points are those of one axis: name it with --axes")
     points = {axis: [int(point) for point in args.points.split(",")] if args.points else AXES[axis] for axis in axes}
-    steps = {axis: (args.steps or STEPS[axis][0], args.warm_up or STEPS[axis][1]) for axis in axes}
+    wanted = args.steps, args.warm_up
+    steps = {axis: [n if n is not None else usual for n, usual in zip(wanted, STEPS[axis], strict=True)] for axis in axes}
     ways = [*filter(None, args.modes.split(",")), *filter(None, args.peers.split(","))]
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {"date": f"{datetime.date.today()}", "hardware": speed.hardware(), "versions": speed.versions()}
@@ -83,16 +84,18 @@ def main(argv: list[str] | None = None) -> None:
         for axis, way in list(itertools.product(axes, ways))[:: 1 if turn % 2 == 0 else -1]:
             order = points[axis][:: 1 if turn % 2 == 0 else -1]
             args.steps, warm_up = steps[axis]
-            measured = sweep(args, axis, order, way, turn) if way in MODES else peer(args, axis, order, way, turn)
+            measure, before = (sweep if way in MODES else peer), results.get(axis, {}).get(way, {}).values()
+            measured = measure(args, axis, order, way, max(map(len, before), default=0))
             for point, found in measured:
                 results.setdefault(axis, {}).setdefault(way, {}).setdefault(str(point), []).append(shortened(found))
                 print(f"{axis:<7} {point:>5} {way:<8} {speed.line_of(found, warm_up)}", flush=True)
                 write(args.out, {**facts, "results": results})
 
 
-def sweep(args: argparse.Namespace, axis: str, points: list[int], mode: str, turn: int):
-    """Yield (a point, what was measured) of one sweep over an axis; all of them failed where its log says why."""
-    place = args.out / f"{axis}_{mode}_{turn}"
+def sweep(args: argparse.Namespace, axis: str, points: list[int], mode: str, count: int):
+    """Yield (a point, what was measured) of one sweep over an axis; all of them failed where its log says why. `count` were
+    made before: the same folder again would go on with that sweep."""
+    place = args.out / f"{axis}_{mode}_{count}"
     files = [rows_file(args, axis, point) for point in points]
     varied = {
         "rows": ("trainer.effective_batch_size", points), "length": ("dataset.path", files), "rank": ("lora.r", points),
@@ -132,13 +135,13 @@ def shortened(found: dict[str, Any]) -> dict[str, Any]:
     return kept | {"seconds": [round(seconds, 4) for seconds in found["seconds"]]} if "seconds" in found else kept
 
 
-def peer(args: argparse.Namespace, axis: str, points: list[int], library: str, turn: int):
+def peer(args: argparse.Namespace, axis: str, points: list[int], library: str, count: int):
     """Yield (a point, what was measured) of a peer, each a process."""
     for point in points:
         rows, rank = point if axis == "rows" else ROWS, point if axis == "rank" else RANK
         options = (f"--rank={rank}", f"--max-length={max(2048, point) if axis == 'length' else 2048}", *PEERS[library])
         args.data = rows_file(args, axis, point)
-        place = args.out / f"{axis}_{library}_{turn}_{point}"
+        place = args.out / f"{axis}_{library}_{count}_{point}"
         yield point, speed.measure_peer(args, (library, rows, 1, options), args.steps, place)
 
 

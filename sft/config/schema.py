@@ -414,8 +414,8 @@ class TrainerSettings:
     max_steps: int = -1
     """Stop after this many optimiser steps; above 0 it replaces `num_train_epochs`."""
     per_device_train_batch_size: int | str = "auto"
-    """Rows in one micro-batch. `auto`: the most, up to `effective_batch_size`, that an estimate of the GPU's memory allows;
-    2 on the CPU."""
+    """Rows in one micro-batch. `auto`: the most, up to `effective_batch_size`, that an estimate of the GPU's memory allows,
+    or fewer where a padding-free run is faster with fewer layers recomputed; 2 on the CPU."""
     gradient_accumulation_steps: int | None = None
     """Micro-batches in one optimiser step, beside a number of rows in each. null: what `effective_batch_size` asks for, else
     4."""

@@ -244,7 +244,7 @@ def plan_training(
     plan = replace(plan, batch=batch, eval_batch_size=eval_rows(trainer, _array(many), plan.processes))
     if settings.model.load_in_fp8 and dims and machine.free_gib:
         plan = replace(plan, fp8_transposed=_fits_transposed(plan, settings, machine, dims, lengths.get("train", [])))
-    chosen = "as many rows as fit" if is_auto(trainer) else "as set"
+    chosen = ("the fastest that fits" if plan.padding_free else "as many rows as fit") if is_auto(trainer) else "as set"
     reasons = {**plan.reasons, "batch": "as the run began" if reused else chosen,
                "padding_free": why or "the model's attention is tried when it is loaded"}  # fmt: skip
     if not facts:

@@ -70,6 +70,9 @@ def test_a_grid_has_each_point_of_ours_and_of_a_peer(forked_programs, monkeypatc
         "| 8",
     ] and "default x trl" in lines[2]
     assert (tmp_path / "grid.svg").read_text(encoding="utf-8").startswith("<svg")
+    grid.main([*options, "--axes", "rank", "--points", "4"])  # once more: measured again, beside what is there
+    runs = json.loads((tmp_path / "grid.json").read_text(encoding="utf-8"))["results"]["rank"]["default"]
+    assert [len(runs[point]) for point in ("4", "8")] == [2, 1] and runs["4"][0] != runs["4"][1]
     grid.main([*options, "--axes", "rows,length", "--rounds", "2"])
     results = json.loads((tmp_path / "grid.json").read_text(encoding="utf-8"))["results"]
     tokens = {point: runs[0]["tokens"][0] for point, runs in results["length"]["default"].items()}
