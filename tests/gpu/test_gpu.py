@@ -87,6 +87,25 @@ def test_captured_and_compiled_steps_train_as_padded_rows_do(small_llama, tmp_pa
         assert max(map(abs, away)) < 2e-2 and abs(sum(away) / len(away)) < 5e-3, way
 
 
+@pytest.mark.parametrize(
+    "method",
+    [(), ("method=dpo",), ("method=grpo", "method.max_completion_length=16", "method.reward_funcs=[rewards.py:letters]",
+                           "method.reward_weights=[1]")],
+    ids=["sft", "dpo", "grpo"],
+)  # fmt: skip
+def test_what_was_trained_on_an_fp8_base_is_exported_and_holds(small_llama, tmp_path, method):
+    command = [sys.executable, str(ROOT / "train.py"), f"model.name={small_llama}", "model.load_in_fp8=true", "tracking=none",
+               "trainer.max_steps=4", "dataset.max_rows=64", "samples.num_held_out=1", *method, "export=merged_16bit",
+               "trainer.torch_compile=true", f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
+    (tmp_path / "rewards.py").write_text("def letters(completion, row):\n    return sum(map(ord, completion)) % 17 / 17\n")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["model"]["fp8"]
+    proof = json.loads((tmp_path / "run" / "export" / "verify.json").read_text(encoding="utf-8"))
+    assert {name: found["status"] for name, found in proof["artifacts"].items()} == {"adapter": "ok", "merged_16bit": "ok"}
+    assert said["layers"] == 28 and proof["as_trained"]["loss"] != proof["reference"]["loss"]
+
+
 def test_one_kernel_rounds_as_pytorch_does_and_products_are_those_of_the_rounded_numbers():
     import torch
 
