@@ -184,7 +184,7 @@ def watch(trainer: Any, ctx: RunContext, loop: Loop) -> None:
     trainer.oom_retry = OomRetry(trainer)
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
-    trainer.add_callback(run_callback(trainer, settings))
+    trainer.add_callback(run_callback(trainer))
     trainer.add_callback(progress_bar())
     patience = settings.trainer.early_stopping_patience
     if patience:
