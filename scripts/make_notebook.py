@@ -173,8 +173,8 @@ if INSTALL:
     assert _exit_code == 0, "The install failed: see above."
     if GPU:
         !{PYTHON} -c "import torch; assert torch.cuda.is_available()"
-        CU12 = f"!uv pip install --python {PYTHON} torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126"
-        assert _exit_code == 0, f"torch cannot use the GPU: its driver is too old for CUDA 13. Run this and go on: {CU12}"
+        OLDER = f"!uv pip install --python {PYTHON} --torch-backend=auto --reinstall-package torch torch==2.13.0"
+        assert _exit_code == 0, f"torch cannot use the GPU: its driver is too old for CUDA 13. Run this and go on: {OLDER}"
     if EXPORT.split()[0] in ("gguf", "all"):
         !{PYTHON} scripts/install_gguf.py
         assert _exit_code == 0, "The install of llama.cpp's parts failed: see above."

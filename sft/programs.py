@@ -30,7 +30,7 @@ def as_called(text: str) -> str:
     """A text with commands in it, written as this user types them."""
     if INSTALLED:
         text = re.sub(r'pip install -e "?\.((?:\[\w+\])?)"?', r'pip install "sft-lora\1"', text)
-        text = re.sub(r"\bpip install\b", lambda _: _typed_installer(), text)
+        text = re.sub(r"(?<!uv )\bpip install\b", lambda _: _typed_installer(), text)
         text = OTHERS.sub(lambda match: shlex.quote(_found(match[1])), text)
     if not by_name():
         return text

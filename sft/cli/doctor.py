@@ -10,6 +10,7 @@ Exit codes: 0 nothing that a run needs is missing, 1 something is, 2 refused.
 import contextlib
 import importlib.util
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -149,11 +150,13 @@ def look_at_gpu() -> list[Row]:
         f"{', '.join(names) or 'none'}, driver {driver} (CUDA {cuda[0]}.{cuda[1]}), torch for CUDA {built or 'none: the CPU'}"
     )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    index = f"pip install --force-reinstall torch=={torch.__version__.partition('+')[0]} --index-url https://download.pytorch.org/whl/"
+    # uv knows which build of torch a driver takes; pip has to be told where it is.
+    again = f"uv pip install --python {shlex.quote(sys.executable)} --torch-backend=auto --reinstall-package torch "
+    again += f"torch=={torch.__version__.partition('+')[0]}   (pip install uv   where there is none)"
     if not built:
-        return [Row("GPU", MISSING, found, index + ("cu126" if cuda[0] < 13 else "cu130"))]
+        return [Row("GPU", MISSING, found, again)]
     if int(built.partition(".")[0]) > cuda[0]:
-        return [Row("GPU", MISSING, f"{found}: the driver is older", f"{index}cu126   or a newer driver")]
+        return [Row("GPU", MISSING, f"{found}: the driver is older", f"{again}   or a newer driver")]
     if visible is not None and visible.strip() in ("", "-1"):
         return [Row("GPU", OPTIONAL, f"{found}; hidden by CUDA_VISIBLE_DEVICES", "unset CUDA_VISIBLE_DEVICES")]
     if not torch.cuda.is_available():

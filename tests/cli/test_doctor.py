@@ -13,7 +13,7 @@ from sft import environment
 from sft.cli import doctor
 from sft.cli.doctor import MISSING, OK, OPTIONAL
 from sft.cli.main import main
-from sft.programs import VARIABLE
+from sft.programs import VARIABLE, as_called
 
 KEY = "f" * 40
 
@@ -114,9 +114,9 @@ def test_a_package_that_cannot_be_imported_ends_no_table(monkeypatch):
     "driver, built, available, state, words, fix",
     [
         (([], "", (0, 0)), "13.0", False, OPTIONAL, "no NVIDIA driver", "nvidia-smi"),
-        ((["T4"], "535.1", (12, 2)), "13.0", False, MISSING, "the driver is older", "/cu126   or a newer driver"),
-        ((["T4"], "535.1", (12, 2)), None, False, MISSING, "torch for CUDA none", "/cu126"),
-        ((["H100"], "580.1", (13, 0)), None, False, MISSING, "torch for CUDA none", "/cu130"),
+        ((["T4"], "535.1", (12, 2)), "13.0", False, MISSING, "the driver is older", "   or a newer driver"),
+        ((["T4"], "535.1", (12, 2)), None, False, MISSING, "torch for CUDA none", "--torch-backend=auto"),
+        ((["H100"], "580.1", (13, 0)), None, False, MISSING, "torch for CUDA none", "--torch-backend=auto"),
         ((["H100"], "580.1", (13, 0)), "13.0", False, MISSING, "torch cannot use it", "nvidia-smi"),
         ((["H100"], "580.1", (13, 2)), "12.6", True, OK, "H100, driver 580.1 (CUDA 13.2), torch for CUDA 12.6", ""),
     ],
@@ -127,6 +127,12 @@ def test_the_driver_is_compared_with_what_torch_was_built_for(driver, built, ava
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     found = row("GPU")
     assert found.state == state and words in found.found and (fix in found.fix if fix else not found.fix)
+
+
+def test_a_command_for_uv_stays_as_it_is_where_pip_is_spelled_out(monkeypatch):
+    monkeypatch.setattr("sft.programs.INSTALLED", True)
+    monkeypatch.setattr("sft.programs._typed_installer", lambda: "/own/python -m pip install")
+    assert as_called("uv pip install torch   (pip install uv)") == "uv pip install torch   (/own/python -m pip install uv)"
 
 
 def test_a_gpu_that_is_hidden_is_told(monkeypatch):
