@@ -12,7 +12,7 @@ import itertools
 import json
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -166,7 +166,7 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     if eval_rows is not None:
         held_out_in = eval_source["name"]
         _check_held_out(eval_rows, _asked_of(eval_rows, data, names), shape, held_out_in, answered)
-        eval_index = _choose_held_out(eval_rows, settings, held_out_in)
+        eval_index = _choose_held_out(eval_rows, data, row_seed(settings), held_out_in)
         counts["read_eval"] = len(eval_rows)
     parts = {"train": (rows, train_index, None)}
     if eval_index:
@@ -197,9 +197,9 @@ def _tokenise_all(settings, tokenizer, stop_ids, tables, sources, work: Path) ->
     return facts
 
 
-def _choose_held_out(rows, settings: Settings, source: str) -> list[int]:
+def _choose_held_out(rows, data, seed: int, source: str) -> Sequence[int]:
     """Which rows of a file of held-out ones are taken. Raises Refusal where there are none."""
-    index = choose_indices(rows, settings.dataset, row_seed(settings), source)[: settings.dataset.max_eval_rows]
+    index = choose_indices(rows, data, seed, source)[: data.max_eval_rows]
     if not index:
         fix = "dataset.keep={} dataset.drop={}   to filter nothing"
         raise refuse("dataset.keep / dataset.drop", f"None of the {len(rows)} held-out rows passes the filters.", fix)

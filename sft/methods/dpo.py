@@ -360,11 +360,9 @@ class PairSteps(ResumableTrainer):
     def _get_train_sampler(self, train_dataset=None):
         sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
         data, micro_batches = self.ctx.prepared.train, self.ctx.settings.trainer.gradient_accumulation_steps
-        if not self.plan.padding_free or micro_batches == 1:
+        if not self.plan.padding_free:
             return samplers.share_rows(sampler, len(data), rows)
-        ordered = samplers.share_rows(samplers.settle_order(sampler, len(data)), len(data), rows)
-        lengths = [*token_counts(data).tolist(), 2]  # the last one is the filler's
-        return samplers.TokenBalancedSampler(ordered, lengths, rows, micro_batches)
+        return samplers.balance_steps(sampler, token_counts(data).tolist(), rows, micro_batches, filler=2)
 
     def _get_eval_sampler(self, eval_dataset):
         from torch.utils.data import SequentialSampler

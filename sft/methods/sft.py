@@ -21,7 +21,6 @@ from sft.training.callbacks import progress_bar, run_callback
 from sft.training.context import RunContext
 from sft.training.nonfinite import NonFiniteSteps
 from sft.training.oom import OomRetry
-from sft.training.samplers import TokenBalancedSampler
 from sft.training.trainer import Loop, ResumableTrainer
 
 log = logging.getLogger(__name__)
@@ -125,11 +124,9 @@ class SftSteps(ResumableTrainer):
     def _get_train_sampler(self, train_dataset=None):
         sampler, rows = super()._get_train_sampler(train_dataset), self.args.per_device_train_batch_size
         data, micro_batches = self.ctx.prepared.train, self.ctx.settings.trainer.gradient_accumulation_steps
-        if not self.plan.padding_free or micro_batches == 1:
+        if not self.plan.padding_free:
             return samplers.share_rows(sampler, len(data), rows)
-        ordered = samplers.share_rows(samplers.settle_order(sampler, len(data)), len(data), rows)
-        lengths = [*token_counts(data).tolist(), 1]  # the last one is the filler's
-        return TokenBalancedSampler(ordered, lengths, rows, micro_batches)
+        return samplers.balance_steps(sampler, token_counts(data).tolist(), rows, micro_batches, filler=1)
 
     def _get_eval_sampler(self, eval_dataset):
         from torch.utils.data import SequentialSampler

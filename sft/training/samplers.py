@@ -128,6 +128,16 @@ def share_rows(sampler: Any, rows: int, micro_batch_size: int) -> Any:
     return PaddedDistributedSampler(range(rows) if sampler is None else sampler, rows, micro_batch_size * group.world_size())
 
 
+def balance_steps(sampler: Any, lengths: Sequence[int], micro_batch_size: int, micro_batches: int, filler: int) -> Any:
+    """A trainer's sampler of rows with these `lengths`, shared among ranks, by which the micro-batches of a step have about as
+    many tokens each. `filler` are the tokens of a row that fills up."""
+    rows = len(lengths)
+    if micro_batches == 1:
+        return share_rows(sampler, rows, micro_batch_size)
+    ordered = share_rows(settle_order(sampler, rows), rows, micro_batch_size)
+    return TokenBalancedSampler(ordered, [*lengths, filler], micro_batch_size, micro_batches)
+
+
 def with_filler(dataset: Any, token: int, always: bool = False, **others: Any) -> Any:
     """The rows, and behind them one of a single token with nothing to learn, where shares have to be filled up, or `always`;
     `others` are what it has in other columns.
