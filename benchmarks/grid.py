@@ -9,7 +9,7 @@ them), `length` of the rows, all alike, and `rank`; what is not varied is 8 rows
 computed at once is left to `auto`. A peer is a process of its own for each point, with its rows at once and without
 checkpointing; one that has no room is a failed one. Tokens a second are non-padding tokens of whole steps after the warm-up of
 STEPS, as speed.py counts them. In each round the order is turned; the table has medians. Writes grid.json, grid.md and, where
-vl-convert is installed, grid.svg after each point. What grid.json has already from the same hardware and versions stays.
+vl-convert is installed, grid.svg after each point. What grid.json has already from the same day, hardware and versions stays.
 scripts/benchmarks_page.py takes it from results/grids/, under the name of the GPU.
 """
 
@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {"date": f"{datetime.date.today()}", "hardware": speed.hardware(), "versions": speed.versions()}
     kept = json.loads(speed.read(args.out / "grid.json") or "{}")
-    kept = kept if facts.items() <= kept.items() else {}
+    if kept and not facts.items() <= kept.items():
+        parser.error(f"{args.out}/grid.json is of another day, hardware or versions: --out=<another folder>")
     results, steps = kept.get("results", {}), kept.get("steps", {}) | steps
     command = " ".join(["grid.py", *(sys.argv[1:] if argv is None else argv)])
     facts |= {"commands": [*kept.get("commands", []), command], "steps": steps}

@@ -66,7 +66,9 @@ def _drawing_of(file: Path) -> Path:
 def _grown(file: Path) -> str:
     measured = json.loads(file.read_text(encoding="utf-8"))
     commands = ", ".join(f"`{command}`" for command in measured["commands"])
-    head = [f"## How speed grows: {measured['hardware']}", "", f"{GROWN} By {commands}.", ""]
+    counts = {len(runs) for ways in measured["results"].values() for points in ways.values() for runs in points.values()}
+    rounds = "Each was measured once" if counts == {1} else f"Medians of {min(counts)} to {max(counts)} measurements"
+    head = [f"## How speed grows: {measured['hardware']}", "", f"{GROWN} {rounds}, by {commands}.", ""]
     picture = f"![Tokens a second by rows, lengths and ranks](images/{_drawing_of(file).name})"
     return "\n".join([*head, picture, "", grid.tables(measured)])
 

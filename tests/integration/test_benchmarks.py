@@ -73,6 +73,11 @@ def test_a_grid_has_each_point_of_ours_and_of_a_peer(forked_programs, monkeypatc
     grid.main([*options, "--axes", "rank", "--points", "4"])  # once more: measured again, beside what is there
     runs = json.loads((tmp_path / "grid.json").read_text(encoding="utf-8"))["results"]["rank"]["default"]
     assert [len(runs[point]) for point in ("4", "8")] == [2, 1] and runs["4"][0] != runs["4"][1]
+    (tmp_path / "grid.json").write_text(text := (tmp_path / "grid.json").read_text().replace('"date": "20', '"date": "19'))
+    with pytest.raises(SystemExit):
+        grid.main([*options, "--axes", "rank", "--points", "4"])
+    assert (tmp_path / "grid.json").read_text() == text and "another day" in capsys.readouterr().err
+    (tmp_path / "grid.json").unlink()
     grid.main([*options, "--axes", "rows,length", "--rounds", "2"])
     results = json.loads((tmp_path / "grid.json").read_text(encoding="utf-8"))["results"]
     tokens = {point: runs[0]["tokens"][0] for point, runs in results["length"]["default"].items()}
