@@ -253,7 +253,7 @@ def pytest_configure() -> None:
 
 # Two workers that take a file at a time end together if those of half a minute and more come first.
 LONG_FILES = ("integration/test_dpo", "export_gguf", "integration/test_distributed", "integration/test_grpo",
-              "config/test_refusals", "integration/test_safety", "padding_free", "data/test_properties",
+              "config/test_refus", "integration/test_safety", "padding_free", "data/test_properties",
               "integration/test_families", "test_presets", "start_from", "test_resume", "backends", "integration/test_sweep",
               "integration/test_export", "warm_cache", "cli/test_init", "test_sft_command", "data/test_hints",
               "cli/test_composition", "test_command", "test_folders", "integration/test_run", "integration/test_chat",

@@ -1,6 +1,6 @@
 """Every hint of a refusal that is neither of a setting nor of a row: hub, disk, trackers, exports, chats, folders, scripts.
 
-tests/config/test_refusals.py and tests/data/test_hints.py type those.
+tests/config/refused.py and tests/data/test_hints.py type those.
 """
 
 import ast
@@ -504,9 +504,9 @@ def made_at(monkeypatch, sites) -> dict[tuple[str, str], str]:
 
 
 ELSEWHERE = {
-    "sft.config.": "tests/config/test_refusals.py",
-    "sft.cli.check.": "tests/config/test_refusals.py",
-    "sft.cli.overrides.": "tests/config/test_refusals.py",
+    "sft.config.": "tests/config/refused.py",
+    "sft.cli.check.": "tests/config/refused.py",
+    "sft.cli.overrides.": "tests/config/refused.py",
     "sft.data.": "tests/data/test_hints.py",
     "sft.model.chat_template.": "tests/data/test_hints.py",
     "sft.model.targets.": "tests/model/test_adapters.py",

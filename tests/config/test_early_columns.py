@@ -6,9 +6,9 @@ import pytest
 
 from sft.cli.check import check_command_line
 from sft.data import prepare
-from tests.config.test_refusals import CONF, no_gpu, refusal_of
+from tests.config.refused import CONF, refusal_of
 
-__all__ = ["no_gpu"]
+pytestmark = pytest.mark.usefixtures("no_gpu")
 
 
 @pytest.mark.parametrize(
