@@ -7,9 +7,9 @@
 Each axis and mode is one sweep of train.py, whose jobs share the base: `rows` a step (of some 190 tokens, as make_rows.py has
 them), `length` of the rows, all alike, and `rank`; what is not varied is 8 rows, these rows, rank 16. How many rows are
 computed at once is left to `auto`. A peer is a process of its own for each point, with its rows at once and without
-checkpointing; one that has no room is a failed one. Tokens a second are non-padding tokens of whole steps after the warm-up of
-STEPS, as speed.py counts them. In each round the order is turned; the table has medians. Writes grid.json, grid.md and, where
-vl-convert is installed, grid.svg after each point. What grid.json has already from the same day, hardware and versions stays.
+checkpointing. Tokens a second are non-padding tokens of whole steps after the warm-up of STEPS, as speed.py counts them. In
+each round the order is turned; the table has medians, and says what failed. Writes grid.json, grid.md and, where vl-convert is
+installed, grid.svg after each point. What grid.json has already from the same day, hardware and versions stays.
 scripts/benchmarks_page.py takes it from results/grids/, under the name of the GPU.
 """
 
@@ -85,18 +85,16 @@ def main(argv: list[str] | None = None) -> None:
         for axis, way in list(itertools.product(axes, ways))[:: 1 if turn % 2 == 0 else -1]:
             order = points[axis][:: 1 if turn % 2 == 0 else -1]
             args.steps, warm_up = steps[axis]
-            measure, before = (sweep if way in MODES else peer), results.get(axis, {}).get(way, {}).values()
-            measured = measure(args, axis, order, way, max(map(len, before), default=0))
-            for point, found in measured:
+            measure = sweep if way in MODES else peer
+            for point, found in measure(args, axis, order, way):
                 results.setdefault(axis, {}).setdefault(way, {}).setdefault(str(point), []).append(shortened(found))
                 print(f"{axis:<7} {point:>5} {way:<8} {speed.line_of(found, warm_up)}", flush=True)
                 write(args.out, {**facts, "results": results})
 
 
-def sweep(args: argparse.Namespace, axis: str, points: list[int], mode: str, count: int):
-    """Yield (a point, what was measured) of one sweep over an axis; all of them failed where its log says why. `count` were
-    made before: the same folder again would go on with that sweep."""
-    place = args.out / f"{axis}_{mode}_{count}"
+def sweep(args: argparse.Namespace, axis: str, points: list[int], mode: str):
+    """Yield (a point, what was measured) of one sweep over an axis; all of them failed where its log says why."""
+    place = unused(args.out / f"{axis}_{mode}")
     files = [rows_file(args, axis, point) for point in points]
     varied = {
         "rows": ("trainer.effective_batch_size", points), "length": ("dataset.path", files), "rank": ("lora.r", points),
@@ -136,19 +134,26 @@ def shortened(found: dict[str, Any]) -> dict[str, Any]:
     return kept | {"seconds": [round(seconds, 4) for seconds in found["seconds"]]} if "seconds" in found else kept
 
 
-def peer(args: argparse.Namespace, axis: str, points: list[int], library: str, count: int):
+def peer(args: argparse.Namespace, axis: str, points: list[int], library: str):
     """Yield (a point, what was measured) of a peer, each a process."""
     for point in points:
         rows, rank = point if axis == "rows" else ROWS, point if axis == "rank" else RANK
         options = (f"--rank={rank}", f"--max-length={max(2048, point) if axis == 'length' else 2048}", *PEERS[library])
         args.data = rows_file(args, axis, point)
-        place = args.out / f"{axis}_{library}_{count}_{point}"
+        place = unused(args.out / f"{axis}_{library}_{point}")
         yield point, speed.measure_peer(args, (library, rows, 1, options), args.steps, place)
 
 
+def unused(place: Path) -> Path:
+    """`place` with the first number that no measurement took: the same folder again would go on with that sweep."""
+    numbered = (Path(f"{place}_{number}") for number in itertools.count())
+    return next(path for path in numbered if not Path(f"{path}.log").exists())
+
+
 def rows_file(args: argparse.Namespace, axis: str, point: int) -> str:
-    """The file with the rows of a point: enough for all steps, written once."""
-    count = args.steps * (point if axis == "rows" else ROWS)
+    """The file with the rows of a point, written once: as many for every point, since `auto` plans for the longest row of a
+    file, and with fewer of them would choose other micro-batches."""
+    count = args.steps * (ROWS if axis == "length" else max(AXES["rows"]))
     file = args.out.absolute() / (f"rows_of_{point}.json" if axis == "length" else "rows.json")
     words = ["--words", str(point - TEMPLATE)] if axis == "length" else []
     if not file.is_file() or len(json.loads(file.read_text(encoding="utf-8"))) < count:
@@ -191,14 +196,21 @@ def tables(measured: dict[str, Any]) -> str:
         out += [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
         for point in sorted({int(point) for points in ways.values() for point in points}):
             cells = [f"{point:,}"]
-            for values in found.values():
-                cells += [f"{values[point][0]:,.0f}", f"{values[point][1]:.1f}"] if point in values else ["failed", ""]
+            for way, values in found.items():
+                known = point in values
+                cells += [f"{values[point][0]:,.0f}", f"{values[point][1]:.1f}"] if known else [missing(ways[way], point), ""]
             for ours, other in ratios:
                 both = point in found[ours] and point in found[other]
                 cells.append(f"{found[ours][point][0] / found[other][point][0]:.2f}" if both else "")
             out.append(f"| {' | '.join(cells)} |")
         out.append("")
     return "\n".join(out)
+
+
+def missing(points: dict[str, list[dict]], point: int) -> str:
+    """What stands in the place of a rate that there is none of: nothing where it was not measured."""
+    errors = [run["error"] for run in points.get(str(point), [])]
+    return "" if not errors else "no memory" if all("OutOfMemoryError" in error for error in errors) else "failed"
 
 
 def svg(measured: dict[str, Any]) -> str:

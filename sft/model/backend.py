@@ -4,7 +4,7 @@ from typing import Any
 
 from sft.config.hardware import CONTEXT
 from sft.config.schema import Settings
-from sft.environment import quiet_libraries, seed_everything
+from sft.environment import importing, quiet_libraries, seed_everything
 
 
 def _import_backend(backend: str) -> None:
@@ -13,6 +13,7 @@ def _import_backend(backend: str) -> None:
         import unsloth  # noqa: F401
 
 
+@importing()
 def prepare_libraries(backend: str, seed: int) -> None:
     """Import and seed what a run computes with."""
     _import_backend(backend)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from sft.config.hardware import CAPACITY, CONTEXT, within_limit
 from sft.config.schema import Gpu, Settings
+from sft.environment import importing
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Machine:
 
 def look(settings: Settings) -> Machine:
     """The machine that `settings` train on; imports torch."""
-    import torch
+    with importing():
+        import torch
 
     if planned := settings.preflight.gpu:
         gib, modern = within_limit(settings, CAPACITY[planned]), planned != Gpu.t4

@@ -78,14 +78,18 @@ def test_a_grid_has_each_point_of_ours_and_of_a_peer(forked_programs, monkeypatc
         grid.main([*options, "--axes", "rank", "--points", "4"])
     assert (tmp_path / "grid.json").read_text() == text and "another day" in capsys.readouterr().err
     (tmp_path / "grid.json").unlink()
-    grid.main([*options, "--axes", "rows,length", "--rounds", "2"])
+    grid.main([*options, "--axes", "rows", "--rounds", "2"])
+    for length in (96, 128, 160):  # none goes on with the sweep of another call
+        grid.main([*options, "--axes", "length", "--points", str(length)])
     results = json.loads((tmp_path / "grid.json").read_text(encoding="utf-8"))["results"]
-    tokens = {point: runs[0]["tokens"][0] for point, runs in results["length"]["default"].items()}
-    assert (
-        tokens["128"] > 1.5 * tokens["96"]
-        and len(results["rows"]["default"]["1"]) == len(results["length"]["default"]["96"]) == 2
-    )
+    tokens = [runs[0]["tokens"][0] for runs in results["length"]["default"].values()]
+    assert tokens[1] > 1.5 * tokens[0] and tokens[2] > 1.3 * tokens[1] and len(results["rows"]["default"]["1"]) == 2
     assert "failed" not in capsys.readouterr().out
+
+
+def test_a_grid_says_what_failed_and_leaves_blank_what_was_not_measured():
+    runs = {"8": [{"error": "torch.OutOfMemoryError: CUDA out of memory."}], "4": [{"error": "ValueError: rank"}]}
+    assert [grid.missing(runs, point) for point in (2, 4, 8)] == ["", "failed", "no memory"]
 
 
 def test_points_of_a_grid_that_fail_say_why_and_the_others_stand(forked_programs, monkeypatch, tmp_path, capsys):
