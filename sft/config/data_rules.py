@@ -201,6 +201,9 @@ def _check_files(what: str, files: list[Path]) -> list[Problem]:
         empty = [file for file in empty if kind_of(file) not in (".json", ".jsonl", ".csv")]
     faults.append(("The file is empty.", "write the rows first, or name another file", empty))
     closed = [file for file in files if not os.access(file, os.R_OK)]
+    streams = [file for file in files if not (file.is_file() or file.is_dir())]
+    stored = "".join(f"cat {shlex.quote(str(file))} > stored{kind_of(file)}   and name that file" for file in streams[:1])
+    faults.append(("It is a pipe or a device, and rows are read more than once.", stored, streams))
     faults.append(("The file cannot be read by this user.", f"chmod u+r {shlex.join(map(str, closed))}", closed))
     problems = []
     for why, fix, found in faults:

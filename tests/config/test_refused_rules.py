@@ -1,5 +1,7 @@
 """Settings that do not go together, files, templates and limits that are refused before anything heavy is imported."""
 
+import os
+
 import pytest
 
 from sft.config import rules, upstream
@@ -100,6 +102,16 @@ def test_files_that_cannot_be_read(tmp_path):
     assert ".json, .jsonl, .csv, .parquet" in problem_of("dataset.path=notes.txt").why
     assert problem_of("dataset.path=empty.csv").why == "The file is empty."
     accepted("dataset.path=my_data.jsonl")
+
+
+@pytest.mark.parametrize("key", ["dataset.path", "dataset.eval_path"])
+def test_a_pipe_is_refused_and_not_waited_for(key, tmp_path):
+    os.mkfifo(tmp_path / "rows.csv")
+    (tmp_path / "my_data.jsonl").write_text('{"a": 1}')
+    others = [] if key == "dataset.path" else ["dataset.path=my_data.jsonl"]
+    problem = problem_of(f"{key}=rows.csv", *others)
+    assert problem.what == f"{key}=rows.csv" and problem.why.startswith("It is a pipe or a device")
+    assert problem.fix.endswith("rows.csv > stored.csv   and name that file")
 
 
 def test_a_folder_that_is_no_model(tmp_path):
