@@ -85,6 +85,7 @@ def _run(settings: Settings, folder: Path, context: Context, record: RunRecord, 
         group.broadcast(plan)
         with record.timed("import"):
             prepare_libraries(plan.backend, settings.seed)
+        warm_cache.freeze()
         settings = with_model_plan(settings, plan)
         with record.timed("data"):
             found = checks.examine(settings, folder, plan, context.provenance, machine, resume.read_batch_plan(before))

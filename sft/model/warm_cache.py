@@ -155,8 +155,8 @@ def release() -> None:
 
 
 def freeze() -> None:
-    """Do not search for garbage among all that there is by now, until `thaw`. After the first steps of a run that is what the
-    compiler has left: to search it takes half a second.
+    """Do not search for garbage among all that there is by now, until `thaw`: after the imports of a run these are the
+    libraries, after its first steps what the compiler has left. To search them takes half a second.
     """
     if not _frozen:
         gc.freeze()
