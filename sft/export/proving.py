@@ -205,11 +205,8 @@ def prove_folder(
         measured.append(found)
         del model
         environment.release_memory()
-        numbers, compared = verify.compare_numbers(reference, found, trained.dtype, limit, trained.rewarded)
-        signs, of_pairs = _compare_margins(trained, reference, found, trained.dtype, limit)
-        rewarded, of_rewards = _compare_rewards(trained, reference, found, trained.dtype, limit)
-        facts |= compared | of_rewards | of_pairs
-        note_result(trained, report, name, place, [*checks, *numbers, *rewarded, *signs], facts, begun)
+        numbers, compared = _compare(trained, reference, found, trained.dtype, limit)
+        note_result(trained, report, name, place, [*checks, *numbers], facts | compared, begun)
 
     attempt(report, name, prove)
     return measured[0] if measured else None
@@ -238,23 +235,10 @@ def prove_gguf(trained, report, reference, rounded, name: str, file: Path, kind:
     wanted = trained.settings.export
     found = gguf.measure(file, trained.rows, wanted.num_prompts, trained.new_tokens, trained.stop_ids, trained.texts)
     measured = _rewarded(trained, found["measurement"])
-    metadata, tokenizer = found["metadata"], trained.tokenizer
-    names = {
-        key: tokenizer.convert_ids_to_tokens(int(metadata[f"tokenizer.ggml.{key}_token_id"]))
-        if f"tokenizer.ggml.{key}_token_id" in metadata
-        else None
-        for key in ("eos", "padding")
-    }
-    template = metadata.get("tokenizer.chat_template")
-    held = verify.Tokens(names["eos"], names["padding"], sorted(found["ends"]), template, found["tokens"])
-    held.chats = trained.tokens.chats if template == trained.tokens.chat_template else [template or ""]
-    checks = verify.compare_tokens(trained.tokens, held, tokenizer.bos_token_id)
+    checks = verify.compare_tokens(trained.tokens, _tokens_of_gguf(trained, found), trained.tokenizer.bos_token_id)
     limit = None if kind in gguf.HIGH_PRECISION else wanted.max_loss_increase
     # llama.cpp rounds what it multiplies f16 weights with to 16 bits, so that it is as exact as a 16-bit type of torch's.
-    numbers, facts = verify.compare_numbers(reference, measured, "float16", limit, trained.rewarded)
-    signs, of_pairs = _compare_margins(trained, reference, measured, "float16", limit)
-    rewarded, of_rewards = _compare_rewards(trained, reference, measured, "float16", limit)
-    numbers, facts = numbers + rewarded + signs, facts | of_rewards | of_pairs
+    numbers, facts = _compare(trained, reference, measured, "float16", limit)
     if limit is None and rounded is not None:
         tie = verify.TIE[trained.dtype]
         check, completions = verify.compare_completions("answers_of_merged", rounded, measured, tie)
@@ -263,17 +247,31 @@ def prove_gguf(trained, report, reference, rounded, name: str, file: Path, kind:
     note_result(trained, report, name, file, [*checks, *numbers], facts, begun)
 
 
-def _compare_margins(trained, reference, found, dtype: str, limit: float | None) -> tuple[list[verify.Check], dict[str, Any]]:
-    """The margins of pairs against those of the trained model, judged where `limit` says that the format is lossless."""
-    return verify.compare_margins(
-        trained.rows, measure.log_probs_of(trained.rows, reference), found, dtype, judged=limit is None
+def _tokens_of_gguf(trained: Trained, found: dict[str, Any]) -> verify.Tokens:
+    """The special tokens, the chat template and the tokens of texts in what llama.cpp `found` in a file. It renders no chats:
+    these are the trained model's where the template is the same."""
+    metadata = found["metadata"]
+    ids = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "padding")]
+    names = [None if token is None else trained.tokenizer.convert_ids_to_tokens(int(token)) for token in ids]
+    template = metadata.get("tokenizer.chat_template")
+    held = verify.Tokens(*names, sorted(found["ends"]), template, found["tokens"])
+    held.chats = trained.tokens.chats if template == trained.tokens.chat_template else [template or ""]
+    return held
+
+
+def _compare(trained, reference, found, dtype: str, limit: float | None) -> tuple[list[verify.Check], dict[str, Any]]:
+    """What an export does against what the trained model does: loss and completions, rewards of completions, and margins of
+    pairs. Rewards are equal, and margins judged, where the format is lossless, which is one without a `limit` on the loss.
+    """
+    numbers, facts = verify.compare_numbers(reference, found, dtype, limit, trained.rewarded)
+    lossless, tie = limit is None, verify.lossless_limits(dtype, trained.rewarded)[1]
+    ties = verify.ties_of(verify.find_divergences(reference, found), tie)
+    rewarded, of_rewards = verify.compare_rewards(
+        reference.rewards, found.rewards, trained.reward_weights, ties, exact=lossless
     )
-
-
-def _compare_rewards(trained, reference, found, dtype: str, limit: float | None) -> tuple[list[verify.Check], dict[str, Any]]:
-    """The rewards of completions against those of the trained model: equal where the format is lossless."""
-    ties = verify.ties_of(verify.find_divergences(reference, found), verify.lossless_limits(dtype, trained.rewarded)[1])
-    return verify.compare_rewards(reference.rewards, found.rewards, trained.reward_weights, ties, exact=limit is None)
+    expected = measure.log_probs_of(trained.rows, reference)
+    signs, of_pairs = verify.compare_margins(trained.rows, expected, found, dtype, judged=lossless)
+    return numbers + rewarded + signs, facts | of_rewards | of_pairs
 
 
 def note_result(
