@@ -22,12 +22,12 @@ from sft.export.proving import (
     Trained,
     attempt,
     base_loss,
+    compare_gguf,
     compare_with_training,
     completions_of,
     measure_weights,
     note_result,
     prove_folder,
-    prove_gguf,
     reference_facts,
 )
 from sft.export.requirements import FORMATS, check_export
@@ -236,6 +236,11 @@ def _make_gguf(
     whole = place / ("model-f16.gguf" if "f16" in kinds else ".model-f16.gguf")
     if rounded is None and set(kinds) & set(gguf.HIGH_PRECISION):
         rounded = completions_of(trained, merged)
+
+    def prove(kind: str, file: Path, begun: float) -> None:
+        limit = None if kind in gguf.HIGH_PRECISION else wanted.max_loss_increase
+        note_result(trained, report, f"gguf/{kind}", file, *compare_gguf(trained, reference, rounded, file, limit), begun)
+
     try:
         for kind in sorted(kinds, key=lambda k: k != "f16"):
             name, file, begun = f"gguf/{kind}", place / f"model-{kind}.gguf", time.monotonic()
@@ -250,8 +255,7 @@ def _make_gguf(
             if made:
                 _list_gguf(report, file)
                 _write_modelfile(trained, report, file)
-                proving = functools.partial(prove_gguf, trained, report, reference, rounded, name, file, kind, begun)
-                attempt(report, name, proving)
+                attempt(report, name, functools.partial(prove, kind, file, begun))
         if wanted.gguf.adapter:
             _make_gguf_adapter(trained, report, merged, whole)
     finally:

@@ -226,17 +226,18 @@ def completions_of(trained: Trained, merged: Path) -> measure.EvalResult | None:
     return measured
 
 
-def prove_gguf(trained, report, reference, rounded, name: str, file: Path, kind: str, begun: float) -> None:
-    """Measure a GGUF file in llama.cpp and note the result.
+def compare_gguf(
+    trained: Trained, reference: measure.EvalResult, rounded: measure.EvalResult | None, file: Path, limit: float | None
+) -> tuple[list[verify.Check], dict[str, Any]]:
+    """Measure a GGUF file in llama.cpp, and compare it with the trained model.
 
-    A lossless one holds the merged 16-bit weights, so that it is also compared with these in transformers: between the two
-    lies no rounding of weights, only llama.cpp's arithmetic.
+    One without a `limit` on the loss is lossless: it holds the merged 16-bit weights, so that it is also compared with what
+    these do in transformers, `rounded`. Between the two lies no rounding of weights, only llama.cpp's arithmetic.
     """
     wanted = trained.settings.export
     found = gguf.measure(file, trained.rows, wanted.num_prompts, trained.new_tokens, trained.stop_ids, trained.texts)
     measured = _rewarded(trained, found["measurement"])
     checks = verify.compare_tokens(trained.tokens, _tokens_of_gguf(trained, found), trained.tokenizer.bos_token_id)
-    limit = None if kind in gguf.HIGH_PRECISION else wanted.max_loss_increase
     # llama.cpp rounds what it multiplies f16 weights with to 16 bits, so that it is as exact as a 16-bit type of torch's.
     numbers, facts = _compare(trained, reference, measured, "float16", limit)
     if limit is None and rounded is not None:
@@ -244,7 +245,7 @@ def prove_gguf(trained, report, reference, rounded, name: str, file: Path, kind:
         check, completions = verify.compare_completions("answers_of_merged", rounded, measured, tie)
         numbers.append(check)
         facts |= {"as_merged": completions["answers_equal"], "partings_from_merged": completions["partings"]}
-    note_result(trained, report, name, file, [*checks, *numbers], facts, begun)
+    return checks + numbers, facts
 
 
 def _tokens_of_gguf(trained: Trained, found: dict[str, Any]) -> verify.Tokens:
