@@ -66,23 +66,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--overrides", default="", help="for ours, separated by spaces")
     args = parser.parse_args(argv)
     args.model = str(builtin.local_model(args.model) or args.model)  # a peer knows no name of ours
-    axes = args.axes.split(",")
+    axes, modes, peers = (list(filter(None, text.split(","))) for text in (args.axes, args.modes, args.peers))
+    for named, known in ((axes, AXES), (modes, MODES), (peers, PEERS)):
+        if unknown := [name for name in named if name not in known]:
+            parser.error(f"{', '.join(unknown)}: there are {', '.join(known)}")
     if args.points and len(axes) > 1:
         parser.error("--points are those of one axis: name it with --axes")
     points = {axis: [int(point) for point in args.points.split(",")] if args.points else AXES[axis] for axis in axes}
     wanted = args.steps, args.warm_up
     steps = {axis: [n if n is not None else usual for n, usual in zip(wanted, STEPS[axis], strict=True)] for axis in axes}
-    ways = [*filter(None, args.modes.split(",")), *filter(None, args.peers.split(","))]
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {"date": f"{datetime.date.today()}", "hardware": speed.hardware(), "versions": speed.versions()}
     kept = json.loads(speed.read(args.out / "grid.json") or "{}")
     if kept and not facts.items() <= kept.items():
         parser.error(f"{args.out}/grid.json is of another day, hardware or versions: --out=<another folder>")
+    if other := [axis for axis in axes if kept.get("steps", {}).get(axis, steps[axis]) != steps[axis]]:
+        parser.error(f"{args.out}/grid.json has other steps of {', '.join(other)}: --out=<another folder>")
     results, steps = kept.get("results", {}), kept.get("steps", {}) | steps
     command = " ".join(["grid.py", *(sys.argv[1:] if argv is None else argv)])
     facts |= {"commands": [*kept.get("commands", []), command], "steps": steps}
     for turn in range(args.rounds):
-        for axis, way in list(itertools.product(axes, ways))[:: 1 if turn % 2 == 0 else -1]:
+        for axis, way in list(itertools.product(axes, [*modes, *peers]))[:: 1 if turn % 2 == 0 else -1]:
             order = points[axis][:: 1 if turn % 2 == 0 else -1]
             args.steps, warm_up = steps[axis]
             measure = sweep if way in MODES else peer

@@ -1,5 +1,6 @@
 """The benchmark of the model families, with tiny models on the CPU."""
 
+import datetime
 import json
 import subprocess
 from types import SimpleNamespace
@@ -85,6 +86,23 @@ def test_a_grid_has_each_point_of_ours_and_of_a_peer(forked_programs, monkeypatc
     tokens = [runs[0]["tokens"][0] for runs in results["length"]["default"].values()]
     assert tokens[1] > 1.5 * tokens[0] and tokens[2] > 1.3 * tokens[1] and len(results["rows"]["default"]["1"]) == 2
     assert "failed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--axes", "rank,row"], "row: there are rows, length, rank"),
+        (["--modes", "fp9"], "fp9: there are bf16, nf4, fp8, default"),
+        (["--peers", "axolotl"], "axolotl: there are unsloth, trl"),
+        (["--axes", "rank", "--steps", "4"], "grid.json has other steps of rank: --out=<another folder>"),
+    ],
+)
+def test_a_grid_that_cannot_be_measured_is_refused(tmp_path, capsys, words, why):
+    facts = {"date": f"{datetime.date.today()}", "hardware": speed.hardware(), "versions": speed.versions()}
+    (tmp_path / "grid.json").write_text(text := json.dumps({**facts, "steps": {"rank": [45, 25]}}))
+    with pytest.raises(SystemExit):
+        grid.main(["--model", "tiny_random", "--out", str(tmp_path), *words])
+    assert why in capsys.readouterr().err and (tmp_path / "grid.json").read_text() == text
 
 
 def test_a_grid_says_what_failed_and_leaves_blank_what_was_not_measured():
