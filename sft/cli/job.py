@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sft.config.compose import PROCESSES, command_text, run_words, to_settings
+from sft.config.compose import PROCESSES, called, command_text, run_words, tags_of, to_settings
 from sft.config.keys import leaf_keys
 from sft.config.provenance import find_provenance
 from sft.config.rules import check_settings
@@ -29,13 +29,13 @@ def run_job(config: DictConfig) -> RunResult:
     folder = Path(hydra.runtime.output_dir)
     sweeping = hydra.mode == RunMode.MULTIRUN
     overrides = tuple(hydra.overrides.task)
-    choices = {k: v for k, v in hydra.runtime.choices.items() if not k.startswith("hydra") and v not in (None, "none")}
-    words = run_words(choices.get("model"), choices.get("dataset"), OmegaConf.select(config, "dataset.path"))
-    name = _job_name(words, folder) if sweeping else _run_name(words, overrides)
+    choices = called(hydra.runtime.choices, (), None, None)
+    names = called(hydra.runtime.choices, overrides, *(OmegaConf.select(config, key) for key in ("model.name", "dataset.path")))
+    name = _job_name(run_words(names), folder) if sweeping else _run_name(run_words(names), overrides)
     folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     provenance = find_provenance(dict(hydra.runtime.choices), overrides, folders, hydra.job.config_name)
     logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    context = Context(name, command_text(), overrides, tuple(choices.values()), provenance, choices=choices, logging=logging)
+    context = Context(name, command_text(), overrides, tags_of(names), provenance, choices=choices, logging=logging)
 
     stack = contextlib.ExitStack()
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
@@ -64,7 +65,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("is_sums", _is_sums, replace=True)
     OmegaConf.register_new_resolver("sums_weights", _sums_weights, replace=True)
     OmegaConf.register_new_resolver("job_label", _job_label, replace=True)
-    OmegaConf.register_new_resolver("run_words", lambda *given: "_".join(run_words(*given)), replace=True)
+    OmegaConf.register_new_resolver("run_words", lambda *given: "_".join(run_words(called(*given))), replace=True)
     OmegaConf.register_new_resolver("as_called", as_called, replace=True)
     OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
@@ -123,11 +124,36 @@ PROCESSES = "distributed.num_processes="
 """The one setting that may stand beside `resume=`."""
 
 
-def run_words(model: str | None, dataset: str | None, path: Any) -> list[str]:
-    """What the folder and the name of a run begin with: the options of the two groups, the file's name in place of `local`."""
-    if dataset == "local" and isinstance(path, str) and (stem := re.match(r"[\w-]+", os.path.basename(path.rstrip("/")))):
-        dataset = stem[0][:40]
-    return [option.replace("/", "-") for option in (model, dataset) if option not in (None, "none")]
+def called(choices: Mapping[str, Any], overrides: Sequence[str], name: Any, path: Any) -> dict[str, str]:
+    """The chosen options by group, and for the model and the data what took the option's place.
+
+    That is the last part of `model.name` where an override has set it, and the file's name where one has set `dataset.path`
+    or the option is `local`.
+    """
+    found = {
+        group: option for group, option in choices.items() if not group.startswith("hydra") and option not in (None, "none")
+    }
+    keys = {override.lstrip("+").partition("=")[0] for override in overrides}
+    if "model.name" in keys and (word := _last_part(name, r"\w[\w.-]*")):
+        found["model"] = word
+    if ("dataset.path" in keys or found.get("dataset") == "local") and (word := _last_part(path, r"[\w-]+")):
+        found["dataset"] = word
+    return found
+
+
+def _last_part(path: Any, form: str) -> str | None:
+    found = re.match(form, os.path.basename(path.rstrip("/"))) if isinstance(path, str) else None
+    return found[0][:40] if found else None
+
+
+def run_words(names: Mapping[str, str]) -> list[str]:
+    """What the folder and the name of a run begin with, by what `called` says."""
+    return [names[group].replace("/", "-") for group in ("model", "dataset") if group in names]
+
+
+def tags_of(names: Mapping[str, str]) -> tuple[str, ...]:
+    """What a run is found by, by what `called` says: a tracker and `default` tell nothing apart."""
+    return tuple(option for group, option in names.items() if group != "tracking" and option != "default")
 
 
 def to_settings(config: DictConfig) -> Settings:

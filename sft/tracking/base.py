@@ -154,9 +154,8 @@ def facts_to_track(record: dict[str, Any], folder: Path, backend: str) -> dict[s
 
 def tags_to_track(record: dict[str, Any], backend: str) -> list[str]:
     """A run's tags, from its run.json: what was chosen of each group, the backend and the GPU."""
-    choices, gpu = record.get("choices") or {}, (record.get("hardware") or {}).get("gpu")
-    chosen = [option for group, option in choices.items() if group != "tracking" and option != "default"]
-    return [*(chosen if choices else record.get("tags") or []), backend, *([gpu] if gpu else [])]
+    gpu = (record.get("hardware") or {}).get("gpu")
+    return [*(record.get("tags") or []), backend, *([gpu] if gpu else [])]
 
 
 def make_trackers(settings: Settings) -> Trackers:

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from sft.cli.check import check_command_line, read_settings
 from sft.cli.job import _job_name, _run_name
-from sft.config.compose import run_words, to_settings, where_it_looked
+from sft.config.compose import called, run_words, tags_of, to_settings, where_it_looked
 from sft.config.provenance import find_provenance
 from sft.config.schema import Settings
 from sft.errors import Problem, Refusal
@@ -222,7 +222,9 @@ def test_an_option_of_a_subfolder_makes_no_folder_inside_the_runs(monkeypatch, t
     monkeypatch.setattr(sys, "argv", ["train.py", "--config-dir", "my", "dataset=team/faq", *QUIET])
     app()
     assert folders[0].startswith(f"{tmp_path}/outputs/") and folders[0].endswith("_smollm2_135m_team-faq")
-    words = run_words("m", "team/faq", None)
+    names = called({"model": "m", "dataset": "team/faq", "lora": "default", "tracking": "wandb"}, (), "M", None)
+    words = run_words(names)
+    assert tags_of(names) == ("m", "team/faq")
     assert _run_name(words, ()) == "m_team-faq" and _job_name(words, tmp_path / "3_r=4") == "m_team-faq_r=4"
     assert _job_name(words, tmp_path / "rank_4") == "m_team-faq_rank_4"
 
@@ -243,6 +245,27 @@ def test_a_run_on_a_file_of_ones_own_is_called_by_it(monkeypatch, tmp_path, path
     monkeypatch.setattr(sys, "argv", ["train.py", "dataset=local", f"dataset.path={value}", *QUIET])
     app()
     assert folders[0].startswith(f"{tmp_path}/outputs/") and folders[0].endswith(f"_smollm2_135m_{word}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [(["model.name=Qwen/Qwen3-0.6B"], "Qwen3-0.6B_twists"), (["model.name=/models/mine/"], "mine_twists"),
+     (["++model.name=.."], "smollm2_135m_twists"), (["dataset.path=faq.csv"], "smollm2_135m_faq"),
+     (["model.max_seq_length=64"], "smollm2_135m_twists")],
+)  # fmt: skip
+def test_a_run_is_not_called_by_an_option_whose_model_or_file_was_replaced(monkeypatch, tmp_path, overrides, words):
+    folders, chosen, values = [], [], []
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def app(config):
+        folders.append(HydraConfig.get().runtime.output_dir)
+        chosen.append(HydraConfig.get().runtime.choices)
+        values.append((config.model.name, config.dataset.path))
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *overrides, *QUIET])
+    app()
+    assert folders[0].endswith(f"_{words}")
+    assert set(tags_of(called(chosen[0], overrides, *values[0]))) == {*words.rsplit("_", 1), "sft"}
 
 
 def test_a_setting_of_a_primary_config_says_so(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sft.config.compose import tags_of
 from sft.config.method import MethodFacts
 from sft.lifecycle import run
 from sft.runs.record import Context
@@ -50,7 +51,7 @@ def read_back(folder: Path) -> dict:
 def finished(tmp_path_factory):
     """A finished run, read back, and its folder."""
     folder = tmp_path_factory.mktemp("run")
-    context = Context("tiny", "python train.py model=tiny_random", (), tuple(CHOICES.values()), choices=CHOICES)
+    context = Context("tiny", "python train.py model=tiny_random", (), tags_of(CHOICES), choices=CHOICES)
     settings = make_settings(*TRACKED, "tracking.log_adapter=true", "tracking.alert=true", "tracking.group=faq")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_NOTES"):
@@ -169,8 +170,8 @@ def test_two_runs_of_the_same_model_and_data_differ_in_name(tmp_path):
     assert len(names) == 2 and all(name.startswith("tiny_") for name in names)
 
 
-def test_tags_have_the_gpu_and_those_of_an_older_record_stay():
-    assert tags_to_track({"choices": CHOICES, "hardware": {"gpu": "NVIDIA H100"}}, "unsloth")[-2:] == ["unsloth", "NVIDIA H100"]
+def test_tags_have_the_gpu_and_those_of_the_record():
+    assert tags_to_track({"tags": [], "hardware": {"gpu": "NVIDIA H100"}}, "unsloth") == ["unsloth", "NVIDIA H100"]
     assert tags_to_track({"tags": ["mine"]}, "transformers") == ["mine", "transformers"]
 
 
