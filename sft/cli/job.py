@@ -7,9 +7,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sft.config.compose import PROCESSES, called, command_text, run_words, tags_of, to_settings
+from sft.config import naming
+from sft.config.compose import PROCESSES, command_text, to_settings
 from sft.config.keys import leaf_keys
-from sft.config.provenance import find_provenance
+from sft.config.provenance import provenance_of
 from sft.config.rules import check_settings
 from sft.config.schema import Isolation, PreflightMode, Settings
 from sft.errors import Refusal
@@ -29,13 +30,12 @@ def run_job(config: DictConfig) -> RunResult:
     folder = Path(hydra.runtime.output_dir)
     sweeping = hydra.mode == RunMode.MULTIRUN
     overrides = tuple(hydra.overrides.task)
-    choices = called(hydra.runtime.choices, (), None, None)
-    names = called(hydra.runtime.choices, overrides, *(OmegaConf.select(config, key) for key in ("model.name", "dataset.path")))
-    name = _job_name(run_words(names), folder) if sweeping else _run_name(run_words(names), overrides)
-    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
-    provenance = find_provenance(dict(hydra.runtime.choices), overrides, folders, hydra.job.config_name)
+    provenance, choices = provenance_of(hydra), naming.options_by_group(hydra.runtime.choices)
+    values = (OmegaConf.select(config, key) for key in ("model.name", "dataset.path"))
+    names = naming.names_by_group(hydra.runtime.choices, provenance, *values)
+    name = naming.job_name(names, without_number(folder.name)) if sweeping else naming.run_name(names, overrides)
     logging = OmegaConf.to_container(hydra.job_logging, resolve=True)
-    context = Context(name, command_text(), overrides, tags_of(names), provenance, choices=choices, logging=logging)
+    context = Context(name, command_text(), overrides, naming.tags_of(names), provenance, choices=choices, logging=logging)
 
     stack = contextlib.ExitStack()
 
@@ -70,13 +70,3 @@ def _recorded(
     named = [record.get(key) or empty for key, empty in (("name", "run"), ("command", ""), ("overrides", ()), ("tags", ()))]
     provenance, choices = dict.fromkeys(leaf_keys(), "run.json"), record.get("choices") or {}
     return settings, Context(named[0], named[1], tuple(named[2]), tuple(named[3]), provenance, choices=choices)
-
-
-def _run_name(words: list[str], overrides: tuple[str, ...]) -> str:
-    words = words + [o.split(".", 1)[1] for o in overrides if o.startswith(("lora.", "trainer.")) and "=" in o]
-    return "_".join(w for w in words if w)[:100]
-
-
-def _job_name(words: list[str], folder: Path) -> str:
-    """A sweep's job is called by what varies, which its folder's name says."""
-    return "_".join([*words, without_number(folder.name)])[:100]

@@ -7,7 +7,6 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
+from sft.config import naming
 from sft.config.keys import find_field, leaf_keys, plain_type, stray_keys, unknown_key
 from sft.config.presets import OwnPresets
 from sft.config.schema import BUILT_IN, Settings
@@ -64,8 +64,8 @@ def register() -> None:
     OmegaConf.register_new_resolver("grpo_learning_rate", _grpo_learning_rate, replace=True)
     OmegaConf.register_new_resolver("is_sums", _is_sums, replace=True)
     OmegaConf.register_new_resolver("sums_weights", _sums_weights, replace=True)
-    OmegaConf.register_new_resolver("job_label", _job_label, replace=True)
-    OmegaConf.register_new_resolver("run_words", lambda *given: "_".join(run_words(called(*given))), replace=True)
+    OmegaConf.register_new_resolver("job_label", naming.job_label, replace=True)
+    OmegaConf.register_new_resolver("run_words", naming.run_words, replace=True)
     OmegaConf.register_new_resolver("as_called", as_called, replace=True)
     OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
@@ -109,51 +109,8 @@ def _sums_weights(rewards: list[str]) -> list[float]:
     return [0.8, 0.2] if list(rewards) == ["number", "ends"] else []
 
 
-def _job_label(overrides: list[str]) -> str:
-    """What varies in a sweep job, as short `key=value` words for its folder: no slashes or commas, at most 60 characters."""
-    swept = {a.partition("=")[0].lstrip("+") for a in sys.argv if re.search(r"=.*[,(]", a)}
-    words = []
-    for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        if key in swept or not swept:
-            words.append(f"{key.rsplit('.', 1)[-1]}={value}")
-    return re.sub(r"[^\w.=+-]+", "-", "_".join(words)).strip("-")[:60] or "job"
-
-
 PROCESSES = "distributed.num_processes="
 """The one setting that may stand beside `resume=`."""
-
-
-def called(choices: Mapping[str, Any], overrides: Sequence[str], name: Any, path: Any) -> dict[str, str]:
-    """The chosen options by group, and for the model and the data what took the option's place.
-
-    That is the last part of `model.name` where an override has set it, and the file's name where one has set `dataset.path`
-    or the option is `local`.
-    """
-    found = {
-        group: option for group, option in choices.items() if not group.startswith("hydra") and option not in (None, "none")
-    }
-    keys = {override.lstrip("+").partition("=")[0] for override in overrides}
-    if "model.name" in keys and (word := _last_part(name, r"\w[\w.-]*")):
-        found["model"] = word
-    if ("dataset.path" in keys or found.get("dataset") == "local") and (word := _last_part(path, r"[\w-]+")):
-        found["dataset"] = word
-    return found
-
-
-def _last_part(path: Any, form: str) -> str | None:
-    found = re.match(form, os.path.basename(path.rstrip("/"))) if isinstance(path, str) else None
-    return found[0][:40] if found else None
-
-
-def run_words(names: Mapping[str, str]) -> list[str]:
-    """What the folder and the name of a run begin with, by what `called` says."""
-    return [names[group].replace("/", "-") for group in ("model", "dataset") if group in names]
-
-
-def tags_of(names: Mapping[str, str]) -> tuple[str, ...]:
-    """What a run is found by, by what `called` says: a tracker and `default` tell nothing apart."""
-    return tuple(option for group, option in names.items() if group != "tracking" and option != "default")
 
 
 def to_settings(config: DictConfig) -> Settings:

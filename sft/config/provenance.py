@@ -36,6 +36,12 @@ def find_provenance(
     return provenance
 
 
+def provenance_of(hydra: Any) -> dict[str, str]:
+    """`find_provenance` of what Hydra has composed, by `HydraConfig.get()`."""
+    folders = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
+    return find_provenance(dict(hydra.runtime.choices), tuple(hydra.overrides.task), folders, hydra.job.config_name)
+
+
 def describe(settings: Settings, provenance: dict[str, str]) -> dict[str, dict[str, Any]]:
     """{dotted key: {"value", "origin"}} of every setting."""
     from sft.storage.jsonio import jsonable

@@ -18,9 +18,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from sft.cli.check import check_command_line, read_settings
-from sft.cli.job import _job_name, _run_name
-from sft.config.compose import called, run_words, tags_of, to_settings, where_it_looked
-from sft.config.provenance import find_provenance
+from sft.config.compose import to_settings, where_it_looked
+from sft.config.naming import job_name, names_by_group, run_name, tags_of
+from sft.config.provenance import find_provenance, provenance_of
 from sft.config.schema import Settings
 from sft.errors import Problem, Refusal
 from sft.sweep import checks, leaderboard, runner
@@ -222,11 +222,9 @@ def test_an_option_of_a_subfolder_makes_no_folder_inside_the_runs(monkeypatch, t
     monkeypatch.setattr(sys, "argv", ["train.py", "--config-dir", "my", "dataset=team/faq", *QUIET])
     app()
     assert folders[0].startswith(f"{tmp_path}/outputs/") and folders[0].endswith("_smollm2_135m_team-faq")
-    names = called({"model": "m", "dataset": "team/faq", "lora": "default", "tracking": "wandb"}, (), "M", None)
-    words = run_words(names)
+    names = names_by_group({"model": "m", "dataset": "team/faq", "lora": "default", "tracking": "wandb"}, {}, "M", None)
     assert tags_of(names) == ("m", "team/faq")
-    assert _run_name(words, ()) == "m_team-faq" and _job_name(words, tmp_path / "3_r=4") == "m_team-faq_r=4"
-    assert _job_name(words, tmp_path / "rank_4") == "m_team-faq_rank_4"
+    assert run_name(names, ()) == "m_team-faq" and job_name(names, "r=4") == "m_team-faq_r=4"
 
 
 @pytest.mark.parametrize(
@@ -249,23 +247,31 @@ def test_a_run_on_a_file_of_ones_own_is_called_by_it(monkeypatch, tmp_path, path
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
-    [(["model.name=Qwen/Qwen3-0.6B"], "Qwen3-0.6B_twists"), (["model.name=/models/mine/"], "mine_twists"),
-     (["++model.name=.."], "smollm2_135m_twists"), (["dataset.path=faq.csv"], "smollm2_135m_faq"),
-     (["model.max_seq_length=64"], "smollm2_135m_twists")],
+    [(["model.name=Qwen/Qwen3-0.6B"], "Qwen3-0.6B twists"), (["model.name=/models/mine/"], "mine twists"),
+     (["++model.name=.."], "smollm2_135m twists"), (["dataset.path=faq.csv"], "smollm2_135m faq"),
+     (["model.max_seq_length=64"], "smollm2_135m twists"), (["model=tiny_random", "dataset=team/faq"], "tiny_random team/faq"),
+     (["experiment=other"], "Qwen3-4B rows"), (["experiment=other", "model.name=a/b"], "b rows"),
+     (["experiment=other", "dataset.path=faq.csv"], "Qwen3-4B faq")],
 )  # fmt: skip
 def test_a_run_is_not_called_by_an_option_whose_model_or_file_was_replaced(monkeypatch, tmp_path, overrides, words):
-    folders, chosen, values = [], [], []
+    (tmp_path / "my/experiment/other.yaml").write_text(
+        "# @package _global_\ndefaults: [{override /dataset: local}]\n"
+        "model: {name: Qwen/Qwen3-4B}\ndataset: {path: rows.json}\n",
+        encoding="utf-8",
+    )
+    found = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def app(config):
-        folders.append(HydraConfig.get().runtime.output_dir)
-        chosen.append(HydraConfig.get().runtime.choices)
-        values.append((config.model.name, config.dataset.path))
+        own = HydraConfig.get()
+        names = names_by_group(own.runtime.choices, provenance_of(own), config.model.name, config.dataset.path)
+        found.append((own.runtime.output_dir, tags_of(names)))
 
-    monkeypatch.setattr(sys, "argv", ["train.py", *overrides, *QUIET])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config-dir", "my", *overrides, *QUIET])
     app()
-    assert folders[0].endswith(f"_{words}")
-    assert set(tags_of(called(chosen[0], overrides, *values[0]))) == {*words.rsplit("_", 1), "sft"}
+    ((folder, tags),) = found
+    assert folder.startswith(f"{tmp_path}/outputs/") and folder.endswith("_" + words.replace(" ", "_").replace("/", "-"))
+    assert set(words.split()) <= set(tags) and len(set(tags) & {"smollm2_135m", "twists", "local"} - set(words.split())) == 0
 
 
 def test_a_setting_of_a_primary_config_says_so(tmp_path):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sft.config.compose import tags_of
 from sft.config.method import MethodFacts
+from sft.config.naming import tags_of
 from sft.lifecycle import run
 from sft.runs.record import Context
 from sft.tracking.base import make_trackers, tags_to_track
