@@ -55,7 +55,7 @@ def job_name(names: Mapping[str, str], label: str) -> str:
 
 def tags_of(names: Mapping[str, str]) -> tuple[str, ...]:
     """What a run is found by: its names, but for the tracker's and `default`, which tell nothing apart."""
-    return tuple(name for group, name in names.items() if group != "tracking" and name != "default")
+    return tuple(dict.fromkeys(name for group, name in names.items() if group != "tracking" and name != "default"))
 
 
 def run_words(name: Any, path: Any) -> str:

@@ -223,7 +223,7 @@ def test_an_option_of_a_subfolder_makes_no_folder_inside_the_runs(monkeypatch, t
     app()
     assert folders[0].startswith(f"{tmp_path}/outputs/") and folders[0].endswith("_smollm2_135m_team-faq")
     names = names_by_group({"model": "m", "dataset": "team/faq", "lora": "default", "tracking": "wandb"}, {}, "M", None)
-    assert tags_of(names) == ("m", "team/faq")
+    assert tags_of(names) == ("m", "team/faq") == tags_of({**names, "experiment": "m"}), "each once"
     assert run_name(names, ()) == "m_team-faq" and job_name(names, "r=4") == "m_team-faq_r=4"
 
 
