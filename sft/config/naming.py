@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sft.config.provenance import DEFAULT, provenance_of
 
@@ -58,10 +59,11 @@ def tags_of(names: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for group, name in names.items() if group != "tracking" and name != "default"))
 
 
-def run_words(name: Any, path: Any) -> str:
-    """`${run_words:${model.name},${dataset.path}}`: how the folder of the run ends that Hydra begins."""
+def run_words(*, _root_: DictConfig) -> str:
+    """`${run_words:}`: how the folder of the run ends that Hydra begins. `--cfg hydra` has no settings: the options then."""
     hydra = HydraConfig.get()
-    return "_".join(_first_words(names_by_group(hydra.runtime.choices, provenance_of(hydra), name, path)))
+    values = (OmegaConf.select(_root_, key) for key in ("model.name", "dataset.path"))
+    return "_".join(_first_words(names_by_group(hydra.runtime.choices, provenance_of(hydra), *values)))
 
 
 def job_label(overrides: list[str]) -> str:

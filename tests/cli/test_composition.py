@@ -207,6 +207,15 @@ def test_several_values_are_not_shown_as_one_config():
     assert problem_of("hydra.mode=MULTIRUN", "lora.r=4,8", "--cfg", "job").fix == "lora.r=4"
 
 
+@pytest.mark.parametrize("part", ["job", "hydra", "all"])
+def test_each_part_of_the_config_can_be_shown_resolved(monkeypatch, capsys, part):
+    assert main(monkeypatch, "model.name=Qwen/Qwen3-0.6B", "--cfg", part, "--resolve") == []
+    shown = OmegaConf.create(capsys.readouterr().out)
+    if part != "job":
+        folder = OmegaConf.select(shown, "hydra.run.dir")
+        assert folder.endswith("_Qwen3-0.6B_twists" if part == "all" else "_smollm2_135m_twists"), "settings are not in `hydra`"
+
+
 def test_a_primary_config_that_cannot_be_composed_is_named_where_it_is():
     (problem,) = [problem_of("--config-dir", "my", "-cn", "mien")]
     assert problem.what == "mien.yaml" and "my" in problem.why and "conf/mien" not in str(problem)
