@@ -178,37 +178,54 @@ def write(out: Path, measured: dict[str, Any]) -> None:
 
 def medians(points: dict[str, list[dict]], warm_up: int) -> dict[int, tuple[float, float]]:
     """(tokens a second, peak GiB) by point, medians of the rounds that did not fail."""
+    return {
+        point: (statistics.median(rates), statistics.median(gib))
+        for point, (rates, gib) in measurements(points, warm_up).items()
+    }
+
+
+def measurements(points: dict[str, list[dict]], warm_up: int) -> dict[int, tuple[list[float], list[float]]]:
+    """(tokens a second, peak GiB) of all rounds by point, without those that failed."""
     good = {int(point): [run for run in runs if "error" not in run] for point, runs in points.items()}
     return {
-        point: (
-            statistics.median(speed.rate(run, warm_up) for run in runs),
-            statistics.median(run["peak_reserved_gib"] for run in runs),
-        )
+        point: ([speed.rate(run, warm_up) for run in runs], [run["peak_reserved_gib"] for run in runs])
         for point, runs in good.items()
         if runs
     }
 
 
 def tables(measured: dict[str, Any]) -> str:
-    """A Markdown table for each axis: tokens a second and peak GiB by way, and each of ours as a ratio to each peer."""
+    """A Markdown table for each axis: tokens a second and peak GiB by way, and each of ours as a ratio to each peer.
+
+    Medians, and a range where rates are more than a tenth apart. The ratios are to the best that a peer reached: its steps
+    wait for the processor, so that hosts make more of a difference to it than rounds do.
+    """
     out = []
     for axis, ways in measured["results"].items():
+        rounds = {way: measurements(points, measured["steps"][axis][1]) for way, points in ways.items()}
         found = {way: medians(points, measured["steps"][axis][1]) for way, points in ways.items()}
         ratios = [(ours, other) for ours in ways if ours in MODES for other in ways if other in PEERS]
         heads = [UNITS[axis], *(f"{way}{unit}" for way in ways for unit in (" tokens/s", " GiB"))]
-        heads += [f"{ours} x {other}" for ours, other in ratios]
+        heads += [f"{ours} x {other}'s best" for ours, other in ratios]
         out += [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
         for point in sorted({int(point) for points in ways.values() for point in points}):
             cells = [f"{point:,}"]
             for way, values in found.items():
-                known = point in values
-                cells += [f"{values[point][0]:,.0f}", f"{values[point][1]:.1f}"] if known else [missing(ways[way], point), ""]
+                if point in values:
+                    cells += [f"{values[point][0]:,.0f}{apart(rounds[way][point][0])}", f"{values[point][1]:.1f}"]
+                else:
+                    cells += [missing(ways[way], point), ""]
             for ours, other in ratios:
                 both = point in found[ours] and point in found[other]
-                cells.append(f"{found[ours][point][0] / found[other][point][0]:.2f}" if both else "")
+                cells.append(f"{found[ours][point][0] / max(rounds[other][point][0]):.2f}" if both else "")
             out.append(f"| {' | '.join(cells)} |")
         out.append("")
     return "\n".join(out)
+
+
+def apart(rates: list[float]) -> str:
+    """The range of measurements where they are more than a tenth apart."""
+    return f" ({min(rates):,.0f} to {max(rates):,.0f})" if max(rates) > 1.1 * min(rates) else ""
 
 
 def missing(points: dict[str, list[dict]], point: int) -> str:

@@ -28,7 +28,9 @@ Generated from `benchmarks/results/` by `python scripts/benchmarks_page.py`.
 
 GROWN = """\
 Llama 3 8B's shape, compiled. What is not varied is 8 rows a step, rows of 190 tokens on average and rank 16. How many rows are
-computed at once is left to `auto`; a peer computes its rows at once, without checkpointing, in bf16."""
+computed at once is left to `auto`; a peer computes its rows at once, without checkpointing, in bf16. A
+range stands where measurements are more than a tenth apart. A peer's steps wait for the processor, which is quicker on some
+hosts, so the ratios are to its best measurement."""
 
 COLUMNS = dict(what="what", figure="figure", peers="beside", command="command", hardware="hardware", commit="logged at")
 

@@ -88,6 +88,16 @@ def test_a_grid_has_each_point_of_ours_and_of_a_peer(forked_programs, monkeypatc
     assert "failed" not in capsys.readouterr().out
 
 
+def test_a_grid_shows_how_far_rounds_are_apart_and_compares_with_the_best_of_a_peer():
+    def rounds(*rates: float) -> list[dict]:
+        return [{"tokens": [1, rate], "seconds": [1, 1], "peak_reserved_gib": 2.0} for rate in rates]
+
+    ways = {"bf16": {"8": rounds(1000, 1050, 1020)}, "trl": {"8": rounds(300, 500, 340), "16": [{"error": "lost"}]}}
+    lines = grid.tables({"results": {"rows": ways}, "steps": {"rows": [2, 1]}}).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["8", "1,020", "2.0", "340 (300 to 500)", "2.0", "2.04"]
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["16", "", "", "failed", "", ""]
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
