@@ -13,20 +13,20 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sft.config import schema
 from sft.config.batching import check_batch_plan
 from sft.config.data_rules import check_dataset, shortened, warn_of_paths, why_lost
 from sft.config.eligibility import check_speed
+from sft.config.export_rules import check_export
+from sft.config.extra_rules import check_extra, check_loss
 from sft.config.fp8_rules import check_fp8
 from sft.config.hardware import gpu_count, gpu_present, is_process_count, one_process, processes_of, resolve_backend
 from sft.config.keys import shown, typed
 from sft.config.lora_rules import check_lora, model_problem
-from sft.config.method_rules import check_method, why_not_grpo
+from sft.config.method_rules import check_method
 from sft.config.schema import (
     BUILT_IN,
     Backend,
     Dtype,
-    GgufSettings,
     MethodName,
     MethodSettings,
     PreflightMode,
@@ -34,101 +34,15 @@ from sft.config.schema import (
     Strategy,
 )
 from sft.config.tracking_rules import check_packages, check_tracking, warn_of_tracking
-from sft.config.upstream import NEED_MATRIX, enum_values, gguf_types, sft_config_options
+from sft.config.upstream import enum_values
 from sft.errors import Problem
 from sft.paths import expanded
-
-# SFTConfig options that another setting of ours decides; two ways to set one thing would let one be ignored.
-DECIDED_ELSEWHERE = {
-    "output_dir": "hydra.run.dir",
-    "seed": "seed",
-    "data_seed": "seed",
-    "max_length": "model.max_seq_length",
-    "report_to": "tracking",
-    "run_name": "tracking.name",
-    "project": "tracking.project",
-    "assistant_only_loss": "dataset.loss_on",
-    "completion_only_loss": "dataset.loss_on",
-    "chat_template_path": "model.chat_template",
-    "dataset_text_field": "dataset.columns.text",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "trust_remote_code": "model.trust_remote_code",
-    "model_init_kwargs": "model",
-    "eval_on_start": "dataset.eval_fraction",
-    "do_eval": "dataset.eval_fraction",
-    "eval_strategy": "trainer.eval_steps",
-    "save_strategy": "trainer.save_steps",
-    "logging_strategy": "trainer.logging_steps",
-    "metric_for_best_model": "trainer.load_best_model_at_end",
-    "greater_is_better": "trainer.load_best_model_at_end",
-    "fsdp": "distributed.strategy",
-    "fsdp_config": "distributed.strategy",
-}
-
-# SFTConfig options that cannot act on rows which are tokenised and masked before TRL sees them.
-WITHOUT_EFFECT = {
-    "resume_from_checkpoint", "packing", "eval_packing", "packing_strategy", "dataset_kwargs",
-    "dataset_num_proc", "truncation_mode",
-    "eos_token", "pad_token", "remove_unused_columns", "push_to_hub", "hub_model_id", "hub_token", "hub_strategy",
-    "hub_private_repo", "hub_always_push", "hub_revision", "include_num_input_tokens_seen", "shuffle_dataset",
-}  # fmt: skip
-
-# What options of earlier versions of transformers and TRL are called now; a `{value}` is what was given.
-RENAMED = {
-    "warmup_ratio": "trainer.warmup_steps={value}   a number below 1 is a share of the steps",
-    "group_by_length": "trainer.extra.train_sampling_strategy=group_by_length",
-    "evaluation_strategy": "trainer.eval_steps=0.25   says how often; dataset.eval_fraction=0 evaluates nothing",
-    "max_seq_length": "model.max_seq_length={value}",
-    "max_prompt_length": "model.max_seq_length={value}",
-    "per_gpu_train_batch_size": "trainer.per_device_train_batch_size={value}",
-    "per_gpu_eval_batch_size": "trainer.per_device_eval_batch_size={value}",
-    "batch_size": "trainer.per_device_train_batch_size={value}",
-    "adafactor": "trainer.optim=adafactor",
-    "optimizer": "trainer.optim={value}",
-    "lr": "trainer.learning_rate={value}",
-    "lr_scheduler": "trainer.lr_scheduler_type={value}",
-    "neftune_alpha": "trainer.extra.neftune_noise_alpha={value}",
-    "use_liger": "trainer.extra.use_liger_kernel={value}",
-    "no_cuda": "CUDA_VISIBLE_DEVICES= python train.py ...   trains on the CPU",
-    "use_mps_device": "leave trainer.extra.use_mps_device out: the device is found by itself",
-    "half_precision_backend": "model.dtype=auto",
-    "fp16_backend": "model.dtype=auto",
-    "fp16_opt_level": "model.dtype=auto",
-    "torchdynamo": "leave trainer.extra.torchdynamo out: layers are compiled where that is faster",
-    "jit_mode_eval": "leave trainer.extra.jit_mode_eval out",
-    "use_ipex": "leave trainer.extra.use_ipex out",
-    "past_index": "leave trainer.extra.past_index out",
-    "mp_parameters": "leave trainer.extra.mp_parameters out",
-    "ray_scope": "leave trainer.extra.ray_scope out",
-    "tpu_num_cores": "leave trainer.extra.tpu_num_cores out",
-    "tpu_metrics_debug": "leave trainer.extra.tpu_metrics_debug out",
-    "save_safetensors": "leave trainer.extra.save_safetensors out: weights are saved as safetensors alone",
-    "overwrite_output_dir": "hydra.run.dir=<a folder>   each run has a folder of its own",
-    "logging_dir": "leave trainer.extra.logging_dir out: metrics.jsonl and tracking have the curves",
-    "sharded_ddp": "distributed=fsdp",
-    "fsdp_min_num_params": "distributed=fsdp",
-    "fsdp_transformer_layer_cls_to_wrap": "distributed=fsdp",
-    "dispatch_batches": "'trainer.extra.accelerator_config={{dispatch_batches: {value}}}'",
-    "split_batches": "'trainer.extra.accelerator_config={{split_batches: {value}}}'",
-    "include_inputs_for_metrics": "'trainer.extra.include_for_metrics=[inputs]'",
-    "include_tokens_per_second": "leave trainer.extra.include_tokens_per_second out: tokens_per_second is measured anyway",
-    "push_to_hub_model_id": "export=adapter export.hub.repo=<user>/{value}",
-    "push_to_hub_organization": "export=adapter export.hub.repo={value}/<name>",
-    "push_to_hub_token": "set HF_TOKEN in the environment, and export=adapter export.hub.repo=<user>/<name>",
-    "dataset_batch_size": "leave trainer.extra.dataset_batch_size out: rows are tokenised before TRL sees them",
-    "num_of_sequences": "leave trainer.extra.num_of_sequences out: rows are tokenised before TRL sees them",
-    "chars_per_token": "leave trainer.extra.chars_per_token out: rows are tokenised before TRL sees them",
-    "train_on_inputs": "dataset.loss_on=all   or dataset.loss_on=answer",
-}
 
 # SFTConfig options by which the processes of a run would see other rows than one process does, or another mean of the loss.
 ONE_PROCESS = {"accelerator_config", "auto_find_batch_size", "average_tokens_across_devices", "dataloader_drop_last",
                "ignore_data_skip", "train_sampling_strategy"}  # fmt: skip
 
 ON_A_GPU = r"8bit|4bit|paged|bnb"  # in the names of optimisers
-
-HUB_NAME_LENGTH = 96 - len("-bnb-4bit")  # of a repository, before the longest suffix of sft/export/hub.py
 
 
 def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
@@ -146,9 +60,8 @@ def check_settings(settings: Settings, hardware: bool = True) -> list[Problem]:
         *check_batch_plan(settings.trainer, processes_of(settings) if is_process_count(settings) else 1),
         *_check_distributed(settings),
         *_check_preflight(settings),
-        *_check_extra(settings),
-        *_check_export(settings),
-        *_check_hub_repo(settings.export.hub.repo),
+        *check_extra(settings),
+        *check_export(settings),
         *check_tracking(settings),
     ]
     if hardware:
@@ -407,142 +320,7 @@ def _check_trainer(settings: Settings) -> list[Problem]:
         why = "This schedule follows the evaluation loss, and no rows are held out."
         fix = "dataset.eval_fraction=0.1   or   trainer.lr_scheduler_type=linear"
         problems.append(Problem(f"trainer.lr_scheduler_type={trainer.lr_scheduler_type}", why, fix))
-    return [*problems, *(_check_loss(trainer.extra) if settings.method.name == MethodName.sft else [])]
-
-
-def _check_loss(extra: dict[str, Any]) -> list[Problem]:
-    """TRL's losses, and what does not fit together with one."""
-    loss, liger, smoothing = (extra.get(name) for name in ("loss_type", "use_liger_kernel", "label_smoothing_factor"))
-    named, problems = f"trainer.extra.loss_type={loss}", []
-    losses = ("nll", "dft", "chunked_nll")
-    if loss is not None and loss not in losses:
-        close = difflib.get_close_matches(str(loss), losses, 1, 0.3) or losses
-        problems.append(Problem(named, f"TRL's losses are {', '.join(losses)}.", f"trainer.extra.loss_type={close[0]}"))
-    if liger and not importlib.util.find_spec("liger_kernel"):
-        fix = "pip install liger-kernel   or leave trainer.extra.use_liger_kernel out"
-        why = "It needs the package liger-kernel, which is not installed."
-        problems.append(Problem("trainer.extra.use_liger_kernel=true", why, fix))
-    if liger and loss == "chunked_nll":
-        why = "Liger has a loss of its own that makes no logits, which stands in for this one."
-        problems.append(Problem(f"trainer.extra.use_liger_kernel=true {named}", why, "leave trainer.extra.loss_type out"))
-    if smoothing and (liger or loss in ("dft", "chunked_nll")):
-        other = "trainer.extra.use_liger_kernel=true" if liger else named
-        why = (
-            "This loss makes no logits that labels could be smoothed in."
-            if loss != "dft"
-            else "It would be ignored by this loss."
-        )
-        fix = "leave trainer.extra.use_liger_kernel out" if liger else "trainer.extra.loss_type=nll"
-        what = f"trainer.extra.label_smoothing_factor={smoothing} {other}"
-        problems.append(Problem(what, why, f"{fix}   or leave trainer.extra.label_smoothing_factor out"))
-    return problems
-
-
-def _check_extra(settings: Settings) -> list[Problem]:
-    extra, problems = settings.trainer.extra, []
-    if not extra:
-        return problems
-    grpo = settings.method.name == MethodName.grpo
-    known = sft_config_options()
-    ours = {f.name for f in fields(schema.TrainerSettings)}
-    for name, value in extra.items():
-        what = f"trainer.extra.{name}={shown(value)}"
-        if name in ours:
-            problems.append(Problem(what, "It has a setting of its own.", f"trainer.{name}={shown(value)}"))
-        elif grpo and name != "name" and hasattr(settings.method, name):
-            problems.append(Problem(what, "It has a setting of its own.", typed(f"method.{name}", value)))
-        elif grpo and (why := why_not_grpo(name)):
-            problems.append(Problem(f"method=grpo {what}", why, f"leave trainer.extra.{name} out"))
-        elif name in DECIDED_ELSEWHERE:
-            problems.append(Problem(what, "Another setting decides this.", f"set {DECIDED_ELSEWHERE[name]} instead"))
-        elif name in WITHOUT_EFFECT:
-            problems.append(
-                Problem(
-                    what,
-                    "It would have no effect: rows are rendered, tokenised and masked before TRL sees them.",
-                    f"leave trainer.extra.{name} out",
-                )
-            )
-        elif known and name not in known:
-            problems.append(_unknown_extra(name, value, known))
-    return problems
-
-
-def _unknown_extra(name: str, value: Any, known: set[str]) -> Problem:
-    """The problem of an option that SFTConfig does not have: what it was renamed to, or was meant to be."""
-    what, why = f"trainer.extra.{name}={shown(value)}", "TRL's SFTConfig has no such option."
-    if name in RENAMED:
-        fix = RENAMED[name].format(value=shown(value))
-        return Problem(what, f"{why} It was renamed or taken out of transformers and TRL.", fix)
-    ours = {f.name for f in fields(schema.TrainerSettings)} - {"extra"}
-    useful = sorted((known | ours) - set(DECIDED_ELSEWHERE) - WITHOUT_EFFECT)
-    close = [k for k in useful if k.startswith(name)] + difflib.get_close_matches(name, useful, 1, 0.6)
-    if not close:
-        return Problem(what, why, "its options: https://huggingface.co/docs/trl/sft_trainer")
-    key = f"trainer.{close[0]}" if close[0] in ours else f"trainer.extra.{close[0]}"
-    return Problem(what, f"{why} Did you mean {close[0]}?", f"{key}={shown(value)}")
-
-
-def _check_export(settings: Settings) -> list[Problem]:
-    export, problems = settings.export, []
-    named = export.gguf.quantizations if export.gguf.quantizations != GgufSettings().quantizations else []
-    for key, values, known in (
-        ("export.formats", export.formats, ["adapter", "merged_16bit", "merged_4bit", "gguf"]),
-        ("export.gguf.quantizations", named, gguf_types() if named else []),
-    ):
-        for value in values:
-            if known and value not in known:
-                close, why = difflib.get_close_matches(value.lower(), known, 1, 0.4), ""
-                if value.lower() in NEED_MATRIX:
-                    close = ["iq3_s" if value.lower().startswith("iq3") else "q2_k"]
-                    why = "llama.cpp makes it with an importance matrix alone, which nothing here computes. "
-                better = dict.fromkeys([close[0] if v == value else v for v in values] if close else [known[0]])
-                why += f"It can be: {', '.join(known)}."
-                problems.append(Problem(f"{key}: {value}", why, f"{key}=[{','.join(better)}]"))
-    if export.gguf.adapter and "gguf" not in export.formats:
-        problems.append(
-            Problem("export.gguf.adapter=true", "No GGUF files are asked for, so it would be ignored.", "export=gguf")
-        )
-    if export.gguf.adapter and not settings.lora.enabled:
-        why = "Full fine-tuning has no adapter."
-        problems.append(Problem("lora=none export.gguf.adapter=true", why, "export.gguf.adapter=false"))
-    if "gguf" in export.formats and not export.gguf.quantizations and not export.gguf.adapter:
-        problems.append(Problem("export.gguf.quantizations=[]", "No GGUF type is named.", "export.gguf.quantizations=[q8_0]"))
-    if "adapter" in export.formats and not settings.lora.enabled:
-        problems.append(Problem("lora=none export.formats: adapter", "Full fine-tuning has no adapter.", "export=merged_16bit"))
-    if export.hub.repo and not export.formats:
-        why = "Nothing is exported, so nothing would be pushed."
-        problems.append(Problem(f"export.hub.repo={export.hub.repo}", why, "export=adapter   or   export=merged_16bit"))
-    return problems
-
-
-def _check_hub_repo(repo: str | None) -> list[Problem]:
-    """The form of `user/name`, by the hub's rules (huggingface_hub/utils/_validators.py), with room for a format's suffix."""
-    if repo is None:
-        return []
-    if not repo.strip():
-        return [Problem("export.hub.repo=", "The value is empty.", "export.hub.repo=null   for none")]
-    what = f"export.hub.repo={repo}"
-    parts = re.sub(r"^(https?://[^/]+/|hf://)?(models/)?", "", repo.strip()).strip("/").split("/")
-    name = re.sub(r"-{2,}", "-", re.sub(r"\.{2,}", ".", re.sub(r"[^A-Za-z0-9_.-]+", "-", parts[-1]))).removesuffix(".git")
-    name = name.strip("-.")[:HUB_NAME_LENGTH].strip("-.") or "my-model"
-    if len(parts) == 1:
-        why = "It names no owner. Did you mean a repository under your user name, or that of an organisation?"
-        return [Problem(what, why, f"export.hub.repo=<user>/{name}   (hf auth whoami shows your user name)")]
-    fix = f"export.hub.repo={re.sub(r'[^A-Za-z0-9_.-]+', '-', parts[0]).strip('-.') or '<user>'}/{name}"
-    if repo != "/".join(parts) or len(parts) > 2:
-        return [Problem(what, "It has to be the owner and the name with one slash between them.", fix)]
-    if not all(re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?", part) for part in parts):
-        why = "The hub allows letters, digits, - _ and . in a name, and neither - nor . at its ends."
-    elif "--" in repo or ".." in repo:
-        why = "The hub allows neither -- nor .. in a name."
-    elif repo.endswith(".git"):
-        why = "A name on the hub cannot end in .git."
-    elif len(parts[1]) > HUB_NAME_LENGTH or len(parts[0]) > 96:
-        why = f"The name is too long: the hub takes 96 characters, and a format may add 9, which leaves {HUB_NAME_LENGTH}."
-    else:
-        return []
-    return [Problem(what, why, fix)]
+    return [*problems, *(check_loss(trainer.extra) if settings.method.name == MethodName.sft else [])]
 
 
 def _check_hardware(settings: Settings) -> list[Problem]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sft.cli.check import check_command_line, read_settings, stop_on_refusal
-from sft.config import rules, upstream
+from sft.config import extra_rules, rules, upstream
 from sft.config.data_rules import check_dataset
 from sft.config.fingerprint import config_hash
 from sft.config.schema import DatasetSettings, ModelSettings
@@ -321,11 +321,11 @@ def test_an_option_of_another_name_gets_a_hint_that_is_accepted(given, fix):
 
 def test_no_hint_names_an_option_that_is_refused_itself():
     known = upstream.sft_config_options()
-    assert not set(rules.RENAMED) & known, "these are options of the installed version"
-    for name in rules.RENAMED:
+    assert not set(extra_rules.RENAMED) & known, "these are options of the installed version"
+    for name in extra_rules.RENAMED:
         for line in problem_of(f"trainer.extra.{name}=1").fix.splitlines():
             word = line.partition("   ")[0].partition("=")[0].lstrip("'").removeprefix("trainer.extra.")
-            assert word not in (*rules.DECIDED_ELSEWHERE, *rules.WITHOUT_EFFECT), line
+            assert word not in (*extra_rules.DECIDED_ELSEWHERE, *extra_rules.WITHOUT_EFFECT), line
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from sft.config import rules, upstream
+from sft.config import extra_rules, upstream
 from tests.config.refused import SECRET, accepted, problem_of, refusal_of
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -84,7 +84,7 @@ def test_upstreams_names_are_found_in_the_installed_versions():
     known = upstream.sft_config_options()
     assert {"neftune_noise_alpha", "max_length", "learning_rate"} <= known
     # A setting that upstream renames would be checked against nothing.
-    assert set(rules.DECIDED_ELSEWHERE) | rules.WITHOUT_EFFECT <= known | {"include_num_input_tokens_seen"}
+    assert set(extra_rules.DECIDED_ELSEWHERE) | extra_rules.WITHOUT_EFFECT <= known | {"include_num_input_tokens_seen"}
 
 
 # -------------------------------------------------------------------------------------------------------- files

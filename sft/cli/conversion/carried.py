@@ -12,7 +12,7 @@ from sft.cli.conversion.calls import UNKNOWN
 from sft.cli.overrides import looks_secret
 from sft.cli.preset_file import comment_of
 from sft.config.data_files import kind_of
-from sft.config.rules import WITHOUT_EFFECT
+from sft.config.extra_rules import WITHOUT_EFFECT
 from sft.config.schema import MethodSettings, TrainerSettings
 from sft.config.upstream import sft_config_options
 from sft.errors import Problem
