@@ -103,7 +103,7 @@ class Speaker:
 
         Raises Refusal if the training's template does not take the turns.
         """
-        from sft.data.columns import Turn
+        from sft.data.cells import Turn
         from sft.data.prompts import conversation_ids
 
         spoken = [Turn(turn["role"], turn["content"]) for turn in turns]

@@ -447,7 +447,8 @@ def reward_settings(rows: Sequence[dict], shape: Shape, data: DatasetSettings) -
 
 def _references(rows: Sequence[dict], shape: Shape, data: DatasetSettings) -> list[str]:
     """The reference answers of the first rows; those of rows that cannot be read are left to the preview."""
-    from sft.data.columns import as_text, row_to_turns
+    from sft.data.cells import as_text
+    from sft.data.columns import row_to_turns
 
     found = []
     for i in range(min(LOOKED_AT, len(rows))):

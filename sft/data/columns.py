@@ -3,17 +3,28 @@
 import difflib
 import functools
 import itertools
-import json
-import math
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sft.config.keys import typed
 from sft.config.schema import ColumnSettings, DatasetSettings, Shape
-from sft.data.transcripts import read_transcript
+from sft.data.cells import (
+    REASONING,
+    RowFault,
+    Turn,
+    answer_calls,
+    as_text,
+    cell_text,
+    holds_something,
+    holds_turns,
+    parsed_or_none,
+    read_history,
+    read_tools,
+    read_turns,
+)
 from sft.errors import Problem, Refusal, refuse
 
 # Names that columns of a role have in the wild, for the likeliest match.
@@ -27,21 +38,6 @@ SYNONYMS = {
     "messages": ["message", "conversations", "conversation", "chat", "dialog"],
     "text": ["content", "document", "body", "文本"],
 }
-
-# Speakers of ShareGPT and its relatives, in the names that chat templates know.
-SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
-            "function_call": "assistant", "observation": "tool", "function_response": "tool", "function": "tool"}  # fmt: skip
-
-ROLES = ("system", "user", "assistant", "tool", "developer")
-
-# Keys of a turn, as public data sets write them: what an assistant thought, and whether its answer is trained on (OpenAI and
-# Mistral: weight; axolotl and open-instruct: train, training; ms-swift: loss; others: loss_mask, trainable).
-REASONING = ("reasoning_content", "reasoning", "thinking")
-
-WEIGHTS = ("weight", "train", "training", "loss", "loss_mask", "trainable")
-
-# Keys of a turn that reach the chat template as they stand.
-PASSED = ("name", "tool_call_id")
 
 # Columns that say of a whole row, or of each of its answers or turns in a list, whether it is trained on.
 WEIGHT_COLUMNS = {"weight", "weights", "loss_mask", "trainable"}
@@ -57,8 +53,6 @@ MEANINGS = {
 
 # Columns of what is no text.
 NOT_TEXT = ("image", "images", "audio", "audios", "video", "videos")
-
-READ_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", *PASSED, *REASONING, *WEIGHTS}
 
 
 @dataclass(frozen=True)
@@ -91,24 +85,6 @@ SHAPES = {
 
 # What a template text can always name in braces, whatever the columns are called.
 FIELDS = ("instruction", "input", "output", "prompt", "completion", "system")
-
-
-@dataclass
-class Turn:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-    reasoning: str = ""
-    """What an assistant thought before it answered, where the data has it in a key of its own."""
-    trained_on: bool = True
-    """Whether an assistant's answer is trained on, as its weight says; else it is only read."""
-    extra: dict[str, Any] = field(default_factory=dict)
-    """What else the chat template is given of it: `tool_calls`, `name`, `tool_call_id`."""
-    is_null: bool = False
-    """Whether the content is null, as it is beside calls: some templates tell that from a blank one."""
-    unused: tuple[str, ...] = field(default=(), compare=False)
-    """Keys of the turn that hold something and are not used."""
 
 
 def find_shape(rows: Sequence[dict], data: DatasetSettings) -> Shape:
@@ -212,15 +188,8 @@ def _suits(rows: Sequence[dict], column: str, turns: bool) -> bool:
     """Whether the first row has turns, or else text, in this column: a hint names no other."""
     value = rows[0].get(column) if len(rows) else None
     if turns:
-        return holds_turns(_parsed_or_none(value))
+        return holds_turns(parsed_or_none(value))
     return not isinstance(value, list | dict)
-
-
-def _parsed_or_none(value: Any) -> Any:
-    try:
-        return _parsed(value, "")
-    except ValueError:
-        return None
 
 
 def question_row(question: str, columns: ColumnSettings, shape: Shape) -> dict[str, Any]:
@@ -268,18 +237,18 @@ def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
     columns = data.columns
     if SHAPES[shape].turns:
         column = getattr(columns, SHAPES[shape].answer)
-        turns = _read_turns(row.get(column), column)
+        turns = read_turns(row.get(column), column)
     elif _prompt_is_turns(row, data, shape):
-        turns = _read_turns(row[columns.prompt], columns.prompt)
+        turns = read_turns(row[columns.prompt], columns.prompt)
         answer = row.get(columns.completion)
         answer = [answer] if holds_turns([answer]) else answer  # a turn by itself, as LLaMA-Factory's pairs have it
         if isinstance(answer, list):
-            turns += _read_turns(answer, columns.completion)
+            turns += read_turns(answer, columns.completion)
         else:
             turns.append(Turn("assistant", cell_text(answer, columns.completion)))
     else:
         column = getattr(columns, SHAPES[shape].answer)
-        calls = _answer_calls(row.get(column), column) if read_tools(row, columns) else []
+        calls = answer_calls(row.get(column), column) if read_tools(row, columns) else []
         values = row_to_fields(row | {column: ""} if calls else row, data, shape, "")
         question = values["prompt"] if shape == Shape.prompt_completion else ""
         question = question or "\n\n".join(v for v in (values["instruction"], values["input"]) if v)
@@ -299,14 +268,6 @@ def row_to_turns(row: dict, data: DatasetSettings, shape: Shape) -> list[Turn]:
     return turns
 
 
-def _answer_calls(value: Any, column: str) -> list[dict]:
-    """The calls of an answer that is nothing but a list of them, as xLAM's rows have it; none if it is something else."""
-    calls = _parsed_or_none(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
-    if isinstance(calls, list) and calls and all(isinstance(c, dict) and {"name", "arguments"} <= c.keys() for c in calls):
-        return _read_calls({"tool_calls": calls}, "assistant", 1, column)
-    return []
-
-
 def row_is_read(row: dict, data: DatasetSettings) -> bool:
     """Whether a weight of 0 in a column says that nothing of the row is trained on."""
     return any(weight == 0 for _, weight in _row_weights(row, data) if not isinstance(weight, list))
@@ -319,7 +280,7 @@ def _row_weights(row: dict, data: DatasetSettings) -> list[tuple[str, Any]]:
         value = row[name]
         if name in data.ignore_columns or not holds_something(value):
             continue
-        value = value if _parsed_or_none(value) is None else _parsed_or_none(value)  # in CSV files all is text
+        value = value if parsed_or_none(value) is None else parsed_or_none(value)  # in CSV files all is text
         if any(one not in (0, 1) for one in (value if isinstance(value, list) else [value])):
             why = f"column {name!r} holds {str(value)[:20]}; a weight can be 0 or 1, and other weights are not supported"
             raise RowFault(why, f"{ignoring(name, data)}   leaves them out")
@@ -398,162 +359,6 @@ def _prompt_is_turns(row: dict, data: DatasetSettings, shape: Shape) -> bool:
     return shape == Shape.prompt_completion and isinstance(row.get(data.columns.prompt), list)
 
 
-def read_raw_turns(value: Any) -> list[dict]:
-    """The turns of a cell that `row_to_turns` reads, as they stand: of a transcript, of JSON text, or of a list."""
-    return (read_transcript(value) or json.loads(value)) if isinstance(value, str) else value
-
-
-def _read_turns(value: Any, column: str) -> list[Turn]:
-    """Turns of a cell. Raises ValueError where something in it could not be trained on as it stands."""
-    if isinstance(value, str) and (spoken := read_transcript(value)):
-        value = spoken
-    if isinstance(value, str):  # CSV files carry turns as JSON text
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"column {column!r} has to hold a list of turns; as JSON it has the fault: {error.msg}") from None
-        except RecursionError:
-            raise ValueError(f"column {column!r} is nested too deeply to be read") from None
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"column {column!r} has to hold a list of turns; this is {str(value)[:40]!r}")
-    if all(isinstance(pair, dict) and pair.keys() >= {"input", "output"} and "role" not in pair for pair in value):
-        return [t for p in value for t in (Turn("user", cell_text(p["input"], column)),
-                                           Turn("assistant", cell_text(p["output"], column)))]  # fmt: skip
-    turns = []
-    for number, turn in enumerate(value, 1):
-        if not isinstance(turn, dict):
-            raise ValueError(f"turn {number} in column {column!r} is {str(turn)[:40]!r}, not an object with role and content")
-        speaker = str(turn.get("role") or turn.get("from") or "").lower()
-        role = SPEAKERS.get(speaker, speaker)
-        if role not in ROLES:
-            raise ValueError(f"unknown speaker {speaker!r} in column {column!r}; known are {', '.join([*ROLES, *SPEAKERS])}")
-        content, calls = turn.get("content", turn.get("value")), _read_calls(turn, speaker, number, column)
-        content = "" if speaker == "function_call" else _join_parts(content, role, number, column)
-        extra = {key: turn[key] for key in PASSED if turn.get(key)} | ({"tool_calls": calls} if calls else {})
-        if calls and role != "assistant":
-            raise ValueError(f"turn {number} in column {column!r} calls a tool as {role}; only an assistant can")
-        unused = tuple(key for key, value in turn.items() if key not in READ_KEYS and value not in (None, "", [], {}))
-        if role != "assistant":  # whose words are never trained on
-            unused += tuple(key for key in WEIGHTS if turn.get(key))
-            turns.append(Turn(role, content, extra=extra, unused=unused))
-            continue
-        reasoning = next((text for key in REASONING if (text := as_text(turn.get(key))).strip()), "")
-        is_null = (bool(calls) and turn.get("content", turn.get("value")) is None) or speaker == "function_call"
-        turns.append(Turn(role, content, reasoning, _is_trained_on(turn, number, column), extra, is_null, unused))
-    return turns
-
-
-def _read_calls(turn: dict, speaker: str, number: int, column: str) -> list[dict]:
-    """A turn's calls of tools in OpenAI's form, with arguments as an object: templates write that as JSON, and JSON text as a
-    quoted text. They stand in `tool_calls`, in the older `function_call`, or as a ShareGPT turn of their own.
-    """
-    what = f"turn {number} in column {column!r}"
-    found = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
-    if speaker == "function_call":
-        found = turn.get("content") if "content" in turn else turn.get("value")
-    found = _parsed(found, f"the call of {what}")
-    calls = []
-    for call in found if isinstance(found, list) else [found]:
-        function = _parsed(call.get("function", call), f"the call of {what}") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{what} calls a tool in a form that is not known; it takes a name and arguments")
-        arguments = _parsed(function.get("arguments", function.get("parameters")) or {}, f"the arguments of {what}")
-        named = {key: call[key] for key in ("id",) if call.get(key)}
-        calls.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
-    return calls
-
-
-def _parsed(value: Any, what: str) -> Any:
-    """A value that may be written as JSON text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{what} is text that is no JSON: {error}") from None
-
-
-def _is_trained_on(turn: dict, number: int, column: str) -> bool:
-    """Whether the weights of an assistant's turn let it be trained on. Raises ValueError for one that is neither 0 nor 1."""
-    for key in WEIGHTS:
-        value = turn.get(key)
-        if value is None or value != value:  # NaN, as pandas has it where there is none
-            continue
-        if value not in (0, 1):
-            raise ValueError(f"turn {number} in column {column!r} has {key}={str(value)[:20]}; a weight can be 0 or 1")
-        if value == 0:
-            return False
-    return True
-
-
-def read_history(row: dict, columns: ColumnSettings) -> list[Turn]:
-    """The earlier turns of an Alpaca row: pairs of a question and an answer, or turns. They are read, not trained on."""
-    name = columns.history
-    pairs = _from_json(row.get(name), name, "history") if name else None
-    if not pairs:
-        return []
-    if holds_turns(pairs):
-        turns = _read_turns(pairs, name)
-        return [replace(turn, trained_on=False) for turn in turns]
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise RowFault(f"column {name!r} has to hold pairs of a question and an answer", _without("history", name))
-    texts = [[cell_text(cell, name) for cell in pair] for pair in pairs]
-    return [
-        turn for question, answer in texts for turn in (Turn("user", question), Turn("assistant", answer, trained_on=False))
-    ]
-
-
-def read_tools(row: dict, columns: ColumnSettings) -> list[dict]:
-    """The functions that a row defines, as a list, each an object or JSON text of one, or as JSON text; none without them."""
-    name = columns.tools
-    tools = _from_json(row.get(name), name, "tools") if name else None
-    if not tools:
-        return []
-    tools = [_parsed_or_none(tool) for tool in tools] if isinstance(tools, list) else tools
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowFault(f"column {name!r} has to hold a list of functions, each an object", _without("tools", name))
-    return tools
-
-
-def _without(role: str, column: str) -> str:
-    """The hint that trains without the column of a role."""
-    return f"dataset.columns.{role}=null {typed('dataset.ignore_columns', [column])}   leaves it out"
-
-
-def _from_json(value: Any, column: str, role: str) -> Any:
-    """A cell that holds a list, also where it is written as JSON text."""
-    if not isinstance(value, str) or not value.strip():
-        return value if isinstance(value, list | dict) else None
-    try:
-        return json.loads(value)
-    except (json.JSONDecodeError, RecursionError) as error:
-        why = f"column {column!r} has to hold a list; as JSON it has a fault: {error}"
-        raise RowFault(why, _without(role, column)) from None
-
-
-def holds_turns(value: Any) -> bool:
-    """Whether a cell is a list of turns, in OpenAI's form or in ShareGPT's."""
-    forms = ({"role", "content"}, {"from", "value"})
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(t, dict) and any(f <= t.keys() for f in forms) for t in value)
-    )
-
-
-def _join_parts(content: Any, role: str, number: int, column: str) -> str:
-    """A turn's content as text, also where it is a list of parts such as `{"type": "text", "text": "..."}`.
-
-    What a tool gives may be of any form: it is only read, and JSON says it.
-    """
-    if not (isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content)):
-        return as_text(content) if role == "tool" else cell_text(content, column)
-    other = next((part["type"] for part in content if part["type"] != "text"), None)
-    if other:
-        raise ValueError(f"turn {number} in column {column!r} holds a part of type {other!r}; only text can be trained on")
-    return "".join(as_text(part.get("text")) for part in content)
-
-
 def _turns_to_fields(turns: list[Turn]) -> dict[str, str]:
     spoken = [turn for turn in turns if turn.role != "system"]
     if [turn.role for turn in spoken] != ["user", "assistant"]:
@@ -568,57 +373,10 @@ def _turns_to_fields(turns: list[Turn]) -> dict[str, str]:
     return {"instruction": question, "prompt": question, "input": "", "output": answer, "completion": answer, "system": system}
 
 
-class RowFault(ValueError):
-    """A row that cannot be read, with the override that helps."""
-
-    def __init__(self, why: str, fix: str):
-        super().__init__(why)
-        self.fix = fix
-
-
-def cell_text(value: Any, column: str) -> str:
-    """A question's or an answer's cell. Raises RowFault for a list or an object: as JSON it would be trained on by accident."""
-    if type(value) is str:
-        return value
-    if isinstance(value, list | dict):
-        turns = f"dataset.shape=messages {_column('messages', column)}" if holds_turns(value) else ""
-        what = "a list" if isinstance(value, list) else "an object"
-        fix = turns or "write the cells as text, for example as JSON text"
-        raise RowFault(f"column {column!r} holds {what}, not text", fix)
-    if isinstance(value, float) and math.isinf(value):  # as 1e999 in a JSON file
-        raise ValueError(f"column {column!r} holds an infinite number")
-    return as_text(value)
-
-
-def as_text(value: Any) -> str:
-    """A cell as text: null and NaN are blank, bytes are UTF-8, a list or object is JSON.
-
-    Raises ValueError for bytes that are no UTF-8 text.
-    """
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes NaN for an empty cell
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bytes):  # parquet files of Spark and Hive do not say that their bytes are text
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            raise ValueError("a cell holds bytes that are no UTF-8 text") from None
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str)  # parquet columns can hold dates
-    except RecursionError:
-        raise ValueError("a value is nested too deeply to be written as text") from None
-
-
 @functools.lru_cache(maxsize=8)
 def names_in(template: str) -> tuple[str, ...]:
     """What a template text names in braces."""
     return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name))
-
-
-def holds_something(value: Any) -> bool:
-    """Whether a cell is not blank: null, NaN, and empty texts and lists are."""
-    return value == value and value not in (None, "", [], {})
 
 
 def column_names(rows: Sequence[dict]) -> set[str]:

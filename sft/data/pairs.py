@@ -7,7 +7,8 @@ from typing import Any
 from sft.config.keys import typed
 from sft.config.schema import DatasetSettings, Shape
 from sft.data.audit import SplitStats
-from sft.data.columns import Turn, check_columns, column_names, holds_turns, likeliest, row_to_turns
+from sft.data.cells import Turn, holds_turns
+from sft.data.columns import check_columns, column_names, likeliest, row_to_turns
 from sft.data.shared_prompt import shared_length
 from sft.data.templates import Rendered, choose_template, render_row
 from sft.data.tokenize import IGNORED

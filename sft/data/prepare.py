@@ -37,7 +37,8 @@ from sft.data.audit import (
     refuse_nothing_to_learn,
     room_for,
 )
-from sft.data.columns import RowFault, check_columns, column_names, find_shape, holds_something, sort_columns
+from sft.data.cells import RowFault, holds_something
+from sft.data.columns import check_columns, column_names, find_shape, sort_columns
 from sft.data.order import spread_first
 from sft.data.pairs import compare_pairs, find_form, pair_up, pair_warnings, render_pair, take_pair_counts
 from sft.data.prompt_rows import (

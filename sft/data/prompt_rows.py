@@ -8,18 +8,8 @@ from typing import Any
 from sft.config.keys import typed
 from sft.config.schema import DatasetSettings, Overlong, Settings, Shape
 from sft.data.audit import SplitStats, holds_targets, room_for
-from sft.data.columns import (
-    MEANINGS,
-    SHAPES,
-    WEIGHT_COLUMNS,
-    as_text,
-    column_names,
-    guess_shape,
-    likeliest,
-    read_raw_turns,
-    row_is_read,
-    row_to_turns,
-)
+from sft.data.cells import as_text, read_raw_turns
+from sft.data.columns import MEANINGS, SHAPES, WEIGHT_COLUMNS, column_names, guess_shape, likeliest, row_is_read, row_to_turns
 from sft.data.templates import Rendered, render_row
 from sft.errors import Refusal, refuse
 

@@ -1,7 +1,8 @@
 """Prompts for generation: the beginning of a row or of a conversation, up to where the answer starts."""
 
 from sft.config.schema import Settings, Shape
-from sft.data.columns import Turn, question_row, row_to_fields
+from sft.data.cells import Turn
+from sft.data.columns import question_row, row_to_fields
 from sft.data.templates import Rendered, choose_template, render_chat, render_text
 from sft.data.tokenize import encode, starts_with_bos
 

@@ -15,7 +15,7 @@ from sft.config import schema
 from sft.config.data_files import SAVED, TEXT, find_files, find_splits, kind_of, shown_files
 from sft.config.patterns import compile_pattern
 from sft.config.schema import DatasetSettings
-from sft.data.columns import as_text
+from sft.data.cells import as_text
 from sft.data.formatted import formatted, source_hash
 from sft.data.readers import hash_file, read_files, with_names
 from sft.environment import hub_unreachable

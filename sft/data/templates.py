@@ -7,19 +7,8 @@ import string
 from dataclasses import dataclass, field, replace
 
 from sft.config.schema import ControlTokens, DatasetSettings, LossOn, Reasoning, Shape
-from sft.data.columns import (
-    REASONING,
-    SHAPES,
-    Turn,
-    cell_text,
-    ignoring,
-    names_in,
-    read_history,
-    read_tools,
-    row_is_read,
-    row_to_fields,
-    row_to_turns,
-)
+from sft.data.cells import REASONING, Turn, cell_text, read_history, read_tools
+from sft.data.columns import SHAPES, ignoring, names_in, row_is_read, row_to_fields, row_to_turns
 from sft.errors import Refusal, first_line, refuse
 
 WITH_SYSTEM = "a row with a system prompt"

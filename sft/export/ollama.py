@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.config.schema import Settings, Shape
-from sft.data.columns import Turn
+from sft.data.cells import Turn
 from sft.data.prompts import conversation_text
 from sft.data.templates import choose_template
 from sft.errors import ExportError, Refusal

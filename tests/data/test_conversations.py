@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft.config.schema import DatasetSettings, Shape
-from sft.data.columns import read_tools, row_to_turns
+from sft.data.cells import read_tools
+from sft.data.columns import row_to_turns
 from sft.data.templates import render_chat
 from sft.data.tokenize import IGNORED, encode
 from tests.data.miniatures import TOOL

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from sft.config.schema import DatasetSettings, LossOn, ModelSettings, Shape
-from sft.data.columns import as_text
+from sft.data.cells import as_text
 from sft.data.templates import render_row
 from sft.data.tokenize import IGNORED, encode
 from sft.model import builtin

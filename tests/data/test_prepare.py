@@ -10,7 +10,7 @@ import pytest
 from sft.config.schema import ColumnSettings, DatasetSettings, LossOn, ModelSettings, Overlong, Settings, Shape
 from sft.data import prepare as data_prepare
 from sft.data import sources, tokenize
-from sft.data.columns import as_text
+from sft.data.cells import as_text
 from sft.data.prepare import prepare, readable
 from sft.data.tokenize import IGNORED
 from sft.errors import Refusal

@@ -28,7 +28,7 @@ from sft.config import rules
 from sft.config.fingerprint import config_hash
 from sft.config.keys import find_field, leaf_keys, plain_type
 from sft.config.schema import GROUPS, DatasetSettings, LossOn, ModelSettings, Overlong, Settings, Shape
-from sft.data.columns import as_text
+from sft.data.cells import as_text
 from sft.data.prepare import prepare
 from sft.data.sources import read_rows
 from sft.errors import Refusal

@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from sft.config.schema import DatasetSettings, Reasoning, Shape
-from sft.data.columns import read_tools, row_to_turns
+from sft.data.cells import read_tools
+from sft.data.columns import row_to_turns
 from sft.data.prepare import readable
 from sft.data.templates import render_chat, render_row
 from sft.data.tokenize import IGNORED, encode, not_restored

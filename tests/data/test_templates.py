@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sft.config.schema import ColumnSettings, DatasetSettings, Settings, Shape
-from sft.data.columns import Turn, row_to_turns
+from sft.data.cells import Turn
+from sft.data.columns import row_to_turns
 from sft.data.prompts import prompt_ids
 from sft.data.templates import ALPACA, choose_template, render_chat, render_row, render_text
 from sft.data.tokenize import IGNORED, encode

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sft.config.schema import ColumnSettings, DatasetSettings, Settings, Shape
-from sft.data.columns import Turn
+from sft.data.cells import Turn
 from sft.data.prompts import conversation_ids, conversation_text
 from sft.errors import ExportError
 from sft.export.ollama import fill, find_pieces, go_string, go_template, make_modelfile, write_modelfile
