@@ -185,6 +185,26 @@ def test_paths_that_the_system_cannot_look_up(key):
         assert "no such user" in problem_of(f'{key}="~no_such_user/x"').why
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--experimental-rerun", "config.pickle"], "can run any code"),
+        (["--shell-completion"], "install or uninstall"),
+        (["-sc", "lora.r=4"], "install or uninstall"),
+        (["-sc", "install=tcsh"], "bash, zsh or fish"),
+        (["-sc", "install=bash", "query=bash"], "needs one word"),
+    ],
+)
+def test_flags_that_hydra_ends_in_a_traceback_or_runs_unchecked_are_refused(words, why):
+    problem = problem_of(*words)
+    assert why in problem.why and problem.what.startswith(("--experimental-rerun config.pickle", "--shell-completion"))
+
+
+def test_the_completion_that_the_refusal_names_is_taken():
+    for shell in ("bash", "zsh", "fish"):
+        accepted("--shell-completion", f"install={shell}")
+
+
 def test_flags_that_cannot_be_read_are_refused_without_a_usage_text(capsys):
     assert "invalid choice" in problem_of("--cfg", "jobs").why
     assert "expected one argument" in problem_of("--config-dir").why
