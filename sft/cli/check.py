@@ -100,10 +100,10 @@ def check_command_line(config_dir: Path, argv: list[str], hardware: bool = True)
         why = "It would run settings that were not checked, out of a pickle, which can run any code."
         fix = "resume=<a run's folder>   goes on with a run; its overrides are in run.json"
         raise Refusal([Problem(f"--experimental-rerun {args.experimental_rerun}", why, fix)])
-    asked = [text for text in args.overrides if text.partition("=")[0] in ("install", "uninstall", "query")]
-    if args.shell_completion and not (len(asked) == 1 and asked[0].partition("=")[2] in ("bash", "zsh", "fish")):
+    actions = [text for text in args.overrides if text.partition("=")[0] in ("install", "uninstall", "query")]
+    if args.shell_completion and not (len(actions) == 1 and actions[0].partition("=")[2] in ("bash", "zsh", "fish")):
         why = "It needs one word, install or uninstall, with a shell: bash, zsh or fish."
-        what = shlex.join(["--shell-completion", *asked])
+        what = shlex.join(["--shell-completion", *actions])
         raise Refusal([Problem(what, why, "--shell-completion install=bash   or zsh, or fish")])
     if args.help or args.hydra_help or args.info or args.shell_completion:
         return
